@@ -1,0 +1,1 @@
+"""Batch scripts, pre-flight and job status."""

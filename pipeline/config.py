@@ -1,0 +1,327 @@
+"""Every setting of a run, typed; reading YAML, command-line overrides, and the fingerprint.
+
+    configs/*.yaml ──yaml.safe_load──▶ tree ──--set key=value──▶ tree ──pydantic──▶ Config (frozen)
+
+A key that is not a field is an error that names the nearest field, so a typing mistake cannot become a default.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """A stretch of training: "300 epochs", "20000 steps", "1e9 images" or "5 %" of the whole run."""
+
+    amount: float
+    unit: Literal["steps", "epochs", "images", "%"]
+
+    @classmethod
+    def parse(cls, text: Any) -> "Length":
+        if isinstance(text, Length):
+            return text
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|image|%)s?\s*", str(text))
+        if not match:
+            raise ValueError('a length is a number and a unit: "300 epochs", "20000 steps", "1e9 images" or "5 %"')
+        unit = match[2] if match[2] == "%" else f"{match[2]}s"
+        return cls(float(match[1]), unit)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+    def steps(self, *, steps_per_epoch: int, global_batch_size: int, total: int | None = None) -> int:
+        """In optimiser steps, rounded to the nearest. `total` is the whole run in steps, needed for "%"."""
+        if self.unit == "%":
+            if total is None:
+                raise InputError(f"{self}: a percentage is of the whole run, so the run's own length cannot be one")
+            return round(self.amount / 100 * total)
+        steps_per_unit = {"steps": 1, "epochs": steps_per_epoch, "images": 1 / global_batch_size}
+        return round(self.amount * steps_per_unit[self.unit])
+
+
+LengthField = Annotated[Length, PlainValidator(Length.parse), PlainSerializer(str)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: str = "runs"
+    """Folder of all runs; this one lives in root/name."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class Model(Section):
+    name: str
+    """Any model timm can build; pvt_pico, pvt_tiny, pvt_small, pvt_medium and pvt_large come with this package."""
+    drop_rate: Fraction = 0.0
+    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    grad_checkpointing: bool = False
+
+
+class Image(Section):
+    """What the network sees of a picture, in training and wherever the model is used later."""
+
+    size: int = Field(default=224, gt=0)
+    """Height and width of the network's input in pixels."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of the red, green and blue channels on a scale of 0 to 1."""
+    crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
+    """In evaluation the short side is resized to size / crop_pct before the central crop."""
+
+
+class Data(Section):
+    train: str
+    """Folder with manifest.json, made by launch/shards.py pack."""
+    val: str | None = None
+    lanes: int = Field(default=48, gt=0)
+    """Parallel read positions in an epoch, shared out to ranks: the most ranks a run can use."""
+    shuffle_window: int = Field(default=4096, gt=0)
+    """Samples shuffled together inside a lane."""
+    num_threads: int = Field(default=0, ge=0)
+    """Threads of each rank for reading and for CPU decoding; 0 takes the rank's share of the cores."""
+    prefetch: int = Field(default=2, gt=0)
+    """Micro-batches read ahead of training."""
+
+
+class Augment(Section):
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop as a fraction of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop."""
+    hflip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Augment":
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is [low, high] with 0 < low <= high")
+        return self
+
+
+class Mix(Section):
+    mixup_alpha: float = Field(default=0.0, ge=0.0)
+    cutmix_alpha: float = Field(default=0.0, ge=0.0)
+    prob: Fraction = 1.0
+    switch_prob: Fraction = 0.5
+    """Chance of cutmix where both are on."""
+    label_smoothing: Fraction = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+class Optim(Section):
+    lr: float = Field(gt=0.0)
+    """Peak learning rate. The paper's rule: 5e-4 for each 512 samples of the global batch."""
+    min_lr: float = Field(default=1e-5, ge=0.0)
+    warmup_lr: float = Field(default=1e-6, ge=0.0)
+    warmup: LengthField = Length(0, "steps")
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0.0)
+    clip_grad: float | None = Field(default=None, gt=0.0)
+    """Largest global gradient norm."""
+
+
+class Train(Section):
+    length: LengthField
+    global_batch_size: int = Field(gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Most samples in one forward pass of a rank; what a rank has beyond it is accumulated. None: all at once."""
+    log_every: LengthField = Length(50, "steps")
+    eval_every: LengthField | None = None
+    """None: at the end alone."""
+    save_every: LengthField | None = None
+    """None: at the end alone."""
+    deterministic: bool = False
+    """Deterministic kernels, no hardware JPEG decoding: the same bits on every repetition, for some speed."""
+
+
+class Evaluate(Section):
+    batch_size: int = Field(default=256, gt=0)
+    """Samples of one forward pass. Part of what makes an evaluation repeatable to the last bit."""
+
+
+class Engine(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    deepspeed: dict[str, Any] = {}
+    """Further keys of the DeepSpeed configuration. They may not contradict the generated ones."""
+
+
+class Resume(Section):
+    source: str = Field(default="auto", min_length=1)
+    """"auto": the run's own newest whole checkpoint, if any. "never": refuse a run folder that has checkpoints.
+    Otherwise the path of a checkpoint folder."""
+    allow: list[str] = []
+    """Names of identity entries that may differ from the checkpoint's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking server. None: sqlite:///ROOT/mlflow.db with artifacts beside it."""
+    experiment: str = "pretrain"
+    model_name: str | None = None
+    """Registered model that receives this run's versions. None: the run's name."""
+    system_metrics: bool = True
+
+
+class Config(Section):
+    run: Run
+    model: Model
+    image: Image = Image()
+    data: Data
+    augment: Augment = Augment()
+    mix: Mix = Mix()
+    optim: Optim
+    train: Train
+    evaluate: Evaluate = Evaluate()
+    engine: Engine = Engine()
+    resume: Resume = Resume()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _batches_fit_lanes(self) -> "Config":
+        batch, lanes, micro = self.train.global_batch_size, self.data.lanes, self.train.micro_batch_size
+        if batch % lanes:
+            near = sorted(divisors(batch), key=lambda n: abs(n - lanes))[:3]
+            raise ValueError(
+                f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}: "
+                f"each lane gives an equal share of every batch; lanes that fit: {sorted(near)}"
+            )
+        if self.mix.active and (batch // lanes) % 2:
+            raise ValueError(
+                f"mix pairs samples inside a lane, but each of {lanes} lanes has {batch // lanes} samples of a batch "
+                f"of {batch}: choose data.lanes so that global_batch_size / lanes is even"
+            )
+        if self.mix.active and micro is not None and micro % 2:
+            raise ValueError(f"train.micro_batch_size {micro} is odd, but mix pairs samples: choose an even number")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which samples make which batch, and the shapes of the weights.
+
+        A checkpoint records it; resuming with another value is refused unless resume.allow names the key.
+        """
+        return {
+            "seed": self.run.seed,
+            "global_batch_size": self.train.global_batch_size,
+            "lanes": self.data.lanes,
+            "shuffle_window": self.data.shuffle_window,
+            "model": self.model.name,
+            "image_size": self.image.size,
+        }
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides (values are YAML) and validate.
+
+    Raises InputError that lists every wrong key with the value found, the rule and the nearest valid name.
+    """
+    tree = read_yaml(path)
+    for override in overrides or []:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+        _put(tree, name.strip().split("."), value, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"  {_explain(detail)}" for detail in error.errors()]
+        raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    for name in path[:-1]:
+        node = tree.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {override!r}: {name} holds {node!r}, not a section")
+        tree = node
+    tree[path[-1]] = value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        names = _fields_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"valid here: {', '.join(names)}"
+        return f"{key}: no such setting; {hint}"
+    if detail["type"] == "missing":
+        return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
+    message = detail["msg"].removeprefix("Value error, ")
+    # A whole section as "the value found" would bury the rule that compares several of its settings.
+    found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {detail['input']!r})"
+    return f"{key}: {message}{found}" if key else f"{message}{found}"
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in path:
+        annotation = section.model_fields[name].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
