@@ -1,0 +1,1 @@
+"""From sample ids to batches on the device. The only importer of nvidia.dali."""
