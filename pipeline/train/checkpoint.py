@@ -1,0 +1,206 @@
+"""Portable checkpoints: full tensors by parameter name, whole or absent.
+
+    checkpoints/step-00001200/
+        model.safetensors          every weight and buffer, fp32
+        optimizer-R.safetensors    rank R's share of Adam's moments, whole tensors
+        state.json                 step and the other numbers
+        part-R.json                sizes and SHA-256 of what rank R wrote
+        COMMIT.json                the same for all files; the checkpoint counts once this is renamed into place
+
+Neither the world size nor the ZeRO stage shows, so a checkpoint loads on any of either.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.train.engine import Engine, LossScale
+from pipeline.world import World
+
+COMMIT, MODEL = "COMMIT.json", "model.safetensors"
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands. `step` counts consumed global batches, which is all there is to the position in the data."""
+
+    step: int = 0
+    skipped: int = 0
+    adam_steps: int = 0
+    loss_scale: dict[str, float] | None = None
+    run_id: str | None = None
+
+    def advance(self, applied: bool) -> None:
+        self.step += 1
+        self.skipped += not applied
+
+
+class Checkpoints:
+    """Those of one run. `identity` is Config.identity() and the like: what must not change under a run."""
+
+    def __init__(self, folder: Path, world: World, identity: dict[str, Any]) -> None:
+        self._folder, self._world, self._identity = folder, world, identity
+
+    def save(self, state: State, engine: Engine) -> Path:
+        """Write a checkpoint; collective. The folder is complete on return."""
+        folder = self._folder / f"step-{state.step:08d}"
+        state = dataclasses.replace(
+            state,
+            adam_steps=engine.adam_steps(),
+            loss_scale=dataclasses.asdict(engine.loss_scale) if engine.loss_scale else None,
+        )
+        if self._world.is_first:
+            # A folder without COMMIT.json is what a killed save left behind.
+            if folder.exists() and not (folder / COMMIT).exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        self._world.barrier()
+        if (folder / COMMIT).exists():
+            return folder
+
+        weights = engine.weights()
+        files = {f"optimizer-{self._world.rank}.safetensors": safetensors.torch.save(self._my_moments(engine))}
+        if self._world.is_first:
+            files[MODEL] = safetensors.torch.save(weights)
+            document = {"format": FORMAT, "identity": self._identity, "state": dataclasses.asdict(state)}
+            files["state.json"] = _json(document)
+        part = {name: _write(folder / name, data) for name, data in files.items()}
+        _write(folder / f"part-{self._world.rank}.json", _json(part))
+        self._world.barrier()
+        if self._world.is_first:
+            parts = [json.loads((folder / f"part-{r}.json").read_text()) for r in range(self._world.size)]
+            listing = {name: entry for part in parts for name, entry in part.items()}
+            _write(folder / COMMIT, _json({"format": FORMAT, "files": listing}))
+        self._world.barrier()
+        return folder
+
+    def _my_moments(self, engine: Engine) -> dict[str, Tensor]:
+        """This rank's share: dealt out in turn to whoever holds least so far."""
+        load = [0] * self._world.size
+        share = {}
+        for name, moment, tensor in engine.moments():
+            owner = load.index(min(load))
+            load[owner] += tensor.numel()
+            if owner == self._world.rank:
+                share[f"{moment}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+        return share
+
+    def find(self, source: str, allow: list[str]) -> "Checkpoint | None":
+        """The checkpoint that resume.source means, or None to start fresh. Collective.
+
+        Raises InputError for a checkpoint of another run's making, a damaged named one, or one nobody asked for.
+        """
+        found, error = None, None
+        if self._world.is_first:
+            try:
+                found = self._find(source, allow)
+            except InputError as raised:
+                error = str(raised)
+        found, error = self._world.from_first((found, error))
+        if error:
+            raise InputError(error)
+        return Checkpoint(found) if found else None
+
+    def _find(self, source: str, allow: list[str]) -> Path | None:
+        if source not in ("auto", "never"):
+            folder = Path(source)
+            if fault := damage(folder):
+                raise InputError(f"resume.source {folder}: {fault}")
+        else:
+            candidates = sorted(self._folder.glob("step-*"), reverse=True)
+            if source == "never" and candidates:
+                raise InputError(
+                    f"{self._folder} holds checkpoints but resume.source is never: give the run another run.name"
+                )
+            # A damaged newest one is walked past, not trusted; the run repeats the steps since the one before it.
+            folder = next((candidate for candidate in candidates if damage(candidate) is None), None)
+        if folder:
+            self._compare(folder, allow)
+        return folder
+
+    def _compare(self, folder: Path, allow: list[str]) -> None:
+        theirs = json.loads((folder / "state.json").read_text())["identity"]
+        for name in sorted(theirs.keys() | self._identity.keys()):
+            if theirs.get(name) != self._identity.get(name) and name not in allow:
+                raise InputError(
+                    f"{folder}: {name} is {theirs.get(name)!r} in the checkpoint and {self._identity.get(name)!r} in "
+                    f"this run: set it back, give the run another run.name, or accept it with resume.allow: [{name}]"
+                )
+
+
+class Checkpoint:
+    """A whole checkpoint on disk, read lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state = State(**json.loads((folder / "state.json").read_text())["state"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return safetensors.torch.load_file(self.folder / MODEL)
+
+    def restore(self, engine: Engine) -> State:
+        """Put the optimiser back; the weights have to be in the model before the engine is built on it."""
+        engine.load_moments(self._moment_of(), self.state.adam_steps)
+        if engine.loss_scale and self.state.loss_scale:
+            engine.loss_scale = LossScale(**self.state.loss_scale)  # pyright: ignore[reportArgumentType]
+        return self.state
+
+    def _moment_of(self) -> Callable[[str, str], Tensor]:
+        files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("optimizer-*.safetensors"))]
+        home = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a mapping
+
+        def moment_of(name: str, moment: str) -> Tensor:
+            return home[f"{moment}.{name}"].get_tensor(f"{moment}.{name}")
+
+        return moment_of
+
+
+def damage(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None. Reads every byte."""
+    try:
+        commit = json.loads((folder / COMMIT).read_text())
+    except FileNotFoundError:
+        return f"no {COMMIT}: saving it did not finish"
+    except (OSError, ValueError) as error:
+        return f"{COMMIT} cannot be read: {error}"
+    if commit.get("format") != FORMAT:
+        return f"format {commit.get('format')!r}, but this version reads format {FORMAT}"
+    for name, entry in commit["files"].items():
+        try:
+            digest = hashlib.file_digest((folder / name).open("rb"), "sha256").hexdigest()
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if digest != entry["sha256"]:
+            return f"{name} has SHA-256 {digest}, but {COMMIT} lists {entry['sha256']}"
+    return None
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    """Write so that the file is whole under its name or absent, even after a power cut. Returns its listing entry."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,0 +1,97 @@
+"""Numbers of a stretch of steps, and the two listeners that write them down: metrics.jsonl and the terminal."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from pipeline.train.engine import Outcome
+
+
+class Meters:
+    """Averages over the steps since the last reading."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self._global_batch_size = global_batch_size
+        self._all_steps, self._all_s = 0, 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began, self._steps, self._data_wait_s, self._loss_sum = time.perf_counter(), 0, 0.0, 0.0
+
+    def add(self, outcome: Outcome, data_wait_s: float) -> None:
+        self._steps += 1
+        self._data_wait_s += data_wait_s
+        self._loss_sum += outcome.loss
+        self._last = outcome
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading (grad_norm: of the last step), and a fresh start."""
+        elapsed_s = time.perf_counter() - self._began
+        self._all_steps, self._all_s = self._all_steps + self._steps, self._all_s + elapsed_s
+        step_s = elapsed_s / self._steps
+        reading = {
+            "loss": self._loss_sum / self._steps,
+            "grad_norm": self._last.grad_norm,
+            "images_per_second": self._global_batch_size / step_s,
+            "data_wait_s": self._data_wait_s / self._steps,
+            "step_s": step_s,
+        }
+        self._reset()
+        return reading
+
+    def images_per_second(self) -> float | None:
+        """Over all readings; None before the first."""
+        return self._global_batch_size * self._all_steps / self._all_s if self._all_steps else None
+
+    def pause(self, seconds: float) -> None:
+        """Take time that was spent on something other than training steps off the current stretch."""
+        self._began += seconds
+
+
+class MetricsFile:
+    """Appends one JSON line a reading to metrics.jsonl. Non-finite numbers become null, as JSON has none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        self._append(step, metrics)
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._append(step, metrics)
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        pass
+
+    def _append(self, step: int, metrics: dict[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+class Progress:
+    """One line a reading on standard error: readable in a terminal and in a batch system's log file."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        left_s = round((self._total_steps - step) * metrics["step_s"])
+        waiting = metrics["data_wait_s"] / metrics["step_s"]
+        self._print(
+            f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  loss {metrics['loss']:.4f}  "
+            f"lr {metrics['lr']:.3g}  grad {metrics['grad_norm']:.3g}  {metrics['images_per_second']:.0f} img/s  "
+            f"data wait {waiting:.0%}  left {left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}"
+        )
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._print(f"step {step}/{self._total_steps}  evaluation  {numbers}")
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        self._print(f"step {step}/{self._total_steps}  checkpoint {folder}")
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""What the loop asks of others: a task to train, and listeners to tell.
+
+The train room knows neither a task's head nor MLflow; `launch` joins them through these protocols.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pipeline.world import World
+
+
+class Metric(Protocol):
+    """Collects one evaluation. Results are exact over ranks: every sample counts once, weightless ones never."""
+
+    def update(self, outputs: Any, targets: Any, weights: Tensor) -> None: ...
+
+    def result(self, world: World) -> dict[str, float]:
+        """Collective: the same numbers on every rank."""
+        ...
+
+
+class Task(Protocol):
+    """What differs between jobs: the network, its loss, its metric."""
+
+    model: nn.Module
+    headline: str
+    """The metric that says how good a model is; higher is better."""
+    drop_path_rates: tuple[float, ...]
+    """Of each residual branch, where the network takes its drop-path masks from outside; else empty."""
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Any, drop_path: Tensor | None) -> Tensor:
+        """The loss of each sample, [N] float32. Called under autocast."""
+        ...
+
+    def metric(self) -> Metric: ...
+
+
+class Listener(Protocol):
+    """Is told, on rank 0, what happens in a run. Must not raise for troubles of its own, nor keep the loop waiting."""
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def on_checkpoint(self, step: int, folder: Path) -> None: ...
