@@ -1,0 +1,1 @@
+"""What differs between jobs: data set, head, loss, metric."""

@@ -1,0 +1,73 @@
+"""Image classification: the pretraining task, and the first of the fine-tuning tasks."""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pvt  # noqa: F401 - registers its models with timm
+from pipeline import config
+from pipeline.errors import InputError
+from pipeline.world import World
+
+
+def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Module:
+    """The classifier that a configuration names, freshly initialised from torch's current seed.
+
+    Raises InputError for a name that timm does not know and a size that the model does not take.
+    """
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
+        raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
+    try:
+        network = timm.create_model(
+            model.name,
+            num_classes=num_classes,
+            img_size=image_size,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+        )
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"model.name {model.name!r} with image.size {image_size}: {error}") from error
+    if model.grad_checkpointing:
+        network.set_grad_checkpointing()  # pyright: ignore[reportCallIssue] - timm's, not torch's
+    return network
+
+
+class Classification:
+    """Soft-target cross-entropy; top-1, top-5 and the loss as metrics."""
+
+    headline = "top1"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.drop_path_rates: tuple[float, ...] = getattr(model, "drop_path_rates", ())
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:
+        logits = model(images) if drop_path is None else model(images, drop_path=drop_path)
+        return -(targets * functional.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+
+    def metric(self) -> "ClassificationMetric":
+        return ClassificationMetric()
+
+
+class ClassificationMetric:
+    """Counts in float64, which is exact for any number of samples that fits on a disk."""
+
+    def __init__(self) -> None:
+        self._sums: Any = 0.0  # [4]: samples, right at first, right among five, loss
+
+    def update(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        logits = outputs.float()
+        best = logits.topk(min(5, logits.shape[1])).indices
+        right = best == targets[:, None]
+        loss = functional.cross_entropy(logits, targets, reduction="none")
+        counts = torch.stack([torch.ones_like(loss), right[:, 0].float(), right.any(dim=1).float(), loss])
+        self._sums = self._sums + (counts.double() * weights.double()).sum(dim=1)
+
+    def result(self, world: World) -> dict[str, float]:
+        samples, first, five, loss = world.sum(self._sums).tolist()
+        return {"top1": first / samples, "top5": five / samples, "val_loss": loss / samples}

@@ -1,0 +1,111 @@
+"""The model registry: checkpoints in as numbered versions, verified folders out.
+
+A version is an MLflow model from code (nothing pickled) whose artifacts are model.safetensors and model.json. Its
+tags hold the SHA-256 of both, so that the database vouches for the files.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import mlflow.artifacts
+import mlflow.pyfunc
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, Schema
+
+from pipeline.errors import InputError
+from pipeline.track.card import CARD, WEIGHTS, Card
+
+CANDIDATE = "candidate"
+
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("binary", "image")]),
+    outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """A registered version in a local folder whose files match their digests."""
+
+    uri: str  # models:/NAME/VERSION, never an alias
+    folder: Path
+    card: Card
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+
+def register(name: str, weights: Path, card: Card, *, run_id: str, step: int) -> str:
+    """Register a safetensors file as the next version of `name`, point @candidate at it and return its URI.
+
+    Belongs inside the MLflow run `run_id` that made it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder)
+        shutil.copyfile(weights, staged / WEIGHTS)
+        card.write(staged)
+        digests = {f"sha256.{file}": _sha256(staged / file) for file in (WEIGHTS, CARD)}
+        logged = mlflow.pyfunc.log_model(
+            name=name,
+            python_model=str(Path(__file__).with_name("served.py")),
+            artifacts={file: str(staged / file) for file in (WEIGHTS, CARD)},
+            signature=_SIGNATURE,
+            pip_requirements=["pvt-pipeline"],
+            registered_model_name=name,
+            step=step,
+        )
+    version = str(logged.registered_model_version)
+    client = MlflowClient()
+    tags = {**digests, "run_id": run_id, "step": step, **card.lineage}
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, str(value))
+    client.set_registered_model_alias(name, CANDIDATE, version)
+    return f"models:/{name}/{version}"
+
+
+def fetch(uri: str, folder: Path) -> Version:
+    """Copy models:/NAME/VERSION or models:/NAME@ALIAS into `folder` and check it against its tags.
+
+    Raises InputError for a URI that names no version, and where a file's digest differs from the registered one.
+    """
+    client = MlflowClient()
+    name, version = _resolve(client, uri)
+    tags = client.get_model_version(name, version).tags
+    pinned = f"models:/{name}/{version}"
+    root = Path(mlflow.artifacts.download_artifacts(pinned, dst_path=str(folder))) / "artifacts"
+    for file in (WEIGHTS, CARD):
+        registered, found = tags.get(f"sha256.{file}"), _sha256(root / file)
+        if registered != found:
+            raise InputError(
+                f"{pinned}: {file} has SHA-256 {found}, but {registered} was registered: "
+                "the artifact was changed; do not use it, register the checkpoint again"
+            )
+    return Version(pinned, root, Card.read(root))
+
+
+def _resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
+    reference = uri.removeprefix("models:/")
+    alias = reference.partition("@")
+    number = reference.partition("/")
+    try:
+        if not uri.startswith("models:/"):
+            raise InputError(f"{uri}: a registered model is models:/NAME/VERSION or models:/NAME@ALIAS")
+        if alias[2]:
+            return alias[0], str(client.get_model_version_by_alias(alias[0], alias[2]).version)
+        if number[2].isdigit():
+            return number[0], str(client.get_model_version(number[0], number[2]).version)
+    except MlflowException as error:
+        known = [model.name for model in client.search_registered_models(max_results=20)]
+        raise InputError(f"{uri}: {error.message} (registered models: {', '.join(known) or 'none'})") from error
+    raise InputError(f"{uri}: names no version: give models:/NAME/VERSION or models:/NAME@ALIAS")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
