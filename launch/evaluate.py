@@ -1,0 +1,67 @@
+"""Score a registered model on a packed data set.
+
+python launch/evaluate.py --model models:/NAME@ALIAS --data DIR [--tracking-uri URI]
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from launch import command
+from pipeline import config, world
+from pipeline.errors import InputError
+from pipeline.feed.loader import EvalFeed
+from pipeline.shards.index import ShardSet
+from pipeline.tasks.classify import Classification, build_model
+from pipeline.track import registry, runs
+from pipeline.train.evaluate import evaluate
+from pipeline.world import World
+
+
+def main() -> dict[str, Any] | None:
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a registered model.")
+    parser.add_argument("--model", required=True, metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
+    parser.add_argument("--data", required=True, metavar="DIR", help="packed data set")
+    parser.add_argument("--tracking-uri", default=runs.tracking_uri(config.Tracking(), "runs"), metavar="URI")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args()
+    here = world.start()
+    try:
+        return score(arguments.model, arguments.data, arguments.tracking_uri, here)
+    finally:
+        world.stop()
+
+
+def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any] | None:
+    """Evaluate as the training run did: the registered weights in fp32, its batches, its view of each image."""
+    runs.use(tracking_uri)
+    shards = command.first_then_all(here, lambda: ShardSet(data))
+    with tempfile.TemporaryDirectory() as folder:
+        version = registry.fetch(uri, Path(folder))
+        card = version.card
+        if shards.manifest.classes != card.classes:
+            raise InputError(
+                f"{data} has the classes {_some(shards.manifest.classes)} but {version.uri} was trained on "
+                f"{_some(card.classes)}: pack the data with --classes-from of the training data"
+            )
+        task = Classification(build_model(card.model, card.image.size, len(card.classes)))
+        task.model.load_state_dict(safetensors.torch.load_file(version.weights))
+    network = task.model.to(here.device).eval()
+    batches = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
+    with torch.inference_mode():
+        scores = evaluate(network, batches, task.metric(), here)
+    if not here.is_first:
+        return None
+    return {"model": version.uri, "data": data, "digest": shards.manifest.digest, "samples": len(shards), **scores}
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+
+
+if __name__ == "__main__":
+    command.run(main)

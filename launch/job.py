@@ -1,0 +1,159 @@
+"""A training job from its configuration to its registered model: builds the rooms' parts and joins them."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch import command
+from pipeline.config import Config, dump
+from pipeline.errors import InputError
+from pipeline.feed.loader import EvalFeed, TrainFeed
+from pipeline.feed.order import Order, deal, padding_waste
+from pipeline.shards.index import ShardSet
+from pipeline.tasks.classify import Classification, build_model
+from pipeline.track.card import Card
+from pipeline.track.registry import register
+from pipeline.track.runs import Tracker
+from pipeline.train.checkpoint import MODEL, Checkpoints, State
+from pipeline.train.engine import Engine, make_deterministic
+from pipeline.train.evaluate import evaluate
+from pipeline.train.loop import Schedule, train
+from pipeline.train.meters import MetricsFile, Progress
+from pipeline.world import World
+
+
+def run_job(settings: Config, world: World) -> dict[str, Any] | None:
+    """Train, evaluate, register. Returns the result on rank 0; a finished job is not run again.
+
+    Raises InputError for anything that can be known to be wrong before the first step.
+    """
+    folder = settings.run.folder
+    training, validation = command.first_then_all(world, lambda: _open_data(settings, world))
+    if settings.train.deterministic:
+        make_deterministic()
+    torch.manual_seed(settings.run.seed)
+    classes = training.manifest.classes
+    task = command.first_then_all(
+        world, lambda: Classification(build_model(settings.model, settings.image.size, len(classes)))
+    )
+    identity = {**settings.identity(), "data": training.manifest.digest}
+    checkpoints = Checkpoints(folder / "checkpoints", world, identity)
+    found = checkpoints.find(settings.resume.source, settings.resume.allow)
+    state = found.state if found else State()
+    if found:
+        task.model.load_state_dict(found.weights())
+
+    feed = TrainFeed(settings, training, world, first_step=state.step, drop_path_rates=task.drop_path_rates)
+    schedule = Schedule.of(settings, feed.order.steps_per_epoch)
+    if finished := world.from_first(_finished(folder, schedule, state)):
+        feed.close()
+        return finished if world.is_first else None
+    engine = Engine(settings, task, world, feed.deal.accumulation)
+    if found:
+        found.restore(engine)
+
+    evaluation = None
+    if validation:
+        batches = EvalFeed(
+            validation,
+            world,
+            settings.image,
+            batch_size=settings.evaluate.batch_size,
+            num_threads=settings.data.num_threads,
+        )
+
+        evaluation = lambda: evaluate(engine.evaluator(), batches, task.metric(), world)  # noqa: E731
+    with contextlib.closing(feed), _tracking(settings, world, training) as tracker:
+        listeners = []
+        if tracker:
+            state.run_id = tracker.run_id
+            listeners = [MetricsFile(folder / "metrics.jsonl"), Progress(schedule.total), tracker]
+            _say_start(settings, world, feed, schedule, state)
+        summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners)
+        final = checkpoints.save(state, engine)
+        if tracker is None:
+            return None
+        card = Card(
+            task="classification",
+            model=settings.model,
+            image=settings.image,
+            eval_batch_size=settings.evaluate.batch_size,
+            classes=classes,
+            metrics=summary.scores,
+            lineage={"data.digest": training.manifest.digest, "checkpoint": str(final)},
+        )
+        uri = register(
+            settings.tracking.model_name or settings.run.name,
+            final / MODEL,
+            card,
+            run_id=tracker.run_id,
+            step=state.step,
+        )
+        result = {
+            "run": str(folder),
+            "run_id": tracker.run_id,
+            "model": uri,
+            **summary.scores,
+            "steps": state.step,
+            "images_per_second": summary.images_per_second,
+        }
+        command.write_result(folder, result)
+        return result
+
+
+def _open_data(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
+    training = ShardSet(settings.data.train)
+    validation = ShardSet(settings.data.val) if settings.data.val else None
+    if validation and validation.manifest.classes != training.manifest.classes:
+        raise InputError(
+            f"{settings.data.val} and {settings.data.train} have different classes, so their labels mean different "
+            "things: pack the validation split again with --classes-from"
+        )
+    order = Order.of(settings, training.shard_samples)
+    deal(order, world.rank, world.size, settings.train.micro_batch_size)
+    return training, validation
+
+
+def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:
+    result = folder / "result.json"
+    if state.step < schedule.total or not result.exists():
+        return None
+    print(f"{folder}: finished before, at step {state.step}; nothing to do", file=sys.stderr)
+    return json.loads(result.read_text())
+
+
+@contextlib.contextmanager
+def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tracker | None]:
+    """The run's folder and its Tracker on rank 0, None on the others; a run that raises ends as FAILED."""
+    if not world.is_first:
+        yield None
+        return
+    settings.run.folder.mkdir(parents=True, exist_ok=True)
+    (settings.run.folder / "config.yaml").write_text(dump(settings))
+    tracker = Tracker(settings, facts={"data.digest": training.manifest.digest, "data.path": settings.data.train})
+    try:
+        yield tracker
+    except BaseException:
+        tracker.end(failed=True)
+        raise
+    tracker.end()
+
+
+def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State) -> None:
+    part = feed.deal
+    lines = [
+        f"{settings.run.folder}: {settings.model.name}, steps {state.step} to {schedule.total} "
+        f"({feed.order.steps_per_epoch} an epoch), {world.size} ranks × {part.accumulation} × {part.micro_batch_size} "
+        f"samples on {world.device.type}, ZeRO-{settings.engine.zero_stage} {settings.engine.precision}"
+    ]
+    micro = settings.train.micro_batch_size
+    if waste := padding_waste(feed.order, world.size, micro):
+        worlds = range(1, min(2 * world.size, feed.order.lanes) + 1)
+        better = [n for n in worlds if not padding_waste(feed.order, n, micro)]
+        lines.append(f"{waste:.1%} of the work is padding; worlds without any: {', '.join(map(str, better))}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
