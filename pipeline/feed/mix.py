@@ -60,7 +60,7 @@ def _draw(
 def _span(rng: np.random.Generator, size: int, length: int) -> tuple[int, int]:
     """A stretch of `length` about a uniform centre, clipped to the image."""
     centre = int(rng.integers(size))
-    return max(centre - length // 2, 0), min(centre + length // 2, size)
+    return max(centre - length // 2, 0), min(centre + (length + 1) // 2, size)
 
 
 def mix_images(images: Tensor, blends: Blends) -> Tensor:

@@ -1,0 +1,98 @@
+"""Small real data sets, configurations, and a way to run code on several ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.config import Config
+from pipeline.shards.pack import pack
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits as DIR/{train,val}/CLASS/*.jpg, written as the demo does."""
+    folder = tmp_path_factory.mktemp("digits") / "images"
+    subprocess.run([sys.executable, "launch/digits.py", "--out", folder], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(digit_images: Path) -> Path:
+    """The same, packed: DIR/train in 8 shards and DIR/val in 2."""
+    folder = digit_images.parent
+    manifest = pack(digit_images / "train", folder / "train", samples_per_shard=200)
+    pack(digit_images / "val", folder / "val", classes=manifest.classes, samples_per_shard=200)
+    return folder
+
+
+@pytest.fixture
+def settings(digits: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes a Config for a tiny run on the digits; arguments are `--set` overrides."""
+
+    def make(*overrides: str) -> Config:
+        return config.load(write_config(digits, tmp_path), list(overrides))
+
+    return make
+
+
+def write_config(digits: Path, folder: Path) -> Path:
+    tree: dict[str, Any] = {
+        "run": {"name": "tiny", "root": str(folder / "runs")},
+        "model": {"name": "pvt_pico", "drop_path_rate": 0.1},
+        "image": {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
+        "data": {"train": str(digits / "train"), "val": str(digits / "val"), "lanes": 12, "shuffle_window": 64},
+        "augment": {"crop_scale": [0.6, 1.0], "hflip": 0.5},
+        "mix": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1},
+        "optim": {"lr": 1e-3, "warmup": "4 steps", "clip_grad": 1.0},
+        "train": {"length": "20 steps", "global_batch_size": 48, "log_every": "1 step", "deterministic": True},
+        "tracking": {"system_metrics": False},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 300) -> list[dict[str, Any]]:
+    """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", f"tests.workers.{script}", *map(str, arguments)],
+                cwd=ROOT,
+                env={**os.environ, **{name: str(value) for name, value in place.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        outputs = [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, (_, error)) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
+    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]

@@ -1,0 +1,91 @@
+"""Settings: every mistake is one clear error, and what is read is what was meant."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config
+from pipeline.config import Config, Length
+from pipeline.errors import InputError
+
+Make = Callable[..., Config]
+EXAMPLES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    assert config.load(path).run.name == path.stem
+
+
+def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path) -> None:
+    original = settings("engine.deepspeed.zero_optimization.reduce_bucket_size=1000")
+    (tmp_path / "dumped.yaml").write_text(config.dump(original))
+    assert config.load(tmp_path / "dumped.yaml") == original
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr: no such setting; did you mean optim.lr?"),
+        ("trian.length=1 epoch", "trian: no such setting; did you mean train?"),
+        ("zzz=1", "zzz: no such setting; valid here: run, model,"),
+        ("optim.lr=fast", "optim.lr: Input should be a valid number, unable to parse string as a number"),
+        ("optim.lr=-1", "optim.lr: Input should be greater than 0 (found -1)"),
+        ("data.lanes=1.5", "data.lanes: Input should be a valid integer"),
+        ("engine.zero_stage=4", "engine.zero_stage: Input should be 0, 1, 2 or 3 (found 4)"),
+        ("train.length=3 fortnights", 'train.length: a length is a number and a unit: "300 epochs"'),
+        ("data.lanes=11", "train.global_batch_size 48 is not a multiple of data.lanes 11"),
+        ("data.lanes=48", "so that global_batch_size / lanes is even"),
+        ("train.micro_batch_size=3", "train.micro_batch_size 3 is odd, but mix pairs samples"),
+        ("augment.crop_scale=[0.5, 0.1]", "augment: crop_scale is [low, high] with 0 < low <= high"),
+        ("run.name=../up", "run.name: String should match pattern"),
+        ("optim.lr", "expected KEY=VALUE"),
+        ("optim.lr=[1", "the value is not valid YAML"),
+        ("run.name.x=1", "run"),
+    ],
+)
+def test_mistakes_are_named(settings: Make, override: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        settings(override)
+    assert message in str(error.value)
+
+
+def test_all_mistakes_are_listed_at_once(settings: Make) -> None:
+    with pytest.raises(InputError) as error:
+        settings("optim.lrr=1", "data.lane=2")
+    assert "optim.lrr" in str(error.value)
+    assert "data.lane:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b", "expected a mapping of sections, found list"), ("a: [", "not valid YAML"), ("", "found NoneType")],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        config.load(tmp_path / "bad.yaml")
+
+
+def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump({"run": {"name": "x"}}))
+    with pytest.raises(InputError, match="optim: this setting has no default"):
+        config.load(tmp_path / "empty.yaml")
+    with pytest.raises(InputError, match=r"nowhere\.yaml: cannot read the configuration: No such file"):
+        config.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("2.5 epochs", 25), ("1e3 images", 100), ("5 %", 50)]
+)
+def test_a_length_in_any_unit(text: str, steps: int) -> None:
+    length = Length.parse(text)
+    assert length.steps(steps_per_epoch=10, global_batch_size=10, total=1000) == steps
+    assert Length.parse(str(length)) == length
+
+
+def test_resume_has_a_short_form(settings: Make) -> None:
+    assert settings("resume=never").resume.source == "never"
+    assert settings("resume.allow=[data]").resume.allow == ["data"]
