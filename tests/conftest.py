@@ -63,7 +63,7 @@ def write_config(digits: Path, folder: Path) -> Path:
     return path
 
 
-def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 300) -> list[dict[str, Any]]:
+def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
     """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,6 +93,7 @@ def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 30
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     for rank, (process, (_, error)) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]

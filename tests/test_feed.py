@@ -252,6 +252,5 @@ def test_a_damaged_sample_is_named(tmp_path: Path, digit_images: Path, settings:
     path.write_bytes(data)
     feed = TrainFeed(settings(f"data.train={tmp_path / 'val'}"), shards, World())
     with pytest.raises(CorruptSampleError, match=rf"shard-000000.tar: sample '{shards.key(0, 7)}'"):
-        for _ in range(7):
-            feed.next()
+        [feed.next() for _ in range(7)]
     feed.close()

@@ -178,7 +178,8 @@ def damage(folder: Path) -> str | None:
         return f"format {commit.get('format')!r}, but this version reads format {FORMAT}"
     for name, entry in commit["files"].items():
         try:
-            digest = hashlib.file_digest((folder / name).open("rb"), "sha256").hexdigest()
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if digest != entry["sha256"]:

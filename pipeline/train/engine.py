@@ -14,7 +14,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+import torch.utils.deterministic
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from pipeline import keys
@@ -25,6 +31,8 @@ from pipeline.keys import Stream
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.seams import Task
 from pipeline.world import World
+
+_MOST_BUCKET_ELEMENTS = 50_000_000
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -83,6 +91,7 @@ class Engine:
         self._config, self._world, self._accumulation = config, world, accumulation
         self._stage = config.engine.zero_stage
         self._model = task.model.to(world.device)
+        self._parameters = dict(trainable(self._model))
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self._model, config.optim.weight_decay),
@@ -96,10 +105,11 @@ class Engine:
         self._engine: Any = deepspeed.initialize(
             model=objective,
             optimizer=self._optimizer,
-            config=deepspeed_config(config, world, accumulation),
+            config=deepspeed_config(
+                config, world, accumulation, num_parameters=sum(p.numel() for p in self._parameters.values())
+            ),
             dist_init_required=False,
         )[0]
-        self._parameters = dict(trainable(self._model))
 
     def step(self, batches: list[MicroBatch], *, step: int, lr: float) -> Outcome:
         """One optimiser step over this rank's micro-batches of a global batch."""
@@ -178,6 +188,7 @@ class Engine:
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, moment name, full tensor on the device), in an order that all ranks share. Collective."""
+        self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 if self._stage == 0:
@@ -188,6 +199,7 @@ class Engine:
     def load_moments(self, moment_of: Callable[[str, str], Tensor], adam_steps: int) -> None:
         """Put back what `moments` and `adam_steps` gave, on any world and at any stage."""
         self._create_moments()
+        self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 value = moment_of(name, moment).to(self._world.device)
@@ -197,6 +209,14 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, value, moment)
         for state in self._optimizer.state.values():
             state["step"].fill_(adam_steps)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find the moments of all parameters. At stages 1 and 2 it looks for them once, when the first
+        of the optimiser's groups has taken its first step and the others have no moments yet."""
+        if self._stage in (1, 2):
+            zero = self._engine.optimizer
+            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
 
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
@@ -213,7 +233,7 @@ def _full(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def deepspeed_config(config: Config, world: World, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world: World, accumulation: int, num_parameters: int) -> dict[str, Any]:
     """The DeepSpeed JSON that the typed configuration stands for, with `engine.deepspeed` merged in.
 
     Raises InputError where `engine.deepspeed` would contradict a generated key.
@@ -229,7 +249,11 @@ def deepspeed_config(config: Config, world: World, accumulation: int) -> dict[st
         "gradient_clipping": clip if stage > 0 else 0.0,
         "zero_optimization": {"stage": stage},
     }
-    return _merge(generated, config.engine.deepspeed, "engine.deepspeed")
+    merged = _merge(generated, config.engine.deepspeed, "engine.deepspeed")
+    # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
+        merged["zero_optimization"].setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
+    return merged
 
 
 def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
@@ -250,6 +274,8 @@ def make_deterministic() -> None:
     """Deterministic kernels only, from here on. Call before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Filling what `torch.empty` returns guards against reads of uninitialised memory, at the price of writing all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _log_to_stderr() -> None:

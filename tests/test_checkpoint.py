@@ -1,0 +1,123 @@
+"""Checkpoints: exact on the same world, portable over worlds and ZeRO stages, refused when not whole."""
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.train.checkpoint import Checkpoints, damage
+from pipeline.world import World
+from tests.conftest import run_ranks, write_config
+
+IDENTITY = {
+    "seed": 0,
+    "global_batch_size": 48,
+    "lanes": 12,
+    "shuffle_window": 64,
+    "model": "pvt_pico",
+    "image_size": 32,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, precision: str) -> None:
+    path = write_config(digits, tmp_path)
+    legs = [leg for stage in range(4) for leg in (f"s{stage}:{stage}:8", f"r{stage}:{stage}:3", f"r{stage}:{stage}:8")]
+    reports = run_ranks(2, "legs", path, tmp_path / "checkpoints", precision, *legs)
+    for stage in range(4):
+        straight, _, restarted = reports[3 * stage : 3 * stage + 3]
+        assert restarted["digest"] == straight["digest"], stage
+        assert restarted["losses"] == {k: v for k, v in straight["losses"].items() if int(k) >= 3}
+
+
+def test_a_checkpoint_loads_at_any_stage_on_any_world(digits: Path, tmp_path: Path) -> None:
+    path = write_config(digits, tmp_path)
+    folder = tmp_path / "checkpoints"
+    legs = run_ranks(2, "legs", path, folder, "fp32", "run:2:2", "run:3:4", "run:0:6", "run:1:8")
+    *more, straight = run_ranks(1, "legs", path, folder, "fp32", "run:3:10", "run:0:12", "straight:1:14")
+    legs += more + run_ranks(3, "legs", path, folder, "fp32", "run:2:14")
+    losses = {step: loss for leg in legs for step, loss in leg["losses"].items()}
+    assert losses == pytest.approx(straight["losses"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with whole checkpoints of steps 2 and 4, saved by two ranks."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_ranks(2, "legs", write_config(digits, folder), folder, "fp32", "checkpoints:1:2", "checkpoints:1:4")
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def find(folder: Path, source: str = "auto", allow: list[str] | None = None, **changes: Any) -> Path | None:
+    found = Checkpoints(folder, World(), {**IDENTITY, **changes}).find(source, allow or [])
+    return found.folder if found else None
+
+
+def test_a_checkpoint_holds_what_the_documentation_lists(folder: Path) -> None:
+    newest = folder / "step-00000004"
+    assert {path.name for path in newest.iterdir()} == {
+        "COMMIT.json",
+        "model.safetensors",
+        "optimizer-0.safetensors",
+        "optimizer-1.safetensors",
+        "part-0.json",
+        "part-1.json",
+        "state.json",
+    }
+    assert json.loads((newest / "state.json").read_text())["state"]["step"] == 4
+    # Readable by whoever the umask allows; safetensors by itself would write for the owner alone.
+    assert stat.S_IMODE((newest / "model.safetensors").stat().st_mode) == 0o644
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "uncommitted": (lambda c: (c / "COMMIT.json").unlink(), "no COMMIT.json: saving it did not finish"),
+    "garbled commit": (lambda c: (c / "COMMIT.json").write_text("{"), "COMMIT.json cannot be read"),
+    "newer format": (lambda c: (c / "COMMIT.json").write_text('{"format": 9}'), "this version reads format 1"),
+    "bit flipped": (lambda c: flip_bit(c / "optimizer-1.safetensors"), "optimizer-1.safetensors has SHA-256"),
+    "truncated": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors has SHA-256"),
+    "file missing": (lambda c: (c / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors cannot be read"),
+    "state edited": (lambda c: (c / "state.json").write_text("{}"), "state.json has SHA-256"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILS)
+def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> None:
+    spoil, message = SPOILS[case]
+    assert find(folder) == folder / "step-00000004"
+    spoil(folder / "step-00000004")
+    assert message in (damage(folder / "step-00000004") or "")
+    assert find(folder) == folder / "step-00000002"
+    with pytest.raises(InputError, match=r"resume\.source"):
+        find(folder, str(folder / "step-00000004"))
+    shutil.rmtree(folder / "step-00000002")
+    assert find(folder) is None
+
+
+def test_another_identity_is_refused_unless_allowed(folder: Path) -> None:
+    with pytest.raises(InputError, match="lanes is 12 in the checkpoint and 24 in this run"):
+        find(folder, lanes=24)
+    assert find(folder, allow=["lanes"], lanes=24)
+    with pytest.raises(InputError, match="data is None in the checkpoint and 'other' in this run"):
+        find(folder, data="other")
+
+
+def test_never_refuses_a_used_folder(folder: Path) -> None:
+    with pytest.raises(InputError, match="give the run another"):
+        find(folder, "never")
+    assert find(folder / "empty", "never") is None

@@ -1,0 +1,48 @@
+"""ZeRO 0 to 3 against plain PyTorch, on two ranks and on three with padding."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import run_ranks, write_config
+
+
+def configuration(digits: Path, folder: Path, **changes: object) -> Path:
+    path = write_config(digits, folder)
+    tree = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(2, 6), (3, None)])
+def test_fp32_is_single_process_adamw(digits: Path, tmp_path: Path, ranks: int, micro_batch_size: int | None) -> None:
+    # At 64 px every attention has at least four keys; at 32 px most have one, and queries no gradient but rounding.
+    # Four lanes: three ranks serve 1, 1 and 2 of them, so two ranks are padded. Two ranks accumulate twice.
+    path = configuration(
+        digits,
+        tmp_path,
+        image__size=64,
+        data__lanes=4,
+        train__global_batch_size=24,
+        train__micro_batch_size=micro_batch_size,
+    )
+    reports = run_ranks(ranks, "zero", path, 50, "fp32", 0, 1, 2, 3)
+    assert [report["stage"] for report in reports] == [0, 1, 2, 3]
+    for report in reports:
+        worst = max(report["distances"], key=report["distances"].get)
+        print(f"{ranks} ranks, ZeRO-{report['stage']}: worst {worst} {report['distances'][worst]:.2e}")
+        assert report["distances"][worst] <= 1e-5, (report["stage"], worst)
+        assert report["losses"] == pytest.approx(report["expected_losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, precision: str) -> None:
+    path = configuration(digits, tmp_path, data__lanes=4, train__global_batch_size=24)
+    reports = run_ranks(2, "zero", path, 20, precision, 0, 1, 2, 3)
+    for report in reports[1:]:
+        assert report["losses"] == pytest.approx(reports[0]["losses"], rel=2e-3)
+    assert reports[0]["losses"][-1] < 0.9 * reports[0]["losses"][0]

@@ -1,0 +1,99 @@
+"""One rank of the comparison of ZeRO stages with plain PyTorch; see test_engine.py.
+
+python -m tests.workers.zero CONFIG STEPS PRECISION STAGE…
+
+Rank 0 prints a JSON object for each stage: losses, gradient norms, and in fp32 each tensor's relative L2 distance
+from what single-process AdamW makes of the same batches.
+"""
+
+import json
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import config, world
+from pipeline.config import Config
+from pipeline.feed.loader import TrainFeed
+from pipeline.shards.index import ShardSet
+from pipeline.tasks.classify import Classification, build_model
+from pipeline.train.engine import Engine, make_deterministic
+from pipeline.train.optim import lr_at, parameter_groups
+from pipeline.world import World
+
+
+def fresh_task(settings: Config) -> Classification:
+    torch.manual_seed(settings.run.seed)
+    return Classification(build_model(settings.model, settings.image.size, 10))
+
+
+def learning_rate(settings: Config, step: int) -> float:
+    return lr_at(step, peak=settings.optim.lr, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=50)
+
+
+def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and losses of an ordinary training loop that knows neither ranks nor DeepSpeed."""
+    task = fresh_task(settings)
+    whole = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": None})})
+    feed = TrainFeed(whole, shards, World(), drop_path_rates=task.drop_path_rates)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(task.model, settings.optim.weight_decay), betas=settings.optim.betas, eps=settings.optim.eps
+    )
+    losses = []
+    for step in range(steps):
+        (batch,) = feed.next()
+        loss = task.losses(task.model, batch.images, batch.targets, batch.drop_path).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert settings.optim.clip_grad
+        nn.utils.clip_grad_norm_(task.model.parameters(), settings.optim.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        losses.append(loss.item())
+    feed.close()
+    return task.model.state_dict(), losses
+
+
+def with_engine(settings: Config, shards: ShardSet, steps: int, here: World) -> tuple[dict[str, Tensor], list, list]:
+    task = fresh_task(settings)
+    feed = TrainFeed(settings, shards, here, drop_path_rates=task.drop_path_rates)
+    engine = Engine(settings, task, here, feed.deal.accumulation)
+    outcomes = [engine.step(feed.next(), step=step, lr=learning_rate(settings, step)) for step in range(steps)]
+    feed.close()
+    assert all(outcome.applied for outcome in outcomes)
+    assert engine.adam_steps() == steps
+    return engine.weights(), [outcome.loss for outcome in outcomes], [outcome.grad_norm for outcome in outcomes]
+
+
+def main() -> None:
+    path, steps, precision, *stages = sys.argv[1:]
+    here = world.start()
+    make_deterministic()
+    settings = config.load(path)
+    shards = ShardSet(settings.data.train)
+    expected, expected_losses = {}, []
+    if here.is_first and precision == "fp32":
+        expected, expected_losses = plain_pytorch(settings, shards, int(steps))
+    for stage in stages:
+        overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+        weights, losses, norms = with_engine(config.load(path, overrides), shards, int(steps), here)
+        report = {"stage": int(stage), "losses": losses, "norms": norms}
+        if expected:
+            report["expected_losses"] = expected_losses
+            report["distances"] = {
+                name: ((weights[name] - tensor).norm() / tensor.norm()).item() for name, tensor in expected.items()
+            }
+            report["key_biases"] = [name for name in expected if name.endswith("attn.kv.bias")]
+            for name in report["key_biases"]:
+                # A key's bias adds the same to all scores of a query, so its gradient is zero but for rounding, which
+                # Adam blows up to full steps. The values' half is compared.
+                ours, theirs = (state[name].chunk(2)[1] for state in (weights, expected))
+                report["distances"][name] = ((ours - theirs).norm() / theirs.norm()).item()
+        if here.is_first:
+            print(json.dumps(report), flush=True)
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()
