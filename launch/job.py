@@ -20,7 +20,7 @@ from pipeline.track.card import Card
 from pipeline.track.registry import register
 from pipeline.track.runs import Tracker
 from pipeline.train.checkpoint import MODEL, Checkpoints, State
-from pipeline.train.engine import Engine, make_deterministic
+from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import Schedule, train
 from pipeline.train.meters import MetricsFile, Progress
@@ -33,7 +33,7 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     Raises InputError for anything that can be known to be wrong before the first step.
     """
     folder = settings.run.folder
-    training, validation = command.first_then_all(world, lambda: _open_data(settings, world))
+    training, validation = command.first_then_all(world, lambda: _check(settings, world))
     if settings.train.deterministic:
         make_deterministic()
     torch.manual_seed(settings.run.seed)
@@ -106,7 +106,8 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
         return result
 
 
-def _open_data(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
+def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
+    """The data sets, once everything that can be refused without building the model has been looked at."""
     training = ShardSet(settings.data.train)
     validation = ShardSet(settings.data.val) if settings.data.val else None
     if validation and validation.manifest.classes != training.manifest.classes:
@@ -115,7 +116,8 @@ def _open_data(settings: Config, world: World) -> tuple[ShardSet, ShardSet | Non
             "things: pack the validation split again with --classes-from"
         )
     order = Order.of(settings, training.shard_samples)
-    deal(order, world.rank, world.size, settings.train.micro_batch_size)
+    part = deal(order, world.rank, world.size, settings.train.micro_batch_size)
+    deepspeed_config(settings, world, part.accumulation, num_parameters=0)
     return training, validation
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pipeline import config
@@ -17,6 +18,9 @@ from pipeline.config import Config
 from pipeline.shards.pack import pack
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +67,15 @@ def write_config(digits: Path, folder: Path) -> Path:
     return path
 
 
-def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
-    """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
+    """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
+    port = free_port()
     processes = []
     for rank in range(ranks):
         place = {

@@ -6,16 +6,19 @@ tags hold the SHA-256 of both, so that the database vouches for the files.
 
 import dataclasses
 import hashlib
+import io
 import shutil
 import tempfile
 from pathlib import Path
 
 import mlflow.artifacts
 import mlflow.pyfunc
+import pandas
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
+from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.track.card import CARD, WEIGHTS, Card
@@ -56,6 +59,7 @@ def register(name: str, weights: Path, card: Card, *, run_id: str, step: int) ->
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={file: str(staged / file) for file in (WEIGHTS, CARD)},
             signature=_SIGNATURE,
+            input_example=pandas.DataFrame({"image": [_grey_image(card.image.size)]}),
             pip_requirements=["pvt-pipeline"],
             registered_model_name=name,
             step=step,
@@ -104,6 +108,12 @@ def _resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
         known = [model.name for model in client.search_registered_models(max_results=20)]
         raise InputError(f"{uri}: {error.message} (registered models: {', '.join(known) or 'none'})") from error
     raise InputError(f"{uri}: names no version: give models:/NAME/VERSION or models:/NAME@ALIAS")
+
+
+def _grey_image(size: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _sha256(path: Path) -> str:

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Set before the import: MLflow phones home unless told not to, and a training cluster has no business there.
+# MLflow reads these when it is imported. It phones home unless told not to, and draws progress bars into log files.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow.entities import Metric, RunStatus

@@ -259,10 +259,10 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
 def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(generated)
     for name, value in extra.items():
+        if name in ("fp16", "bf16", "torch_autocast"):
+            raise InputError(f"{path}.{name}: the precision is set by engine.precision")
         if isinstance(value, dict) and isinstance(generated.get(name, {}), dict):
             merged[name] = _merge(generated.get(name, {}), value, f"{path}.{name}")
-        elif name in ("fp16", "bf16", "torch_autocast"):
-            raise InputError(f"{path}.{name}: the precision is set by engine.precision")
         elif name in generated and generated[name] != value:
             raise InputError(f"{path}.{name}: {value!r} contradicts {generated[name]!r}, which other settings give")
         else:
@@ -274,7 +274,7 @@ def make_deterministic() -> None:
     """Deterministic kernels only, from here on. Call before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Filling what `torch.empty` returns guards against reads of uninitialised memory, at the price of writing all of it.
+    # Filling what `torch.empty` returns guards against uninitialised reads, at the price of writing all memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -1,0 +1,255 @@
+"""The commands as a user runs them: a short job on two ranks, its records, its model, and wrong usage."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.artifacts
+import pandas
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from pipeline.shards.index import ShardSet
+from tests.conftest import ROOT, free_port, write_config
+
+STEPS = 30
+
+
+def run(*command: object, cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    # A short job ends before the first sample of system metrics at their usual interval of ten seconds.
+    environ = {**os.environ, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def pretrain(cwd: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
+    settings = [part for override in overrides for part in ("--set", override)]
+    return run(*launcher, ROOT / "launch/pretrain.py", "--config", "tiny.yaml", *settings, cwd=cwd)
+
+
+def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON line; behind it the deepspeed launcher prints lines of its own."""
+    assert process.returncode == 0, process.stderr[-3000:]
+    (line,) = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    return json.loads(line)
+
+
+@pytest.fixture(scope="module")
+def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder in which a short job has run, and its result."""
+    folder = tmp_path_factory.mktemp("job")
+    tree = yaml.safe_load(write_config(digits, folder).read_text())
+    tree["run"]["root"] = "runs"
+    tree["augment"] = {"crop_scale": [0.8, 1.0], "hflip": 0.0}
+    tree["mix"] = {"mixup_alpha": 0.2}
+    tree["train"] |= {"length": f"{STEPS} steps", "global_batch_size": 96, "eval_every": "20 steps"}
+    tree["tracking"]["system_metrics"] = True
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    result = result_of(pretrain(folder))
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/runs/mlflow.db")
+    return folder, result
+
+
+Job = tuple[Path, dict[str, Any]]
+
+
+def test_the_result_says_what_came_out(job: Job) -> None:
+    folder, result = job
+    assert result["model"] == "models:/tiny/1"
+    assert result["steps"] == STEPS
+    assert result["top1"] > 0.8  # chance is 0.1
+    assert result["images_per_second"] > 0
+    assert json.loads((folder / "runs/tiny/result.json").read_text()) == result
+
+
+def metrics_lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_written_for_every_logged_step(job: Job) -> None:
+    steps = [line for line in metrics_lines(job[0]) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    names = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait_s", "step_s"}
+    assert all(line.keys() == names for line in steps)
+    assert [line["step"] for line in metrics_lines(job[0]) if "top1" in line] == [20, STEPS]
+
+
+def test_mlflow_holds_the_run(job: Job) -> None:
+    folder, result = job
+    client = MlflowClient()
+    found = client.get_run(result["run_id"])
+    assert found.info.status == "FINISHED"
+    training = ShardSet(yaml.safe_load((folder / "tiny.yaml").read_text())["data"]["train"])
+    assert found.data.tags["data.digest"] == training.manifest.digest
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert found.data.tags.get("mlflow.source.git.commit", "") == commit
+    assert found.data.params["train.global_batch_size"] == "96"
+    config = mlflow.artifacts.load_text(f"{found.info.artifact_uri}/config.yaml")
+    assert yaml.safe_load(config) == yaml.safe_load((folder / "runs/tiny/config.yaml").read_text())
+    for name in ("loss", "lr", "grad_norm"):
+        tracked = {point.step: point.value for point in client.get_metric_history(result["run_id"], f"train/{name}")}
+        assert tracked == {line["step"]: line[name] for line in metrics_lines(folder) if name in line}
+    assert any(name.startswith("system/") for name in found.data.metrics)
+
+
+def test_the_model_is_registered_without_pickles(job: Job) -> None:
+    folder, result = job
+    version = MlflowClient().get_model_version_by_alias("tiny", "candidate")
+    assert f"models:/tiny/{version.version}" == result["model"]
+    assert version.run_id == result["run_id"]
+    assert version.tags["step"] == str(STEPS)
+    files = [path.name for path in (folder / "runs/artifacts").rglob("*") if path.is_file()]
+    assert "model.safetensors" in files
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
+
+
+def test_a_fresh_process_reproduces_the_score_exactly(job: Job, digits: Path) -> None:
+    folder, result = job
+    scored = result_of(
+        run(sys.executable, ROOT / "launch/evaluate.py", "--model", "models:/tiny@candidate", "--data", digits / "val",
+            cwd=folder)
+    )  # fmt: skip
+    assert scored["model"] == result["model"]
+    assert scored["top1"] == result["top1"]
+    assert scored["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+def test_mlflow_serves_the_model(job: Job, digit_images: Path) -> None:
+    model = mlflow.pyfunc.load_model(job[1]["model"])
+    paths = sorted((digit_images / "val").rglob("*.jpg"))[::6]
+    answers = model.predict(pandas.DataFrame({"image": [path.read_bytes() for path in paths]}))
+    right = [label == path.parent.name for label, path in zip(answers["label"], paths, strict=True)]
+    assert abs(sum(right) / len(right) - job[1]["top1"]) < 0.1
+    assert answers["score"].between(0.1, 1).all()
+
+
+def test_a_finished_job_is_not_run_again(job: Job) -> None:
+    folder, result = job
+    before = (folder / "runs/tiny/metrics.jsonl").read_bytes()
+    again = pretrain(folder, ranks=1)
+    assert result_of(again) == result
+    assert "nothing to do" in again.stderr
+    assert (folder / "runs/tiny/metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_job_goes_on_in_the_same_run(job: Job) -> None:
+    folder, result = job
+    # On one rank and at another stage: neither is part of a run's identity.
+    longer = result_of(pretrain(folder, f"train.length={STEPS + 3} steps", "engine.zero_stage=2", ranks=1))
+    assert longer["run_id"] == result["run_id"]
+    assert (longer["steps"], longer["model"]) == (STEPS + 3, "models:/tiny/2")
+    assert [line["step"] for line in metrics_lines(folder) if "loss" in line] == list(range(1, STEPS + 4))
+
+
+def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
+    folder, _ = job
+    other = pretrain(folder, f"data.train={digits / 'val'}", ranks=1)
+    assert other.returncode == 2
+    assert "data is '" in other.stderr
+    assert "resume.allow: [data]" in other.stderr
+    other = pretrain(folder, "model.name=pvt_tiny", ranks=1)
+    assert other.returncode == 2
+    assert "model is 'pvt_pico' in the checkpoint and 'pvt_tiny' in this run" in other.stderr
+
+
+def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
+    folder, result = job
+    source = MlflowClient().get_model_version("tiny", "1").source
+    assert source
+    root = mlflow.artifacts.download_artifacts(result["model"])
+    weights = Path(root) / "artifacts" / "model.safetensors"
+    assert str(weights).startswith(str(folder))  # the stored file itself, not a copy
+    original = weights.read_bytes()
+    try:
+        weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        refused = run(
+            sys.executable,
+            ROOT / "launch/evaluate.py",
+            "--model",
+            "models:/tiny/1",
+            "--data",
+            digits / "val",
+            cwd=folder,
+        )
+    finally:
+        weights.write_bytes(original)
+    assert refused.returncode == 2
+    assert "models:/tiny/1: model.safetensors has SHA-256" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("tiny", "a registered model is models:/NAME/VERSION or models:/NAME@ALIAS"),
+        ("models:/tiny/99", "registered models: tiny"),
+        ("models:/tinny@candidate", "registered models: tiny"),
+        ("models:/tiny", "names no version"),
+    ],
+)
+def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, message: str) -> None:
+    process = run(sys.executable, ROOT / "launch/evaluate.py", "--model", uri, "--data", digits / "val", cwd=job[0])
+    assert process.returncode == 2
+    assert message in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "ranks", "message"),
+    [
+        ("optim.lrr=1", 2, "optim.lrr: no such setting; did you mean optim.lr?"),
+        ("data.lanes=1", 2, "2 ranks but data.lanes is 1"),
+        ("data.train=nowhere", 1, "nowhere/manifest.json: cannot read the manifest"),
+        ("model.name=pvt_larg", 1, "model.name 'pvt_larg' is no timm model; near: pvt_large"),
+        ("image.size=33", 1, "input of 33x33 px: both sides must be divisible by 32"),
+        ("engine.deepspeed.bf16.enabled=true", 1, "engine.deepspeed.bf16: the precision is set by engine.precision"),
+        ("engine.deepspeed.gradient_clipping=3", 1, "engine.deepspeed.gradient_clipping: 3 contradicts"),
+        ("train.global_batch_size=9600", 1, "exceeds the 1437 samples of the data set"),
+    ],
+)
+def test_wrong_settings_are_told_once_and_leave_nothing(
+    digits: Path, tmp_path: Path, override: str, ranks: int, message: str
+) -> None:
+    write_config(digits, tmp_path)
+    process = pretrain(tmp_path, override, f"run.root={tmp_path / 'runs'}", ranks=ranks)
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert process.stderr.count("error: ") == 1
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["pack", "--images", "missing", "--out", "out"], "error: missing: no such folder"),
+        (["pack", "--images", "x", "--out", "out", "--samples-per-shard", "0"], "0 is not a positive number"),
+        (["verify", "missing"], "cannot read the manifest"),
+    ],
+)
+def test_wrong_usage_of_shards_ends_with_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    process = run(sys.executable, ROOT / "launch/shards.py", *arguments, cwd=tmp_path)
+    assert process.returncode == 2
+    assert message in process.stderr
+
+
+def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Path) -> None:
+    shards = [sys.executable, ROOT / "launch/shards.py"]
+    packed = result_of(run(*shards, "pack", "--images", digit_images / "val", "--out", tmp_path / "out", cwd=tmp_path))
+    assert packed["samples"] == 360
+    assert result_of(run(*shards, "verify", tmp_path / "out", cwd=tmp_path))["ok"]
+    tar = tmp_path / "out" / "shard-000000.tar"
+    os.truncate(tar, tar.stat().st_size - 1)
+    with tar.open("ab") as file:
+        file.write(b"\1")
+    process = run(*shards, "verify", tmp_path / "out", cwd=tmp_path)
+    assert process.returncode == 1
+    assert "SHA-256 differs from the manifest" in json.loads(process.stdout)["faults"][0]
