@@ -1,0 +1,42 @@
+# make demo    train a small model on real images, end to end
+# make test    all tests
+# make lint    style, types and import floors
+# make setup   only what those need: .venv with everything in it
+
+PYTHON ?= python3
+DALI ?= cuda13          # or cuda12: the driver's major version; without a GPU either works
+BIN := .venv/bin
+RANKS ?= 2
+DATA := runs/data/digits
+
+.PHONY: demo test lint setup
+
+demo: setup $(DATA)/train/manifest.json $(DATA)/val/manifest.json
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
+	$(BIN)/python launch/evaluate.py --model models:/pvt-demo@candidate --data $(DATA)/val
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[$(strip $(DALI)),dev]'
+	touch $@
+
+$(DATA)/images: | setup
+	$(BIN)/python launch/digits.py --out $@
+
+$(DATA)/train/manifest.json: | $(DATA)/images
+	$(BIN)/python launch/shards.py pack --images $(DATA)/images/train --out $(@D)
+
+$(DATA)/val/manifest.json: | $(DATA)/images $(DATA)/train/manifest.json
+	$(BIN)/python launch/shards.py pack --images $(DATA)/images/val --out $(@D) --classes-from $(DATA)/train
