@@ -1,0 +1,108 @@
+"""Schedule, optimiser groups, loss and metric against timm; steps that are left out; lengths and meters."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
+from torch.nn import functional
+
+import pvt  # noqa: F401 - registers its models with timm
+from pipeline.config import Config
+from pipeline.tasks.classify import Classification
+from pipeline.train.engine import LossScale
+from pipeline.train.loop import Schedule
+from pipeline.train.meters import MetricsFile
+from pipeline.train.optim import lr_at, parameter_groups
+from pipeline.world import World
+from tests.conftest import run_ranks, write_config
+
+
+def test_the_learning_rate_is_timms_cosine_after_a_linear_warmup() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    theirs = CosineLRScheduler(
+        optimizer, t_initial=90, lr_min=1e-5, warmup_t=10, warmup_lr_init=1e-6, warmup_prefix=True
+    )
+    for step in range(100):
+        theirs.step(step)
+        ours = lr_at(step, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=100)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+    assert lr_at(100, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
+def test_optimiser_groups_are_timms(name: str) -> None:
+    model = timm.create_model(name)
+    spared = getattr(model, "no_weight_decay", list)()
+    theirs = {
+        g["weight_decay"]: g["params"] for g in param_groups_weight_decay(model, 0.05, no_weight_decay_list=spared)
+    }
+    for group in parameter_groups(model, 0.05):
+        assert [id(p) for p in group["params"]] == [id(p) for p in theirs[group["weight_decay"]]]
+
+
+def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
+    model = torch.nn.Linear(8, 5)
+    images, targets = torch.randn(6, 8), torch.rand(6, 5).softmax(dim=1)
+    losses = Classification(model).losses(model, images, targets, None)
+    assert losses.shape == (6,)
+    torch.testing.assert_close(losses.mean(), SoftTargetCrossEntropy()(model(images), targets))
+
+
+def test_the_metric_counts_each_weighing_sample_once() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(50, 12), torch.randint(12, (50,))
+    metric = Classification(torch.nn.Identity()).metric()
+    weights = torch.ones(50)
+    weights[45:] = 0
+    for part in (slice(0, 20), slice(20, 50)):
+        metric.update(logits[part], labels[part], weights[part])
+    result = metric.result(World())
+    order = logits[:45].argsort(dim=1, descending=True)
+    assert result["top1"] == (order[:, 0] == labels[:45]).double().mean().item()
+    assert result["top5"] == (order[:, :5] == labels[:45, None]).any(dim=1).double().mean().item()
+    assert result["val_loss"] == pytest.approx(functional.cross_entropy(logits[:45], labels[:45]).item(), rel=1e-6)
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
+    scale = LossScale(value=8.0, window=3)
+    for finite in (True, True, False, True, True, True):
+        scale.update(finite)
+    assert (scale.value, scale.good_steps) == (8.0, 0)
+    for _ in range(10):
+        scale.update(False)
+    assert scale.value == scale.floor
+
+
+def test_a_step_that_is_not_finite_is_left_out_at_every_stage(digits: Path, tmp_path: Path) -> None:
+    reports = run_ranks(2, "skip", write_config(digits, tmp_path))
+    assert len(reports) == 8
+    for report in reports:
+        label = f"ZeRO-{report['stage']} {report['precision']}"
+        assert report["applied"] == [True, False, True], label
+        assert report["unchanged"] == [False, True, False], label
+        assert report["adam_steps"] == 2, label
+        if report["precision"] == "fp16":
+            assert report["loss_scales"] == [2.0**16, 2.0**15, 2.0**15], label
+
+
+def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
+    config = settings(
+        "train.length=4 epochs", "train.eval_every=480 images", "train.save_every=25 %", "optim.warmup=10 %"
+    )
+    schedule = Schedule.of(config, steps_per_epoch=25)
+    assert schedule == Schedule(total=100, warmup=10, log_every=1, eval_every=10, save_every=25)
+    assert [step for step in range(1, 101) if schedule.due(schedule.save_every, step)] == [25, 50, 75, 100]
+    assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]
+
+
+def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    listener = MetricsFile(tmp_path / "metrics.jsonl")
+    listener.on_step(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}

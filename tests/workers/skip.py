@@ -1,0 +1,50 @@
+"""One rank that takes three steps, the second on NaN pixels on this rank or another; see test_train.py.
+
+python -m tests.workers.skip CONFIG
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+
+from pipeline import config, world
+from pipeline.feed.loader import TrainFeed
+from pipeline.shards.index import ShardSet
+from pipeline.train.engine import Engine
+from tests.workers.zero import fresh_task
+
+
+def main() -> None:
+    (path,) = sys.argv[1:]
+    here = world.start()
+    for precision in ("fp32", "fp16"):
+        for stage in range(4):
+            settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
+            task = fresh_task(settings)
+            feed = TrainFeed(settings, ShardSet(settings.data.train), here, drop_path_rates=task.drop_path_rates)
+            engine = Engine(settings, task, here, feed.deal.accumulation)
+            report: dict[str, Any] = {"stage": stage, "precision": precision}
+            report |= {"applied": [], "unchanged": [], "loss_scales": []}
+            for step in range(3):
+                before = engine.weights()
+                batches = feed.next()
+                if step == 1 and here.rank == here.size - 1:
+                    batches = [dataclasses.replace(b, images=torch.full_like(b.images, float("nan"))) for b in batches]
+                outcome = engine.step(batches, step=step, lr=1e-3)
+                after = engine.weights()
+                report["applied"].append(outcome.applied)
+                report["unchanged"].append(all(torch.equal(before[name], after[name]) for name in before))
+                if engine.loss_scale:
+                    report["loss_scales"].append(engine.loss_scale.value)
+            feed.close()
+            report["adam_steps"] = engine.adam_steps()
+            if here.is_first:
+                print(json.dumps(report), flush=True)
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()
