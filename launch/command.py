@@ -1,10 +1,10 @@
 """What all commands share: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pipeline.errors import InputError
@@ -23,36 +23,37 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     try:
         result = main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USAGE)
+        _fail(USAGE, f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(130, "interrupted")
     except Exception:
-        traceback.print_exc()
-        sys.exit(FAILED)
+        _fail(FAILED, traceback.format_exc())
     if result is not None:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result, allow_nan=False), flush=True)
     sys.exit(DONE if result is None or result.get("ok", True) else FAILED)
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    """End at once. An orderly exit would wait for collectives that this rank owes the others."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def first_then_all(world: World, build: Callable[[], Value]) -> Value:
     """Build something on every rank, but on rank 0 first, so that a mistake all ranks would make is told once.
 
-    Collective. On the other ranks a mistake of rank 0 ends the process quietly.
+    Collective. After a mistake of rank 0 the others end quietly.
     """
-    error, value = None, None
+    failed, value = False, None
     if world.is_first:
         try:
             value = build()
-        except InputError as raised:
-            error = raised
-    if world.from_first(error is not None):
-        raise error if error else SystemExit(USAGE)
+        except InputError as error:
+            # Told before the others hear of it: a launcher ends all ranks as soon as one has ended.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed = True
+    if world.from_first(failed):
+        os._exit(USAGE)
     return build() if value is None else value
-
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """Put result.json into a run's folder, whole or not at all."""
-    partial = folder / ".result.json.partial"
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(folder / "result.json")

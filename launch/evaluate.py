@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
 from launch import command
 from pipeline import config, world
@@ -18,6 +19,7 @@ from pipeline.feed.loader import EvalFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.classify import Classification, build_model
 from pipeline.track import registry, runs
+from pipeline.track.card import Card
 from pipeline.train.evaluate import evaluate
 from pipeline.world import World
 
@@ -30,16 +32,29 @@ def main() -> dict[str, Any] | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     here = world.start()
-    try:
-        return score(arguments.model, arguments.data, arguments.tracking_uri, here)
-    finally:
-        world.stop()
+    result = score(arguments.model, arguments.data, arguments.tracking_uri, here)
+    world.stop()
+    return result
 
 
 def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any] | None:
     """Evaluate as the training run did: the registered weights in fp32, its batches, its view of each image."""
+    shards, card, network, pinned = command.first_then_all(here, lambda: _open(uri, data, tracking_uri))
+    task = Classification(network.to(here.device).eval())
+    batches = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
+    with torch.inference_mode():
+        scores = evaluate(task.model, batches, task.metric(), here)
+    if not here.is_first:
+        return None
+    return {"model": pinned, "data": data, "digest": shards.manifest.digest, "samples": len(shards), **scores}
+
+
+def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, nn.Module, str]:
+    path = tracking_uri.removeprefix("sqlite:///")
+    if path != tracking_uri and not Path(path).exists():
+        raise InputError(f"{path}: no such database; start where runs/ is, or name the server with --tracking-uri")
     runs.use(tracking_uri)
-    shards = command.first_then_all(here, lambda: ShardSet(data))
+    shards = ShardSet(data)
     with tempfile.TemporaryDirectory() as folder:
         version = registry.fetch(uri, Path(folder))
         card = version.card
@@ -48,15 +63,9 @@ def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any]
                 f"{data} has the classes {_some(shards.manifest.classes)} but {version.uri} was trained on "
                 f"{_some(card.classes)}: pack the data with --classes-from of the training data"
             )
-        task = Classification(build_model(card.model, card.image.size, len(card.classes)))
-        task.model.load_state_dict(safetensors.torch.load_file(version.weights))
-    network = task.model.to(here.device).eval()
-    batches = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
-    with torch.inference_mode():
-        scores = evaluate(network, batches, task.metric(), here)
-    if not here.is_first:
-        return None
-    return {"model": version.uri, "data": data, "digest": shards.manifest.digest, "samples": len(shards), **scores}
+        network = build_model(card.model, card.image.size, len(card.classes))
+        network.load_state_dict(safetensors.torch.load_file(version.weights))
+    return shards, card, network, version.uri
 
 
 def _some(names: list[str]) -> str:

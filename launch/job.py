@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from launch import command
+from pipeline import files
 from pipeline.config import Config, dump
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
@@ -23,7 +24,7 @@ from pipeline.train.checkpoint import MODEL, Checkpoints, State
 from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import Schedule, train
-from pipeline.train.meters import MetricsFile, Progress
+from pipeline.train.meters import MetricsFile, Progress, finite_or_none
 from pipeline.world import World
 
 
@@ -41,7 +42,7 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     task = command.first_then_all(
         world, lambda: Classification(build_model(settings.model, settings.image.size, len(classes)))
     )
-    identity = {**settings.identity(), "data": training.manifest.digest}
+    identity = {**settings.identity(), "num_classes": len(classes), "data": training.manifest.digest}
     checkpoints = Checkpoints(folder / "checkpoints", world, identity)
     found = checkpoints.find(settings.resume.source, settings.resume.allow)
     state = found.state if found else State()
@@ -50,7 +51,7 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
 
     feed = TrainFeed(settings, training, world, first_step=state.step, drop_path_rates=task.drop_path_rates)
     schedule = Schedule.of(settings, feed.order.steps_per_epoch)
-    if finished := world.from_first(_finished(folder, schedule, state)):
+    if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
         feed.close()
         return finished if world.is_first else None
     engine = Engine(settings, task, world, feed.deal.accumulation)
@@ -72,24 +73,24 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
         listeners = []
         if tracker:
             state.run_id = tracker.run_id
-            listeners = [MetricsFile(folder / "metrics.jsonl"), Progress(schedule.total), tracker]
+            listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
             _say_start(settings, world, feed, schedule, state)
         summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners)
-        final = checkpoints.save(state, engine)
         if tracker is None:
             return None
+        scores = finite_or_none(summary.scores)
         card = Card(
             task="classification",
             model=settings.model,
             image=settings.image,
             eval_batch_size=settings.evaluate.batch_size,
             classes=classes,
-            metrics=summary.scores,
-            lineage={"data.digest": training.manifest.digest, "checkpoint": str(final)},
+            metrics=scores,
+            lineage={"data.digest": training.manifest.digest, "checkpoint": str(summary.checkpoint)},
         )
         uri = register(
             settings.tracking.model_name or settings.run.name,
-            final / MODEL,
+            summary.checkpoint / MODEL,
             card,
             run_id=tracker.run_id,
             step=state.step,
@@ -98,11 +99,11 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             "run": str(folder),
             "run_id": tracker.run_id,
             "model": uri,
-            **summary.scores,
+            **scores,
             "steps": state.step,
             "images_per_second": summary.images_per_second,
         }
-        command.write_result(folder, result)
+        files.write(folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
         return result
 
 
@@ -116,8 +117,9 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
             "things: pack the validation split again with --classes-from"
         )
     order = Order.of(settings, training.shard_samples)
-    part = deal(order, world.rank, world.size, settings.train.micro_batch_size)
-    deepspeed_config(settings, world, part.accumulation, num_parameters=0)
+    part = deal(order, world.rank, world.size, settings)
+    Schedule.of(settings, order.steps_per_epoch)
+    deepspeed_config(settings, world, part.accumulation, num_parameters=1)
     return training, validation
 
 
@@ -153,9 +155,10 @@ def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedu
         f"({feed.order.steps_per_epoch} an epoch), {world.size} ranks × {part.accumulation} × {part.micro_batch_size} "
         f"samples on {world.device.type}, ZeRO-{settings.engine.zero_stage} {settings.engine.precision}"
     ]
-    micro = settings.train.micro_batch_size
-    if waste := padding_waste(feed.order, world.size, micro):
+    if waste := padding_waste(feed.order, world.size, settings):
         worlds = range(1, min(2 * world.size, feed.order.lanes) + 1)
-        better = [n for n in worlds if not padding_waste(feed.order, n, micro)]
-        lines.append(f"{waste:.1%} of the work is padding; worlds without any: {', '.join(map(str, better))}")
+        better = [str(size) for size in worlds if not padding_waste(feed.order, size, settings)]
+        lines.append(
+            f"{waste:.1%} of the work is padding; ranks without any: {', '.join(better) or 'none up to double'}"
+        )
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -18,11 +18,10 @@ def main() -> dict[str, Any] | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     here = world.start()
-    try:
-        settings = command.first_then_all(here, lambda: config.load(arguments.config, arguments.set))
-        return run_job(settings, here)
-    finally:
-        world.stop()
+    settings = command.first_then_all(here, lambda: config.load(arguments.config, arguments.set))
+    result = run_job(settings, here)
+    world.stop()
+    return result
 
 
 if __name__ == "__main__":

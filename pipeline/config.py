@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,9 @@ from pydantic_core import ErrorDetails
 
 from pipeline.errors import InputError
 
+Positive = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +37,20 @@ class Length:
     def parse(cls, text: Any) -> "Length":
         if isinstance(text, Length):
             return text
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|image|%)s?\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\+?\d{1,2})?)\s*(step|epoch|image|%)s?\s*", str(text))
         if not match:
             raise ValueError('a length is a number and a unit: "300 epochs", "20000 steps", "1e9 images" or "5 %"')
         unit = match[2] if match[2] == "%" else f"{match[2]}s"
         return cls(float(match[1]), unit)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        return f"{amount} {self.unit}"
 
     def steps(self, *, steps_per_epoch: int, global_batch_size: int, total: int | None = None) -> int:
         """In optimiser steps, rounded to the nearest. `total` is the whole run in steps, needed for "%"."""
         if self.unit == "%":
-            if total is None:
-                raise InputError(f"{self}: a percentage is of the whole run, so the run's own length cannot be one")
+            assert total is not None
             return round(self.amount / 100 * total)
         steps_per_unit = {"steps": 1, "epochs": steps_per_epoch, "images": 1 / global_batch_size}
         return round(self.amount * steps_per_unit[self.unit])
@@ -57,7 +60,7 @@ LengthField = Annotated[Length, PlainValidator(Length.parse), PlainSerializer(st
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
@@ -73,9 +76,9 @@ class Run(Section):
 
 class Model(Section):
     name: str
-    """Any model timm can build; pvt_pico, pvt_tiny, pvt_small, pvt_medium and pvt_large come with this package."""
+    """pvt_pico, pvt_tiny, pvt_small, pvt_medium or pvt_large; or another timm model that takes img_size."""
     drop_rate: Fraction = 0.0
-    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    drop_path_rate: BelowOne = 0.0
     grad_checkpointing: bool = False
 
 
@@ -85,7 +88,7 @@ class Image(Section):
     size: int = Field(default=224, gt=0)
     """Height and width of the network's input in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Of the red, green and blue channels on a scale of 0 to 1."""
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
     """In evaluation the short side is resized to size / crop_pct before the central crop."""
@@ -141,7 +144,7 @@ class Optim(Section):
     warmup_lr: float = Field(default=1e-6, ge=0.0)
     warmup: LengthField = Length(0, "steps")
     weight_decay: float = Field(default=0.05, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
     clip_grad: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm."""
@@ -190,9 +193,18 @@ class Tracking(Section):
     uri: str | None = None
     """MLflow tracking server. None: sqlite:///ROOT/mlflow.db with artifacts beside it."""
     experiment: str = "pretrain"
-    model_name: str | None = None
+    model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
     """Registered model that receives this run's versions. None: the run's name."""
     system_metrics: bool = True
+
+    @model_validator(mode="after")
+    def _no_password(self) -> "Tracking":
+        if self.uri and urllib.parse.urlsplit(self.uri).password:
+            raise ValueError(
+                "uri holds a password, which would be logged with the configuration: "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
 
 
 class Config(Section):
@@ -208,6 +220,12 @@ class Config(Section):
     engine: Engine = Engine()
     resume: Resume = Resume()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _length_is_absolute(self) -> "Config":
+        if self.train.length.unit == "%":
+            raise ValueError("train.length is what percentages are of: give it in steps, epochs or images")
+        return self
 
     @model_validator(mode="after")
     def _batches_fit_lanes(self) -> "Config":
@@ -309,7 +327,7 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"valid here: {', '.join(names)}"
         return f"{key}: no such setting; {hint}"
-    if detail["type"] == "missing":
+    if detail["type"] == "missing" and not path[-1].isdigit():
         return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
     message = detail["msg"].removeprefix("Value error, ")
     # A whole section as "the value found" would bury the rule that compares several of its settings.

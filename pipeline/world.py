@@ -59,26 +59,37 @@ def start(timeout_s: float = 1800.0) -> World:
 
     Raises InputError when the launcher's variables contradict each other.
     """
-    place = rendezvous(os.environ)
-    gpu = torch.cuda.is_available()
-    if gpu and place.local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"local rank {place.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-            "start as many ranks on a node as it has GPUs"
-        )
-    device = torch.device("cuda", place.local_rank) if gpu else torch.device("cpu")
-    if gpu:
+    variables = launcher_variables(os.environ)
+    place = read_place(variables)
+    # torch.distributed and DeepSpeed look for them here, even in a world of one.
+    os.environ.update(variables)
+    device = _device(place)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
-    backend = "nccl" if gpu else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if place.size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if gpu else None)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return dataclasses.replace(place, device=device)
+
+
+def _device(place: World) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return torch.device("cuda", 0)  # a batch system that shows each task its own GPU alone
+    if place.local_rank >= visible:
+        raise InputError(
+            f"local rank {place.local_rank} has no GPU: this node shows {visible}; "
+            "start as many ranks on a node as it has GPUs"
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 def stop() -> None:
@@ -87,31 +98,30 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def rendezvous(environ: Mapping[str, str]) -> World:
-    """This process's place according to the launcher's variables.
-
-    Under `srun` the variables that torch.distributed and DeepSpeed read are set from SLURM's.
-    """
-    if "RANK" not in environ and int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-        os.environ.update(_from_slurm(environ))
-        environ = os.environ
+def launcher_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE (under srun also MASTER_ADDR and MASTER_PORT)."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    found = {name: environ[name] for name in names if name in environ}
+    found = {name: environ[name] for name in names if environ.get(name)}
+    if not found and int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        return _from_slurm(environ)
     if not found:
-        # DeepSpeed looks for these even in a world of one.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        return World()
-    if len(found) < len(names):
-        missing = ", ".join(sorted(set(names) - set(found)))
-        raise InputError(f"the launcher set {found} but not {missing}: set all of them or none")
-    rank, size, local_rank = (int(found[name]) for name in names)
-    return World(rank, size, local_rank, int(environ.get("LOCAL_WORLD_SIZE", _local_size(environ, size))))
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if missing := sorted(set(names) - set(found)):
+        raise InputError(f"the launcher set {found} but not {', '.join(missing)}: set all of them or none")
+    # The deepspeed launcher names a node's visible devices, "devices" of a CPU as well, but no local size.
+    devices = environ.get("CUDA_VISIBLE_DEVICES")
+    num_devices = str(len(devices.split(","))) if devices else found["WORLD_SIZE"]
+    local_size = environ.get("LOCAL_WORLD_SIZE") or min(num_devices, found["WORLD_SIZE"], key=int)
+    return {**found, "LOCAL_WORLD_SIZE": local_size}
 
 
-def _local_size(environ: Mapping[str, str], size: int) -> int:
-    # The deepspeed launcher names the visible devices of the node, CPU "devices" as well, but no local size.
-    devices = environ.get("CUDA_VISIBLE_DEVICES", "")
-    return min(size, len(devices.split(","))) if devices else size
+def read_place(variables: Mapping[str, str]) -> World:
+    rank, size, local_rank, local_size = (
+        int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    if not 0 <= rank < size:
+        raise InputError(f"RANK is {rank} but WORLD_SIZE is {size}: ranks count from 0 to WORLD_SIZE - 1")
+    return World(rank, size, local_rank, local_size)
 
 
 def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
@@ -122,7 +132,7 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     tasks = [int(part.split("(")[0]) for part in environ["SLURM_STEP_TASKS_PER_NODE"].split(",")]
     return {
         "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(max(tasks)),
         "MASTER_ADDR": environ.get("MASTER_ADDR", hosts.stdout.split()[0]),

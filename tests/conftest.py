@@ -1,10 +1,13 @@
 """Small real data sets, configurations, and a way to run code on several ranks."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,32 +79,38 @@ def free_port() -> int:
 def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
     """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
     port = free_port()
-    processes = []
-    for rank in range(ranks):
-        place = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": ranks,
-            "LOCAL_WORLD_SIZE": ranks,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        processes.append(
-            subprocess.Popen(
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(ranks):
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            # Files rather than pipes, which would fill up while another rank is being read.
+            out, error = (stack.enter_context(Path(folder, f"{rank}.{end}").open("w+")) for end in ("out", "err"))
+            process = subprocess.Popen(
                 [sys.executable, "-m", f"tests.workers.{script}", *map(str, arguments)],
                 cwd=ROOT,
                 env={**os.environ, **{name: str(value) for name, value in place.items()}},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=out,
+                stderr=error,
             )
-        )
-    try:
-        outputs = [process.communicate(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for rank, (process, (_, error)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
-    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        deadline = time.monotonic() + timeout_s
+        while any(process.poll() is None for process in processes):
+            ended_badly = any(process.poll() for process in processes)
+            if ended_badly or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        for rank, process in enumerate(processes):
+            error = Path(folder, f"{rank}.err").read_text()
+            assert not process.poll(), f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
+        assert all(process.returncode == 0 for process in processes), f"not done after {timeout_s} s"
+        lines = Path(folder, "0.out").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]

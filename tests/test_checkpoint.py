@@ -1,6 +1,7 @@
 """Checkpoints: exact on the same world, portable over worlds and ZeRO stages, refused when not whole."""
 
 import json
+import os
 import shutil
 import stat
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.errors import InputError
 from pipeline.train.checkpoint import Checkpoints, damage
@@ -27,6 +29,9 @@ IDENTITY = {
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, precision: str) -> None:
     path = write_config(digits, tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["train"]["micro_batch_size"] = 8  # three micro-batches a step
+    path.write_text(yaml.safe_dump(tree))
     legs = [leg for stage in range(4) for leg in (f"s{stage}:{stage}:8", f"r{stage}:{stage}:3", f"r{stage}:{stage}:8")]
     reports = run_ranks(2, "legs", path, tmp_path / "checkpoints", precision, *legs)
     for stage in range(4):
@@ -76,7 +81,9 @@ def test_a_checkpoint_holds_what_the_documentation_lists(folder: Path) -> None:
     }
     assert json.loads((newest / "state.json").read_text())["state"]["step"] == 4
     # Readable by whoever the umask allows; safetensors by itself would write for the owner alone.
-    assert stat.S_IMODE((newest / "model.safetensors").stat().st_mode) == 0o644
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((newest / "model.safetensors").stat().st_mode) == 0o666 & ~umask
 
 
 def flip_bit(path: Path) -> None:
@@ -88,7 +95,8 @@ def flip_bit(path: Path) -> None:
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "uncommitted": (lambda c: (c / "COMMIT.json").unlink(), "no COMMIT.json: saving it did not finish"),
     "garbled commit": (lambda c: (c / "COMMIT.json").write_text("{"), "COMMIT.json cannot be read"),
-    "newer format": (lambda c: (c / "COMMIT.json").write_text('{"format": 9}'), "this version reads format 1"),
+    "empty commit": (lambda c: (c / "COMMIT.json").write_text('{"format": 1, "files": {}}'), "does not list model"),
+    "no mapping": (lambda c: (c / "COMMIT.json").write_text("[]"), "COMMIT.json cannot be read"),
     "bit flipped": (lambda c: flip_bit(c / "optimizer-1.safetensors"), "optimizer-1.safetensors has SHA-256"),
     "truncated": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors has SHA-256"),
     "file missing": (lambda c: (c / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors cannot be read"),
@@ -109,10 +117,41 @@ def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> 
     assert find(folder) is None
 
 
+def test_a_newer_format_is_refused_rather_than_walked_past(folder: Path) -> None:
+    (folder / "step-00000004" / "COMMIT.json").write_text('{"format": 9, "files": []}')
+    with pytest.raises(InputError, match="format 9, but this version reads format 1"):
+        find(folder)
+
+
+def test_a_source_that_does_not_exist_is_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"resume\.source .*step-9: no such folder"):
+        find(folder, str(folder / "step-9"))
+
+
+def test_a_damaged_step_is_written_again(digits: Path, folder: Path) -> None:
+    flip_bit(folder / "step-00000004" / "model.safetensors")
+    path = write_config(digits, folder.parent)
+    run_ranks(1, "legs", path, folder.parent, "fp32", "checkpoints:0:4")
+    assert damage(folder / "step-00000004") is None
+    assert find(folder) == folder / "step-00000004"
+
+
+def test_a_run_without_a_step_can_be_saved(digits: Path, tmp_path: Path) -> None:
+    path = write_config(digits, tmp_path)
+    legs = [leg for stage in range(4) for leg in (f"s{stage}:{stage}:4", f"r{stage}:{stage}:0", f"r{stage}:{stage}:4")]
+    reports = run_ranks(1, "legs", path, tmp_path / "checkpoints", "fp32", *legs)
+    for stage in range(4):
+        straight, _, restarted = reports[3 * stage : 3 * stage + 3]
+        assert restarted["digest"] == straight["digest"], stage
+
+
 def test_another_identity_is_refused_unless_allowed(folder: Path) -> None:
     with pytest.raises(InputError, match="lanes is 12 in the checkpoint and 24 in this run"):
         find(folder, lanes=24)
     assert find(folder, allow=["lanes"], lanes=24)
+    with pytest.raises(InputError, match="model is 'pvt_pico' in the checkpoint and 'pvt_tiny' in this run") as error:
+        find(folder, allow=["model"], model="pvt_tiny")
+    assert "resume.allow" not in str(error.value)
     with pytest.raises(InputError, match="data is None in the checkpoint and 'other' in this run"):
         find(folder, data="other")
 

@@ -210,6 +210,10 @@ def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, 
         ("model.name=pvt_larg", 1, "model.name 'pvt_larg' is no timm model; near: pvt_large"),
         ("image.size=33", 1, "input of 33x33 px: both sides must be divisible by 32"),
         ("engine.deepspeed.bf16.enabled=true", 1, "engine.deepspeed.bf16: the precision is set by engine.precision"),
+        ("engine.deepspeed.zero_optimisation.stage=3", 1, "zero_optimisation: not a key that is passed on"),
+        ("engine.deepspeed.zero_optimization.overlap_com=true", 1, "zero_optimization.overlap_com: Extra inputs"),
+        ("model.name=resnet18", 1, "model.name 'resnet18' cannot be built here, it takes no img_size"),
+        ("train.length=0 steps", 1, "train.length 0 steps is less than one step"),
         ("engine.deepspeed.gradient_clipping=3", 1, "engine.deepspeed.gradient_clipping: 3 contradicts"),
         ("train.global_batch_size=9600", 1, "exceeds the 1437 samples of the data set"),
     ],
@@ -252,4 +256,4 @@ def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Pat
         file.write(b"\1")
     process = run(*shards, "verify", tmp_path / "out", cwd=tmp_path)
     assert process.returncode == 1
-    assert "SHA-256 differs from the manifest" in json.loads(process.stdout)["faults"][0]
+    assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]

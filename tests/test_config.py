@@ -20,7 +20,12 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
 
 
 def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path) -> None:
-    original = settings("engine.deepspeed.zero_optimization.reduce_bucket_size=1000")
+    original = settings(
+        "engine.deepspeed.zero_optimization.reduce_bucket_size=1000",
+        "train.length=1281167 images",
+        "train.save_every=2.5e8 images",
+        "train.eval_every=0.1 epochs",
+    )
     (tmp_path / "dumped.yaml").write_text(config.dump(original))
     assert config.load(tmp_path / "dumped.yaml") == original
 
@@ -40,6 +45,14 @@ def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path)
         ("data.lanes=48", "so that global_batch_size / lanes is even"),
         ("train.micro_batch_size=3", "train.micro_batch_size 3 is odd, but mix pairs samples"),
         ("augment.crop_scale=[0.5, 0.1]", "augment: crop_scale is [low, high] with 0 < low <= high"),
+        ("train.length=5 %", "train.length is what percentages are of"),
+        ("train.length=1e999 steps", "a length is a number and a unit"),
+        ("optim.lr=.inf", "optim.lr: Input should be a finite number"),
+        ("optim.betas=[2, 0.5]", "optim.betas.0: Input should be less than 1"),
+        ("image.std=[0, 1, 1]", "image.std.0: Input should be greater than 0"),
+        ("image.mean=[1, 2]", "image.mean.2: Field required"),
+        ("tracking.uri=http://me:secret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("tracking.model_name=a/b", "tracking.model_name: String should match pattern"),
         ("run.name=../up", "run.name: String should match pattern"),
         ("optim.lr", "expected KEY=VALUE"),
         ("optim.lr=[1", "the value is not valid YAML"),

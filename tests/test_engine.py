@@ -35,7 +35,7 @@ def test_fp32_is_single_process_adamw(digits: Path, tmp_path: Path, ranks: int, 
     for report in reports:
         worst = max(report["distances"], key=report["distances"].get)
         print(f"{ranks} ranks, ZeRO-{report['stage']}: worst {worst} {report['distances'][worst]:.2e}")
-        assert report["distances"][worst] <= 1e-5, (report["stage"], worst)
+        assert all(distance <= 1e-5 for distance in report["distances"].values()), (report["stage"], worst)
         assert report["losses"] == pytest.approx(report["expected_losses"], rel=1e-5)
 
 

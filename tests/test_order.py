@@ -1,6 +1,8 @@
 """The order's arithmetic: bijections, coverage, and the same global batches on every world."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -8,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import keys
+from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.permute import permute
 from pipeline.keys import Stream
+
+
+def cut(micro_batch_size: int | None, *, pairs: bool = False) -> Config:
+    """As much of a Config as `deal` reads."""
+    train, mix = SimpleNamespace(micro_batch_size=micro_batch_size), SimpleNamespace(active=pairs)
+    return cast(Config, SimpleNamespace(train=train, mix=mix))
 
 
 def near_powers_of_two() -> list[int]:
@@ -79,15 +88,19 @@ def test_rows_belong_to_their_shards(order: Order, step: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(orders(), st.integers(1, 8), st.integers(1, 9), st.integers(0, 100))
-def test_every_world_deals_out_the_same_global_batch(order: Order, world: int, micro: int, step: int) -> None:
+@given(orders(), st.integers(1, 8), st.integers(1, 9), st.booleans(), st.integers(0, 100))
+def test_every_world_deals_out_the_same_global_batch(
+    order: Order, world: int, micro: int, pairs: bool, step: int
+) -> None:
     if world > order.lanes:
         with pytest.raises(InputError, match="ranks"):
-            deal(order, 0, world, micro)
+            deal(order, 0, world, cut(micro))
         return
-    parts = [deal(order, rank, world, micro) for rank in range(world)]
+    parts = [deal(order, rank, world, cut(micro, pairs=pairs)) for rank in range(world)]
     assert len({(part.accumulation, part.micro_batch_size) for part in parts}) == 1
     assert all(part.samples <= part.accumulation * part.micro_batch_size for part in parts)
+    assert parts[0].micro_batch_size <= micro + (pairs and micro % 2)
+    assert not (pairs and parts[0].micro_batch_size % 2)
     dealt = np.concatenate([order.samples(step, part.lanes).id for part in parts])
     assert (dealt == order.samples(step).id).all()
 
@@ -101,16 +114,17 @@ def test_over_epochs_the_tail_falls_on_all_samples() -> None:
 
 def test_a_rank_of_four_reads_a_quarter_of_the_shards() -> None:
     order = Order(np.full(400, 25), seed=0, global_batch_size=200, lanes=8, shuffle_window=100)
-    part = deal(order, 1, 4, None)
+    part = deal(order, 1, 4, cut(None))
     opened = {s for k in range(order.steps_per_epoch) for s in order.samples(k, part.lanes).shard.tolist()}
     assert len(opened) <= 102
 
 
 def test_padding_is_counted() -> None:
     order = Order(np.array([100]), seed=0, global_batch_size=48, lanes=12, shuffle_window=1)
-    assert padding_waste(order, 4, None) == 0
-    assert padding_waste(order, 5, None) == pytest.approx(1 - 48 / (5 * 12))
-    assert padding_waste(order, 1, 20) == pytest.approx(1 - 48 / 60)
+    assert padding_waste(order, 4, cut(None)) == 0
+    assert padding_waste(order, 5, cut(None)) == pytest.approx(1 - 48 / (5 * 12))
+    assert padding_waste(order, 1, cut(20)) == 0  # three times 16
+    assert padding_waste(order, 1, cut(10, pairs=True)) == pytest.approx(1 - 48 / 50)
 
 
 def test_seeking_is_independent_of_what_came_before() -> None:

@@ -49,7 +49,8 @@ def test_webdataset_reads_the_shards_back(tree: Path, tmp_path: Path) -> None:
     manifest = pack(tree, tmp_path / "out", samples_per_shard=4)
     tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
     seen = {}
-    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+    read = webdataset.WebDataset(tars, shardshuffle=False)  # pyright: ignore[reportAttributeAccessIssue]
+    for sample in read:
         extension = "jpg" if "jpg" in sample else "png"
         seen[f"{sample['__key__']}.{extension}"] = (sample[extension], manifest.classes[int(sample["cls"])])
     expected = {
@@ -178,6 +179,53 @@ def test_a_flipped_bit_is_found_and_named(tree: Path, tmp_path: Path) -> None:
         ShardStore(shards).read(0, 2)
 
 
+def test_a_lost_block_is_told_although_names_are_lost_with_it(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    start = int(shards.index(0)[1]["offset"])
+    path = shards.tar("shard-000000")
+    data = bytearray(path.read_bytes())
+    data[start - 512 : start + 512] = bytes(1024)
+    path.write_bytes(data)
+    assert "row 1" in verify(tmp_path / "out")[0]
+    with pytest.raises(CorruptSampleError, match="row 1"):
+        ShardStore(shards).read(0, 1)
+
+
+def test_verify_looks_at_the_index(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "out")
+    (tmp_path / "out" / "shard-000000.index.npy").write_bytes(b"garbage")
+    assert "does not match manifest.json" in verify(tmp_path / "out")[0]
+
+
+def test_names_in_any_script_and_of_any_length_survive(tree: Path, tmp_path: Path) -> None:
+    names = ["été", "猫", "x" * 200]
+    for name in names:
+        shutil.copy(tree / "cat" / "0.jpg", tree / "cat" / f"{name}.jpg")
+    pack(tree, tmp_path / "out")
+    shards = ShardSet(tmp_path / "out")
+    assert {f"cat/{name}" for name in names} <= {shards.key(0, row) for row in range(len(shards))}
+
+
+def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tree / "cat" / "0.jpg", tmp_path / "elsewhere" / "far.jpg")
+    (tree / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tree / "cat" / "loop").symlink_to(tree / "cat")
+    manifest = pack(tree, tmp_path / "out")
+    assert manifest.samples == 7
+
+
+def test_a_failed_pack_removes_the_parents_it_made(tree: Path, tmp_path: Path) -> None:
+    garbage(tree)
+    with pytest.raises(InputError, match="not a readable image"):
+        pack(tree, tmp_path / "p" / "q" / "out")
+    assert not (tmp_path / "p").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be created"):
+        pack(tree, tmp_path / "file" / "out")
+
+
 def remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
@@ -185,6 +233,16 @@ def remove_manifest(folder: Path) -> None:
 def edit_manifest(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"cat"', '"cow"'))
+
+
+def miscount_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"samples": 6', '"samples": 7'))
+
+
+def lead_manifest_out(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"shard-000000"', '"../shard-000000"'))
 
 
 def newer_manifest(folder: Path) -> None:
@@ -209,7 +267,9 @@ def remove_shard(folder: Path) -> None:
     ("spoil", "message"),
     [
         (remove_manifest, "cannot read the manifest: No such file or directory; make one with launch/shards.py pack"),
-        (edit_manifest, "its digest does not match its contents"),
+        (edit_manifest, "its digest and counts do not match its contents"),
+        (miscount_manifest, "its digest and counts do not match its contents"),
+        (lead_manifest_out, "String should match pattern"),
         (newer_manifest, "format 99, but this version reads format 1"),
         (garble_manifest, "not a manifest"),
         (shorten_shard, "bytes, but manifest.json lists"),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from timm.optim._param_groups import param_groups_weight_decay
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch.nn import functional
 
 import pvt  # noqa: F401 - registers its models with timm
@@ -102,7 +102,7 @@ def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
 
 
 def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
-    listener = MetricsFile(tmp_path / "metrics.jsonl")
+    listener = MetricsFile(tmp_path / "metrics.jsonl", step=0)
     listener.on_step(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}

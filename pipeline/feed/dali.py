@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
-from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
 
 from pipeline.config import Image
 
@@ -32,8 +32,7 @@ class Decoder:
         prefetch: int,
         deterministic: bool,
     ) -> None:
-        self._device = device
-        self._pipeline: Pipeline = _graph(  # pyright: ignore[reportCallIssue]
+        self._pipeline: Pipeline | None = _graph(  # pyright: ignore[reportCallIssue]
             source,
             image.size,
             [255 * mean for mean in image.mean],
@@ -51,14 +50,14 @@ class Decoder:
 
     def next(self) -> torch.Tensor:
         """The next batch, [N, 3, S, S] float32 on the device, in memory of its own."""
+        assert self._pipeline, "closed"
         (output,) = self._pipeline.run()
-        images = output.as_tensor()
-        if self._device.type == "cpu":
-            # DALI reuses its buffers for the batch after next.
-            return torch.from_dlpack(images).clone()
-        tensor = torch.empty(images.shape(), dtype=torch.float32, device=self._device)
-        feed_ndarray(images, tensor, cuda_stream=torch.cuda.current_stream(self._device))
-        return tensor
+        # Copied, because DALI reuses its buffers for the batch after next.
+        return to_torch_tensor(output.as_tensor(), copy=True)
+
+    def close(self) -> None:
+        """Free the pipeline's threads and memory now: it and its source refer to each other."""
+        self._pipeline = None
 
 
 @pipeline_def

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pipeline import keys
 from pipeline.config import Config, Image
-from pipeline.errors import InputError
 from pipeline.feed import augment, dali, mix
 from pipeline.feed.order import Order, Samples, deal
 from pipeline.keys import Stream
@@ -109,6 +108,7 @@ class _Stream:
         return np.frombuffer(self._store.read(shard, row), np.uint8)
 
     def close(self) -> None:
+        self._decoder.close()
         self._readers.shutdown(cancel_futures=True)
         self._store.close()
 
@@ -130,9 +130,7 @@ class TrainFeed:
     ) -> None:
         self._config, self._shards, self._world = config, shards, world
         self.order = Order.of(config, shards.shard_samples)
-        self.deal = deal(self.order, world.rank, world.size, config.train.micro_batch_size)
-        if config.mix.active and self.deal.micro_batch_size % 2:
-            raise InputError(f"a micro-batch of {self.deal.micro_batch_size} cannot be mixed in pairs")
+        self.deal = deal(self.order, world.rank, world.size, config)
         self._keep = 1 - np.array(drop_path_rates, np.float64)
         self._num_classes = len(shards.manifest.classes)
         self._stream = _Stream(

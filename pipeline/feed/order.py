@@ -43,7 +43,7 @@ class Samples:
 class Order:
     """The order of an endless training run over one data set.
 
-    Raises InputError when an epoch has no whole batch, or when the lanes do not divide the batch.
+    Raises InputError when an epoch has no whole batch.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class Order:
                 f"train.global_batch_size {global_batch_size} exceeds the {self.num_samples} samples of the data set: "
                 "an epoch has to hold at least one batch"
             )
-        if global_batch_size % lanes:
-            raise InputError(f"train.global_batch_size {global_batch_size} is not a multiple of data.lanes {lanes}")
+        assert global_batch_size % lanes == 0
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.lanes = lanes
@@ -120,7 +119,7 @@ class Deal:
     accumulation: int
 
 
-def deal(order: Order, rank: int, world_size: int, micro_batch_size: int | None) -> Deal:
+def deal(order: Order, rank: int, world_size: int, config: Config) -> Deal:
     """Rank's Deal. Raises InputError when there are more ranks than lanes."""
     if world_size > order.lanes:
         raise InputError(
@@ -128,12 +127,15 @@ def deal(order: Order, rank: int, world_size: int, micro_batch_size: int | None)
             f"start at most {order.lanes} ranks or raise data.lanes to a divisor of {order.global_batch_size}"
         )
     first, last = (r * order.lanes // world_size for r in (rank, rank + 1))
-    most = -(-order.lanes // world_size) * order.share  # of any rank
-    size = min(micro_batch_size or most, most)
-    return Deal(slice(first, last), (last - first) * order.share, size, -(-most // size))
+    most = -(-order.lanes // world_size) * order.share  # samples of any rank
+    accumulation = -(-most // (config.train.micro_batch_size or most))
+    size = -(-most // accumulation)
+    if config.mix.active:
+        size += size % 2  # pairs are not cut
+    return Deal(slice(first, last), (last - first) * order.share, size, accumulation)
 
 
-def padding_waste(order: Order, world_size: int, micro_batch_size: int | None) -> float:
+def padding_waste(order: Order, world_size: int, config: Config) -> float:
     """The fraction of computed samples that are weightless on this world."""
-    part = deal(order, 0, world_size, micro_batch_size)
+    part = deal(order, 0, world_size, config)
     return 1 - order.global_batch_size / (world_size * part.accumulation * part.micro_batch_size)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
@@ -44,8 +44,8 @@ RECORD = np.dtype(
 class Shard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    samples: int
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    samples: int = Field(gt=0)
     bytes: int
     sha256: str
     index_sha256: str
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
 
 
 def _digest(classes: list[str], shards: list[Shard]) -> str:
-    return fingerprint({"classes": classes, "shards": [shard.sha256 for shard in shards]})
+    return fingerprint({"classes": classes, "shards": [shard.model_dump() for shard in shards]})
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -87,8 +87,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise InputError(f"{path}: not a manifest: {error}; pack the data again") from error
-    if manifest.digest != _digest(manifest.classes, manifest.shards):
-        raise InputError(f"{path}: its digest does not match its contents: it was edited; pack the data again")
+    if manifest != Manifest.of(manifest.classes, manifest.shards):
+        raise InputError(f"{path}: its digest and counts do not match its contents: it was edited; pack the data again")
     return manifest
 
 
@@ -133,11 +133,14 @@ class ShardSet:
         return records
 
     def key(self, shard: int, row: int) -> str:
-        """The sample's name in its tar, for messages: read from the tar header in front of the image."""
-        with self.tar(self.manifest.shards[shard].name).open("rb") as file:
-            file.seek(int(self.index(shard)[row]["offset"]) - tarfile.BLOCKSIZE)
-            header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-        return header.name.partition(".")[0]
+        """The sample's name in its tar, for messages. Reads the tar from its beginning, which may be damaged: then
+        the row has to do."""
+        offset = self.index(shard)[row]["offset"]
+        try:
+            with tarfile.open(self.tar(self.manifest.shards[shard].name)) as members:
+                return next(m.name.partition(".")[0] for m in members if m.offset_data == offset)
+        except (tarfile.TarError, StopIteration):
+            return f"row {row}"
 
 
 # Indices are small (24 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.

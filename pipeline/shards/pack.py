@@ -6,10 +6,10 @@ The same input gives the same bytes. The output folder appears whole, by one ren
 """
 
 import dataclasses
+import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -45,6 +45,7 @@ def pack(
     `classes` fixes the class map (a validation split takes the training split's); None takes the folder names,
     sorted. Raises InputError for anything wrong with the tree, and leaves nothing behind.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
     if not images.is_dir():
@@ -54,7 +55,11 @@ def pack(
     order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(sources))
 
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    created = [parent for parent in out.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created: {error.strerror}") from error
     try:
         _write_shards(partial, [sources[i] for i in order], samples_per_shard)
         shards = [write_index(tar, len(classes)) for tar in sorted(partial.glob("*.tar"))]
@@ -64,6 +69,8 @@ def pack(
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in created:
+            parent.rmdir()
         raise
     return manifest
 
@@ -71,6 +78,9 @@ def pack(
 def find_images(images: Path, classes: list[str] | None) -> tuple[list[str], list[Source]]:
     """The class list and every image below `images`, sorted by key. Raises InputError for a bad tree."""
     folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for name in folders:
+        if not name.isprintable():  # undecodable bytes of a file name show as lone surrogates
+            raise InputError(f"{str(images / name)!r}: a class name is readable text in UTF-8: rename the folder")
     if not folders:
         raise InputError(f"{images}: no class folders; expected {images}/CLASS/IMAGE.jpg")
     if classes is None:
@@ -84,7 +94,7 @@ def find_images(images: Path, classes: list[str] | None) -> tuple[list[str], lis
     by_key: dict[str, Source] = {}
     for name in folders:
         count = len(by_key)
-        for path in _files(images / name):
+        for path in filter(_is_image, _files(images / name)):
             key = _key(path.relative_to(images))
             if key in by_key:
                 raise InputError(
@@ -94,7 +104,7 @@ def find_images(images: Path, classes: list[str] | None) -> tuple[list[str], lis
         if len(by_key) == count:
             raise InputError(f"{images / name}: no images; a class folder holds at least one {_EXTENSIONS} file")
     packed = {source.path for source in by_key.values()}
-    if left_out := sorted(path for path in images.rglob("*") if path.is_file() and path not in packed):
+    if left_out := [path for path in _files(images) if path not in packed]:
         print(f"left out {len(left_out)} files that are no class's {_EXTENSIONS}: {left_out[0]} …", file=sys.stderr)
     return classes, [by_key[key] for key in sorted(by_key)]
 
@@ -102,12 +112,21 @@ def find_images(images: Path, classes: list[str] | None) -> tuple[list[str], lis
 _EXTENSIONS = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if _is_image(path))
+def _files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted, links followed."""
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(parent, name) for name in files]
+    return sorted(found)
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and path.is_file()
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
 def _key(path: Path) -> str:
@@ -129,7 +148,7 @@ def _read_image(path: Path) -> bytes:
     """The file's bytes, once PIL has decoded them: what does not decode today would stop a run tomorrow."""
     try:
         data = path.read_bytes()
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             if image.format not in ("JPEG", "PNG"):
                 raise InputError(f"{path}: holds {image.format}, not JPEG or PNG: convert or remove it")
             if max(image.size) > MAX_SIDE_PX:

@@ -30,6 +30,8 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
             drop_rate=model.drop_rate,
             drop_path_rate=model.drop_path_rate,
         )
+    except TypeError as error:
+        raise InputError(f"model.name {model.name!r} cannot be built here, it takes no img_size: {error}") from error
     except (ValueError, AssertionError) as error:
         raise InputError(f"model.name {model.name!r} with image.size {image_size}: {error}") from error
     if model.grad_checkpointing:
@@ -39,8 +41,6 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
 
 class Classification:
     """Soft-target cross-entropy; top-1, top-5 and the loss as metrics."""
-
-    headline = "top1"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,13 +14,13 @@ CARD, WEIGHTS = "model.json", "model.safetensors"
 class Card(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = 1
-    task: str
+    format: Literal[1] = 1
+    task: Literal["classification"]
     model: config.Model
     image: config.Image
     eval_batch_size: int
     classes: list[str]
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     lineage: dict[str, Any]
 
     @classmethod

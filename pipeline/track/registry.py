@@ -6,6 +6,7 @@ tags hold the SHA-256 of both, so that the database vouches for the files.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
 from PIL import Image
+from pydantic import ValidationError
 
 from pipeline.errors import InputError
 from pipeline.track.card import CARD, WEIGHTS, Card
@@ -55,12 +57,12 @@ def register(name: str, weights: Path, card: Card, *, run_id: str, step: int) ->
         card.write(staged)
         digests = {f"sha256.{file}": _sha256(staged / file) for file in (WEIGHTS, CARD)}
         logged = mlflow.pyfunc.log_model(
-            name=name,
+            name="model",  # of the run's logged model; stricter rules hold for it than for registered ones
             python_model=str(Path(__file__).with_name("served.py")),
             artifacts={file: str(staged / file) for file in (WEIGHTS, CARD)},
             signature=_SIGNATURE,
             input_example=pandas.DataFrame({"image": [_grey_image(card.image.size)]}),
-            pip_requirements=["pvt-pipeline"],
+            pip_requirements=_requirements(),
             registered_model_name=name,
             step=step,
         )
@@ -90,7 +92,10 @@ def fetch(uri: str, folder: Path) -> Version:
                 f"{pinned}: {file} has SHA-256 {found}, but {registered} was registered: "
                 "the artifact was changed; do not use it, register the checkpoint again"
             )
-    return Version(pinned, root, Card.read(root))
+    try:
+        return Version(pinned, root, Card.read(root))
+    except ValidationError as error:
+        raise InputError(f"{pinned}: {CARD} is not one that this version reads: {error.errors()[0]['msg']}") from error
 
 
 def _resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
@@ -105,9 +110,22 @@ def _resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
         if number[2].isdigit():
             return number[0], str(client.get_model_version(number[0], number[2]).version)
     except MlflowException as error:
-        known = [model.name for model in client.search_registered_models(max_results=20)]
-        raise InputError(f"{uri}: {error.message} (registered models: {', '.join(known) or 'none'})") from error
+        raise InputError(f"{uri}: {error.message}{_known(client)}") from error
     raise InputError(f"{uri}: names no version: give models:/NAME/VERSION or models:/NAME@ALIAS")
+
+
+def _known(client: MlflowClient) -> str:
+    try:
+        models = client.search_registered_models(max_results=20)
+    except MlflowException:  # the server, rather than the name, is the trouble
+        return ""
+    return f" (registered models: {', '.join(model.name for model in models) or 'none'})"
+
+
+def _requirements() -> list[str]:
+    """What served.py needs beside this project, which is not looked up by name: any package could own it."""
+    packages = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "timm", "torch")
+    return [f"{package}=={importlib.metadata.version(package)}" for package in packages]
 
 
 def _grey_image(size: int) -> bytes:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.time import get_current_time_millis
 
-from pipeline import config
+from pipeline import config, files
+from pipeline.errors import InputError
+
+QUIET_S = 300
 
 
 def tracking_uri(settings: config.Tracking, root: str | Path) -> str:
@@ -26,17 +30,21 @@ def tracking_uri(settings: config.Tracking, root: str | Path) -> str:
 
 
 def use(uri: str) -> None:
-    """Make `uri` the tracking server and registry of this process."""
-    mlflow.set_tracking_uri(uri)
+    """Make `uri` the tracking server and registry of this process. Raises InputError for what cannot be one."""
+    try:
+        mlflow.set_tracking_uri(uri)
+        MlflowClient()
+    except MlflowException as error:
+        raise InputError(f"tracking server {uri}: {error.message}") from error
 
 
 class Tracker:
-    """A listener that keeps an MLflow run. After construction no trouble of the tracking server is raised: it is
-    reported once on standard error, and metrics.jsonl still holds every number."""
+    """A listener that keeps an MLflow run. While training, trouble with the tracking server is reported and no
+    reason to stop: metrics.jsonl holds every number."""
 
     def __init__(self, settings: config.Config, *, facts: dict[str, str]) -> None:
         """Start the run, or continue the one noted in run.json; `facts` become tags."""
-        self._silenced = False
+        self._quiet_until = 0.0
         note = settings.run.folder / "run.json"
         uri = tracking_uri(settings.tracking, settings.run.root)
         use(uri)
@@ -52,10 +60,10 @@ class Tracker:
                 log_system_metrics=settings.tracking.system_metrics,
             )
             self.run_id = run.info.run_id
-            note.write_text(json.dumps({"run_id": self.run_id}) + "\n")
             # Once: MLflow refuses a parameter that a restart would log with another value.
             mlflow.log_params(dict(_flatten(settings.model_dump(mode="json"))))
             mlflow.log_text(config.dump(settings), "config.yaml")
+            files.write(note, json.dumps({"run_id": self.run_id}).encode() + b"\n")
         self._client = MlflowClient(uri)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -68,17 +76,22 @@ class Tracker:
         pass
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if time.monotonic() < self._quiet_until:
+            return
         now = get_current_time_millis()
         points = [Metric(name, value, now, step) for name, value in metrics.items()]
         try:
             self._client.log_batch(self.run_id, points)
         except (MlflowException, OSError) as error:
-            if not self._silenced:
-                print(f"MLflow cannot be reached, metrics go to metrics.jsonl alone: {error}", file=sys.stderr)
-            self._silenced = True
+            # Every further try would hold training up for as long as the client's own retries take.
+            self._quiet_until = time.monotonic() + QUIET_S
+            print(f"MLflow: {error}; for {QUIET_S} s metrics go to metrics.jsonl alone", file=sys.stderr, flush=True)
 
     def end(self, *, failed: bool = False) -> None:
-        mlflow.end_run(RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
+        try:
+            mlflow.end_run(RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
+        except (MlflowException, OSError) as error:
+            print(f"MLflow: the run's end could not be noted: {error}", file=sys.stderr, flush=True)
 
 
 def code_revision() -> dict[str, str]:

@@ -13,22 +13,26 @@ Neither the world size nor the ZeRO stage shows, so a checkpoint loads on any of
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline import files
 from pipeline.errors import InputError
 from pipeline.train.engine import Engine, LossScale
 from pipeline.world import World
 
-COMMIT, MODEL = "COMMIT.json", "model.safetensors"
+COMMIT, MODEL, STATE = "COMMIT.json", "model.safetensors", "state.json"
 FORMAT = 1
+
+SHAPES_WEIGHTS = ("model", "image_size", "num_classes")  # entries of the identity that no resume.allow can bridge
 
 
 @dataclasses.dataclass
@@ -51,31 +55,28 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, identity: dict[str, Any]) -> None:
         self._folder, self._world, self._identity = folder, world, identity
+        self._newest: Path | None = None  # that this process has written or checked itself
 
     def save(self, state: State, engine: Engine) -> Path:
         """Write a checkpoint; collective. The folder is complete on return."""
         folder = self._folder / f"step-{state.step:08d}"
+        if folder == self._newest:
+            return folder
         state = dataclasses.replace(
             state,
             adam_steps=engine.adam_steps(),
             loss_scale=dataclasses.asdict(engine.loss_scale) if engine.loss_scale else None,
         )
         if self._world.is_first:
-            # A folder without COMMIT.json is what a killed save left behind.
-            if folder.exists() and not (folder / COMMIT).exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            self._clear(folder)
         self._world.barrier()
-        if (folder / COMMIT).exists():
-            return folder
-
         weights = engine.weights()
-        files = {f"optimizer-{self._world.rank}.safetensors": safetensors.torch.save(self._my_moments(engine))}
+        contents = {f"optimizer-{self._world.rank}.safetensors": safetensors.torch.save(self._my_moments(engine))}
         if self._world.is_first:
-            files[MODEL] = safetensors.torch.save(weights)
+            contents[MODEL] = safetensors.torch.save(weights)
             document = {"format": FORMAT, "identity": self._identity, "state": dataclasses.asdict(state)}
-            files["state.json"] = _json(document)
-        part = {name: _write(folder / name, data) for name, data in files.items()}
+            contents[STATE] = _json(document)
+        part = {name: _write(folder / name, data) for name, data in contents.items()}
         _write(folder / f"part-{self._world.rank}.json", _json(part))
         self._world.barrier()
         if self._world.is_first:
@@ -83,7 +84,18 @@ class Checkpoints:
             listing = {name: entry for part in parts for name, entry in part.items()}
             _write(folder / COMMIT, _json({"format": FORMAT, "files": listing}))
         self._world.barrier()
+        self._newest = folder
         return folder
+
+    def _clear(self, folder: Path) -> None:
+        """An empty folder, whatever a killed save, another trajectory or a damaged disk left there."""
+        if folder.exists():
+            # Out of discovery's sight first, so that it never sees a half-deleted one.
+            discarded = folder.with_name(f".{folder.name}.discarded")
+            shutil.rmtree(discarded, ignore_errors=True)
+            folder.rename(discarded)
+            shutil.rmtree(discarded)
+        folder.mkdir(parents=True)
 
     def _my_moments(self, engine: Engine) -> dict[str, Tensor]:
         """This rank's share: dealt out in turn to whoever holds least so far."""
@@ -110,6 +122,7 @@ class Checkpoints:
         found, error = self._world.from_first((found, error))
         if error:
             raise InputError(error)
+        self._newest = found
         return Checkpoint(found) if found else None
 
     def _find(self, source: str, allow: list[str]) -> Path | None:
@@ -123,19 +136,20 @@ class Checkpoints:
                 raise InputError(
                     f"{self._folder} holds checkpoints but resume.source is never: give the run another run.name"
                 )
-            # A damaged newest one is walked past, not trusted; the run repeats the steps since the one before it.
-            folder = next((candidate for candidate in candidates if damage(candidate) is None), None)
+            folder = next(filter(_is_whole, candidates), None)
         if folder:
             self._compare(folder, allow)
         return folder
 
     def _compare(self, folder: Path, allow: list[str]) -> None:
-        theirs = json.loads((folder / "state.json").read_text())["identity"]
+        theirs = json.loads((folder / STATE).read_text())["identity"]
         for name in sorted(theirs.keys() | self._identity.keys()):
-            if theirs.get(name) != self._identity.get(name) and name not in allow:
+            fixed = name in SHAPES_WEIGHTS
+            if theirs.get(name) != self._identity.get(name) and (fixed or name not in allow):
+                accept = "" if fixed else f", or accept it with resume.allow: [{name}]"
                 raise InputError(
                     f"{folder}: {name} is {theirs.get(name)!r} in the checkpoint and {self._identity.get(name)!r} in "
-                    f"this run: set it back, give the run another run.name, or accept it with resume.allow: [{name}]"
+                    f"this run: set it back, or give the run another run.name{accept}"
                 )
 
 
@@ -144,7 +158,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = State(**json.loads((folder / "state.json").read_text())["state"])
+        self.state = State(**json.loads((folder / STATE).read_text())["state"])
 
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)
@@ -157,7 +171,8 @@ class Checkpoint:
         return self.state
 
     def _moment_of(self) -> Callable[[str, str], Tensor]:
-        files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("optimizer-*.safetensors"))]
+        names = [name for name in Commit.read(self.folder).files if name.startswith("optimizer-")]
+        files = [safe_open(self.folder / name, framework="pt") for name in names]
         home = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a mapping
 
         def moment_of(name: str, moment: str) -> Tensor:
@@ -166,25 +181,66 @@ class Checkpoint:
         return moment_of
 
 
+class Entry(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class Commit(BaseModel):
+    """COMMIT.json."""
+
+    format: Literal[1]
+    files: dict[str, Entry]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Commit":
+        return cls.model_validate_json((folder / COMMIT).read_text())
+
+
 def damage(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None. Reads every byte."""
+    """Why the checkpoint cannot be trusted, or None. Reads every byte.
+
+    Raises InputError for one that a newer version of this code has written, which is not damaged.
+    """
+    if not folder.is_dir():
+        return "no such folder"
     try:
-        commit = json.loads((folder / COMMIT).read_text())
+        commit = Commit.read(folder)
     except FileNotFoundError:
         return f"no {COMMIT}: saving it did not finish"
+    except ValidationError as error:
+        if (found := _format_of(folder)) > FORMAT:
+            raise InputError(f"{folder}: format {found}, but this version reads format {FORMAT}: update it") from None
+        return f"{COMMIT} cannot be read: {error.errors()[0]['msg']}"
     except (OSError, ValueError) as error:
         return f"{COMMIT} cannot be read: {error}"
-    if commit.get("format") != FORMAT:
-        return f"format {commit.get('format')!r}, but this version reads format {FORMAT}"
-    for name, entry in commit["files"].items():
+    if missing := {MODEL, STATE} - commit.files.keys():
+        return f"{COMMIT} does not list {', '.join(sorted(missing))}"
+    for name, entry in commit.files.items():
         try:
             with (folder / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        if digest != entry["sha256"]:
-            return f"{name} has SHA-256 {digest}, but {COMMIT} lists {entry['sha256']}"
+        if digest != entry.sha256:
+            return f"{name} has SHA-256 {digest}, but {COMMIT} lists {entry.sha256}"
     return None
+
+
+def _format_of(folder: Path) -> int:
+    try:
+        found = json.loads((folder / COMMIT).read_text())["format"]
+        return found if isinstance(found, int) else 0
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether to resume from it. A damaged one is told and walked past: the run repeats the steps since the one
+    before."""
+    if fault := damage(folder):
+        print(f"{folder} is passed over: {fault}", file=sys.stderr, flush=True)
+    return fault is None
 
 
 def _json(value: Any) -> bytes:
@@ -192,16 +248,6 @@ def _json(value: Any) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Write so that the file is whole under its name or absent, even after a power cut. Returns its listing entry."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Write a file and return its entry in the listings."""
+    files.write(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,4 +1,4 @@
-"""DeepSpeed behind five verbs: step, evaluate, weights, optimiser shares out, optimiser shares in.
+"""DeepSpeed, behind what the loop and checkpoints need: step, evaluator, weights, moments, load_moments.
 
 Parameters, gradients, accumulation and reduction are fp32 at every ZeRO stage; bf16 and fp16 are autocast inside
 the forward pass. So the weights in a checkpoint are the weights that train, whatever the stage or precision, and
@@ -6,7 +6,9 @@ stage 0 needs no master copy. fp16's loss scale is kept here, one rule for all s
 """
 
 import dataclasses
+import difflib
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.utils.deterministic
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import keys
@@ -33,6 +37,20 @@ from pipeline.train.seams import Task
 from pipeline.world import World
 
 _MOST_BUCKET_ELEMENTS = 50_000_000
+
+# What of DeepSpeed's configuration makes sense beside the typed one.
+_PASSED_ON = (
+    "activation_checkpointing",
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -124,45 +142,50 @@ class Engine:
             torch.manual_seed(keys.torch_seed(seed))
             loss = self._engine(batch.images, batch.targets, batch.weights, batch.drop_path)
             total += loss.detach()
-            self._backward(loss * share, lr if micro == self._accumulation - 1 else None)
+            self._backward(loss * share, is_last=micro == self._accumulation - 1)
+        applied, grad_norm = self._update(lr)
         loss = self._world.sum(total).item() / self._config.train.global_batch_size
         if self.loss_scale:
-            self.loss_scale.update(self._applied)
-        return Outcome(loss, self._grad_norm, self._applied)
+            self.loss_scale.update(applied)
+        return Outcome(loss, grad_norm, applied)
 
-    def _backward(self, loss: Tensor, lr: float | None) -> None:
-        """Accumulate a micro-batch's gradients; with a learning rate, also clip them and update the weights."""
-        scale = self.loss_scale.value if self.loss_scale else 1.0
-        if self._stage == 0:
-            loss = loss * scale
+    def _backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add a micro-batch's gradients. After the last one `_update` has to follow."""
+        if self.loss_scale and self._stage == 0:
+            loss = loss * self.loss_scale.value
         elif self.loss_scale:
-            self._engine.optimizer.override_loss_scale(scale)
+            self._engine.optimizer.override_loss_scale(self.loss_scale.value)
         self._engine.backward(loss)
-        if lr is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            if self._stage == 0:
-                self._clip(scale)
-        self._engine.step()
-        if lr is not None and self._stage > 0:
-            # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
-            self._applied = not self._engine.optimizer.overflow
-            self._grad_norm = float(self._engine.optimizer._global_grad_norm)
+        if not is_last:
+            self._engine.step()  # counts the micro-batch
 
-    def _clip(self, scale: float) -> None:
+    def _update(self, lr: float) -> tuple[bool, float]:
+        """Clip and apply the gradients. Returns whether they were applied and their norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage == 0:
+            applied, norm = self._clip()
+            self._engine.step()
+            return applied, norm
+        self._engine.step()
+        # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
+        return not self._engine.optimizer.overflow, float(self._engine.optimizer._global_grad_norm)
+
+    def _clip(self) -> tuple[bool, float]:
         """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite."""
+        scale = self.loss_scale.value if self.loss_scale else 1.0
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item() / scale
-        self._applied, self._grad_norm = norm < float("inf"), norm
-        if not self._applied:
+        if not math.isfinite(norm):
             for parameter in self._parameters.values():
                 parameter.grad = None  # AdamW passes over parameters without a gradient
-            return
+            return False, norm
         limit = self._config.optim.clip_grad
         factor = max(1.0, (norm + 1e-6) / limit) * scale if limit else scale
         if factor != 1.0:
             for gradient in gradients:
                 gradient.mul_(1 / factor)
+        return True, norm
 
     def evaluator(self) -> Callable[[Tensor], Any]:
         """The network as it is now, for evaluation: fp32, no dropping. Collective at stage 3."""
@@ -183,11 +206,12 @@ class Engine:
 
     def adam_steps(self) -> int:
         """Updates that were applied, which is what Adam's bias correction counts."""
-        states = list(self._optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
+        return max((int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0)
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, moment name, full tensor on the device), in an order that all ranks share. Collective."""
+        if self.adam_steps() == 0:
+            self._create_moments()
         self._link_moments()
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
@@ -224,8 +248,10 @@ class Engine:
         images = torch.zeros(1, 3, size, size, device=self._world.device)
         self._engine.train()
         for micro in range(self._accumulation):
-            outputs = self._engine(images)
-            self._backward(outputs.float().sum() * 0.0, 0.0 if micro == self._accumulation - 1 else None)
+            self._backward(self._engine(images).float().sum() * 0.0, is_last=micro == self._accumulation - 1)
+        self._update(lr=0.0)
+        for state in self._optimizer.state.values():
+            state["step"].zero_()
 
 
 def _full(tensor: Tensor | None) -> Tensor:
@@ -247,20 +273,33 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
         "steps_per_print": None,
         # At stage 0 DeepSpeed reports no norm without clipping, so clipping is done here.
         "gradient_clipping": clip if stage > 0 else 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "compute_grad_norm": True},
     }
-    merged = _merge(generated, config.engine.deepspeed, "engine.deepspeed")
+    extra = config.engine.deepspeed
+    for name in extra:
+        if name in ("fp16", "bf16", "torch_autocast"):
+            raise InputError(f"engine.deepspeed.{name}: the precision is set by engine.precision")
+        if name not in _PASSED_ON and name not in generated:
+            near = difflib.get_close_matches(name, [*_PASSED_ON, *generated], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"passed on are: {', '.join(_PASSED_ON)}"
+            raise InputError(f"engine.deepspeed.{name}: not a key that is passed on to DeepSpeed; {hint}")
+    merged = _merge(generated, extra, "engine.deepspeed")
+    zero = merged["zero_optimization"]
     # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        merged["zero_optimization"].setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
+        zero.setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"engine.deepspeed.zero_optimization.{key}: {first['msg']}") from None
     return merged
 
 
 def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(generated)
     for name, value in extra.items():
-        if name in ("fp16", "bf16", "torch_autocast"):
-            raise InputError(f"{path}.{name}: the precision is set by engine.precision")
         if isinstance(value, dict) and isinstance(generated.get(name, {}), dict):
             merged[name] = _merge(generated.get(name, {}), value, f"{path}.{name}")
         elif name in generated and generated[name] != value:
@@ -275,7 +314,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling what `torch.empty` returns guards against uninitialised reads, at the price of writing all memory twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _log_to_stderr() -> None:

@@ -3,8 +3,10 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pipeline.config import Config, Length
+from pipeline.errors import InputError
 from pipeline.feed.loader import TrainFeed
 from pipeline.train.checkpoint import Checkpoints, State
 from pipeline.train.engine import Engine
@@ -25,8 +27,11 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config, steps_per_epoch: int) -> "Schedule":
+        """Raises InputError for a run without a step and for a warm-up that outlasts it."""
         batch = config.train.global_batch_size
         total = config.train.length.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch)
+        if total < 1:
+            raise InputError(f"train.length {config.train.length} is less than one step of {batch} images")
 
         def steps(length: Length | None) -> int:
             if length is None:
@@ -34,6 +39,8 @@ class Schedule:
             return max(1, length.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch, total=total))
 
         warmup = config.optim.warmup.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch, total=total)
+        if warmup >= total:
+            raise InputError(f"optim.warmup {config.optim.warmup} is {warmup} steps, but the run has {total}")
         train = config.train
         return cls(total, warmup, steps(train.log_every), steps(train.eval_every), steps(train.save_every))
 
@@ -45,6 +52,7 @@ class Schedule:
 class Summary:
     scores: dict[str, float]  # of the last evaluation
     images_per_second: float | None  # while training; None where no step was left to take
+    checkpoint: Path  # of the last step
 
 
 def train(
@@ -92,6 +100,7 @@ def train(
             for listener in listeners:
                 listener.on_checkpoint(state.step, folder)
         meters.pause(time.perf_counter() - paused)
-    if evaluation and not scores:  # resumed from a checkpoint of the last step
+    # Both of these have been done already, unless the run resumed from a checkpoint of its last step.
+    if evaluation and not scores:
         scores = evaluation()
-    return Summary(scores, meters.images_per_second())
+    return Summary(scores, meters.images_per_second(), checkpoints.save(state, engine))

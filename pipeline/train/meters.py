@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline import files
 from pipeline.train.engine import Outcome
 
 
@@ -51,10 +52,14 @@ class Meters:
 
 
 class MetricsFile:
-    """Appends one JSON line a reading to metrics.jsonl. Non-finite numbers become null, as JSON has none."""
+    """Appends one JSON line a reading to metrics.jsonl."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
+        """Go on after `step`. Lines of later steps, which a killed run left and this one repeats, are removed."""
         self._path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            files.write(path, "".join(f"{line}\n" for line in kept).encode())
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self._append(step, metrics)
@@ -66,9 +71,20 @@ class MetricsFile:
         pass
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
-        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(json.dumps({"step": step, **finite_or_none(metrics)}) + "\n")
+
+
+def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity and no NaN; null stands for them."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut short
+        return math.inf
 
 
 class Progress:

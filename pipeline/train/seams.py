@@ -25,8 +25,6 @@ class Task(Protocol):
     """What differs between jobs: the network, its loss, its metric."""
 
     model: nn.Module
-    headline: str
-    """The metric that says how good a model is; higher is better."""
     drop_path_rates: tuple[float, ...]
     """Of each residual branch, where the network takes its drop-path masks from outside; else empty."""
 
