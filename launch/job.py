@@ -1,6 +1,7 @@
 """A training job from its configuration to its registered model: builds the rooms' parts and joins them."""
 
 import contextlib
+import fcntl
 import json
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pipeline.track.runs import Tracker
 from pipeline.train.checkpoint import MODEL, Checkpoints, State
 from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
-from pipeline.train.loop import Schedule, train
+from pipeline.train.loop import Schedule, Summary, train
 from pipeline.train.meters import MetricsFile, Progress, finite_or_none
 from pipeline.world import World
 
@@ -38,11 +39,11 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     if settings.train.deterministic:
         make_deterministic()
     torch.manual_seed(settings.run.seed)
-    classes = training.manifest.classes
+    num_classes = len(training.manifest.classes)
     task = command.first_then_all(
-        world, lambda: Classification(build_model(settings.model, settings.image.size, len(classes)))
+        world, lambda: Classification(build_model(settings.model, settings.image.size, num_classes))
     )
-    identity = {**settings.identity(), "num_classes": len(classes), "data": training.manifest.digest}
+    identity = {**settings.identity(), "num_classes": num_classes, "data": training.manifest.digest}
     checkpoints = Checkpoints(folder / "checkpoints", world, identity)
     found = checkpoints.find(settings.resume.source, settings.resume.allow)
     state = found.state if found else State()
@@ -67,7 +68,6 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             batch_size=settings.evaluate.batch_size,
             num_threads=settings.data.num_threads,
         )
-
         evaluation = lambda: evaluate(engine.evaluator(), batches, task.metric(), world)  # noqa: E731
     with contextlib.closing(feed), _tracking(settings, world, training) as tracker:
         listeners = []
@@ -78,33 +78,33 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
         summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners)
         if tracker is None:
             return None
-        scores = finite_or_none(summary.scores)
-        card = Card(
-            task="classification",
-            model=settings.model,
-            image=settings.image,
-            eval_batch_size=settings.evaluate.batch_size,
-            classes=classes,
-            metrics=scores,
-            lineage={"data.digest": training.manifest.digest, "checkpoint": str(summary.checkpoint)},
-        )
-        uri = register(
-            settings.tracking.model_name or settings.run.name,
-            summary.checkpoint / MODEL,
-            card,
-            run_id=tracker.run_id,
-            step=state.step,
-        )
-        result = {
-            "run": str(folder),
-            "run_id": tracker.run_id,
-            "model": uri,
-            **scores,
-            "steps": state.step,
-            "images_per_second": summary.images_per_second,
-        }
+        result = _register(settings, training, tracker, summary, state)
         files.write(folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
         return result
+
+
+def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: Summary, state: State) -> dict[str, Any]:
+    """Register the last checkpoint's weights as a model version; returns the job's result."""
+    scores = finite_or_none(summary.scores)
+    card = Card(
+        task="classification",
+        model=settings.model,
+        image=settings.image,
+        eval_batch_size=settings.evaluate.batch_size,
+        classes=training.manifest.classes,
+        metrics=scores,
+        lineage={"data.digest": training.manifest.digest, "checkpoint": str(summary.checkpoint)},
+    )
+    name = settings.tracking.model_name or settings.run.name
+    uri = register(name, summary.checkpoint / MODEL, card, run_id=tracker.run_id, step=state.step)
+    return {
+        "run": str(settings.run.folder),
+        "run_id": tracker.run_id,
+        "model": uri,
+        **scores,
+        "steps": state.step,
+        "images_per_second": summary.images_per_second,
+    }
 
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
@@ -133,19 +133,27 @@ def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] 
 
 @contextlib.contextmanager
 def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tracker | None]:
-    """The run's folder and its Tracker on rank 0, None on the others; a run that raises ends as FAILED."""
+    """The run's folder, locked, and its Tracker on rank 0; None on the others. A run that raises ends as FAILED."""
     if not world.is_first:
         yield None
         return
-    settings.run.folder.mkdir(parents=True, exist_ok=True)
-    (settings.run.folder / "config.yaml").write_text(dump(settings))
-    tracker = Tracker(settings, facts={"data.digest": training.manifest.digest, "data.path": settings.data.train})
-    try:
-        yield tracker
-    except BaseException:
-        tracker.end(failed=True)
-        raise
-    tracker.end()
+    folder = settings.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another job is at work in it; wait for it or give this one a run.name"
+            ) from None
+        (folder / "config.yaml").write_text(dump(settings))
+        tracker = Tracker(settings, facts={"data.digest": training.manifest.digest, "data.path": settings.data.train})
+        try:
+            yield tracker
+        except BaseException:
+            tracker.end(failed=True)
+            raise
+        tracker.end()
 
 
 def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State) -> None:

@@ -1,5 +1,6 @@
 """The commands as a user runs them: a short job on two ranks, its records, its model, and wrong usage."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -148,6 +149,15 @@ def test_a_longer_job_goes_on_in_the_same_run(job: Job) -> None:
     assert longer["run_id"] == result["run_id"]
     assert (longer["steps"], longer["model"]) == (STEPS + 3, "models:/tiny/2")
     assert [line["step"] for line in metrics_lines(folder) if "loss" in line] == list(range(1, STEPS + 4))
+
+
+def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
+    folder, _ = job
+    with (folder / "runs/tiny/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pretrain(folder, "train.length=99 steps", ranks=1)
+    assert second.returncode == 2
+    assert "another job is at work in it" in second.stderr
 
 
 def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
