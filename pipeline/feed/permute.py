@@ -26,6 +26,8 @@ def permute(index: npt.NDArray[np.int64], size: npt.ArrayLike, key: Key) -> npt.
     assert (image < size).all()
 
     half = _half_bits(size)
+    # A block that is too small would send some indices round for ever.
+    assert (size <= np.uint64(1) << 2 * half).all()
     pending = np.arange(image.size)
     while pending.size:
         image[pending] = _feistel(image[pending], half[pending], words[pending])
