@@ -5,6 +5,7 @@
 The same input gives the same bytes. The output folder appears whole, by one rename, or not at all.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -69,8 +70,9 @@ def pack(
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:
-            parent.rmdir()
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for parent in created:
+                parent.rmdir()
         raise
     return manifest
 
