@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from pipeline.errors import InputError
 from pipeline.world import World
@@ -46,7 +46,7 @@ def first_then_all(world: World, build: Callable[[], Value]) -> Value:
 
     Collective. After a mistake of rank 0 the others end quietly.
     """
-    failed, value = False, None
+    failed, value = False, cast(Value, None)  # until rank 0 has built it
     if world.is_first:
         try:
             value = build()
@@ -56,4 +56,4 @@ def first_then_all(world: World, build: Callable[[], Value]) -> Value:
             failed = True
     if world.from_first(failed):
         os._exit(USAGE)
-    return build() if value is None else value
+    return value if world.is_first else build()

@@ -21,7 +21,7 @@ from pipeline.tasks.classify import Classification, build_model
 from pipeline.track.card import Card
 from pipeline.track.registry import register
 from pipeline.track.runs import Tracker
-from pipeline.train.checkpoint import MODEL, Checkpoints, State
+from pipeline.train.checkpoint import MODEL, Checkpoint, Checkpoints, State
 from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import Schedule, Summary, train
@@ -45,7 +45,7 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     )
     identity = {**settings.identity(), "num_classes": num_classes, "data": training.manifest.digest}
     checkpoints = Checkpoints(folder / "checkpoints", world, identity)
-    found = checkpoints.find(settings.resume.source, settings.resume.allow)
+    found = _find(checkpoints, settings, world)
     state = found.state if found else State()
     if found:
         task.model.load_state_dict(found.weights())
@@ -121,6 +121,14 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     Schedule.of(settings, order.steps_per_epoch)
     deepspeed_config(settings, world, part.accumulation, num_parameters=1)
     return training, validation
+
+
+def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoint | None:
+    def look() -> Path | None:
+        return checkpoints.find(settings.resume.source, settings.resume.allow) if world.is_first else None
+
+    folder = world.from_first(command.first_then_all(world, look))
+    return checkpoints.open(folder) if folder else None
 
 
 def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:

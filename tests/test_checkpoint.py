@@ -64,8 +64,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def find(folder: Path, source: str = "auto", allow: list[str] | None = None, **changes: Any) -> Path | None:
-    found = Checkpoints(folder, World(), {**IDENTITY, **changes}).find(source, allow or [])
-    return found.folder if found else None
+    return Checkpoints(folder, World(), {**IDENTITY, **changes}).find(source, allow or [])
 
 
 def test_a_checkpoint_holds_what_the_documentation_lists(folder: Path) -> None:

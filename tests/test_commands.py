@@ -162,8 +162,9 @@ def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
 
 def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
     folder, _ = job
-    other = pretrain(folder, f"data.train={digits / 'val'}", ranks=1)
+    other = pretrain(folder, f"data.train={digits / 'val'}")
     assert other.returncode == 2
+    assert other.stderr.count("error: ") == 1
     assert "data is '" in other.stderr
     assert "resume.allow: [data]" in other.stderr
     other = pretrain(folder, "model.name=pvt_tiny", ranks=1)

@@ -55,7 +55,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, identity: dict[str, Any]) -> None:
         self._folder, self._world, self._identity = folder, world, identity
-        self._newest: Path | None = None  # that this process has written or checked itself
+        self._newest: Path | None = None  # that this process has written or opened
 
     def save(self, state: State, engine: Engine) -> Path:
         """Write a checkpoint; collective. The folder is complete on return."""
@@ -88,7 +88,7 @@ class Checkpoints:
         return folder
 
     def _clear(self, folder: Path) -> None:
-        """An empty folder, whatever a killed save, another trajectory or a damaged disk left there."""
+        """Make the folder, and make it empty, whatever a killed save, another trajectory or a bad disk left there."""
         if folder.exists():
             # Out of discovery's sight first, so that it never sees a half-deleted one.
             discarded = folder.with_name(f".{folder.name}.discarded")
@@ -108,24 +108,12 @@ class Checkpoints:
                 share[f"{moment}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
         return share
 
-    def find(self, source: str, allow: list[str]) -> "Checkpoint | None":
-        """The checkpoint that resume.source means, or None to start fresh. Collective.
+    def find(self, source: str, allow: list[str]) -> Path | None:
+        """The checkpoint folder that resume.source means, or None to start fresh. For one rank to ask: it reads
+        every byte, and the others take its answer.
 
         Raises InputError for a checkpoint of another run's making, a damaged named one, or one nobody asked for.
         """
-        found, error = None, None
-        if self._world.is_first:
-            try:
-                found = self._find(source, allow)
-            except InputError as raised:
-                error = str(raised)
-        found, error = self._world.from_first((found, error))
-        if error:
-            raise InputError(error)
-        self._newest = found
-        return Checkpoint(found) if found else None
-
-    def _find(self, source: str, allow: list[str]) -> Path | None:
         if source not in ("auto", "never"):
             folder = Path(source)
             if fault := damage(folder):
@@ -140,6 +128,11 @@ class Checkpoints:
         if folder:
             self._compare(folder, allow)
         return folder
+
+    def open(self, folder: Path) -> "Checkpoint":
+        """The checkpoint that `find` found, for every rank to load."""
+        self._newest = folder
+        return Checkpoint(folder)
 
     def _compare(self, folder: Path, allow: list[str]) -> None:
         theirs = json.loads((folder / STATE).read_text())["identity"]
@@ -163,17 +156,16 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)
 
-    def restore(self, engine: Engine) -> State:
+    def restore(self, engine: Engine) -> None:
         """Put the optimiser back; the weights have to be in the model before the engine is built on it."""
         engine.load_moments(self._moment_of(), self.state.adam_steps)
         if engine.loss_scale and self.state.loss_scale:
             engine.loss_scale = LossScale(**self.state.loss_scale)  # pyright: ignore[reportArgumentType]
-        return self.state
 
     def _moment_of(self) -> Callable[[str, str], Tensor]:
         names = [name for name in Commit.read(self.folder).files if name.startswith("optimizer-")]
-        files = [safe_open(self.folder / name, framework="pt") for name in names]
-        home = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a mapping
+        shares = [safe_open(self.folder / name, framework="pt") for name in names]
+        home = {key: share for share in shares for key in share.keys()}  # noqa: SIM118 - not a mapping
 
         def moment_of(name: str, moment: str) -> Tensor:
             return home[f"{moment}.{name}"].get_tensor(f"{moment}.{name}")

@@ -43,7 +43,8 @@ def main() -> None:
         torch.manual_seed(settings.run.seed)
         task = Classification(build_model(settings.model, settings.image.size, 10))
         checkpoints = Checkpoints(Path(folder, run), here, settings.identity())
-        found = checkpoints.find("auto", [])
+        folder_found = here.from_first(checkpoints.find("auto", []) if here.is_first else None)
+        found = checkpoints.open(folder_found) if folder_found else None
         state = found.state if found else State()
         if found:
             task.model.load_state_dict(found.weights())
