@@ -10,6 +10,7 @@ The cipher is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 """
 
 import enum
+import functools
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ class Stream(enum.IntEnum):
     DROP_PATH = 6
     MODULE = 7
     PACK = 8
+    MIXTURE = 9
+    SHOW = 10
+    ERASE = 11
 
 
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -59,17 +63,19 @@ def philox(counter: npt.NDArray[np.uint32], key: Key) -> npt.NDArray[np.uint32]:
 
 def key(seed: int, stream: Stream, *coordinates: npt.ArrayLike) -> Key:
     """The key, [..., 2] words, of a stream at the given integer coordinates (each below 2^64; they broadcast)."""
-    words = np.array([seed, stream], np.uint32)
-    for coordinate in coordinates:
-        # Through unsigned 64 bits, so that one function serves counts, ids and array shapes alike.
-        value = np.asarray(coordinate).astype(np.uint64)
-        counter = np.zeros((*value.shape, 4), np.uint32)
-        counter[..., 0] = (value & _LOW).astype(np.uint32)
-        counter[..., 1] = (value >> _HIGH).astype(np.uint32)
-        # Folding uses counters whose third word is 1; drawing uses 0, so a draw never repeats a key.
-        counter[..., 2] = 1
-        words = philox(counter, words)[..., :2]
-    return words
+    return functools.reduce(fold, coordinates, np.array([seed, stream], np.uint32))
+
+
+def fold(key: Key, coordinate: npt.ArrayLike) -> Key:
+    """The key, [..., 2] words, of one more coordinate."""
+    # Through unsigned 64 bits, so that one function serves counts, ids and array shapes alike.
+    value = np.asarray(coordinate).astype(np.uint64)
+    counter = np.zeros((*value.shape, 4), np.uint32)
+    counter[..., 0] = (value & _LOW).astype(np.uint32)
+    counter[..., 1] = (value >> _HIGH).astype(np.uint32)
+    # Folding uses counters whose third word is 1; drawing uses 0, so a draw never repeats a key.
+    counter[..., 2] = 1
+    return philox(counter, key)[..., :2]
 
 
 def bits(key: Key, count: int) -> npt.NDArray[np.uint32]:

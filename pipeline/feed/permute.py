@@ -51,7 +51,7 @@ def _feistel(
     left, right = (block >> half).astype(np.uint32), block.astype(np.uint32) & mask
     for number in range(_ROUNDS):
         word = key[:, number % 2] + np.uint32(number * 0x9E3779B9 & 0xFFFFFFFF)
-        left, right = right, left ^ (_mix(_mix(right ^ word) + key[:, (number + 1) % 2]) & mask)
+        left, right = right, left ^ (_mix(right ^ word) & mask)
     return left.astype(np.uint64) << half | right.astype(np.uint64)
 
 
