@@ -1,54 +1,235 @@
-"""Bytes of samples, read by offset from the shards of a folder."""
+"""Bytes of a data set's files, wherever it is kept.
 
+    local    pread ──▶ Folder
+    remote   pread ──▶ Cache ──on a miss, the whole file, verified──▶ Remote
+                         └─────where it has no room, the range──────▶ Remote
+             prefetch ──threads──▶ Cache
+
+A `Store` is shared by the threads of one process; its `Cache` by all processes of a node.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
 import os
+import queue
 import threading
-import zlib
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import BinaryIO
 
-from pipeline.shards.index import ShardSet
+from pipeline.shards.cache import Cache
+from pipeline.shards.descriptors import Descriptors
+from pipeline.shards.origin import BLOCK_BYTES, Blob, Folder, Remote
+from pipeline.shards.retry import Retry, StoreError, WrongBytes
+
+__all__ = ["Blob", "Cache", "Retry", "Store", "StoreError"]
+
+NUM_PREFETCH_THREADS = 4
+FULL_PAUSE_S = 5.0
+"""How long a cache that had no room is not asked again."""
 
 
-class CorruptSampleError(RuntimeError):
-    """A sample's bytes are not those that were packed."""
+class Store:
+    """The files below `root`: a folder, file://, s3://, http(s):// or what else fsspec speaks. Remote files are kept in
+    `cache`, None meaning `Cache.default()`. `timeout_s` bounds connecting and each wait for bytes.
 
+    `root` and `url` never contain credentials. Reading raises StoreError where retrying did not help; InputError is for
+    names that are no names and for protocols that cannot be had.
+    """
 
-class ShardStore:
-    """Reads samples with `os.pread`: no seek position, so any number of threads share one descriptor a shard."""
-
-    def __init__(self, shards: ShardSet, max_open: int = 256):
-        self.shards = shards
-        self._max_open = max_open
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, shard: int, row: int) -> bytes:
-        """The encoded image of a sample. Raises CorruptSampleError when its checksum differs from the index."""
-        record = self.shards.index(shard)[row]
-        path = self.shards.tar(self.shards.manifest.shards[shard].name)
-        with self._lock:
-            # Duplicated under the lock, because another thread may close the descriptor while this one reads.
-            descriptor = os.dup(self._descriptor(path))
-        try:
-            data = os.pread(descriptor, int(record["size"]), int(record["offset"]))
-        finally:
-            os.close(descriptor)
-        if zlib.crc32(data) != record["crc32"]:
-            raise CorruptSampleError(
-                f"{path}: sample {self.shards.key(shard, row)!r} (row {row}) does not match its checksum: "
-                "the shard was damaged after packing; restore it from its source"
-            )
-        return data
-
-    def _descriptor(self, path: Path) -> int:
-        if path in self._open:
-            self._open[path] = self._open.pop(path)  # most recently used goes last
+    def __init__(
+        self, root: str | Path, cache: Cache | None = None, *, retry: Retry | None = None, timeout_s: float = 30.0
+    ):
+        self._retry = retry or Retry()
+        self.is_local = "://" not in str(root) or str(root).startswith("file://")
+        if self.is_local:
+            self._origin = Folder(Path(str(root).removeprefix("file://")), self._retry)
         else:
-            while len(self._open) >= self._max_open:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[path]
+            self._origin = Remote(str(root), self._retry, timeout_s)
+        self.root = self._origin.root
+        self._given_cache = cache
+        self._cached = Descriptors(self._open_cached)
+        self._fetching: dict[str, Future[bool]] = {}
+        self._lock = threading.Lock()
+        self._full_until = 0.0
+        self._queue: queue.SimpleQueue[Blob | None] = queue.SimpleQueue()
+        self._queued: set[str] = set()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    @functools.cached_property
+    def _cache(self) -> Cache | None:
+        # When it is needed: listing and indexing do without.
+        return None if self.is_local else self._given_cache or Cache.default()
+
+    def url(self, name: str) -> str:
+        """The file's full name for messages."""
+        return self._origin.url(name)
+
+    def size(self, name: str) -> int | None:
+        """In bytes; None where there is no such file."""
+        return self._origin.size(name)
+
+    def read(self, name: str) -> bytes:
+        """A whole small file whose digest is not known. Raises FileNotFoundError."""
+        return self._origin.read(name)
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to read in order, past the cache; remote ones in large blocks. Raises FileNotFoundError."""
+        return self._origin.open(name)
+
+    def names(self, suffix: str) -> list[str]:
+        """Of all files below the root that end so, relative to it and sorted. Raises InputError for HTTP."""
+        return self._origin.names(suffix)
+
+    def load(self, blob: Blob) -> bytes:
+        """A whole small file, cached when remote, that matches its digest."""
+        data = self.pread(blob, 0, blob.bytes)
+        if hashlib.sha256(data).hexdigest() == blob.sha256:
+            return data
+        if self.is_local:
+            raise StoreError(f"{self.url(blob.name)}: does not match its SHA-256: it was changed after packing")
+
+        def attempt() -> bytes:
+            data = self.pread_origin(blob, 0, blob.bytes)
+            _compare(hashlib.sha256(data).hexdigest(), blob)
+            return data
+
+        return self._retry(self.url(blob.name), attempt, on=WrongBytes)
+
+    def pread(self, blob: Blob, offset: int, size: int) -> bytes:
+        """Part of a file: `size` bytes, and fewer only where a local file has been cut short.
+
+        A remote file is fetched whole, verified, before its first byte is given; where the cache has no room for it,
+        and for a part of a local file, nothing is verified, and the caller compares the sample's checksum.
+        """
+        if self._cache and (data := self._from_cache(self._cache, blob, offset, size)) is not None:
+            return data
+        return self._from_origin(blob, offset, size)
+
+    def pread_origin(self, blob: Blob, offset: int, size: int) -> bytes:
+        """As `pread`, past the cache, whose copy is dropped because it may be to blame."""
+        if self._cache:
+            self._drop(self._cache, blob)
+        return self._from_origin(blob, offset, size)
+
+    def prefetch(self, blobs: Iterable[Blob]) -> None:
+        """Begin to fetch files into the cache, in order, in the background; those that are there are kept. Says nothing
+        of errors, because the read that needs the file does."""
+        if not self._cache or self._closed:
+            return
+        with self._lock:
+            for blob in blobs:
+                if blob.sha256 not in self._queued and not self._cache.use(blob.sha256):
+                    self._queued.add(blob.sha256)
+                    self._queue.put(blob)
+            while self._queued and len(self._threads) < NUM_PREFETCH_THREADS:
+                # Daemons: a program that ends does not wait for downloads, and what they leave is as after a kill.
+                thread = threading.Thread(target=self._prefetch, args=(self._cache,), name="prefetch", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def close(self) -> None:
+        """Close files and end prefetching, without waiting for a download that is under way."""
+        self._closed = True
+        for _ in self._threads:
+            self._queue.put(None)
+        self._cached.close()
+        self._origin.close()
+
+    def _prefetch(self, cache: Cache) -> None:
+        while (blob := self._queue.get()) is not None and not self._closed:
+            with contextlib.suppress(StoreError):
+                self._fetch(cache, blob)
+            self._queued.discard(blob.sha256)
+
+    def _from_cache(self, cache: Cache, blob: Blob, offset: int, size: int) -> bytes | None:
+        """None where the origin has to serve: the cache has no room, its disk fails, or its copy vanishes at once."""
+        for _ in range(2):
+            try:
+                data = self._cached.pread(blob, offset, size)
+            except FileNotFoundError:
+                if not self._fetch(cache, blob):
+                    return None
+                continue
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.ESTALE):
+                    raise
+                break
+            if len(data) < size:  # cut short since it was opened
+                break
+            cache.use(blob.sha256)
+            return data
+        else:
+            return None
+        self._drop(cache, blob)
+        return None
+
+    def _fetch(self, cache: Cache, blob: Blob) -> bool:
+        """Have the file in the cache: False where it has no room. Threads that want the same file share one attempt and
+        its error, so that a store that is away is waited for once."""
         with self._lock:
-            while self._open:
-                os.close(self._open.popitem()[1])
+            if time.monotonic() < self._full_until:
+                return False
+            future = self._fetching.get(blob.sha256)
+            is_mine = future is None
+            if future is None:
+                future = self._fetching[blob.sha256] = Future()
+        if is_mine:
+            try:
+                found = cache.fetch(blob.sha256, blob.bytes, lambda descriptor: self._download(blob, descriptor))
+                if not found:
+                    self._full_until = time.monotonic() + FULL_PAUSE_S
+                future.set_result(found)
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                del self._fetching[blob.sha256]
+            # Files that have been evicted keep their place on the disk for as long as they are open.
+            self._cached.close(only=lambda descriptor: os.fstat(descriptor).st_nlink == 0)
+        return future.result()
+
+    def _download(self, blob: Blob, descriptor: int) -> None:
+        """Write the whole file, and see that it matches its digest."""
+        assert isinstance(self._origin, Remote)
+        origin = self._origin
+
+        def attempt() -> None:
+            digest, offset = hashlib.sha256(), 0
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.seek(0)
+                while offset < blob.bytes:
+                    if self._closed:
+                        raise StoreError(f"{self.url(blob.name)}: closed while it was being fetched")
+                    size = BLOCK_BYTES if origin.honours_ranges else blob.bytes
+                    block = self._from_origin(blob, offset, min(size, blob.bytes - offset))
+                    digest.update(block)
+                    offset += file.write(block)
+            _compare(digest.hexdigest(), blob)
+
+        self._retry(self.url(blob.name), attempt, on=WrongBytes)
+
+    def _from_origin(self, blob: Blob, offset: int, size: int) -> bytes:
+        try:
+            return self._origin.pread(blob, offset, size)
+        except FileNotFoundError:
+            raise StoreError(f"{self.url(blob.name)}: no such file, but the data set lists it") from None
+
+    def _open_cached(self, blob: Blob) -> int:
+        assert self._cache
+        return self._cache.open(blob.sha256, blob.bytes)
+
+    def _drop(self, cache: Cache, blob: Blob) -> None:
+        descriptor = self._cached.pop(blob)
+        cache.discard(blob.sha256, descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _compare(sha256: str, blob: Blob) -> None:
+    if sha256 != blob.sha256:
+        raise WrongBytes(f"its SHA-256 is {sha256} instead of {blob.sha256}")

@@ -1,0 +1,266 @@
+"""Where the files of a data set are kept: a folder, or anything that fsspec speaks (s3, http, gs, …).
+
+    name ──▶ Folder ──os.pread──▶ bytes
+    name ──▶ Remote ──range requests, each tried again on its own──▶ bytes
+
+Every byte of a large remote file comes through one primitive, the range request, so every failure is met in one place.
+"""
+
+import io
+import os
+import sys
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec.core
+
+from pipeline.errors import InputError
+from pipeline.shards.descriptors import Descriptors
+from pipeline.shards.retry import Retry, StoreError, WrongBytes, redact
+
+BLOCK_BYTES = 8 << 20
+"""Largest range request: what a broken connection costs, and large enough for its latency not to matter."""
+
+MIN_BYTES_PER_S = 32 << 10
+"""A request that is slower than this on top of the time-out is given up: bytes that trickle could hold us for days."""
+
+SHA256_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A file of a data set, known by its digest. `name` is relative to the data set's root.
+
+    Raises InputError for what is no file below the root or no digest: manifests come from elsewhere.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check(self.name)
+        if len(self.sha256) != 64 or not SHA256_HEX.issuperset(self.sha256):
+            raise InputError(f"{self.name}: SHA-256 {self.sha256!r}; expected 64 digits of lower-case hexadecimal")
+        if self.bytes < 0:
+            raise InputError(f"{self.name}: {self.bytes} bytes; expected 0 or more")
+
+
+class Folder:
+    """Files below a local folder."""
+
+    def __init__(self, root: Path, retry: Retry):
+        self.root = str(root)
+        self._retry = retry
+        self._open = Descriptors[str](lambda name: os.open(self.url(name), os.O_RDONLY | os.O_CLOEXEC))
+
+    def url(self, name: str) -> str:
+        return os.path.join(self.root, _check(name))  # noqa: PTH118  # called for each sample
+
+    def size(self, name: str) -> int | None:
+        path = Path(self.url(name))
+        return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str) -> bytes:
+        return self._retry(self.url(name), Path(self.url(name)).read_bytes)
+
+    def pread(self, blob: Blob, offset: int, size: int) -> bytes:
+        def attempt() -> bytes:
+            try:
+                return self._open.pread(blob.name, offset, size)
+            except OSError:  # of a network file system; a new descriptor mends a stale one
+                self._close(blob.name)
+                raise
+
+        return self._retry(self.url(blob.name), attempt)
+
+    def _close(self, name: str) -> None:
+        if (descriptor := self._open.pop(name)) is not None:
+            os.close(descriptor)
+
+    def open(self, name: str) -> BinaryIO:
+        return Path(self.url(name)).open("rb")
+
+    def names(self, suffix: str) -> list[str]:
+        root = Path(self.root)
+        names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        return sorted(name for name in names if name.endswith(suffix))
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class Remote:
+    """Files below a URL. Endpoints and credentials come from the environment, as each protocol's library reads them.
+
+    Raises InputError for a protocol that is unknown or whose package is missing.
+    """
+
+    def __init__(self, root: str, retry: Retry, timeout_s: float):
+        self.root = redact(root)
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._is_http = root.startswith(("http://", "https://"))
+        self._query = ""
+        if self._is_http:
+            parts = urllib.parse.urlsplit(root)
+            self._query = f"?{parts.query}" if parts.query else ""
+            root = urllib.parse.urlunsplit(parts._replace(query="", fragment=""))
+        try:
+            fs, self._path = fsspec.core.url_to_fs(root, skip_instance_cache=True, **_options(root, timeout_s))
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{self.root}: cannot be opened: {redact(str(error))}") from None
+        self._fs: Any = fs
+        if hasattr(fs, "retries"):
+            fs.retries = 1  # s3fs: we do that, and say so
+        self.honours_ranges = True
+
+    def url(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{_check(name)}"
+
+    def _full_path(self, name: str) -> str:
+        """What fsspec calls the file."""
+        name = urllib.parse.quote(name) if self._is_http else name
+        return f"{self._path.rstrip('/')}/{name}{self._query}"
+
+    def _limit(self, num_bytes: int = BLOCK_BYTES) -> dict[str, float]:
+        # fsspec's asynchronous file systems take a time-out for the whole call, to connect, wait and read. Others have
+        # their own.
+        return {"timeout": 2 * self._timeout_s + num_bytes / MIN_BYTES_PER_S} if self._fs.async_impl else {}
+
+    def size(self, name: str) -> int | None:
+        def attempt() -> int | None:
+            self._fs.invalidate_cache()
+            try:
+                info = self._fs.info(self._full_path(name), **self._limit())
+            except FileNotFoundError as error:
+                # For HTTP, fsspec calls every failure a missing file; the cause tells.
+                if self._is_http and isinstance(error.__cause__, Exception):
+                    if getattr(error.__cause__, "status", None) in (404, 410):
+                        return None
+                    raise error.__cause__ from None
+                return None
+            if info["type"] != "file":
+                return None
+            if info["size"] is None:
+                raise StoreError(f"{self.url(name)}: the server does not tell its size (no Content-Length)")
+            return info["size"]
+
+        return self._retry(self.url(name), attempt)
+
+    def read(self, name: str) -> bytes:
+        path = self._full_path(_check(name))
+        return self._retry(self.url(name), lambda: self._fs.cat_file(path, **self._limit()))
+
+    def pread(self, blob: Blob, offset: int, size: int) -> bytes:
+        return self._retry(self.url(blob.name), lambda: self._range(blob.name, offset, size, blob.bytes))
+
+    def _range(self, name: str, offset: int, size: int, total: int) -> bytes:
+        if size == 0:
+            return b""
+        limit = self._limit(size if self.honours_ranges else total)
+        data = self._fs.cat_file(self._full_path(name), start=offset, end=offset + size, **limit)
+        if size != len(data) == total:
+            if self.honours_ranges:
+                self.honours_ranges = False
+                print(
+                    f"warning: {self.url(name)}: the server ignores Range and sends whole files, "
+                    "so reading single samples from it is slow; give the cache room for the shards in use",
+                    file=sys.stderr,
+                )
+            data = data[offset : offset + size]
+        if len(data) != size:
+            raise WrongBytes(f"{len(data)} bytes arrived instead of {size} from offset {offset}")
+        return data
+
+    def open(self, name: str) -> BinaryIO:
+        total = self.size(name)
+        if total is None:
+            raise FileNotFoundError(f"{self.url(name)}: no such file")
+
+        def read(offset: int, size: int) -> bytes:
+            return self._retry(self.url(name), lambda: self._range(name, offset, size, total))
+
+        return cast(BinaryIO, io.BufferedReader(_Ranges(read, total), BLOCK_BYTES))
+
+    def names(self, suffix: str) -> list[str]:
+        if self._is_http:
+            raise InputError(
+                f"{self.root}: HTTP has no listing of files; give a data set with a manifest, "
+                "or a folder or s3:// location of the same files"
+            )
+        root = self._path.rstrip("/") + "/"
+
+        def attempt() -> list[str]:
+            self._fs.invalidate_cache()
+            return sorted(
+                path.removeprefix(root) for path in self._fs.find(root, **self._limit()) if path.endswith(suffix)
+            )
+
+        return self._retry(self.root, attempt)
+
+    def close(self) -> None:
+        """Nothing: fsspec closes its connections with the object."""
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file as Python's file layer sees it, below a buffer."""
+
+    def __init__(self, read: Callable[[int, int], bytes], total: int):
+        self._read = read
+        self._total = total
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._total}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._take(BLOCK_BYTES), b""))
+
+    def _take(self, size: int) -> bytes:
+        data = self._read(self._position, max(0, min(size, self._total - self._position)))
+        self._position += len(data)
+        return data
+
+
+def _check(name: str) -> str:
+    """`name`, if it stays below the root. Raises InputError."""
+    parts = name.split("/")
+    if ".." in parts or "" in parts or "\0" in name:
+        raise InputError(f"{name!r}: not a file below the data set's root: absolute, empty and '..' names are refused")
+    return name
+
+
+def _options(root: str, timeout_s: float) -> dict[str, Any]:
+    """Time-outs for connecting and between bytes, and no retries, in the words of each library."""
+    if root.startswith(("http://", "https://")):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        # Ranges of a compressed body would be ranges of something else. trust_env: proxies and .netrc.
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}}
+    if root.startswith(("s3://", "s3a://")):
+        config = {
+            "connect_timeout": timeout_s,
+            "read_timeout": timeout_s,
+            "retries": {"total_max_attempts": 1},
+            "max_pool_connections": 64,
+        }
+        return {"config_kwargs": config, "max_concurrency": 1}
+    return {}
