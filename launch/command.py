@@ -5,10 +5,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pipeline.errors import InputError
-from pipeline.world import World
+
+if TYPE_CHECKING:
+    from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
 
 DONE, FAILED, USAGE = 0, 1, 2
 
@@ -41,7 +43,7 @@ def _fail(code: int, message: str) -> NoReturn:
     os._exit(code)
 
 
-def first_then_all(world: World, build: Callable[[], Value]) -> Value:
+def first_then_all(world: "World", build: Callable[[], Value]) -> Value:
     """Build something on every rank, but on rank 0 first, so that a mistake all ranks would make is told once.
 
     Collective. After a mistake of rank 0 the others end quietly.

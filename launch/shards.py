@@ -1,48 +1,166 @@
-"""Make and check data sets.
+"""Make, check and look at data sets.
 
-python launch/shards.py pack --images DIR --out DIR [--classes-from DIR]
-python launch/shards.py verify DIR
+python launch/shards.py pack --images SOURCE --out DIR     images into shards
+python launch/shards.py index ROOT                         tars that others made, as they are
+python launch/shards.py verify ROOT                        every byte against the manifest
+python launch/shards.py show ROOT                          counts, sizes and a contact sheet
+python launch/shards.py preview --config FILE              what a run's augmentation makes of its images
 """
 
 import argparse
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import command
-from pipeline.shards.index import read_manifest
+from pipeline.shards.adopt import index
+from pipeline.shards.faults import Fault, first_few, read_skipped
+from pipeline.shards.index import Manifest, read_manifest
 from pipeline.shards.pack import pack
+from pipeline.shards.parallel import cores
+from pipeline.shards.show import show, table
 from pipeline.shards.verify import verify
+
+LISTED = 20
+"""Skipped images in the result of pack and index; OUT/skipped.jsonl has all."""
+
+
+class Command(NamedTuple):
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], dict[str, Any]]
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/shards.py", description="Make and check data sets.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    packing = commands.add_parser("pack", help="pack a class-per-folder image tree into shards")
-    packing.add_argument("--images", type=Path, required=True, help="folder with one sub-folder for each class")
-    packing.add_argument("--out", type=Path, required=True, help="new folder for shards, index and manifest")
-    packing.add_argument("--classes-from", type=Path, metavar="DIR", help="packed data set whose class map to use")
-    packing.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N")
-    packing.add_argument("--seed", type=_seed, default=0, help="of the shuffle across classes")
-
-    verifying = commands.add_parser("verify", help="compare shards with their manifest")
-    verifying.add_argument("data", type=Path, help="packed data set")
-
+    parser = ArgumentParser(prog="launch/shards.py", description="Make, check and look at data sets.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, entry in COMMANDS.items():
+        entry.add_arguments(subparsers.add_parser(name, help=entry.help, description=entry.help))
     arguments = parser.parse_args()
-    if arguments.command == "verify":
-        faults = verify(arguments.data)
-        return {"ok": not faults, "data": str(arguments.data), "faults": faults}
+    return COMMANDS[arguments.command].run(arguments)
 
-    classes = read_manifest(arguments.classes_from).classes if arguments.classes_from else None
+
+def _pack_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="SOURCE",
+        help="folder with one sub-folder for each class; .csv or .jsonl list of path and label; "
+        ".parquet file, folder of them or pattern in quotes",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
+    _add_shared(parser)
+    parser.add_argument("--max-side", type=_positive, metavar="PX", help="scale images with a longer side down")
+    parser.add_argument("--quality", type=_quality, metavar="Q", help="of JPEGs made by packing (default 90)")
+    parser.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the shuffle across classes")
+
+
+def _pack(arguments: Namespace) -> dict[str, Any]:
     manifest = pack(
         arguments.images,
         arguments.out,
-        classes=classes,
+        classes=_classes(arguments),
+        max_side=arguments.max_side,
+        quality=arguments.quality,
         samples_per_shard=arguments.samples_per_shard,
         seed=arguments.seed,
+        skip_bad=arguments.skip_bad,
+        workers=arguments.workers,
     )
+    return {"data": str(arguments.out), **_counts(manifest), **_skipped(read_skipped(arguments.out))}
+
+
+def _index_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("root", help="folder or URL of .tar files, or a pattern in quotes: DIR/train-{000..146}.tar")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where indices and manifest go if not beside the tars")
+    parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD or folder")
+    _add_shared(parser)
+
+
+def _index(arguments: Namespace) -> dict[str, Any]:
+    manifest, faults = index(
+        arguments.root,
+        arguments.out,
+        labels=arguments.labels,
+        classes=_classes(arguments),
+        skip_bad=arguments.skip_bad,
+        workers=arguments.workers,
+    )
+    if manifest is None:
+        return {"data": arguments.root, **_faults(faults)}
     return {
-        "data": str(arguments.out),
+        "data": str(arguments.out or arguments.root),
+        **_counts(manifest),
+        **_skipped([fault._asdict() for fault in faults]),
+    }
+
+
+def _verify_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("root", help="folder or URL of a data set")
+    parser.add_argument("--deep", action="store_true", help="also decode every image")
+    _add_workers(parser)
+
+
+def _verify(arguments: Namespace) -> dict[str, Any]:
+    return {"data": arguments.root, **_faults(verify(arguments.root, deep=arguments.deep, workers=arguments.workers))}
+
+
+def _show_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("root", help="folder or URL of a data set")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="contact sheet (default ./ROOT-sheet.png)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the choice of samples")
+
+
+def _show(arguments: Namespace) -> dict[str, Any]:
+    sheet = arguments.out or Path(f"{Path(arguments.root).absolute().name}-sheet.png")
+    summary = show(arguments.root, sheet, arguments.seed)
+    print(table(summary), file=sys.stderr)
+    return summary
+
+
+def _preview_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default ./NAME-preview.png, NAME as in run.name")
+
+
+def _preview(arguments: Namespace) -> dict[str, Any]:
+    # The feed's libraries take seconds to import, and the other commands do without them.
+    from pipeline import config
+    from pipeline.feed.preview import preview
+
+    settings = config.load(arguments.config, arguments.set)
+    return preview(settings, arguments.out or Path(f"{settings.run.name}-preview.png"))
+
+
+COMMANDS = {
+    "pack": Command("pack images into shards", _pack_arguments, _pack),
+    "index": Command("index tars that others made, without rewriting them", _index_arguments, _index),
+    "verify": Command("compare shards with their manifest", _verify_arguments, _verify),
+    "show": Command("print counts, balance and sizes, and draw a contact sheet", _show_arguments, _show),
+    "preview": Command("draw what a run's augmentation makes of its images", _preview_arguments, _preview),
+}
+
+
+def _add_shared(parser: ArgumentParser) -> None:
+    parser.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used and list it")
+    _add_workers(parser)
+
+
+def _add_workers(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=_positive, default=cores(), metavar="N", help="processes (default: cores)")
+
+
+def _classes(arguments: Namespace) -> list[str] | None:
+    return read_manifest(arguments.classes_from).classes if arguments.classes_from else None
+
+
+def _counts(manifest: Manifest) -> dict[str, Any]:
+    return {
         "samples": manifest.samples,
         "shards": len(manifest.shards),
         "classes": len(manifest.classes),
@@ -50,10 +168,27 @@ def main() -> dict[str, Any]:
     }
 
 
+def _skipped(faults: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"num_skipped": len(faults), "skipped": faults[:LISTED]}
+
+
+def _faults(faults: list[Fault]) -> dict[str, Any]:
+    if faults:
+        print(f"{len(faults)} faults:\n{first_few(faults)}", file=sys.stderr)
+    return {"ok": not faults, "faults": [fault._asdict() for fault in faults]}
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _quality(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not in 1 … 100")
     return number
 
 

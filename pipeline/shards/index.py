@@ -1,36 +1,42 @@
-"""What lies where: the manifest of a data set and the binary index of each shard.
+"""What lies where: the manifest of a data set, the binary index of each shard, and reading a sample's bytes.
 
-    DIR/manifest.json               classes, shards with counts and digests, the data set's digest
-    DIR/shard-000000.tar            an ordinary WebDataset shard
-    DIR/shard-000000.index.npy      one RECORD a sample, in the order of the tar
+    ROOT/manifest.json              classes, shards with counts and digests, the data set's digest
+    ROOT/shard-000000.tar           an ordinary WebDataset shard
+    ROOT/shard-000000.index.npy     one RECORD a sample, in the order of the tar
 
-With the index a sample is one `pread`; nothing ever scans or extracts a tar in training.
+With the index a sample is one `pread`; nothing ever scans or extracts a tar in training. ROOT is a folder or a URL.
 """
 
 import functools
 import hashlib
-import itertools
 import json
+import re
 import tarfile
+import threading
 import zlib
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import pydantic.dataclasses
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
+from pipeline.shards.header import read_size
+from pipeline.shards.store import Blob, Cache, Store, StoreError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+MAX_PIXELS = 1 << 27
+"""Most pixels of an image. A larger one is taken for a decompression bomb: three bytes a pixel, in every thread."""
 
 RECORD = np.dtype(
     [
+        ("header", "<u8"),  # where the image's tar header begins, long-name headers included
         ("offset", "<u8"),  # of the image's first byte in the tar
         ("size", "<u4"),  # of the encoded image, in bytes
         ("label", "<i4"),  # position of the class in the manifest's list
@@ -41,14 +47,28 @@ RECORD = np.dtype(
 )
 
 
-class Shard(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class CorruptSampleError(RuntimeError):
+    """A sample's bytes are not those that were indexed, or cannot become an image."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    samples: int = Field(gt=0)
+
+# A dataclass with slots, because a large data set has 10^5 of them.
+@pydantic.dataclasses.dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Shard:
+    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
+    """Path below the root, without .tar."""
+    samples: Annotated[int, Field(gt=0)]
     bytes: int
     sha256: str
+    index_bytes: int
     index_sha256: str
+
+    @property
+    def tar(self) -> Blob:
+        return Blob(f"{self.name}.tar", self.bytes, self.sha256)
+
+    @property
+    def index(self) -> Blob:
+        return Blob(f"{self.name}.index.npy", self.index_bytes, self.index_sha256)
 
 
 class Manifest(BaseModel):
@@ -56,73 +76,137 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int
+    format: Literal[2]
     classes: list[str]
     shards: list[Shard]
     samples: int
     digest: str
+    tars: str | None = None
+    """Folder or URL of the tars where they do not lie beside the manifest."""
 
     @classmethod
-    def of(cls, classes: list[str], shards: list[Shard]) -> "Manifest":
+    def of(cls, classes: list[str], shards: list[Shard], tars: str | None = None) -> "Manifest":
         samples = sum(shard.samples for shard in shards)
-        return cls(format=FORMAT, classes=classes, shards=shards, samples=samples, digest=_digest(classes, shards))
+        digest = _digest(classes, shards)
+        return cls(format=FORMAT, classes=classes, shards=shards, samples=samples, digest=digest, tars=tars)
 
 
 def _digest(classes: list[str], shards: list[Shard]) -> str:
-    return fingerprint({"classes": classes, "shards": [shard.model_dump() for shard in shards]})
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for shard in shards:
+        fields = shard.name, shard.samples, shard.bytes, shard.sha256, shard.index_bytes, shard.index_sha256
+        digest.update("\n{} {} {} {} {} {}".format(*fields).encode())
+    return digest.hexdigest()
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check DIR/manifest.json. Raises InputError where it is missing, broken, or disagrees with itself."""
-    path = Path(folder) / MANIFEST
+def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
+    """Read and check ROOT/manifest.json. Raises InputError where it is missing, broken, or disagrees with itself."""
+    store = store or Store(root)
+    path = store.url(MANIFEST)
     try:
-        tree = json.loads(path.read_text())
-        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-            found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
-            raise InputError(f"{path}: format {found!r}, but this version reads format {FORMAT}: pack the data again")
-        manifest = Manifest.model_validate(tree)
+        data = store.read(MANIFEST)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot read the manifest: {error.strerror}; make one with launch/shards.py pack"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise InputError(f"{path}: not a manifest: {error}; pack the data again") from error
-    if manifest != Manifest.of(manifest.classes, manifest.shards):
+        reason = error.strerror or error
+        raise InputError(f"{path}: cannot read the manifest: {reason}; make one with launch/shards.py") from error
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        found = re.search(rb'"format": *(\d+)', data)
+        if found and int(found[1]) != FORMAT:
+            reason = f"format {found[1].decode()}, but this version reads format {FORMAT}"
+        else:
+            reason = f"not a manifest: {error}"
+        raise InputError(f"{path}: {reason}; pack the data again") from error
+    if manifest.samples != sum(s.samples for s in manifest.shards) or manifest.digest != _digest(
+        manifest.classes, manifest.shards
+    ):
         raise InputError(f"{path}: its digest and counts do not match its contents: it was edited; pack the data again")
     return manifest
 
 
 class ShardSet:
-    """A packed data set, opened: its manifest and, on demand, each shard's index.
+    """Packed data sets, opened: one, or several end to end that have the same classes.
 
-    Opening compares every shard's size with the manifest, and reading an index compares its digest, so that shards
-    and manifest of different packings are refused before training starts. Raises InputError.
+    A shard is known by its number, a sample by its shard and its row there. Raises InputError for a manifest that
+    cannot be read and for data sets whose classes differ.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        self.shard_samples = np.array([shard.samples for shard in self.manifest.shards], np.int64)
-        for shard in self.manifest.shards:
-            path = self.tar(shard.name)
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
+    def __init__(self, *roots: str | Path, cache: Cache | None = None):
+        self._stores = [Store(root, cache) for root in roots]
+        self.manifests = [read_manifest(root, store) for root, store in zip(roots, self._stores, strict=True)]
+        self.classes = self.manifests[0].classes
+        for root, manifest in zip(roots, self.manifests, strict=True):
+            if manifest.classes != self.classes:
+                raise InputError(
+                    f"{root} and {roots[0]} have different classes, so their labels mean different things: "
+                    "pack one of them again with --classes-from the other"
+                )
+        self._tars = [
+            Store(manifest.tars, cache) if manifest.tars else store
+            for manifest, store in zip(self.manifests, self._stores, strict=True)
+        ]
+        self._shards = [(part, shard) for part, manifest in enumerate(self.manifests) for shard in manifest.shards]
+        self.shard_samples = np.array([shard.samples for _, shard in self._shards], np.int64)
+        # Indices are small (36 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.
+        self._index = functools.lru_cache(maxsize=1024)(self._read_index)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self.shard_samples.sum())
+
+    @property
+    def part_samples(self) -> list[npt.NDArray[np.int64]]:
+        """The sample counts of each data set's shards."""
+        ends = np.cumsum([len(manifest.shards) for manifest in self.manifests])
+        return np.split(self.shard_samples, ends[:-1])
+
+    @property
+    def is_remote(self) -> bool:
+        return not all(store.is_local for store in self._tars)
+
+    @property
+    def digest(self) -> str:
+        """Of the data set; of several, of their digests in order."""
+        digests = [manifest.digest for manifest in self.manifests]
+        return digests[0] if len(digests) == 1 else fingerprint(digests)
+
+    def check(self) -> None:
+        """Compare every local shard's size with the manifest. Raises InputError.
+
+        So that a copy that was cut short is refused before training starts. Of remote shards the digest is compared
+        when they are fetched.
+        """
+        for part, shard in self._shards:
+            store = self._tars[part]
+            if store.is_local and (size := store.size(shard.tar.name)) != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise InputError(
-                    f"{path}: {found}, but {MANIFEST} lists {shard.bytes} bytes: "
+                    f"{store.url(shard.tar.name)}: {found}, but {MANIFEST} lists {shard.bytes} bytes: "
                     "copy the data set again or pack it again"
                 )
 
-    def __len__(self) -> int:
-        return self.manifest.samples
-
-    def tar(self, name: str) -> Path:
-        return self.folder / f"{name}.tar"
+    def url(self, shard: int) -> str:
+        part, entry = self._shards[shard]
+        return self._tars[part].url(entry.tar.name)
 
     def index(self, shard: int) -> npt.NDArray[np.void]:
-        """The records, [samples] of RECORD, of one shard."""
-        entry = self.manifest.shards[shard]
-        return _read_index(self.folder / f"{entry.name}.index.npy", entry.index_sha256)
+        """The records, [samples] of RECORD, of one shard. Raises InputError, or StoreError where it is remote."""
+        with self._lock:
+            return self._index(shard)
+
+    def _read_index(self, shard: int) -> npt.NDArray[np.void]:
+        part, entry = self._shards[shard]
+        store = self._stores[part]
+        try:
+            data = store.load(entry.index)
+        except (OSError, StoreError) as error:
+            if not store.is_local:
+                raise
+            raise InputError(
+                f"{store.url(entry.index.name)}: {error}; it was changed or belongs to another packing: "
+                "copy or pack the data again"
+            ) from error
+        return np.load(BytesIO(data), allow_pickle=False)
 
     def records(self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """The records, [n], of samples given by shard number and row, both [n]."""
@@ -132,66 +216,51 @@ class ShardSet:
             records[chosen] = self.index(int(shard))[rows[chosen]]
         return records
 
+    def read(self, shard: int, row: int) -> bytes:
+        """The encoded image of a sample.
+
+        Raises CorruptSampleError when its checksum differs from the index, at its origin as well, and StoreError
+        when the origin cannot be reached.
+        """
+        part, entry = self._shards[shard]
+        _, offset, size, _, height, width, crc32 = self.index(shard)[row].item()
+        data = self._tars[part].pread(entry.tar, offset, size)
+        if zlib.crc32(data) != crc32:
+            # The cache or the wire may be to blame.
+            data = self._tars[part].pread_origin(entry.tar, offset, size)
+            if zlib.crc32(data) != crc32:
+                raise CorruptSampleError("its bytes do not match their checksum")
+        if read_size(data) != (height, width):
+            raise CorruptSampleError(f"its header does not say {width} × {height} pixels, as the index does")
+        if height * width > MAX_PIXELS:
+            raise CorruptSampleError(f"{width} × {height} pixels; the limit is {MAX_PIXELS}")
+        return data
+
     def key(self, shard: int, row: int) -> str:
-        """The sample's name in its tar, for messages. Reads the tar from its beginning, which may be damaged: then
-        the row has to do."""
-        offset = self.index(shard)[row]["offset"]
+        """The sample's name in its tar, for messages; "row N" where the tar is damaged or out of reach."""
+        part, entry = self._shards[shard]
+        record = self.index(shard)[row]
+        start, end = int(record["header"]), int(record["offset"])
         try:
-            with tarfile.open(self.tar(self.manifest.shards[shard].name)) as members:
-                return next(m.name.partition(".")[0] for m in members if m.offset_data == offset)
-        except (tarfile.TarError, StopIteration):
+            header = self._tars[part].pread(entry.tar, start, end - start)
+            with tarfile.open(fileobj=BytesIO(header), mode="r:") as members:
+                name = next(iter(members)).name
+        except (tarfile.TarError, StopIteration, StoreError, OSError):
             return f"row {row}"
+        return key_and_extension(name)[0]
+
+    def prefetch(self, shards: npt.NDArray[np.int64]) -> None:
+        """Start fetching remote shards that will be needed soon."""
+        for part, store in enumerate(self._tars):
+            store.prefetch([self._shards[shard][1].tar for shard in shards if self._shards[shard][0] == part])
+
+    def close(self) -> None:
+        for store in {*self._stores, *self._tars}:
+            store.close()
 
 
-# Indices are small (24 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.
-@functools.lru_cache(maxsize=4096)
-def _read_index(path: Path, sha256: str) -> npt.NDArray[np.void]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the index: {error.strerror}; pack the data again") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise InputError(f"{path}: does not match {MANIFEST}: it was changed or belongs to another packing")
-    return np.load(BytesIO(data), allow_pickle=False)
-
-
-def write_index(tar: Path, classes: int) -> Shard:
-    """Read a shard once, write its index beside it and return its entry for the manifest."""
-    digest = hashlib.sha256()
-    with tar.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    records = np.array(list(_scan(tar, classes)), RECORD)
-    path = tar.with_suffix(".index.npy")
-    with path.open("wb") as file:
-        np.save(file, records, allow_pickle=False)
-    return Shard(
-        name=tar.stem,
-        samples=len(records),
-        bytes=tar.stat().st_size,
-        sha256=digest.hexdigest(),
-        index_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-    )
-
-
-def _scan(tar: Path, classes: int) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """One RECORD's fields for each sample of a tar: an image and a .cls member side by side, in any order."""
-    with tarfile.open(tar) as members:
-        for key, group in itertools.groupby(members, key=lambda member: member.name.partition(".")[0]):
-            parts = {member.name.partition(".")[2]: member for member in group}
-            images = [member for extension, member in parts.items() if extension in IMAGE_EXTENSIONS]
-            if len(images) != 1 or parts.keys() != {"cls", images[0].name.partition(".")[2]}:
-                raise InputError(f"{tar}: sample {key!r} has parts {sorted(parts)}; expected one image and its .cls")
-            label = int(_read(members, parts["cls"]))
-            if not 0 <= label < classes:
-                raise InputError(f"{tar}: sample {key!r} has class {label}, but there are {classes} classes")
-            data = _read(members, images[0])
-            width, height = Image.open(BytesIO(data)).size
-            yield images[0].offset_data, images[0].size, label, height, width, zlib.crc32(data)
-
-
-def _read(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = members.extractfile(member)
-    if file is None:
-        raise InputError(f"{members.name}: {member.name} is not a regular file")
-    return file.read()
+def key_and_extension(name: str) -> tuple[str, str]:
+    """Split a member's name as WebDataset does: the key ends at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()

@@ -1,163 +1,328 @@
-"""Pack a class-per-folder tree of images into WebDataset shards with index and manifest.
+"""Pack images into WebDataset shards with index and manifest.
 
-    images/CLASS/**/NAME.jpg ──▶ sorted, seeded shuffle ──▶ shard-000000.tar … + .index.npy + manifest.json
+    Listing ──seeded shuffle──▶ tasks of one shard each ──workers: read, check, scale, write, hash──▶ shard-000000.tar …
+                                                                                   + .index.npy + manifest.json
 
-The same input gives the same bytes. The output folder appears whole, by one rename, or not at all.
+The same input gives the same bytes, with any number of workers. The output folder appears whole, by one rename. Until
+then all is kept in .OUT.partial beside it, where the same command finds its finished shards after an interruption:
+
+    .OUT.partial/lock            held while packing
+    .OUT.partial/DIGEST/         of the input and the options, so that nothing of another pack is ever taken over
+        data/                    becomes OUT
+        done/shard-000000.json   what the worker recorded once its shard was whole
+        spill/                   images of Parquet files on their way, see parquet.py
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import io
+import json
 import os
 import shutil
 import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-from tqdm import tqdm
-from webdataset.writer import ShardWriter
+import numpy as np
+import numpy.typing as npt
+import PIL
 
-from pipeline import keys
+from pipeline import files, keys
+from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards.index import IMAGE_EXTENSIONS, MANIFEST, Manifest, write_index
+from pipeline.shards import images, parquet, sources
+from pipeline.shards.faults import BadSource, first_few, write_skipped
+from pipeline.shards.images import BadImageError
+from pipeline.shards.index import MANIFEST, RECORD, Manifest, Shard
+from pipeline.shards.parallel import advance, each
+from pipeline.shards.sources import Entry, Listing, Table
+from pipeline.shards.tar import padded
 
-MAX_SIDE_PX = 65535  # what an index record holds
+_VERSION = 1
+"""Of the bytes that packing writes: part of the digest that lets a pack continue."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One image to pack."""
+class _Options:
+    """What shapes the bytes of the shards, beside the images."""
 
-    path: Path
-    key: str
-    label: int
+    max_side: int | None
+    quality: int | None
+    samples_per_shard: int
+    seed: int
 
 
 def pack(
-    images: Path,
+    source: str | Path,
     out: Path,
     *,
     classes: list[str] | None = None,
+    max_side: int | None = None,
+    quality: int | None = None,
     samples_per_shard: int = 1000,
     seed: int = 0,
+    skip_bad: bool = False,
+    workers: int = 1,
 ) -> Manifest:
-    """Pack the tree `images` into the folder `out` and return the manifest.
+    """Pack the images that `sources.find` lists for `source` into the folder `out`, and return the manifest.
 
-    `classes` fixes the class map (a validation split takes the training split's); None takes the folder names,
-    sorted. Raises InputError for anything wrong with the tree, and leaves nothing behind.
+    `classes` fixes the class map (a validation split takes the training split's). Images with a side longer than
+    `max_side` pixels are scaled down and become JPEGs of `quality`; with either, formats other than JPEG and PNG are
+    converted too. `skip_bad` leaves out images that cannot be used and lists them in skipped.jsonl.
+
+    Raises InputError for anything wrong with the input, and then leaves nothing behind. Whatever else ends it, what is
+    done is kept for the next attempt.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder; --images takes a folder with one sub-folder for each class")
-    classes, sources = find_images(images, classes)
-    # Neighbours in a tar are read together, so they should not be of one class.
-    order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(sources))
-
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    created = [parent for parent in out.parents if not parent.exists()]
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be created: {error.strerror}") from error
-    try:
-        _write_shards(partial, [sources[i] for i in order], samples_per_shard)
-        shards = [write_index(tar, len(classes)) for tar in sorted(partial.glob("*.tar"))]
-        manifest = Manifest.of(classes, shards)
-        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    _refuse_full(out)
+    listing = sources.find(source, classes)
+    bad = list(listing.bad)
+    _refuse_bad(bad, skip_bad)
+    options = _Options(max_side, quality, samples_per_shard, seed)
+    identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
+    with _partial(out, fingerprint(identity)[:16]) as folder:
+        # Neighbours in a tar are read together, so they should not be of one class.
+        order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(listing.entries))
+        spilled = _spill(listing, order, folder / "spill", workers)
+        tasks = _plan(listing, order, folder, spilled, options)
+        shards = []
+        num_images = len(listing.entries)
+        workers = min(workers, -(-num_images // samples_per_shard))
+        for done in each(_pack_shard, tasks, workers=workers, total=num_images, name="packing"):
+            bad += done.bad
+            _refuse_bad(bad, skip_bad)
+            shards += [done.shard] if done.shard else []
+        if not shards:
+            raise InputError(f"{source}: not one image can be packed:\n{first_few(bad)}")
+        data = folder / "data"
+        write_skipped(data, bad)
+        manifest = Manifest.of(listing.classes, shards)
+        files.write(data / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # somebody else has put something there
-            for parent in created:
-                parent.rmdir()
-        raise
+        data.rename(out)
     return manifest
 
 
-def find_images(images: Path, classes: list[str] | None) -> tuple[list[str], list[Source]]:
-    """The class list and every image below `images`, sorted by key. Raises InputError for a bad tree."""
-    folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    for name in folders:
-        if not name.isprintable():  # undecodable bytes of a file name show as lone surrogates
-            raise InputError(f"{str(images / name)!r}: a class name is readable text in UTF-8: rename the folder")
-    if not folders:
-        raise InputError(f"{images}: no class folders; expected {images}/CLASS/IMAGE.jpg")
-    if classes is None:
-        classes = folders
-    elif unknown := sorted(set(folders) - set(classes)):
+def _refuse_full(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
+
+
+def _refuse_bad(bad: list[BadSource], skip_bad: bool) -> None:
+    if bad and not skip_bad:
         raise InputError(
-            f"{images}: class folders {unknown} are not among the {len(classes)} classes of --classes-from; "
-            "rename them or pack the split that has them first"
+            f"images that cannot be packed:\n{first_few(bad)}\nrepair or remove them; --skip-bad leaves such images out"
         )
-    labels = {name: label for label, name in enumerate(classes)}
-    by_key: dict[str, Source] = {}
-    for name in folders:
-        count = len(by_key)
-        for path in filter(_is_image, _files(images / name)):
-            key = _key(path.relative_to(images))
-            if key in by_key:
-                raise InputError(
-                    f"{path} and {by_key[key].path} would both be {key!r} in the shards: rename one of them"
-                )
-            by_key[key] = Source(path, key, labels[name])
-        if len(by_key) == count:
-            raise InputError(f"{images / name}: no images; a class folder holds at least one {_EXTENSIONS} file")
-    packed = {source.path for source in by_key.values()}
-    if left_out := [path for path in _files(images) if path not in packed]:
-        print(f"left out {len(left_out)} files that are no class's {_EXTENSIONS}: {left_out[0]} …", file=sys.stderr)
-    return classes, [by_key[key] for key in sorted(by_key)]
 
 
-_EXTENSIONS = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+@contextlib.contextmanager
+def _partial(out: Path, name: str) -> Iterator[Path]:
+    """The folder .OUT.partial/NAME, locked, with what an earlier attempt at the same has left there.
 
-
-def _files(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted, links followed."""
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [Path(parent, name) for name in files]
-    return sorted(found)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-
-
-def _key(path: Path) -> str:
-    # WebDataset ends a sample's key at the first dot of its name.
-    return path.with_suffix("").as_posix().replace(".", "_")
-
-
-def _write_shards(folder: Path, sources: list[Source], samples_per_shard: int) -> None:
-    pattern = str(folder / "shard-%06d.tar")
-    sink = ShardWriter(pattern, maxcount=samples_per_shard, maxsize=1 << 40, verbose=0, mtime=0)
-    with sink, tqdm(sources, "packing", unit="img", file=sys.stderr, disable=None) as progress:
-        for source in progress:
-            extension = source.path.suffix.lower().lstrip(".")
-            sample = {"__key__": source.key, extension: _read_image(source.path), "cls": source.label}
-            sink.write(sample)
-
-
-def _read_image(path: Path) -> bytes:
-    """The file's bytes, once PIL has decoded them: what does not decode today would stop a run tomorrow."""
+    It is removed at the end and after an InputError, with parents that were made for it, and kept otherwise.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    created = [parent for parent in out.parents if not parent.exists()]
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in ("JPEG", "PNG"):
-                raise InputError(f"{path}: holds {image.format}, not JPEG or PNG: convert or remove it")
-            if max(image.size) > MAX_SIDE_PX:
-                raise InputError(f"{path}: {image.size} pixels; no side may exceed {MAX_SIDE_PX}: scale it down")
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created: {error.strerror}") from error
+    with _locked(partial / "lock", out):
+        _refuse_full(out)  # by one who has just finished
+        for other in partial.iterdir():
+            if other.name not in (name, "lock"):  # of other input or options
+                shutil.rmtree(other, ignore_errors=True)
+        try:
+            for part in ("data", "done", "spill"):
+                (partial / name / part).mkdir(parents=True, exist_ok=True)
+            yield partial / name
+        except InputError:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for parent in created:
+                    parent.rmdir()
             raise
-        raise InputError(f"{path}: not a readable image: {error}; repair or remove it") from error
-    return data
+        except BaseException:
+            print(f"{partial} keeps what is done: the same command goes on from there", file=sys.stderr)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(path.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):  # its holder has just removed it
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise InputError(f"{out}: somebody else is packing into it; wait for it or give another --out") from None
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One shard to write."""
+
+    folder: Path
+    number: int
+    entries: list[Entry]
+    first: int
+    """Position of the first entry in the shuffled order."""
+    spilled: list[Path]
+    """Where the images are if they come from Parquet files."""
+    options: _Options
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:06d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    shard: Shard | None
+    """None where not one image could be packed."""
+    bad: list[BadSource]
+
+
+def _spill(listing: Listing, order: npt.NDArray[np.int64], folder: Path, workers: int) -> list[Path]:
+    """Bring the images of Parquet files near the order of the shards; where they are then."""
+    positions = np.empty(len(order), np.int64)
+    positions[order] = np.arange(len(order))
+    targets = [folder / f"{number:05d}" for number in range(len(listing.tables))]
+    starts = np.cumsum([0, *(len(table.rows) for table in listing.tables)])
+    tasks = (
+        (table, positions[start : start + len(table.rows)], target)
+        for table, start, target in zip(listing.tables, starts, targets, strict=False)
+    )
+    if targets:
+        for _ in each(_spill_table, tasks, workers=workers, total=len(order), name="reading"):
+            pass
+    return targets
+
+
+def _spill_table(task: tuple[Table, npt.NDArray[np.int64], Path]) -> None:
+    table, positions, target = task
+    if parquet.is_spilled(target):
+        advance(len(positions))
+    else:
+        parquet.spill(table.path, table.rows, positions, target)
+
+
+def _plan(
+    listing: Listing, order: npt.NDArray[np.int64], folder: Path, spilled: list[Path], options: _Options
+) -> Iterator[_Task]:
+    for number, first in enumerate(range(0, len(order), options.samples_per_shard)):
+        chosen = order[first : first + options.samples_per_shard]
+        yield _Task(folder, number, [listing.entries[i] for i in chosen], first, spilled, options)
+
+
+def _pack_shard(task: _Task) -> _Done:
+    """Write one shard, unless an earlier attempt has, whose bytes are then compared with what it recorded."""
+    record = task.folder / "done" / f"{task.name}.json"
+    if done := _earlier(task, record):
+        advance(len(task.entries))
+        return done
+    tar, index = _paths(task)
+    with _HashedFile(tar) as file:
+        records, bad = _write_tar(task, file)
+    buffer = BytesIO()
+    np.save(buffer, np.array(records, RECORD), allow_pickle=False)
+    with _HashedFile(index) as index_file:
+        index_file.write(buffer.getvalue())
+    shard = None
+    if records:
+        shard = Shard(
+            name=task.name,
+            samples=len(records),
+            bytes=tar.stat().st_size,
+            sha256=file.sha256,
+            index_bytes=index.stat().st_size,
+            index_sha256=index_file.sha256,
+        )
+    else:
+        tar.unlink()
+        index.unlink()
+    text = {"shard": shard and dataclasses.asdict(shard), "bad": bad}
+    files.write(record, json.dumps(text).encode())
+    return _Done(shard, bad)
+
+
+def _paths(task: _Task) -> tuple[Path, Path]:
+    return task.folder / "data" / f"{task.name}.tar", task.folder / "data" / f"{task.name}.index.npy"
+
+
+def _earlier(task: _Task, record: Path) -> _Done | None:
+    try:
+        tree = json.loads(record.read_bytes())
+        shard = Shard(**tree["shard"]) if tree["shard"] else None
+        for path, blob in zip(_paths(task), (shard.tar, shard.index) if shard else (), strict=False):
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.sha256:
+                    return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _Done(shard, [BadSource(*fields) for fields in tree["bad"]])
+
+
+def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]], list[BadSource]]:
+    """Write the task's images, each with its .cls, and return a RECORD's fields for each; and the images left out."""
+    spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries)) if task.spilled else None
+    records, bad = [], []
+    with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for row, entry in enumerate(task.entries):
+            try:
+                data = spilled[row] if spilled else _read(entry.place)
+                data, head = images.prepare(data, task.options.max_side, task.options.quality)
+            except BadImageError as error:
+                bad.append(BadSource(entry.place, entry.key, str(error)))
+            else:
+                header = tar.offset
+                _add(tar, f"{entry.key}.{head.extension}", data)
+                offset = tar.offset - padded(len(data))
+                records.append((header, offset, len(data), entry.label, head.height, head.width, zlib.crc32(data)))
+                _add(tar, f"{entry.key}.cls", str(entry.label).encode())
+            advance()
+    return records, bad
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner, mode and time are the same for all
+    member.size = len(data)
+    tar.addfile(member, BytesIO(data))
+
+
+def _read(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(images.MAX_BYTES + 1)
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+
+class _HashedFile(io.BufferedWriter):
+    """A new file that is hashed while it is written, and is on the disk when it is closed."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._sha256.update(data)
+        return super().write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.flush()
+            os.fsync(self.fileno())
+        super().close()

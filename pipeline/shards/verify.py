@@ -1,33 +1,118 @@
-"""Compare a packed data set with its manifest, byte for byte."""
+"""Compare a data set with its manifest, byte for byte, and with `deep` decode every image.
 
-import hashlib
+    shard ──read once, in order──▶ CRC-32 of each sample, SHA-256 of the whole ──▶ faults
+
+A missing or unreadable shard is a fault like others.
+"""
+
+import functools
 import zlib
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.shards.index import ShardSet
+from pipeline.shards import images
+from pipeline.shards.faults import Fault
+from pipeline.shards.images import BadImageError
+from pipeline.shards.index import MAX_PIXELS, RECORD, ShardSet, key_and_extension
+from pipeline.shards.parallel import advance, each
+from pipeline.shards.store import Blob, Store, StoreError
+from pipeline.shards.tar import Reader, TarError, members
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with the shards of `folder`, one line a fault; empty when all is well.
+def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[Fault]:
+    """Everything that is wrong with the shards below `root`, a folder or URL; empty when all is well.
 
-    Raises InputError when the manifest itself cannot be read or a shard is missing.
+    `deep` also decodes every image. Raises InputError when the manifest itself cannot be read.
     """
-    faults = []
-    shards = ShardSet(folder)
-    for number, shard in enumerate(shards.manifest.shards):
+    _open.cache_clear()  # of an earlier call, since which the files may have been replaced
+    shards = _open(str(root))
+    num_shards = len(shards.shard_samples)
+    tasks = ((str(root), number, deep) for number in range(num_shards))
+    results = each(_verify_shard, tasks, workers=min(workers, num_shards), total=len(shards), name="verifying")
+    return [fault for faults in results for fault in faults]
+
+
+@functools.lru_cache(maxsize=1)
+def _open(root: str) -> ShardSet:
+    return ShardSet(root)
+
+
+@functools.lru_cache(maxsize=1)
+def _tars(root: str) -> Store:
+    return Store(root)
+
+
+def _verify_shard(task: tuple[str, int, bool]) -> list[Fault]:
+    root, number, deep = task
+    shards = _open(root)
+    manifest = shards.manifests[0]
+    tar = manifest.shards[number].tar
+    try:
+        records = shards.index(number)
+        if wrong := _wrong_records(records, manifest.shards[number].samples, len(manifest.classes)):
+            return [Fault(tar.name, None, f"its index is wrong: {wrong}; index the data set again")]
+        with _tars(manifest.tars or root).open(tar.name) as stream:
+            return list(_compare(stream, records, tar, deep))
+    except (InputError, StoreError, OSError) as error:
+        return [Fault(tar.name, None, str(error))]
+
+
+def _wrong_records(records: npt.NDArray[np.void], samples: int, classes: int) -> str | None:
+    """What contradicts itself in an index, whoever made it."""
+    if records.dtype != RECORD or records.shape != (samples,):
+        return f"it holds {records.shape} of {records.dtype}, not {samples} records"
+    begin, end = records["header"], records["offset"] + records["size"]
+    if (records["offset"] < begin).any() or (begin[1:] < end[:-1]).any():
+        return "samples overlap"
+    if ((records["label"] < 0) | (records["label"] >= classes)).any():
+        return f"labels beyond the {classes} classes"
+    if (records["height"].astype(np.int64) * records["width"] > MAX_PIXELS).any():
+        return f"images of more than {MAX_PIXELS} pixels"
+    return None
+
+
+def _compare(stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, deep: bool) -> Iterator[Fault]:
+    reader, is_damaged = Reader(stream), False
+    for row, record in enumerate(records):
         try:
-            records = shards.index(number)
-        except InputError as error:
-            faults.append(str(error))
-            continue
-        data = shards.tar(shard.name).read_bytes()
-        damaged = [
-            shards.key(number, row)
-            for row, record in enumerate(records)
-            if zlib.crc32(data[record["offset"] : record["offset"] + record["size"]]) != record["crc32"]
-        ]
-        if damaged or hashlib.sha256(data).hexdigest() != shard.sha256:
-            where = f"samples {damaged}" if damaged else "no sample: only headers, labels or padding"
-            faults.append(f"{shards.tar(shard.name)}: differs from the manifest; damaged: {where}")
-    return faults
+            reader.skip(int(record["header"]) - reader.position)
+            header = reader.take(int(record["offset"]) - reader.position)
+            data = reader.take(int(record["size"]))
+        except TarError as error:
+            yield Fault(tar.name, None, f"{error}: the last {len(records) - row} samples are lost")
+            break
+        if reason := _wrong_sample(data, record, deep):
+            is_damaged = True
+            yield Fault(tar.name, _key(header, row), reason)
+        advance()
+    sha256 = reader.finish()
+    if reader.position != tar.bytes:
+        yield Fault(tar.name, None, f"has {reader.position} bytes, but the manifest lists {tar.bytes}")
+    elif sha256 != tar.sha256 and not is_damaged:
+        yield Fault(tar.name, None, "differs from the manifest, but no image does: only headers, labels or padding")
+
+
+def _key(header: bytes, row: int) -> str:
+    try:
+        return key_and_extension(next(members(Reader(BytesIO(header)))).name)[0]
+    except (TarError, StopIteration):
+        return f"row {row}"
+
+
+def _wrong_sample(data: bytes, record: np.void, deep: bool) -> str | None:
+    if zlib.crc32(data) != record["crc32"]:
+        return "its image does not match its checksum"
+    if deep:
+        try:
+            width, height = images.decode(data).size
+        except BadImageError as error:
+            return str(error)
+        if (height, width) != (record["height"], record["width"]):
+            return f"has {width} × {height} pixels, but the index says {record['width']} × {record['height']}"
+    return None

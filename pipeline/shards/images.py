@@ -1,0 +1,127 @@
+"""One encoded image: what its header says, whether it decodes, and the same made smaller.
+
+    bytes ──header──▶ format and size, nothing decoded
+    bytes ──decode──▶ pixels
+    bytes ──prepare─▶ bytes to pack: the same, or a JPEG no larger than wanted
+
+Pixels are counted before anything is decoded. EXIF orientation and colour profiles are ignored, as torchvision and
+timm ignore them. Formats beyond those named here are never tried, because PIL hands some of them to other programs.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.shards.header import read_size
+from pipeline.shards.index import MAX_PIXELS
+
+MAX_SIDE_PX = 65535  # what an index record holds
+QUALITY = 90
+MAX_BYTES = 1 << 28
+"""Of an encoded image, which is held in memory."""
+
+_PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: a JPEG with more pictures behind it, as phones write
+_TRIED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_BOMB = f"more than {MAX_PIXELS:,} pixels: taken for a decompression bomb; scale it down"
+
+
+class BadImageError(ValueError):
+    """These bytes cannot be used as an image. The message says why, and the way out where there is one."""
+
+
+class Header(NamedTuple):
+    extension: str
+    """jpg or png."""
+    height: int
+    width: int
+    """In pixels, as stored."""
+
+
+def header(data: bytes) -> Header:
+    """What the first bytes of a JPEG or PNG say. Raises BadImageError."""
+    with _opened(data) as image:
+        return _header(image, data)
+
+
+def decode(data: bytes) -> Image.Image:
+    """A JPEG or PNG as RGB. Raises BadImageError."""
+    with _opened(data) as image:
+        _header(image, data)
+        return _rgb(image)
+
+
+def prepare(data: bytes, max_side: int | None = None, quality: int | None = None) -> tuple[bytes, Header]:
+    """What to pack of an image, once it has been decoded: what does not decode today would stop a run tomorrow.
+
+    JPEG and PNG stay as they are unless a side is longer than `max_side` pixels; then the image is scaled down and
+    becomes a JPEG of `quality`. Other formats become JPEGs where either argument is given. Raises BadImageError.
+    """
+    convert = max_side is not None or quality is not None
+    with _opened(data) as image:
+        too_long = max_side is not None and max(image.size) > max_side
+        if too_long or (convert and not _is_plain(image, data)):
+            return _jpeg(image, max_side or MAX_SIDE_PX, quality or QUALITY)
+        head = _header(image, data, way_out="pack with --quality to convert it")
+        image.load()
+        return data, head
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """PIL's image before decoding. Whatever is raised for it, inside the block as well, is a BadImageError."""
+    if not data:
+        raise BadImageError("empty")
+    if len(data) > MAX_BYTES:
+        raise BadImageError(f"more than {MAX_BYTES:,} bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and PIL's own limit on pixels, which is lower than ours
+            with Image.open(BytesIO(data), formats=_TRIED) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImageError(_BOMB)
+                yield image
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImageError(_BOMB) from None
+    except UnidentifiedImageError:
+        raise BadImageError("not an image") from None
+    except Exception as error:  # damaged bytes make decoders raise almost anything
+        raise BadImageError(f"not a readable image: {error}") from error
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether training can read it. PIL reads more: it forgives what DALI cannot follow."""
+    return image.format in _PACKED and read_size(data) == (image.height, image.width)
+
+
+def _header(image: Image.Image, data: bytes, way_out: str = "convert it") -> Header:
+    if image.format not in _PACKED:
+        raise BadImageError(f"holds {image.format}, not JPEG or PNG: {way_out}")
+    if not _is_plain(image, data):
+        raise BadImageError(f"a {image.format} that is not laid out as the format wants: {way_out}")
+    if max(image.size) > MAX_SIDE_PX:
+        raise BadImageError(f"{image.width} × {image.height} pixels; no side may exceed {MAX_SIDE_PX}: scale it down")
+    return Header(_PACKED[image.format], image.height, image.width)
+
+
+def _jpeg(image: Image.Image, max_side: int, quality: int) -> tuple[bytes, Header]:
+    small = image if image.format == "JPEG" else _rgb(image)  # palettes would be scaled without a filter
+    # The gap lets JPEGs be decoded at 1/2, 1/4 or 1/8 where that leaves enough for a good filter.
+    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    buffer = BytesIO()
+    small.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), Header("jpg", small.height, small.width)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"32 bits a pixel (PIL's mode {image.mode}), whose range nobody knows: convert it")
+    return image.convert("RGB")

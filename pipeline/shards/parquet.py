@@ -1,0 +1,172 @@
+"""Images in Parquet files, as Hugging Face keeps data sets: encoded images in a column `image`, classes in `label`.
+
+    files ──label column──▶ labels, class names
+    files ──read once, in order──▶ 00000.bin: the images in sorted runs; 00000.npy: position and place of each
+    runs  ──positions [a, b)─────▶ the images of a shard
+
+Rows can only be read a row group at a time, while shards want them shuffled. So this is a merge sort on disk: it takes
+the images' size once more there while packing, and RUN_BYTES of memory in each worker.
+"""
+
+import bisect
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import files
+from pipeline.errors import InputError
+from pipeline.shards.parallel import advance
+
+RUN_BYTES = 128 << 20
+MAX_CLASSES = 1 << 20
+"""A larger label number is taken for a mistake rather than for a class list of that length."""
+
+PLACE = np.dtype([("position", "<i8"), ("offset", "<u8"), ("size", "<u8")])
+
+
+def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | None]:
+    """The label of every row of every file, None where it has none, and the class list where the files have one.
+
+    Numbers are positions in that list; files without it give numbers as text, and the list is "0" to the largest.
+    Raises InputError for files that are no such data set.
+    """
+    names: list[str] | None = None
+    columns = []
+    for path in paths:
+        with _opened(path) as file:
+            schema = file.schema_arrow
+            _check_columns(path, schema)
+            found = _class_names(schema)
+            if columns and found != names:
+                raise InputError(f"{path} and {paths[0]} name different classes: they are of different data sets")
+            names = found
+            columns.append(file.read(["label"]).column("label").to_pylist())
+    if all(label is None or isinstance(label, int) for column in columns for label in column):
+        names = names or _numbers(paths, columns)
+        return [[_name(names, label) for label in column] for column in columns], names
+    return columns, None
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    types = dict(zip(schema.names, schema.types, strict=True))
+    if not {"image", "label"} <= types.keys():
+        raise InputError(f"{path}: has the columns {', '.join(types)}; expected image and label: rename them")
+    image, label = types["image"], types["label"]
+    if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        image = image.field("bytes").type
+    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+        raise InputError(f"{path}: column image is {image}; expected bytes, or a struct with bytes")
+    if not (pa.types.is_integer(label) or pa.types.is_string(label) or pa.types.is_large_string(label)):
+        raise InputError(f"{path}: column label is {label}; expected numbers or class names")
+
+
+def _class_names(schema: pa.Schema) -> list[str] | None:
+    """Of Hugging Face's ClassLabel, which the schema's metadata describes."""
+    try:
+        tree = json.loads((schema.metadata or {})[b"huggingface"])
+        names = tree["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    return names if is_list and len(set(names)) == len(names) else None
+
+
+def _numbers(paths: list[Path], columns: list[list[Any]]) -> list[str]:
+    top = max((label for column in columns for label in column if label is not None), default=-1)
+    if top >= MAX_CLASSES:
+        raise InputError(f"{paths[0].parent}: label {top}; class numbers above {MAX_CLASSES} are taken for a mistake")
+    return [str(number) for number in range(top + 1)]
+
+
+def _name(names: list[str], label: int | None) -> str | None:
+    # -1 is how Hugging Face marks the images of a test split.
+    return names[label] if label is not None and 0 <= label < len(names) else None
+
+
+def spill(path: Path, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], target: Path) -> None:
+    """Write the images of a file's `rows`, [n], to TARGET.bin so that those of near `positions`, [n], lie together.
+
+    TARGET.npy is written last and says that both are whole. Raises InputError where the file cannot be read.
+    """
+    places = []
+    with target.with_suffix(".bin").open("wb") as out:
+        for run in _runs(path, rows, positions):
+            run.sort()
+            for position, data in run:
+                places.append((position, out.tell(), len(data)))
+                out.write(data)
+            run.clear()  # before the next one is read
+        out.flush()
+        os.fsync(out.fileno())
+    buffer = io.BytesIO()
+    np.save(buffer, np.sort(np.array(places, PLACE), order="position"), allow_pickle=False)
+    files.write(target.with_suffix(".npy"), buffer.getvalue())
+
+
+def is_spilled(target: Path) -> bool:
+    """Whether `spill` has been here and its files are whole."""
+    try:
+        places = np.load(target.with_suffix(".npy"), allow_pickle=False)
+        return target.with_suffix(".bin").stat().st_size == places["size"].sum()
+    except (OSError, ValueError):
+        return False
+
+
+def read_spilled(targets: Iterable[Path], first: int, last: int) -> list[bytes]:
+    """The images at positions first, …, last - 1."""
+    images = [b""] * (last - first)
+    for target in targets:
+        places = np.load(target.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        begin, end = (bisect.bisect_left(places["position"], position) for position in (first, last))
+        with target.with_suffix(".bin").open("rb") as file:
+            for position, offset, size in places[begin:end].tolist():
+                file.seek(offset)
+                images[position - first] = file.read(size)
+    return images
+
+
+def _runs(
+    path: Path, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+) -> Iterator[list[tuple[int, bytes]]]:
+    """The images of `rows` with their positions, some RUN_BYTES at a time."""
+    position_of = dict(zip(rows.tolist(), positions.tolist(), strict=True))
+    run, run_bytes = [], 0
+    for row, data in enumerate(_images(path)):
+        if row in position_of:
+            run.append((position_of[row], data))
+            run_bytes += len(data)
+            advance()
+        if run_bytes > RUN_BYTES:
+            yield run
+            run, run_bytes = [], 0
+    yield run
+
+
+def _images(path: Path) -> Iterator[bytes]:
+    """Of every row, in order; of a row without an image, no bytes."""
+    with _opened(path) as file:
+        for batch in file.iter_batches(batch_size=64, columns=["image"], use_threads=False):
+            column = batch.column(0)
+            if isinstance(column, pa.StructArray):
+                column = column.flatten()[column.type.get_field_index("bytes")]
+            for image in column:
+                yield image.as_py() or b""
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Read in small blocks rather than by row groups, which may be as large as the file."""
+    try:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {error}; fetch it again") from error

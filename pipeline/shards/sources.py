@@ -1,0 +1,274 @@
+"""What to pack: every image with its key and class.
+
+    DIR/CLASS/**/NAME.jpg                 ┐
+    LIST.csv, LIST.jsonl: path, label     ├──▶ Listing: classes, entries sorted by key, digest
+    FILE.parquet, DIR/*.parquet           ┘
+
+Images are not opened here, only listed, so that a mistake is told before hours of work. An image takes some 400 bytes
+of memory.
+"""
+
+import csv
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import InputError
+from pipeline.shards import parquet
+from pipeline.shards.faults import BadSource
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""Files that are taken for images in a tree."""
+
+
+class Entry(NamedTuple):
+    """One image to pack."""
+
+    key: str
+    place: str
+    """Path of its file; of a Parquet row, file and row for messages."""
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    classes: list[str]
+    entries: list[Entry]
+    digest: str
+    """Of the entries and of their files' sizes and times."""
+    bad: list[BadSource]
+    """Files that are not there, and rows without a class."""
+    tables: list["Table"] = dataclasses.field(default_factory=list)
+    """Parquet files that the entries are rows of."""
+
+
+class Table(NamedTuple):
+    path: Path
+    rows: npt.NDArray[np.int64]
+    """[n] rows of the file that are entries, one after the other."""
+
+
+def find(images: str | Path, classes: list[str] | None = None) -> Listing:
+    """List the images of a tree, list or Parquet data set. `classes` fixes the class list.
+
+    Raises InputError for what cannot be listed, for a class that is not in `classes`, and for two images of one key.
+    """
+    path = Path(images)
+    if any(character in str(images) for character in "*?[") and not path.exists():
+        matching = glob.glob(str(images), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
+        return _from_tables(sorted(map(Path, matching)), images, classes)
+    if path.is_dir():
+        tables = sorted(path.glob("*.parquet"))
+        return _from_tables(tables, images, classes) if tables else _from_tree(path, classes)
+    if not path.is_file():
+        raise InputError(f"{images}: no such file or folder")
+    if path.suffix == ".parquet":
+        return _from_tables([path], images, classes)
+    if path.suffix in (".csv", ".jsonl"):
+        return _from_list(path, classes)
+    raise InputError(f"{images}: expected a folder, a .csv or .jsonl list, or a .parquet file")
+
+
+def _from_tree(images: Path, classes: list[str] | None) -> Listing:
+    folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise InputError(f"{images}: no class folders; expected {images}/CLASS/IMAGE.jpg")
+    for name in folders:
+        if not name.isprintable():  # undecodable bytes of a file name show as lone surrogates
+            raise InputError(f"{str(images / name)!r}: a class name is readable text in UTF-8: rename the folder")
+    if classes is None:
+        classes = folders
+    elif unknown := sorted(set(folders) - set(classes)):
+        raise InputError(
+            f"{images}: class folders {unknown} are not among the {len(classes)} classes of --classes-from; "
+            "rename them or pack the split that has them first"
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    entries, left_out = [], []
+    for name in folders:
+        count, folder = len(entries), str(images / name)
+        for path in _files(folder):
+            if path.rpartition(".")[2].lower() in EXTENSIONS:
+                entries.append(Entry(_key(name + path.removeprefix(folder)), path, labels[name]))
+            else:
+                left_out.append(path)
+        if len(entries) == count:
+            raise InputError(
+                f"{images / name}: no images; a class folder holds at least one file that ends in "
+                f"{', '.join(f'.{extension}' for extension in EXTENSIONS)}"
+            )
+    left_out += [entry.path for entry in os.scandir(images) if not entry.is_dir()]
+    if left_out:
+        print(f"left out {len(left_out)} files that are no class's images: {left_out[0]} …", file=sys.stderr)
+    return _listing(classes, entries)
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Every file below a folder, links followed."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            yield f"{parent}/{name}"
+
+
+class _Row(NamedTuple):
+    line: int
+    path: str
+    label: str
+
+
+def _read_list(path: Path) -> list[_Row]:
+    """The rows of a CSV file with a header, or of JSON lines."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(file)
+            rows = [_checked_row(path, *row) for row in table]
+    except (csv.Error, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a {path.suffix} list in UTF-8: {error}") from error
+    if not rows:
+        raise InputError(f"{path}: lists no images")
+    return rows
+
+
+def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any, Any]]:
+    table = csv.DictReader(file)
+    if not {"path", "label"} <= set(table.fieldnames or ()):
+        found = ", ".join(table.fieldnames or ())
+        raise InputError(f"{path}: the first line names the columns, path and label among them; found {found}")
+    for row in table:
+        yield table.line_num, row["path"], row["label"]
+
+
+def _json_rows(file: TextIO) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            row = json.loads(line)
+            row = row if isinstance(row, dict) else {}
+            yield number, row.get("path"), row.get("label")
+
+
+def _checked_row(path: Path, line: int, where: Any, label: Any) -> _Row:
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    if not isinstance(where, str) or not where or "\0" in where:
+        raise InputError(f"{path}, line {line}: path {where!r}; expected the path of an image")
+    if not isinstance(label, str) or not label.strip().isprintable() or not label.strip():
+        raise InputError(f"{path}, line {line}: label {label!r}; expected a class name or number")
+    return _Row(line, where, label.strip())
+
+
+def _from_list(path: Path, classes: list[str] | None) -> Listing:
+    rows = _read_list(path)
+    classes, positions = number_classes({row.label for row in rows}, classes, str(path))
+    folder = path.parent.absolute()
+    places = [os.path.normpath(folder / row.path) for row in rows]
+    shared = os.path.commonpath({Path(place).parent for place in places})
+    entries = [
+        Entry(_key(os.path.relpath(place, shared)), place, positions[row.label])
+        for place, row in zip(places, rows, strict=True)
+    ]
+    return _listing(classes, entries)
+
+
+def number_classes(labels: set[str], classes: list[str] | None, where: str) -> tuple[list[str], dict[str, int]]:
+    """The class list, sorted, numbers by their value, and the position of each label in it.
+
+    `classes` fixes the list. Then a label is one of its names, or a position in it where all labels are numbers and no
+    name is. Raises InputError for a label that is neither.
+    """
+    are_numbers = all(map(_is_number, labels))
+    if classes is None:
+        classes = sorted(labels, key=lambda label: (int(label), label)) if are_numbers else sorted(labels)
+    positions = {name: number for number, name in enumerate(classes)}
+    if are_numbers and not any(map(_is_number, classes)):
+        positions = {label: int(label) for label in labels if int(label) < len(classes)}
+    if unknown := sorted(labels - positions.keys()):
+        more = " …" if len(unknown) > 5 else ""
+        raise InputError(
+            f"{where}: labels {', '.join(map(repr, unknown[:5]))}{more} are not among the {len(classes)} classes of "
+            "--classes-from; rename them or pack the split that has them first"
+        )
+    return classes, positions
+
+
+def _is_number(label: str) -> bool:
+    return re.fullmatch(r"\d{1,9}", label, re.ASCII) is not None
+
+
+def _from_tables(paths: list[Path], images: str | Path, classes: list[str] | None) -> Listing:
+    if not paths:
+        raise InputError(f"{images}: no such file or folder")
+    splits = sorted({match[1] for path in paths if (match := re.fullmatch(r"(.+)-\d+-of-\d+\.parquet", path.name))})
+    if len(splits) > 1:
+        raise InputError(
+            f"{images}: holds the splits {', '.join(splits)}; "
+            f"name the files of one: --images '{paths[0].parent}/{splits[0]}-*.parquet'"
+        )
+    labels, names = parquet.read_labels(paths)
+    found = {label for column in labels for label in column if label is not None}
+    classes, positions = number_classes(found, classes or names, str(images))
+    shared = os.path.commonpath({path.parent for path in paths})
+    entries, bad, tables = [], [], []
+    for path, column in zip(paths, labels, strict=True):
+        folder = _key(os.path.relpath(path, shared))
+        rows = [row for row, label in enumerate(column) if label is not None]
+        entries += [Entry(f"{folder}/{row:08d}", f"{path} row {row}", positions[str(column[row])]) for row in rows]
+        bad += [
+            BadSource(f"{path} row {row}", f"{folder}/{row:08d}", "has no class")
+            for row, label in enumerate(column)
+            if label is None
+        ]
+        tables.append(Table(path, np.array(rows, np.int64)))
+    digest = _digest(classes, [(str(path), path.stat()) for path in paths], entries)
+    return Listing(classes, entries, digest, bad, tables)
+
+
+def _listing(classes: list[str], entries: list[Entry]) -> Listing:
+    """Of images in files of their own: sorted by key, which must differ, and without those that are not there."""
+    entries.sort()
+    for one, other in itertools.pairwise(entries):
+        if one.key == other.key:
+            raise InputError(
+                f"{one.place} and {other.place} would both be {one.key!r} in the shards: rename or remove one of them"
+            )
+    there, bad, stats = [], [], []
+    for entry in entries:
+        try:
+            stats.append((entry.place, Path(entry.place).stat()))
+            there.append(entry)
+        except OSError as error:
+            bad.append(BadSource(entry.place, entry.key, f"cannot be read: {error.strerror}"))
+    return Listing(classes, there, _digest(classes, stats, there), bad)
+
+
+def _digest(classes: list[str], stats: Iterable[tuple[str, os.stat_result]], entries: list[Entry]) -> str:
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for path, stat in stats:
+        digest.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
+    for entry in entries:
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()
+
+
+def _key(path: str) -> str:
+    # WebDataset ends a sample's key at the first dot of its name.
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.rpartition('.')[0] or name}".replace(".", "_")

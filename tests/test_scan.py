@@ -1,0 +1,562 @@
+"""Tars that others made: the same samples as tarfile finds, whoever wrote them, and every fault told."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.shards.adopt import index
+from pipeline.shards.faults import Fault, read_skipped
+from pipeline.shards.index import ShardSet, read_manifest
+from pipeline.shards.pack import pack
+from pipeline.shards.tar import Reader, TarError, members
+from pipeline.shards.verify import verify
+from tests.damage import Damage, Member, build, tar_of
+from tests.servers import FaultyServer
+
+CLASSES = ("n01440764", "n02119022", "été", "猫")
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def image_bytes(seed: int, format: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20 + seed % 9, 30, 3), np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    key: str
+    extension: str
+    label: str
+    image: bytes
+
+
+def samples(long: int = 0) -> list[Sample]:
+    """Of four classes, with nested keys in several scripts, one of them as long as wanted."""
+    keys = ["x", "éà", "猫 2", "y" * 60]
+    if long:
+        keys[3] = "/".join(["y" * 90] * (long // 90 + 1))[:long]
+    extensions = ["jpg", "JPEG", "Png", "jpeg"]
+    return [
+        Sample(
+            f"train/{CLASSES[number % 4]}/{number}/{keys[number // 4]}"
+            if number // 4 == 3 and long
+            else f"train/{CLASSES[number % 4]}/{keys[number // 4]}{number}",
+            extensions[number % 4],
+            CLASSES[number % 4],
+            image_bytes(number, "PNG" if number % 4 == 2 else "JPEG"),
+        )
+        for number in range(16)
+    ]
+
+
+def write_tree(folder: Path, wanted: list[Sample]) -> None:
+    for sample in wanted:
+        path = folder / f"{sample.key}.{sample.extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.image)
+        (folder / f"{sample.key}.cls").write_text(sample.label)
+
+
+def contents(root: Path) -> dict[str, tuple[str, bytes]]:
+    """Key, class and image of every sample, as training reads them."""
+    shards = ShardSet(root)
+    shards.check()
+    return {
+        shards.key(number, row): (shards.classes[record["label"]], shards.read(number, row))
+        for number in range(len(shards.shard_samples))
+        for row, record in enumerate(shards.index(number))
+    }
+
+
+def expected(wanted: list[Sample]) -> dict[str, tuple[str, bytes]]:
+    return {sample.key: (sample.label, sample.image) for sample in wanted}
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps remote shards out of the cache that the user of this machine has."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("cache")))
+
+
+# Writers
+
+
+def with_tarfile(format: int) -> Callable[[Path, Path, list[Sample]], None]:
+    def write(tree: Path, tar: Path, wanted: list[Sample]) -> None:
+        parts = [
+            Member(f"{sample.key}.{extension}", data)
+            for sample in wanted
+            for extension, data in ((sample.extension, sample.image), ("cls", sample.label.encode()))
+        ]
+        tar.write_bytes(tar_of(parts, format))
+
+    return write
+
+
+def with_command(*command: str) -> Callable[[Path, Path, list[Sample]], None]:
+    """A tar program, on the files sorted by name so that the parts of a sample are side by side."""
+
+    def write(tree: Path, tar: Path, wanted: list[Sample]) -> None:
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"no {command[0]} here")
+        names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+        subprocess.run(
+            [*command, "-cf", tar, "--no-recursion", "-C", tree, "-T", "-"],
+            input="\n".join(names),
+            check=True,
+            text=True,
+        )
+
+    return write
+
+
+def with_webdataset(tree: Path, tar: Path, wanted: list[Sample]) -> None:
+    with webdataset.TarWriter(str(tar)) as sink:  # pyright: ignore[reportAttributeAccessIssue]
+        for sample in wanted:
+            sink.write({"__key__": sample.key, sample.extension: sample.image, "cls": sample.label, "txt": "a photo"})
+
+
+WRITERS = {
+    **{f"tarfile {name}": with_tarfile(format) for name, format in FORMATS.items()},
+    **{f"tar {name}": with_command("tar", f"--format={name}") for name in ("gnu", "pax", "ustar", "posix")},
+    **{f"bsdtar {name}": with_command("bsdtar", "--format", name) for name in ("gnutar", "pax", "ustar")},
+    "webdataset": with_webdataset,
+}
+
+
+@pytest.mark.parametrize("long", [0, 150, 300], ids=lambda long: f"names of {long}" if long else "short names")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_tars_of_other_writers_are_read_as_they_are(tmp_path: Path, writer: str, long: int) -> None:
+    if long == 300 and "ustar" in writer:
+        pytest.skip("beyond what the format holds")
+    wanted = samples(long)
+    write_tree(tmp_path / "tree", wanted)
+    root = tmp_path / "root"
+    root.mkdir()
+    WRITERS[writer](tmp_path / "tree", root / "data.tar", wanted)
+    before = (root / "data.tar").read_bytes()
+    manifest, faults = index(str(root), labels="folder" if not long else "cls")
+    assert faults == []
+    assert manifest is not None
+    assert manifest.classes == sorted(CLASSES)
+    assert contents(root) == expected(wanted)
+    assert verify(root, deep=True) == []
+    assert (root / "data.tar").read_bytes() == before
+
+
+def test_tar_of_a_folder_sorted_by_name(tmp_path: Path) -> None:
+    """As people pack a tree: names begin with ./ and folders are members."""
+    wanted = samples()
+    write_tree(tmp_path / "tree", wanted)
+    root = tmp_path / "root"
+    root.mkdir()
+    command = ["tar", "--sort=name", "-cf", root / "data.tar", "-C", tmp_path / "tree", "."]
+    subprocess.run(command, check=True)
+    index(str(root))
+    assert contents(root) == {f"./{key}": value for key, value in expected(wanted).items()}
+
+
+# webdataset leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_shards_of_webdatasets_shardwriter(tmp_path: Path) -> None:
+    wanted = samples()
+    pattern = str(tmp_path / "data-%04d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as sink:  # pyright: ignore[reportAttributeAccessIssue]
+        for sample in wanted:
+            label = CLASSES.index(sample.label)
+            parts = {sample.extension: sample.image, "cls": label, "seg.png": b"a mask", "json": {"label": 7}}
+            sink.write({"__key__": sample.key, **parts})
+    manifest, _ = index(str(tmp_path), classes=list(CLASSES))
+    assert manifest is not None
+    assert [shard.samples for shard in manifest.shards] == [5, 5, 5, 1]
+    assert contents(tmp_path) == expected(wanted)
+
+
+def test_shards_of_img2dataset(tmp_path: Path) -> None:
+    """Flat numbered keys with .jpg, .txt and .json, in the order and with the fields that version 1.47 writes."""
+    wanted = [dataclasses.replace(sample, key=f"00000{i:04d}") for i, sample in enumerate(samples())]
+    parts = []
+    for number, sample in enumerate(wanted):
+        fields = {"class_name": sample.label, "class_id": CLASSES.index(sample.label), "caption": f"photo {number}",
+                  "url": f"http://example.org/{number}.jpg", "key": sample.key, "status": "success", "width": 30,
+                  "exif": "{}", "sha256": "0" * 64}  # fmt: skip
+        parts += [
+            Member(f"{sample.key}.jpg", sample.image),
+            Member(f"{sample.key}.json", json.dumps(fields, indent=4).encode()),
+            Member(f"{sample.key}.txt", b"photo"),
+        ]
+    (tmp_path / "00000.tar").write_bytes(tar_of(parts, tarfile.GNU_FORMAT))
+    (tmp_path / "00000.parquet").write_bytes(b"not looked at")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    with pytest.raises(
+        InputError, match="give --labels json:FIELD, where FIELD is one of class_name, class_id, caption"
+    ):
+        index(str(tmp_path))
+    index(str(tmp_path), tmp_path / "by-name", labels="json:class_name")
+    assert contents(tmp_path / "by-name") == expected(wanted)
+    manifest, _ = index(str(tmp_path), tmp_path / "by-number", labels="json:class_id")
+    assert manifest is not None
+    assert manifest.classes == ["0", "1", "2", "3"]
+    numbers = {key: CLASSES[int(label)] for key, (label, _) in contents(tmp_path / "by-number").items()}
+    assert numbers == {sample.key: sample.label for sample in wanted}
+
+
+# The reader of tars against Python's
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=120)
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(PATHS, st.integers(0, 1500)), max_size=5), st.sampled_from(sorted(FORMATS)))
+def test_members_are_those_that_tarfile_finds(wanted: list[tuple[str, int]], format: str) -> None:
+    try:
+        data = tar_of([Member(name, b"x" * size) for name, size in wanted], FORMATS[format])
+    except ValueError:
+        assume(False)  # too long a name for ustar
+        raise
+    with tarfile.open(fileobj=BytesIO(data)) as tar:
+        theirs = [(member.name, member.offset, member.offset_data, member.size) for member in tar]
+    ours = [(member.name, member.header, member.offset, member.size) for member in members(Reader(BytesIO(data)))]
+    assert ours == theirs
+    assert [name for name, *_ in ours] == [name for name, _ in wanted]
+
+
+def test_global_pax_headers_and_sparse_files(tmp_path: Path) -> None:
+    """A sparse file of so many pieces that their list goes on behind its header."""
+    with (tmp_path / "holes").open("wb") as file:
+        for piece in range(30):
+            file.seek(piece * 100_000)
+            file.write(b"piece")
+    (tmp_path / "next").write_text("next")
+    for format in ("gnu", "posix"):
+        tar = tmp_path / f"{format}.tar"
+        command = ["tar", f"--format={format}", "--sparse", "-cf", tar, "-C", tmp_path, "holes", "next"]
+        subprocess.run(command, check=True)
+        with tarfile.open(tar) as theirs, tar.open("rb") as file:
+            found = [(member.name, member.header, member.kind) for member in members(Reader(file))]
+            assert found == [(m.name, m.offset, "sparse" if m.issparse() else "file") for m in theirs]
+        assert [kind for *_, kind in found] == ["sparse", "file"]
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", pax_headers={"comment": "x"}) as tar:
+        tar.addfile(tarfile.TarInfo("é" * 99))
+    data = buffer.getvalue()
+    with tarfile.open(fileobj=BytesIO(data)) as theirs:
+        assert [(m.name, m.header) for m in members(Reader(BytesIO(data)))] == [(m.name, m.offset) for m in theirs]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_no_damage_makes_the_reader_fail_otherwise_than_it_says(data: st.DataObject) -> None:
+    parts = [Member("a" * 120 + "é", b"1" * 700), Member("b", b"2" * 20, pax={"comment": "hello"}), Member("c")]
+    tar = bytearray(tar_of(parts, data.draw(st.sampled_from(sorted(FORMATS.values())[1:]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(tar) - 1))
+        piece = data.draw(st.binary(max_size=12))
+        tar[start : start + len(piece)] = piece
+        if data.draw(st.booleans()):  # a checksum that fits lets damage further in
+            block = start // 512 * 512
+            header = tar[block : block + 512]
+            header[148:156] = b" " * 8
+            tar[block + 148 : block + 156] = b"%06o\0 " % sum(header)
+    tar = tar[: data.draw(st.integers(0, len(tar)))]
+    reader = Reader(BytesIO(bytes(tar)))
+    try:
+        for member in members(reader):
+            assert 0 <= member.header < member.offset <= reader.position
+    except TarError:
+        pass
+    assert reader.position <= len(tar)
+
+
+# Labels
+
+
+def labelled(root: Path, labels: list[Any], part: str = "cls") -> None:
+    """A tar of one sample for each label, without folders."""
+    parts = []
+    for number, label in enumerate(labels):
+        data = json.dumps({"label": label}) if part == "json" else str(label)
+        parts += [Member(f"{number}.jpg", image_bytes(number)), Member(f"{number}.{part}", data.encode())]
+    root.mkdir(exist_ok=True)
+    (root / "data.tar").write_bytes(tar_of(parts))
+
+
+def found(root: Path) -> list[str]:
+    return [label for label, _ in contents(root).values()]
+
+
+@pytest.mark.parametrize(
+    ("labels", "part", "classes", "names"),
+    [
+        ([2, 0, 2], "cls", ["0", "1", "2"], ["2", "0", "2"]),
+        (["002", " 0\n", 1], "cls", ["0", "1", "2"], ["2", "0", "1"]),
+        (["dog", "cat", "dog"], "cls", ["cat", "dog"], ["dog", "cat", "dog"]),
+        ([1, 0], "json", ["0", "1"], ["1", "0"]),
+        ([1.0, 0.0], "json", ["0", "1"], ["1", "0"]),
+        (["dog", "7", "cat"], "json", ["7", "cat", "dog"], ["dog", "7", "cat"]),
+    ],
+)
+def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, classes: list, names: list) -> None:
+    labelled(tmp_path / "root", labels, part)
+    manifest, faults = index(str(tmp_path / "root"), labels="json:label" if part == "json" else "cls")
+    assert faults == []
+    assert manifest is not None
+    assert manifest.classes == classes
+    assert found(tmp_path / "root") == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "part", "reason"),
+    [
+        ([0, 1, "dog"], "cls", "label 'dog' is none of the 2 classes"),
+        ([0, 1, 1 << 20], "cls", "label '1048576' is none of the 2 classes"),
+        ([0, 1, 1 << 60], "cls", "label '1152921504606846976' is none of the 2 classes"),
+        ([0, 1, -1], "cls", "label '-1' is none of the 2 classes"),
+        ([0, 1, None], "json", "label is null; a label is a number or a name"),
+        ([0, 1, True], "json", "label is true; a label is a number or a name"),
+        ([0, 1, float("nan")], "json", "label is NaN; a label is a number or a name"),
+        ([0, 1, "a\u2028b"], "json", r"label 'a\u2028b': neither a number nor a readable name"),
+        ([0, 1, ["dog"]], "json", 'label is ["dog"]; a label is a number or a name'),
+    ],
+)
+def test_odd_labels_are_faults(tmp_path: Path, labels: list, part: str, reason: str) -> None:
+    labelled(tmp_path / "root", labels, part)
+    source = "json:label" if part == "json" else "cls"
+    manifest, faults = index(str(tmp_path / "root"), labels=source)
+    assert manifest is None
+    assert faults == [Fault("data.tar", "2", reason)]
+    index(str(tmp_path / "root"), labels=source, skip_bad=True)
+    assert found(tmp_path / "root") == ["0", "1"]
+
+
+def test_classes_of_another_data_set(tmp_path: Path) -> None:
+    labelled(tmp_path / "names", ["cat", "dog", "cow"])
+    _, faults = index(str(tmp_path / "names"), classes=["ant", "cat", "dog"], skip_bad=True)
+    assert faults == [Fault("data.tar", "2", "label 'cow' is none of the 3 classes")]
+    assert found(tmp_path / "names") == ["cat", "dog"]
+    labelled(tmp_path / "numbers", [0, 1, 3])
+    _, faults = index(str(tmp_path / "numbers"), classes=["ant", "cat", "dog"], skip_bad=True)
+    assert faults == [Fault("data.tar", "2", "label '3' is none of the 3 classes")]
+    assert found(tmp_path / "numbers") == ["ant", "cat"]
+
+
+# Where things are written
+
+
+def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    labelled(root, [0, 1])
+    (root / "part 2").mkdir()
+    shutil.copy(root / "data.tar", root / "part 2" / "spaced name.tar")
+    (root / "deeper").mkdir()
+    (root / "deeper" / "more.tar").write_bytes(tar_of([Member("x.jpg", image_bytes(3)), Member("x.cls", b"1")]))
+    before = listing(root)
+    manifest, faults = index(str(root), tmp_path / "out", skip_bad=True)
+    assert faults == [Fault("part 2/spaced name.tar", None, "the name of a shard is made of letters, digits, "
+                            "'-', '_' and '.': rename it")]  # fmt: skip
+    assert listing(root) == before
+    assert manifest is not None
+    assert manifest.tars == str(root)
+    names = {"data.index.npy", "deeper/more.index.npy", "manifest.json", "skipped.jsonl"}
+    assert listing(tmp_path / "out").keys() == names
+    assert found(tmp_path / "out") == ["0", "1", "1"]
+    assert read_skipped(tmp_path / "out") == [fault._asdict() for fault in faults]
+    assert verify(tmp_path / "out", deep=True) == []
+
+
+def test_with_faults_nothing_is_written(tmp_path: Path) -> None:
+    labelled(tmp_path, [0, 1])
+    (tmp_path / "empty.tar").touch()
+    before = listing(tmp_path)
+    manifest, faults = index(str(tmp_path))
+    assert manifest is None
+    assert faults == [Fault("empty.tar", None, "an empty file")]
+    assert listing(tmp_path) == before
+
+
+def test_an_index_is_not_made_over_another(tmp_path: Path) -> None:
+    labelled(tmp_path, [0, 1])
+    index(str(tmp_path))
+    with pytest.raises(InputError, match="there is an index already; remove this file"):
+        index(str(tmp_path))
+    (tmp_path / "manifest.json").unlink()
+    manifest, _ = index(str(tmp_path))
+    assert manifest == read_manifest(tmp_path)
+
+
+def nothing(root: Path) -> None:
+    root.mkdir()
+
+
+def not_there(root: Path) -> None:
+    pass
+
+
+def all_bad(root: Path) -> None:
+    root.mkdir()
+    (root / "x.tar").write_text("hello")
+
+
+def no_labels(root: Path) -> None:
+    root.mkdir()
+    (root / "x.tar").write_bytes(tar_of([Member("x.jpg", image_bytes(0)), Member("x.txt", b"a photo")]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nothing, "no .tar files below it"),
+        (not_there, "no such folder"),
+        (all_bad, "not one sample can be used:\n  x.tar: not a tar"),
+        (no_labels, "no label can be seen in the first sample, 'x' with parts jpg, txt: give --labels json:FIELD"),
+    ],
+)
+def test_what_cannot_be_indexed_at_all_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(tmp_path / "root")
+    with pytest.raises(InputError) as error:
+        index(str(tmp_path / "root"), skip_bad=True)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("labels", ["json", "json:", "class", ""])
+def test_other_places_of_labels_are_refused(tmp_path: Path, labels: str) -> None:
+    labelled(tmp_path, [0, 1])
+    with pytest.raises(InputError, match="expected auto, cls, folder or json:FIELD"):
+        index(str(tmp_path), labels=labels)
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_tars_by_pattern_from_a_web_server(tmp_path: Path) -> None:
+    """HTTP has no listing, so a pattern names the tars. One of them is missing."""
+    wanted = samples()
+    for number in range(4):
+        with_tarfile(tarfile.GNU_FORMAT)(tmp_path, tmp_path / f"data-{number:03d}.tar", wanted[number * 4 :][:4])
+    out = tmp_path / "out"
+    with FaultyServer(tmp_path) as server:
+        pattern = f"{server.url}/data-{{000..004}}.tar"
+        with pytest.raises(InputError, match="give a local folder to --out"):
+            index(pattern)
+        _, faults = index(pattern, out, skip_bad=True)
+        assert faults == [Fault("data-004.tar", None, "no such file")]
+        assert read_manifest(out).tars == server.url
+        assert contents(out) == expected(wanted)
+        assert verify(out, deep=True) == []
+    index(f"{tmp_path}/data-{{000..003}}.tar")
+    assert contents(tmp_path) == expected(wanted)
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_tars_of_an_object_store(tmp_path: Path) -> None:
+    wanted = samples()
+    with_tarfile(tarfile.GNU_FORMAT)(tmp_path, tmp_path / "data.tar", wanted)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "data.tar"), "/bucket/deep/data.tar")
+    index("memory://bucket", tmp_path / "out")
+    assert read_manifest(tmp_path / "out").tars == "memory://bucket"
+    assert contents(tmp_path / "out") == expected(wanted)
+    fs.rm("/bucket", recursive=True)
+    assert verify(tmp_path / "out") == [Fault("deep/data.tar", None, "memory://bucket/deep/data.tar: no such file")]
+
+
+def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
+    wanted = samples()
+    for number in range(4):
+        with_tarfile(tarfile.PAX_FORMAT)(tmp_path, tmp_path / f"{number}.tar", wanted[number * 4 :][:4])
+    (tmp_path / "4.tar").write_text("hello")
+    one = index(str(tmp_path), tmp_path / "one", skip_bad=True)
+    three = index(str(tmp_path), tmp_path / "three", skip_bad=True, workers=3)
+    assert one == three
+    assert listing(tmp_path / "one") == listing(tmp_path / "three")
+    assert verify(tmp_path / "one", workers=2, deep=True) == []
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> Damage:
+    return build(tmp_path_factory.mktemp("damage"))
+
+
+REASONS = {
+    "cut_in_an_image": {"cut short"},
+    "cut_in_a_header": {"cut short", "no .cls part"},
+    "cut_between_samples": {"cut short"},
+    "flipped_in_a_header": {"no member begins there"},
+    "lost_block": {"data follows the end mark"},
+    "joined": {"data follows the end mark"},
+    "negative_size": {"is not a number"},
+    "huge_size": {"cut short", "the limit is 268,435,456"},
+    "huge_pax_header": {"a name or header of 8589934591 bytes"},
+    "broken_pax_header": {"a PAX header that cannot be read"},
+    "compressed": {"decompress it"},
+    "repeated_key": {"a second sample of this key"},
+    "repeated_elsewhere": {"a sample of this key is in 000.tar"},
+    "parts_apart": {"do not stand side by side"},
+    "two_images": {"more than one part"},
+    "traversal": {"which leads out of the tar"},
+    "stray_traversal": {"which leads out of the tar"},
+    "link": {"is a link"},
+    "device": {"is no ordinary file"},
+    "sparse": {"is a sparse file"},
+}
+
+
+def by_shard(faults: list[Fault]) -> dict[str, set[str | None]]:
+    return {shard: {fault.key for fault in faults if fault.shard == shard} for shard in {f.shard for f in faults}}
+
+
+def test_every_damage_of_a_shard_is_told(damage: Damage) -> None:
+    before = listing(damage.shards)
+    manifest, faults = index(str(damage.shards))
+    assert manifest is None
+    assert by_shard(faults) == {name: keys for name, keys in damage.bad_keys.items() if keys}
+    assert listing(damage.shards) == before
+    for kind, reasons in REASONS.items():
+        told = [fault.reason for fault in faults if damage.shard_damage[fault.shard] == kind]
+        assert told
+        assert all(any(reason in text for reason in reasons) for text in told), kind
+        assert all(any(reason in text for text in told) for reason in reasons), kind
+
+
+def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) -> None:
+    manifest, faults = index(str(damage.shards), tmp_path, skip_bad=True)
+    assert manifest is not None
+    assert [fault._asdict() for fault in faults] == read_skipped(tmp_path)
+    assert contents(tmp_path).keys() == damage.good_keys | damage.hidden_keys
+    assert verify(tmp_path) == []
+    hidden = verify(tmp_path, deep=True)
+    assert {fault.key for fault in hidden} == damage.hidden_keys
+
+
+def test_every_damaged_image_is_told(damage: Damage, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="images that cannot be packed"):
+        pack(damage.images, tmp_path / "out")
+    pack(damage.images, tmp_path / "out", skip_bad=True)
+    skipped = read_skipped(tmp_path / "out")
+    assert {line["path"] for line in skipped} == damage.image_damage.keys()
+    assert contents(tmp_path / "out").keys() == damage.good_images
+    assert verify(tmp_path / "out", deep=True) == []

@@ -1,0 +1,144 @@
+"""What a person is shown of a data set: the right counts, and a sheet with the right pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.shards.index import ShardSet
+from pipeline.shards.pack import pack
+from pipeline.shards.show import show, table
+from tests.conftest import ROOT
+from tests.servers import FaultyServer
+
+TITLE_PX = 90  # with the data set's name and the seed
+COLOURS = {"blue": (0, 0, 255), "green": (0, 128, 0), "red": (255, 0, 0)}
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Flat pictures: 2 blue, 3 green, 5 red, of 40 to 49 by 20 pixels."""
+    number = 0
+    for name, count in zip(COLOURS, (2, 3, 5), strict=True):
+        for _ in range(count):
+            path = tmp_path / "images" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40 + number, 20), COLOURS[name]).save(path)
+            number += 1
+    pack(tmp_path / "images", tmp_path / "packed", samples_per_shard=4)
+    return tmp_path / "packed"
+
+
+def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
+    summary = show(packed, tmp_path / "sheet.png")
+    assert summary["samples"] == 10
+    assert summary["shards"] == 3
+    assert summary["samples_per_class"] == {"min": 2, "median": 3.0, "max": 5}
+    assert summary["largest_classes"] == {"red": 5, "green": 3, "blue": 2}
+    assert list(summary["smallest_classes"]) == ["blue", "green", "red"]
+    assert summary["short_side_px"]["p0"] == summary["short_side_px"]["p100"] == 20
+    assert (summary["long_side_px"]["p0"], summary["long_side_px"]["p100"]) == (40, 49)
+    sizes = [path.stat().st_size for path in (tmp_path / "images").rglob("*.png")]
+    assert summary["bytes"] == sum(sizes)
+    assert (summary["image_bytes"]["p0"], summary["image_bytes"]["p100"]) == (min(sizes), max(sizes))
+    text = table(summary)
+    assert "10 samples of 3 classes in 3 shards" in text
+    assert "min 2   median 3   max 5" in text
+
+
+def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path) -> None:
+    show(packed, tmp_path / "sheet.png")
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+    firsts = {name: np.argwhere((pixels == colour).all(axis=-1)) for name, colour in COLOURS.items()}
+    areas = {name: len(found) for name, found in firsts.items()}
+    # Each is scaled to the same width and a height that follows from its shape.
+    assert areas["blue"] < areas["green"] < areas["red"]
+    # Of a class side by side, in the order of the classes.
+    assert tuple(firsts["blue"][0]) < tuple(firsts["green"][0]) or firsts["blue"][0][1] < firsts["green"][0][1]
+
+
+def test_the_seed_chooses_the_samples(digits: Path, tmp_path: Path) -> None:
+    sheets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        show(digits / "val", tmp_path / name, seed)
+        sheets.append(np.asarray(Image.open(tmp_path / name))[TITLE_PX:])
+    assert (sheets[0] == sheets[1]).all()
+    assert (sheets[0] != sheets[2]).any(axis=-1).mean() > 0.3
+
+
+def test_damaged_samples_do_not_stop_it(packed: Path, tmp_path: Path) -> None:
+    show(packed, tmp_path / "before.png")
+    record = ShardSet(packed).index(0)[0]
+    with (packed / "shard-000000.tar").open("r+b") as file:
+        file.seek(int(record["offset"]))
+        file.write(b"damage")
+    show(packed, tmp_path / "after.png")
+    before, after = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("before", "after"))
+    changed = np.argwhere((before != after).any(axis=-1))
+    height, width = np.ptp(changed, axis=0) + 1
+    assert 0 < height <= 150  # one tile
+    assert 100 < width <= 150
+
+
+def test_a_sheet_that_cannot_be_written_is_the_users_mistake(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written: No such file or directory; name another file with --out"):
+        show(packed, tmp_path / "none" / "sheet.png")
+
+
+def test_remote_shards_are_read_in_parts(packed: Path, tmp_path: Path) -> None:
+    with FaultyServer(packed) as server:
+        summary = show(server.url, tmp_path / "sheet.png")
+    assert summary["samples"] == 10
+    show(packed, tmp_path / "local.png")
+    local, remote = (np.asarray(Image.open(tmp_path / name))[TITLE_PX:] for name in ("local.png", "sheet.png"))
+    assert (local == remote).all()
+
+
+# The commands
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "launch/shards.py", *arguments]
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def result_of(process: subprocess.CompletedProcess[str], returncode: int = 0) -> dict:
+    assert process.returncode == returncode, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_the_commands_end_with_their_result(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "red" / "bad.jpg").write_text("hello")
+    refused = run("pack", "--images", "images", "--out", "p", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[0] == "error: images that cannot be packed:"
+    assert "images/red/bad.jpg: not an image" in refused.stderr
+    result = result_of(run("pack", "--images", "images", "--out", "p", "--skip-bad", "--max-side", 30, cwd=tmp_path))
+    assert result["samples"] == 10
+    assert result["num_skipped"] == 1
+    assert result["skipped"] == [{"path": "images/red/bad.jpg", "key": "red/bad", "reason": "not an image"}]
+
+    assert result_of(run("verify", "p", "--deep", cwd=tmp_path)) == {"data": "p", "ok": True, "faults": []}
+    (tmp_path / "p" / "shard-000000.tar").unlink()
+    found = run("verify", "p", "--workers", 1, cwd=tmp_path)
+    (fault,) = result_of(found, returncode=1)["faults"]
+    assert fault["shard"] == "shard-000000.tar"
+    assert "1 faults:\n  shard-000000.tar:" in found.stderr
+
+    shown = run("show", "packed", cwd=tmp_path)
+    assert result_of(shown)["sheet"] == "packed-sheet.png"
+    assert (tmp_path / "packed-sheet.png").exists()
+    assert "samples per class   min 2" in shown.stderr
+
+    (tmp_path / "packed" / "manifest.json").unlink()
+    (tmp_path / "packed" / "x.tar").write_text("hello")
+    found = result_of(run("index", "packed", "--workers", 1, cwd=tmp_path), returncode=1)
+    assert found["faults"] == [{"shard": "x.tar", "key": None, "reason": "not a tar"}]
+    result = result_of(run("index", "packed", "--skip-bad", "--out", "i", "--workers", 1, cwd=tmp_path))
+    assert result["samples"] == 10
+    assert result["skipped"] == found["faults"]
