@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from pipeline.errors import InputError
@@ -44,7 +53,7 @@ class Length:
         return cls(float(match[1]), unit)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit}"
 
     def steps(self, *, steps_per_epoch: int, global_batch_size: int, total: int | None = None) -> int:
@@ -57,6 +66,59 @@ class Length:
 
 
 LengthField = Annotated[Length, PlainValidator(Length.parse), PlainSerializer(str)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """RandAugment's settings. In text as timm writes them: "rand-m9-mstd0.5-inc1"."""
+
+    magnitude: float = 10.0
+    num_layers: int = 2
+    prob: float = 0.5
+    """Chance that a layer's operation is applied."""
+    magnitude_std: float = 0.0
+    """Standard deviation of the magnitude; infinite for a uniform draw from 0 to `magnitude`."""
+    max_magnitude: float = 10.0
+    increasing: bool = False
+    """Operations whose effect grows with the magnitude."""
+
+    @classmethod
+    def parse(cls, text: Any) -> "RandAugment":
+        if isinstance(text, RandAugment):
+            return text
+        kind, *parts = str(text).split("-")
+        fields = {"m": "magnitude", "n": "num_layers", "p": "prob", "mstd": "magnitude_std", "mmax": "max_magnitude"}
+        values: dict[str, Any] = {}
+        for part in parts:
+            match = re.fullmatch(r"(mstd|mmax|m|n|p|inc)(\d+(?:\.\d+)?|inf)", part)
+            if kind != "rand" or not match:
+                break
+            number = float(match[2])
+            if match[1] == "inc":
+                values["increasing"] = number != 0
+            elif match[1] == "n":
+                values["num_layers"] = int(number)
+            else:
+                values[fields[match[1]]] = number
+        else:
+            if kind == "rand" and values.get("prob", 0) <= 1:
+                # timm's notation calls for a uniform draw by any standard deviation above 100.
+                if values.get("magnitude_std", 0) > 100:
+                    values["magnitude_std"] = math.inf
+                return cls(**values)
+        raise ValueError(
+            "RandAugment is written rand-m9-mstd0.5-inc1: after rand- any of m (magnitude), n (layers), p (chance of "
+            "each, at most 1), mstd (deviation of the magnitude), mmax (its bound), inc1, separated by dashes"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"rand-m{self.magnitude:g}-n{self.num_layers}-p{self.prob:g}-mstd{self.magnitude_std:g}"
+            f"-mmax{self.max_magnitude:g}-inc{self.increasing:d}"
+        )
+
+
+RandAugmentField = Annotated[RandAugment, PlainValidator(RandAugment.parse), PlainSerializer(str)]
 
 
 class Section(BaseModel):
@@ -92,12 +154,28 @@ class Image(Section):
     """Of the red, green and blue channels on a scale of 0 to 1."""
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
     """In evaluation the short side is resized to size / crop_pct before the central crop."""
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+
+
+class Source(Section):
+    """A data set of a mixture."""
+
+    path: str
+    weight: Positive = 1.0
+    """Its part of the samples drawn, in proportion to the other weights."""
+
+
+def _one_source(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
 
 
 class Data(Section):
-    train: str
-    """Folder with manifest.json, made by launch/shards.py pack."""
+    train: Annotated[tuple[Source, ...], BeforeValidator(_one_source), Field(min_length=1)]
+    """Folder or URL (s3://, https://, …) with a manifest.json, made by launch/shards.py; or a list of them, each
+    {path: …, weight: …}, to be mixed."""
     val: str | None = None
+    copies: int = Field(default=1, gt=0)
+    """Repeated augmentation: how many differently augmented copies of a sample a batch holds."""
     lanes: int = Field(default=48, gt=0)
     """Parallel read positions in an epoch, shared out to ranks: the most ranks a run can use."""
     shuffle_window: int = Field(default=4096, gt=0)
@@ -106,14 +184,48 @@ class Data(Section):
     """Threads of each rank for reading and for CPU decoding; 0 takes the rank's share of the cores."""
     prefetch: int = Field(default=2, gt=0)
     """Micro-batches read ahead of training."""
+    cache: str | None = None
+    """Folder for shards fetched from URLs, shared by a node's ranks. None: one of this user's below the temporary
+    folder."""
+    cache_gb: float | None = Field(default=None, gt=0.0)
+    """Most disk space of the cache. None: half of what is free where it lies."""
+    max_bad_fraction: Fraction = 0.001
+    """Training stops when more than this fraction of the data set's samples has proved damaged."""
+
+    @property
+    def train_paths(self) -> list[str]:
+        return [source.path for source in self.train]
 
 
 class Augment(Section):
+    crop: Literal["resized", "plain", "center"] = "resized"
+    """resized: a random part of the image (crop_scale, crop_ratio), resized. plain: the short side resized to the
+    network's input, a random crop along the long one. center: evaluation's view."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of the random crop."""
     hflip: Fraction = 0.5
+    rand_augment: RandAugmentField | None = None
+    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1."""
+    color_jitter: Fraction = 0.0
+    """Brightness, contrast and saturation, in random order, each by a factor of 1 ± color_jitter at most."""
+    erase_prob: Fraction = 0.0
+    """Chance of random erasing: one box of 2 % to a third of the image."""
+    erase_mode: Literal["pixel", "const"] = "pixel"
+    """What fills the box: a standard normal draw for each pixel and channel of the normalised image, or zero."""
+    image_size: dict[LengthField, Annotated[int, Field(gt=0)]] = {}
+    """Resolution schedule of training: "0 epochs": 128, "60 %": 192. Before its first entry, and without any,
+    image.size."""
+
+    @model_validator(mode="after")
+    def _one_colour_policy(self) -> "Augment":
+        if self.rand_augment and self.color_jitter:
+            raise ValueError(
+                f"color_jitter {self.color_jitter} has no effect beside rand_augment (as in timm, which leaves it out "
+                "in silence): set it to 0 or leave rand_augment out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> "Augment":
@@ -189,6 +301,11 @@ class Resume(Section):
         return {"source": value} if isinstance(value, str) else value
 
 
+class Debug(Section):
+    trace_samples: bool = False
+    """Write trace/rank-R.jsonl: each step's samples with hashes of what the engine was given."""
+
+
 class Tracking(Section):
     uri: str | None = None
     """MLflow tracking server. None: sqlite:///ROOT/mlflow.db with artifacts beside it."""
@@ -220,6 +337,7 @@ class Config(Section):
     engine: Engine = Engine()
     resume: Resume = Resume()
     tracking: Tracking = Tracking()
+    debug: Debug = Debug()
 
     @model_validator(mode="after")
     def _length_is_absolute(self) -> "Config":
@@ -241,6 +359,11 @@ class Config(Section):
                 f"mix pairs samples inside a lane, but each of {lanes} lanes has {batch // lanes} samples of a batch "
                 f"of {batch}: choose data.lanes so that global_batch_size / lanes is even"
             )
+        if self.mix.active and self.data.copies > 1 and batch // lanes <= self.data.copies:
+            raise ValueError(
+                f"mix pairs samples inside a lane, but a lane's {batch // lanes} samples of a batch are "
+                f"{self.data.copies} copies of one: lower data.lanes or data.copies"
+            )
         if self.mix.active and micro is not None and micro % 2:
             raise ValueError(f"train.micro_batch_size {micro} is odd, but mix pairs samples: choose an even number")
         return self
@@ -255,6 +378,8 @@ class Config(Section):
             "global_batch_size": self.train.global_batch_size,
             "lanes": self.data.lanes,
             "shuffle_window": self.data.shuffle_window,
+            "copies": self.data.copies,
+            "mixture": [source.weight for source in self.data.train],
             "model": self.model.name,
             "image_size": self.image.size,
         }
@@ -325,8 +450,9 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         names = _fields_at(path[:-1])
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"valid here: {', '.join(names)}"
-        return f"{key}: no such setting; {hint}"
+        valid = f"; valid here: {', '.join(names)}" if names else ""
+        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else valid
+        return f"{key}: no such setting{hint}"
     if detail["type"] == "missing" and not path[-1].isdigit():
         return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
     message = detail["msg"].removeprefix("Value error, ")

@@ -1,142 +1,34 @@
-"""The feed against PIL, torchvision and timm; then the same pixels, targets and masks on every world."""
+"""Mixing against timm; the same pixels, targets and masks on every world."""
 
-import io
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data.mixup import Mixup
-from torchvision import transforms
 
 from pipeline import config, keys
 from pipeline.config import Config
-from pipeline.feed import augment, mix
-from pipeline.feed.dali import Decoder
+from pipeline.feed import mix
 from pipeline.feed.loader import EvalFeed, TrainFeed
+from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
 from pipeline.keys import Stream
-from pipeline.shards.index import ShardSet
+from pipeline.shards.index import Manifest, ShardSet, read_manifest
 from pipeline.shards.pack import pack
-from pipeline.shards.store import CorruptSampleError
+from pipeline.shards.store import Cache
 from pipeline.world import World
+from tests.servers import FaultyServer
 
 Make = Callable[..., Config]
-GREY_LEVELS = 2.0  # mean absolute difference allowed, of 255
-
-
-def photographs() -> list[np.ndarray]:
-    """scikit-learn's two photographs, one as it is and one cut to a portrait format."""
-    china, flower = load_sample_images().images
-    return [china, flower[:, 100:300]]
-
-
-def encode(image: np.ndarray, format: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format, quality=95)
-    return buffer.getvalue()
-
-
-def decode(encoded: list[bytes], views: augment.Views, size: int) -> np.ndarray:
-    """What the DALI graph makes of images, in grey levels, [n, S, S, 3]."""
-    arrays = [np.frombuffer(data, np.uint8) for data in encoded]
-    decoder = Decoder(
-        lambda _: (arrays, views.anchor, views.shape, views.roi_start, views.roi_end, views.flip),
-        batch_size=len(arrays),
-        image=config.Image(size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
-        device=torch.device("cpu"),
-        num_threads=2,
-        prefetch=1,
-        deterministic=True,
-    )
-    images = decoder.next()
-    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-    return (255 * (images.permute(0, 2, 3, 1) * std + mean)).numpy()
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_training_views_show_what_pil_shows(format: str) -> None:
-    encoded = [encode(image, format) for image in photographs()] * 8
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
-    views = augment.training_views(
-        config.Augment(),
-        keys.key(0, Stream.AUGMENT, np.arange(len(encoded))),
-        np.array([picture.height for picture in pictures]),
-        np.array([picture.width for picture in pictures]),
-    )
-    assert 0 < views.flip.sum() < len(encoded)
-    shown = decode(encoded, views, 96)
-    for n, picture in enumerate(pictures):
-        (top, left), (height, width) = views.anchor[n], views.shape[n]
-        crop = picture.crop((left, top, left + width, top + height))
-        expected = np.asarray(crop.resize((96, 96), Image.Resampling.BICUBIC), float)
-        expected = expected[:, ::-1] if views.flip[n] else expected
-        assert np.abs(shown[n] - expected).mean() < GREY_LEVELS / 4, n
-
-
-@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
-def test_evaluation_views_show_what_torchvision_shows(crop_pct: float) -> None:
-    encoded = [encode(image, "JPEG") for image in photographs()]
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
-    views = augment.evaluation_views(
-        112, crop_pct, np.array([p.height for p in pictures]), np.array([p.width for p in pictures])
-    )
-    shown = decode(encoded, views, 112)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(int(112 / crop_pct), transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(112),
-        ]
-    )
-    for n, picture in enumerate(pictures):
-        assert np.abs(shown[n] - np.asarray(reference(picture), float)).mean() < GREY_LEVELS / 4, n
-
-
-def test_exif_orientation_is_ignored_as_by_torchvision() -> None:
-    picture = Image.fromarray(photographs()[0])
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95, exif=exif)
-    views = augment.evaluation_views(64, 1.0, np.array([picture.height]), np.array([picture.width]))
-    plain = decode([encode(photographs()[0], "JPEG")], views, 64)
-    assert np.abs(decode([buffer.getvalue()], views, 64) - plain).max() < 1e-3
-
-
-def test_crop_windows_are_distributed_as_torchvisions() -> None:
-    count, height, width = 4000, 375, 500
-    ours = augment.training_views(
-        config.Augment(),
-        keys.key(0, Stream.AUGMENT, np.arange(count)),
-        np.full(count, height),
-        np.full(count, width),
-    )
-    torch.manual_seed(0)
-    picture = torch.empty(3, height, width)
-    theirs = np.array(
-        [transforms.RandomResizedCrop.get_params(picture, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
-    )
-    window = np.concatenate([ours.anchor, ours.shape], axis=1)
-    assert (ours.anchor + ours.shape <= [height, width]).all()
-    for column in range(4):
-        _, p_value = scipy.stats.ks_2samp(window[:, column], theirs[:, column])
-        assert p_value > 1e-3  # pyright: ignore[reportOperatorIssue] - SciPy's annotations lag behind
-    assert abs(ours.flip.mean() - 0.5) < 4 * 0.5 / np.sqrt(count)
-
-
-def test_an_image_too_narrow_for_any_window_gets_the_central_one() -> None:
-    views = augment.training_views(
-        config.Augment(crop_scale=(0.9, 1.0)),
-        keys.key(0, Stream.AUGMENT, np.arange(4)),
-        np.full(4, 10),
-        np.full(4, 400),
-    )
-    assert (views.shape == [10, 13]).all()
-    assert (views.anchor == [0, 193]).all()
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -161,24 +53,39 @@ def test_mixing_a_lane_is_timms_mixup_of_a_batch(mixup: float, cutmix: float) ->
 Consumed = dict[tuple[int, int], tuple[int, bytes, bytes, bytes]]
 
 
-def consume(settings: Config, world_size: int, first_step: int, steps: int) -> Consumed:
-    """(step, position) of every weighing sample to its id, pixels, target and drop-path mask."""
-    shards = ShardSet(settings.data.train)
+def consume(settings: Config, world_size: int, first_step: int, steps: int, quarantine: Path | None = None) -> Consumed:
+    """What all ranks of a world consume, one after the other."""
+    shards = ShardSet(*settings.data.train_paths)
     consumed: Consumed = {}
     for rank in range(world_size):
-        feed = TrainFeed(
-            settings, shards, World(rank, world_size), first_step=first_step, drop_path_rates=[0.0, 0.1, 0.2, 0.3, 0.4]
-        )
+        found = consume_rank(settings, shards, World(rank, world_size), first_step, steps, quarantine)
+        assert consumed.keys().isdisjoint(found)
+        consumed |= found
+    return consumed
+
+
+def consume_rank(
+    settings: Config, shards: ShardSet, world: World, first_step: int, steps: int, quarantine: Path | None = None
+) -> Consumed:
+    """(step, position) of every weighing sample to its id, pixels, target and drop-path mask."""
+    consumed: Consumed = {}
+    feed = TrainFeed(
+        settings,
+        shards,
+        world,
+        first_step=first_step,
+        drop_path_rates=[0.0, 0.1, 0.2, 0.3, 0.4],
+        quarantine=Quarantine(shards, quarantine, settings.data.max_bad_fraction),
+    )
+    with contextlib.closing(feed):
         for step in range(first_step, first_step + steps):
             for batch in feed.next():
                 assert batch.drop_path is not None
                 for n in np.flatnonzero(batch.weights.numpy()):
-                    where = step, int(batch.samples.position[n])
-                    assert where not in consumed
                     tensors = batch.images[n], batch.targets[n], batch.drop_path[:, n]
                     pixels, target, mask = (tensor.numpy().tobytes() for tensor in tensors)
+                    where = step, int(batch.samples.position[n])
                     consumed[where] = int(batch.samples.id[n]), pixels, target, mask
-        feed.close()
     return consumed
 
 
@@ -222,7 +129,7 @@ def test_pixels_belong_to_their_ids(tmp_path: Path, settings: Make) -> None:
 
 def test_drop_path_masks_keep_at_their_rates(settings: Make) -> None:
     rates = [0.0, 0.1, 0.5]
-    feed = TrainFeed(settings(), ShardSet(settings().data.train), World(), drop_path_rates=rates)
+    feed = TrainFeed(settings(), ShardSet(*settings().data.train_paths), World(), drop_path_rates=rates)
     plans = [feed.plan(number).drop_path for number in range(100)]
     masks = np.concatenate([mask for mask in plans if mask is not None], axis=1)
     assert masks.shape == (3, 100 * 48)
@@ -246,14 +153,148 @@ def test_evaluation_takes_every_sample_once(digits: Path, world_size: int) -> No
     assert sorted(taken) == list(range(len(shards)))
 
 
-def test_a_damaged_sample_is_named(tmp_path: Path, digit_images: Path, settings: Make) -> None:
-    pack(digit_images / "val", tmp_path / "val")
-    shards = ShardSet(tmp_path / "val")
-    path = shards.tar("shard-000000")
-    data = bytearray(path.read_bytes())
-    data[int(shards.index(0)[7]["offset"]) + 20] ^= 255
-    path.write_bytes(data)
-    feed = TrainFeed(settings(f"data.train={tmp_path / 'val'}"), shards, World())
-    with pytest.raises(CorruptSampleError, match=rf"shard-000000.tar: sample '{shards.key(0, 7)}'"):
-        [feed.next() for _ in range(7)]
+FULL = ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.25"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([*FULL, "data.copies=3"], 3),
+        ([*FULL, "augment.color_jitter=0", "augment.image_size={29 steps: 24}"], 5),
+        (["augment.color_jitter=0.4", "augment.crop=plain", "augment.erase_prob=0.5", "augment.erase_mode=const"], 4),
+    ],
+)
+def test_every_recipe_is_fed_the_same_on_every_world(settings: Make, overrides: list[str], world_size: int) -> None:
+    lone = consume(settings(*overrides), 1, 27, 4)
+    assert consume(settings(*overrides, "train.micro_batch_size=6"), world_size, 27, 4) == lone
+    ids = [sample_id for (step, _), (sample_id, *_) in lone.items() if step == 27]
+    assert len(ids) == 48
+    assert len(set(ids)) == (24 if "data.copies=3" in overrides else 48)  # two draws and their copies in a share of 4
+    assert len({pixels for _, pixels, *_ in lone.values()}) == len(lone)
+
+
+def test_a_resolution_schedule_changes_the_size_at_its_step(settings: Make) -> None:
+    scheduled = settings("train.length=40 steps", "augment.image_size={2 steps: 16, 10 %: 48}")
+    feed = TrainFeed(scheduled, ShardSet(*scheduled.data.train_paths), World())
+    shapes = [feed.next()[0].images.shape[2:] for _ in range(6)]
     feed.close()
+    assert shapes == [(32, 32), (32, 32), (16, 16), (16, 16), (48, 48), (48, 48)]
+
+
+def test_a_mixture_feeds_both_data_sets(settings: Make, digits: Path) -> None:
+    both = [{"path": str(digits / "train"), "weight": 3}, {"path": str(digits / "val"), "weight": 1}]
+    mixed = settings(f"data.train={json.dumps(both)}", "augment.crop=center")
+    consumed = consume(mixed, 1, 0, 10)
+    assert consume(mixed, 5, 0, 10) == consumed
+    from_train = np.mean([sample_id < 1437 for sample_id, *_ in consumed.values()])
+    assert abs(from_train - 0.75) < 4 * np.sqrt(0.75 * 0.25 / len(consumed))
+
+
+def spoil(folder: Path, shard: int, rows: list[int], *, seemingly_whole: bool = False) -> None:
+    """Damage samples of a packed data set; `seemingly_whole` ones end too early and have the checksums of that."""
+    manifest = read_manifest(folder)
+    entry = manifest.shards[shard]
+    tar, index = folder / entry.tar.name, folder / entry.index.name
+    data, records = bytearray(tar.read_bytes()), np.load(index)
+    for row in rows:
+        begin, size = int(records["offset"][row]), int(records["size"][row])
+        if seemingly_whole:
+            records["size"][row] = size - 30
+            records["crc32"][row] = zlib.crc32(data[begin : begin + size - 30])
+        else:
+            data[begin : begin + size] = bytes(size)
+    tar.write_bytes(data)
+    if seemingly_whole:
+        np.save(index, records)
+        changed = {"sha256": hashlib.sha256(data).hexdigest(), "index_sha256": _sha256(index)}
+        shards = list(manifest.shards)
+        shards[shard] = dataclasses.replace(entry, **changed)
+        (folder / "manifest.json").write_text(Manifest.of(manifest.classes, shards).model_dump_json())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def damaged(digits: Path, tmp_path: Path) -> Path:
+    """The digits with five samples whose bytes changed and five that were packed broken."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(digits / "train", folder)
+    spoil(folder, 0, [3, 90, 91], seemingly_whole=True)
+    spoil(folder, 5, [0, 199], seemingly_whole=True)
+    spoil(folder, 3, [7, 8, 9])
+    spoil(folder, 6, [0, 1])
+    return folder
+
+
+BAD = {3, 90, 91, 1000, 1199, 607, 608, 609, 1200, 1201}  # as ids: shards hold 200 samples
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(3, 4), (5, 6)])
+def test_damaged_samples_are_replaced_the_same_on_every_world(
+    settings: Make, damaged: Path, tmp_path: Path, digits: Path, world_size: int, micro: int
+) -> None:
+    allowed = settings(f"data.train={damaged}", "data.max_bad_fraction=0.01")
+    quarantine = tmp_path / "quarantine.jsonl"
+    lone = consume(allowed, 1, 0, 30, quarantine)
+    assert BAD.isdisjoint(sample_id for sample_id, *_ in lone.values())
+    found = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert {200 * line["shard"] + line["row"] for line in found} == BAD
+    assert {line["reason"] for line in found} == {
+        "its bytes do not match their checksum",
+        "its bytes are as they were packed, but they do not decode",
+    }
+    shards = ShardSet(damaged)
+    assert all(line["key"] == shards.key(line["shard"], line["row"]) for line in found)
+    assert all(line["tar"].endswith(f"shard-{line['shard']:06d}.tar") for line in found)
+    # Elsewhere, with nothing known, with everything known, and from the middle on.
+    other = settings(f"data.train={damaged}", "data.max_bad_fraction=0.01", f"train.micro_batch_size={micro}")
+    assert consume(other, world_size, 0, 30, tmp_path / "other.jsonl") == lone
+    later = {where: what for where, what in lone.items() if where[0] >= 13}
+    assert consume(other, world_size, 13, 17, quarantine) == later
+    # Nothing shifts: all other positions are as without the damage.
+    whole = consume(settings(), 1, 0, 30)
+    mixed_with = {(step, position ^ 1) for (step, position), (sample_id, *_) in whole.items() if sample_id in BAD}
+    for where, (sample_id, *tensors) in whole.items():
+        if sample_id in BAD:
+            assert lone[where][0] not in {sample_id, lone[where[0], where[1] ^ 1][0]}
+        elif where not in mixed_with:
+            assert lone[where] == (sample_id, *tensors)
+
+
+def test_too_many_damaged_samples_stop_the_run_with_a_list(settings: Make, damaged: Path) -> None:
+    with pytest.raises(TooManyBadSamplesError, match=r"more than data.max_bad_fraction allows \(4\)") as caught:
+        consume(settings(f"data.train={damaged}", "data.max_bad_fraction=0.003"), 1, 0, 30)
+    assert str(caught.value).count("shard-00000") == 5
+
+
+def test_evaluation_counts_damaged_samples_without_weight(damaged: Path) -> None:
+    shards = ShardSet(damaged)
+    for world_size in (1, 3):
+        taken: list[int] = []
+        for rank in range(world_size):
+            for batch in EvalFeed(shards, World(rank, world_size), config.Image(size=32), batch_size=50):
+                taken += batch.samples.id[batch.weights.numpy() > 0].tolist()
+        assert sorted(taken) == sorted(set(range(1437)) - BAD)
+
+
+def test_remote_shards_feed_the_same(settings: Make, reference: Consumed, digits: Path, tmp_path: Path) -> None:
+    with FaultyServer(digits) as server:
+        # Every tenth answer fails, in a way of its own each time.
+        for fault in ("500", "reset", "cut", "short"):
+            server.spoil(fault, times=2, match=".tar")
+        remote = settings("data.train=URL")
+        cache = Cache(tmp_path / "cache", 10**9)
+        for ranks in (1, 3):
+            consumed: Consumed = {}
+            for rank in range(ranks):
+                shards = ShardSet(f"{server.url}/train", cache=cache)
+                consumed |= consume_rank(remote, shards, World(rank, ranks), 28, 3)
+                shards.close()
+            assert consumed == reference
+        fetched = {request.path for request in server.gets(".tar")}
+    assert fetched
+    entries = read_manifest(digits / "train").shards
+    expected = {entry.sha256 for entry in entries if f"/train/{entry.tar.name}" in fetched}
+    assert expected <= {path.name for path in cache.folder.iterdir()}

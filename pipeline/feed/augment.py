@@ -1,11 +1,15 @@
-"""What happens to each image, as numbers: crop window, resize region, flip. Drawn by key, applied by the DALI graph.
+"""What happens to each image, as numbers drawn by key: crop, resize, flip, colour operations, erased box.
 
-A view is decoded as `anchor, shape` (whole pixels, so that the decoder can skip the rest) and then `roi_start,
-roi_end` of that (fractions of a pixel allowed) is resized to the output. Both training and evaluation views are of
-this form, which is why one graph serves both. All coordinates are (y, x) in pixels.
+    decode window `anchor, shape` ─▶ resize to `resized` ─▶ S × S at `corner` ─▶ flip ─▶ ops ─▶ normalise ─▶ erase
+
+The window is whole pixels, so that the decoder can skip the rest of the image. Training and evaluation views are of
+this one form. dali.py decodes, pixels.py does the rest. All coordinates are (y, x) in pixels.
+
+Shapes: n images, P layers of operations.
 """
 
 import dataclasses
+import enum
 from typing import Any
 
 import numpy as np
@@ -15,29 +19,110 @@ from pipeline import config, keys
 
 Array = npt.NDArray[Any]
 
-_ATTEMPTS = 10
+_ATTEMPTS = 10  # at a random box that fits, as timm and torchvision make
+NOISE = 1 << 22
+"""Standard normal draws that erased boxes are filled from, each beginning at an offset of its own."""
+
+
+class Op(enum.IntEnum):
+    """An operation on an image's pixels and what its argument means."""
+
+    IDENTITY = 0
+    AUTO_CONTRAST = 1
+    EQUALIZE = 2
+    INVERT = 3
+    ROTATE = 4  # degrees, counter-clockwise
+    POSTERIZE = 5  # bits kept
+    SOLARIZE = 6  # threshold from which values are inverted
+    SOLARIZE_ADD = 7  # added to values below 128
+    COLOR = 8  # factor: 0 grey, 1 unchanged
+    CONTRAST = 9
+    BRIGHTNESS = 10
+    SHARPNESS = 11
+    SHEAR_X = 12  # pixels a row
+    SHEAR_Y = 13
+    TRANSLATE_X = 14  # fraction of the width, to the left
+    TRANSLATE_Y = 15
+
+
+RAND_AUGMENT = [op for op in Op if op is not Op.IDENTITY]
+_JITTERED = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
 
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Parameters of n views, in the order in which the DALI graph takes them."""
+    """Parameters of n views of S × S pixels."""
 
-    anchor: Array  # [n, 2] int32
+    size: int  # S
+    anchor: Array  # [n, 2] int32, of the window to decode
     shape: Array  # [n, 2] int32
-    roi_start: Array  # [n, 2] float32, relative to the anchor
-    roi_end: Array  # [n, 2] float32
-    flip: Array  # [n] int32, 1 to mirror left to right
+    resized: Array  # [n, 2] int32, what the window is resized to
+    corner: Array  # [n, 2] int32, of the S × S crop of that
+    flip: Array  # [n] bool, to mirror left to right
+    ops: Array  # [P, n] int64 of Op, applied in this order
+    args: Array  # [P, n] float32
+    erase: Array  # [n, 4] int64: top, bottom, left, right of the erased box, empty where none
+    noise: Array  # [n] float64 in [0, 1): where in the noise the box's filling begins
+
+    def __getitem__(self, part: slice) -> "Views":
+        return Views(
+            self.size,
+            self.anchor[part],
+            self.shape[part],
+            self.resized[part],
+            self.corner[part],
+            self.flip[part],
+            self.ops[:, part],
+            self.args[:, part],
+            self.erase[part],
+            self.noise[part],
+        )
 
 
-def training_views(settings: config.Augment, key: keys.Key, height: Array, width: Array) -> Views:
-    """A random resized crop and flip for each image; `key` [n, 2], `height` and `width` [n].
-
-    The distribution is torchvision's RandomResizedCrop: area uniform in crop_scale, log of the aspect ratio uniform
-    in crop_ratio, up to ten attempts to fit inside the image, then the largest centred window with a ratio in range.
-    """
+def training_views(settings: config.Augment, image: config.Image, size: int, key: keys.Key, hw: Array) -> Views:
+    """A random view of each image: `key` [n, 2], heights and widths `hw` [n, 2]."""
     draws = keys.uniform(key, _ATTEMPTS * 4 + 1)
-    attempts = draws[:, :-1].reshape(-1, _ATTEMPTS, 4)  # area, ratio, y, x
-    h, w = height.astype(np.float64)[:, None], width.astype(np.float64)[:, None]
+    flip = draws[:, -1] < settings.hflip
+    if settings.crop == "center":
+        view = evaluation_views(image, size, hw)
+    elif settings.crop == "plain":
+        view = _short_side_views(size, size, hw)
+        view = dataclasses.replace(view, corner=np.floor(draws[:, :2] * (view.resized - size + 1)).astype(np.int32))
+    else:
+        window = _random_window(settings, draws[:, :-1].reshape(-1, _ATTEMPTS, 4), hw)
+        view = _plain_views(size, window[:, :2], window[:, 2:], np.full_like(hw, size))
+    ops, args = _operations(settings, keys.fold(key, 1))
+    erase, noise = _erasing(settings, size, keys.fold(key, 2))
+    return dataclasses.replace(view, flip=flip, ops=ops, args=args, erase=erase, noise=noise)
+
+
+def evaluation_views(image: config.Image, size: int, hw: Array) -> Views:
+    """The short side resized to size / crop_pct and the centre cropped, as torchvision's Resize and CenterCrop do."""
+    view = _short_side_views(size, int(size / image.crop_pct), hw)
+    return dataclasses.replace(view, corner=np.rint((view.resized - size) / 2).astype(np.int32))
+
+
+def _short_side_views(size: int, short_side: int, hw: Array) -> Views:
+    hw = hw.astype(np.int64)
+    return _plain_views(size, np.zeros_like(hw), hw, short_side * hw // hw.min(axis=1, keepdims=True))
+
+
+def _plain_views(size: int, anchor: Array, shape: Array, resized: Array) -> Views:
+    """Views without any operation on their pixels."""
+    n = len(anchor)
+    anchor, shape, resized = (value.astype(np.int32) for value in (anchor, shape, resized))
+    flip, no_ops = np.zeros(n, bool), np.zeros((0, n), np.int64)
+    corner, erase = np.zeros((n, 2), np.int32), np.zeros((n, 4), np.int64)
+    return Views(size, anchor, shape, resized, corner, flip, no_ops, no_ops.astype(np.float32), erase, np.zeros(n))
+
+
+def _random_window(settings: config.Augment, attempts: Array, hw: Array) -> Array:
+    """Windows (top, left, height, width), [n, 4], distributed as torchvision's RandomResizedCrop.
+
+    Area uniform in crop_scale, log of the aspect ratio uniform in crop_ratio, `attempts` [n, 10, 4] to fit inside
+    the image, then the largest centred window with a ratio in range.
+    """
+    h, w = np.moveaxis(hw.astype(np.float64), 1, 0)[..., None]  # each [n, 1]
     low, high = settings.crop_scale
     area = h * w * (low + (high - low) * attempts[..., 0])
     low, high = np.log(settings.crop_ratio)
@@ -48,16 +133,7 @@ def training_views(settings: config.Augment, key: keys.Key, height: Array, width
     top = np.floor(attempts[..., 2] * (h - crop_h + 1))
     left = np.floor(attempts[..., 3] * (w - crop_w + 1))
     window = np.stack([top[chosen], left[chosen], crop_h[chosen], crop_w[chosen]], axis=-1)
-    window = np.where(fits.any(axis=1)[:, None], window, _central_window(settings.crop_ratio, h[:, 0], w[:, 0]))
-
-    shape = window[:, 2:].astype(np.int32)
-    return Views(
-        anchor=window[:, :2].astype(np.int32),
-        shape=shape,
-        roi_start=np.zeros(shape.shape, np.float32),
-        roi_end=shape.astype(np.float32),
-        flip=(draws[:, -1] < settings.hflip).astype(np.int32),
-    )
+    return np.where(fits.any(axis=1)[:, None], window, _central_window(settings.crop_ratio, h[:, 0], w[:, 0]))
 
 
 def _central_window(crop_ratio: tuple[float, float], height: Array, width: Array) -> Array:
@@ -66,20 +142,71 @@ def _central_window(crop_ratio: tuple[float, float], height: Array, width: Array
     return np.stack([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], axis=-1)
 
 
-def evaluation_views(image_size: int, crop_pct: float, height: Array, width: Array) -> Views:
-    """Resize the short side to image_size / crop_pct and crop the centre, as torchvision's Resize and CenterCrop do.
+def _operations(settings: config.Augment, key: keys.Key) -> tuple[Array, Array]:
+    """Operations and arguments, each [P, n]."""
+    if settings.rand_augment:
+        return _rand_augment(settings.rand_augment, key)
+    if settings.color_jitter:
+        return _color_jitter(settings.color_jitter, key)
+    return np.zeros((0, len(key)), np.int64), np.zeros((0, len(key)), np.float32)
 
-    Expressed as the region of the source that the crop shows, which resizes the crop's pixels alone.
-    """
-    short_side = int(image_size / crop_pct)
-    source = np.stack([height, width], axis=-1).astype(np.float64)
-    resized = np.floor(short_side * source / source.min(axis=1, keepdims=True))
-    corner = np.rint((resized - image_size) / 2)
-    scale = source / resized
-    return Views(
-        anchor=np.zeros(source.shape, np.int32),
-        shape=source.astype(np.int32),
-        roi_start=(corner * scale).astype(np.float32),
-        roi_end=((corner + image_size) * scale).astype(np.float32),
-        flip=np.zeros(len(source), np.int32),
-    )
+
+def _rand_augment(policy: config.RandAugment, key: keys.Key) -> tuple[Array, Array]:
+    """timm's RandAugment (Cubuk et al. 2019 with noise on the magnitude): each layer takes one of 15 operations."""
+    draws = keys.uniform(key, policy.num_layers * 5).reshape(-1, policy.num_layers, 5).transpose(2, 1, 0)
+    choice, applied, first, second, sign = draws  # each [P, n]
+    ops = np.array(RAND_AUGMENT)[(choice * len(RAND_AUGMENT)).astype(np.int64)]
+    if np.isinf(policy.magnitude_std):
+        magnitude = policy.magnitude * first
+    else:
+        normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)  # Box and Muller
+        magnitude = policy.magnitude + policy.magnitude_std * normal
+    level = np.clip(magnitude, 0, policy.max_magnitude) / 10
+    args = _arguments(ops, level, np.where(sign < 0.5, 1.0, -1.0), policy.increasing)
+    return np.where(applied < policy.prob, ops, Op.IDENTITY), args.astype(np.float32)
+
+
+def _arguments(ops: Array, level: Array, sign: Array, increasing: bool) -> Array:
+    """What timm makes of a level from 0 to 1 (more where the magnitude may exceed 10)."""
+    bits, threshold = np.floor(level * 4), np.minimum(np.floor(level * 256), 256)
+    if increasing:
+        # Pillow from 13 on refuses to keep 0 bits, which timm asks of it at level 1; here, as before, they are black.
+        bits, threshold = np.maximum(4 - bits, 0), 256 - threshold
+        factor = np.maximum(1 + sign * level * 0.9, 0.1)
+    else:
+        factor = level * 1.8 + 0.1
+    argument = {
+        Op.ROTATE: sign * level * 30,
+        Op.POSTERIZE: bits,
+        Op.SOLARIZE: threshold,
+        Op.SOLARIZE_ADD: np.minimum(np.floor(level * 110), 128),
+        **dict.fromkeys((Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS), factor),
+        **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y), sign * level * 0.3),
+        **dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), sign * level * 0.45),
+    }
+    return np.select([ops == op for op in argument], list(argument.values()), 0.0)
+
+
+def _color_jitter(strength: float, key: keys.Key) -> tuple[Array, Array]:
+    """torchvision's ColorJitter of brightness, contrast and saturation, in an order of each image's own."""
+    draws = keys.uniform(key, 2 * len(_JITTERED)).reshape(-1, 2, len(_JITTERED)).transpose(1, 2, 0)
+    ops = np.array(_JITTERED)[np.argsort(draws[0], axis=0)]
+    return ops, (1 + strength * (2 * draws[1] - 1)).astype(np.float32)
+
+
+def _erasing(settings: config.Augment, size: int, key: keys.Key) -> tuple[Array, Array]:
+    """Boxes to erase, [n, 4], as timm's RandomErasing draws them, and where their filling begins, [n]."""
+    n = len(key)
+    if not settings.erase_prob:
+        return np.zeros((n, 4), np.int64), np.zeros(n)
+    draws = keys.uniform(key, _ATTEMPTS * 4 + 2)
+    attempts = draws[:, 2:].reshape(n, _ATTEMPTS, 4)
+    area = size * size * (0.02 + (1 / 3 - 0.02) * attempts[..., 0])
+    ratio = np.exp(np.log(0.3) * (1 - 2 * attempts[..., 1]))
+    height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (height < size) & (width < size)
+    top = np.floor(attempts[..., 2] * (size - height + 1))
+    left = np.floor(attempts[..., 3] * (size - width + 1))
+    boxes = np.stack([top, top + height, left, left + width], axis=-1)[np.arange(n), fits.argmax(axis=1)]
+    erased = (draws[:, 0] < settings.erase_prob) & fits.any(axis=1)
+    return np.where(erased[:, None], boxes, 0).astype(np.int64), draws[:, 1]

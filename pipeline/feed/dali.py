@@ -1,43 +1,57 @@
-"""The DALI graph: encoded bytes and view parameters in, normalised image tensors out. One graph for CPU and GPU.
+"""The DALI graph: encoded bytes and windows in, uint8 images out. One graph for CPU and GPU.
 
-bytes ─▶ decode [anchor, shape] ─▶ resize [roi] to S × S ─▶ flip, normalise ─▶ [N, 3, S, S] float32
+bytes ─▶ decode [anchor, shape] ─▶ resize, crop ─▶ [n, S, S, 3] uint8
+
+With `resizes=False` it ends after decoding, with images of any size. The CPU path resizes in pixels.py instead,
+because DALI's resize is 9 times slower there than torch's.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.plugin.pytorch.torch_utils import to_torch_tensor
+from torch import Tensor
 
-from pipeline.config import Image
+from pipeline.feed.augment import Views
+
+Batch = tuple[Sequence[Any], Views]  # n encoded images, [bytes] uint8 each, and their views
+
+_INTERPOLATION = {
+    "bicubic": types.DALIInterpType.INTERP_CUBIC,
+    "bilinear": types.DALIInterpType.INTERP_LINEAR,
+    "nearest": types.DALIInterpType.INTERP_NN,
+}
 
 
 class Decoder:
-    """Runs the graph over what `source(i)` returns for i = 0, 1, 2, …: a list of encoded images and the arrays of
-    Views in their order. `source` is called ahead of `next`, at most `prefetch` times.
+    """Runs the graph over what `source(i)` returns for i = 0, 1, 2, …, which is called ahead of `next`, at most
+    `prefetch` times.
 
-    An encoded image that cannot be decoded raises RuntimeError for its whole batch.
+    An image that cannot be decoded raises RuntimeError for its whole batch, and perhaps before the batches that
+    were decoded ahead of it are handed out.
     """
 
     def __init__(
         self,
-        source: Callable[[int], Sequence[Any]],
+        source: Callable[[int], Batch],
         *,
         batch_size: int,
-        image: Image,
+        interpolation: str,
         device: torch.device,
         num_threads: int,
         prefetch: int,
         deterministic: bool,
+        resizes: bool,
     ) -> None:
+        self._resizes = resizes
         self._pipeline: Pipeline | None = _graph(  # pyright: ignore[reportCallIssue]
-            source,
-            image.size,
-            [255 * mean for mean in image.mean],
-            [255 * std for std in image.std],
+            lambda iteration: _inputs(*source(iteration), resizes),
             "mixed" if device.type == "cuda" else "cpu",
+            _INTERPOLATION[interpolation] if resizes else None,
             # The hardware decoder rounds differently from the CUDA one, and which of them takes an image depends on
             # load.
             {"hw_decoder_load": 0.0} if device.type == "cuda" and deterministic else {},
@@ -45,31 +59,43 @@ class Decoder:
             num_threads=num_threads,
             device_id=device.index if device.type == "cuda" else None,
             prefetch_queue_depth=prefetch,
+            exec_dynamic=True,  # which leaves the memory of images alone for as long as anybody holds them
         )
         self._pipeline.build()
 
-    def next(self) -> torch.Tensor:
-        """The next batch, [N, 3, S, S] float32 on the device, in memory of its own."""
+    def next(self) -> Tensor | list[Tensor]:
+        """The next batch: [n, S, S, 3] uint8 on the device, or without resizing n images [h, w, 3] on the host."""
         assert self._pipeline, "closed"
         (output,) = self._pipeline.run()
-        # Copied, because DALI reuses its buffers for the batch after next.
-        return to_torch_tensor(output.as_tensor(), copy=True)
+        if self._resizes:
+            return to_torch_tensor(output.as_tensor(), copy=True)
+        return [torch.from_numpy(np.asarray(output[i])) for i in range(len(output))]
 
     def close(self) -> None:
         """Free the pipeline's threads and memory now: it and its source refer to each other."""
         self._pipeline = None
 
 
+def _inputs(encoded: Sequence[Any], views: Views, resizes: bool) -> list[Any]:
+    if not resizes:
+        return [encoded, views.anchor, views.shape]
+    # The region of the window that the crop shows; resizing it alone gives the crop's pixels.
+    scale = views.shape / views.resized
+    start, end = views.corner * scale, (views.corner + views.size) * scale
+    size = np.full((len(encoded), 2), views.size, np.float32)
+    return [encoded, views.anchor, views.shape, start.astype(np.float32), end.astype(np.float32), size]
+
+
 @pipeline_def
 def _graph(
-    source: Callable[[int], Sequence[Any]],
-    image_size: int,
-    mean: list[float],
-    std: list[float],
+    source: Callable[[int], list[Any]],
     decoder: str,
+    interpolation: types.DALIInterpType | None,
     decoder_options: dict[str, Any],
 ) -> Any:
-    encoded, anchor, shape, roi_start, roi_end, flip = fn.external_source(source=source, num_outputs=6, batch=True)
+    num_inputs = 3 if interpolation is None else 6
+    inputs: Any = fn.external_source(source=source, num_outputs=num_inputs, batch=True)
+    encoded, anchor, shape, *region = inputs
     images: Any = fn.decoders.image_slice(
         encoded,
         anchor,
@@ -83,14 +109,7 @@ def _graph(
         jpeg_fancy_upsampling=True,
         **decoder_options,
     )
-    images = fn.resize(
-        images,
-        size=(image_size, image_size),
-        roi_start=roi_start,
-        roi_end=roi_end,
-        interp_type=types.DALIInterpType.INTERP_CUBIC,
-        antialias=True,
-    )
-    return fn.crop_mirror_normalize(
-        images, mirror=flip, mean=mean, std=std, dtype=types.DALIDataType.FLOAT, output_layout="CHW"
-    )
+    if interpolation is None:
+        return images
+    roi_start, roi_end, size = region
+    return fn.resize(images, size=size, roi_start=roi_start, roi_end=roi_end, interp_type=interpolation, antialias=True)

@@ -1,15 +1,12 @@
-"""Batches on the device: joins order, bytes, augmentation, decoding and mixing.
+"""Batches on the device: joins order, augmentation parameters, the stream of images, and mixing.
 
-    Order ─▶ Plan (ids, views, blends, masks) ─▶ bytes, read ahead by threads ─▶ Decoder ─▶ mix ─▶ MicroBatch
+    Order ─▶ Plan (ids, views, blends, masks) ─▶ Stream (bytes ─▶ images) ─▶ mix ─▶ MicroBatch
 
 A Plan is a pure function of the micro-batch's number, so there is no state but that number.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,17 @@ from torch import Tensor
 
 from pipeline import keys
 from pipeline.config import Config, Image
-from pipeline.feed import augment, dali, mix
+from pipeline.feed import augment, mix, pixels
 from pipeline.feed.order import Order, Samples, deal
-from pipeline.keys import Stream
+from pipeline.feed.quarantine import Quarantine
+from pipeline.feed.stream import Plan, Stream
+from pipeline.keys import Stream as Draws
 from pipeline.shards.index import ShardSet
-from pipeline.shards.store import ShardStore
 from pipeline.world import World
 
 Array = npt.NDArray[Any]
+
+_MOST_TRIES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,79 +38,6 @@ class MicroBatch:
     weights: Tensor  # [N] float32: 1, or 0 for a filler that must not count
     drop_path: Tensor | None  # [num_branches, N] float32 factors of the residual branches, or None
     samples: Samples  # where the N images came from
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything about a micro-batch but its pixels."""
-
-    samples: Samples
-    labels: Array  # [N] int64
-    weights: Array  # [N] float32
-    views: augment.Views
-    blends: mix.Blends | None = None
-    drop_path: Array | None = None  # [num_branches, N] float32
-
-
-class _Stream:
-    """Carries out plans 'first', 'first + 1', … in order: reads, decodes, and hands out (plan, images)."""
-
-    def __init__(
-        self,
-        plan: Callable[[int], Plan],
-        first: int,
-        shards: ShardSet,
-        world: World,
-        image: Image,
-        *,
-        batch_size: int,
-        num_threads: int,
-        prefetch: int,
-        deterministic: bool,
-    ) -> None:
-        self._plan, self._first = plan, first
-        self._store = ShardStore(shards)
-        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-        # Reading waits for disks, so twice the threads; one batch more than DALI asks for is always under way.
-        self._readers = concurrent.futures.ThreadPoolExecutor(2 * threads, "read")
-        self._under_way: dict[int, tuple[Plan, list[concurrent.futures.Future[Array]]]] = {}
-        self._decoded: collections.deque[Plan] = collections.deque()
-        self._decoder = dali.Decoder(
-            self._source,
-            batch_size=batch_size,
-            image=image,
-            device=world.device,
-            num_threads=threads,
-            prefetch=prefetch,
-            deterministic=deterministic,
-        )
-
-    def next(self) -> tuple[Plan, Tensor]:
-        images = self._decoder.next()
-        return self._decoded.popleft(), images
-
-    def _source(self, iteration: int) -> Sequence[Any]:
-        self._start(iteration)
-        plan, reads = self._under_way.pop(iteration)
-        self._start(iteration + 1)
-        encoded = [read.result() for read in reads]
-        self._decoded.append(plan)
-        views = plan.views
-        return encoded, views.anchor, views.shape, views.roi_start, views.roi_end, views.flip
-
-    def _start(self, iteration: int) -> None:
-        if iteration not in self._under_way:
-            plan = self._plan(self._first + iteration)
-            pairs = zip(plan.samples.shard.tolist(), plan.samples.row.tolist(), strict=True)
-            self._under_way[iteration] = plan, [self._readers.submit(self._read, *pair) for pair in pairs]
-
-    def _read(self, shard: int, row: int) -> Array:
-        return np.frombuffer(self._store.read(shard, row), np.uint8)
-
-    def close(self) -> None:
-        self._decoder.close()
-        self._readers.shutdown(cancel_futures=True)
-        self._store.close()
 
 
 class TrainFeed:
@@ -127,18 +54,25 @@ class TrainFeed:
         *,
         first_step: int = 0,
         drop_path_rates: Sequence[float] = (),
+        quarantine: Quarantine | None = None,
     ) -> None:
-        self._config, self._shards, self._world = config, shards, world
-        self.order = Order.of(config, shards.shard_samples)
+        self._config, self._shards = config, shards
+        self._quarantine = Quarantine(shards) if quarantine is None else quarantine
+        self.order = Order.of(config, shards.part_samples)
         self.deal = deal(self.order, world.rank, world.size, config)
+        self._first_step = first_step
+        self._image_sizes = _image_sizes(config, self.order.steps_per_epoch)
         self._keep = 1 - np.array(drop_path_rates, np.float64)
-        self._num_classes = len(shards.manifest.classes)
-        self._stream = _Stream(
+        self._num_classes = len(shards.classes)
+        noisy = config.augment.erase_prob > 0 and config.augment.erase_mode == "pixel"
+        self._stream = Stream(
             self.plan,
             first_step * self.deal.accumulation,
             shards,
+            self._quarantine,
             world,
             config.image,
+            noise=pixels.noise(config.run.seed, world.device) if noisy else None,
             batch_size=self.deal.micro_batch_size,
             num_threads=config.data.num_threads,
             prefetch=config.data.prefetch,
@@ -146,44 +80,65 @@ class TrainFeed:
         )
 
     def next(self) -> list[MicroBatch]:
-        """The micro-batches of the next step."""
+        """The micro-batches of the next step. Raises what Stream.next raises."""
         return [self._finish(*self._stream.next()) for _ in range(self.deal.accumulation)]
 
     def plan(self, number: int) -> Plan:
         """The plan of micro-batch `number`, counted from the first step of the run."""
         config, part = self._config, self.deal
         step, micro = divmod(number, part.accumulation)
+        self._fetch_ahead(step, micro)
         place = micro * part.micro_batch_size + np.arange(part.micro_batch_size)
         weights = (place < part.samples).astype(np.float32)
         # Fillers repeat the rank's first samples: something that decodes, and even in number for mixing.
         place = np.where(weights > 0, place, np.arange(part.micro_batch_size) % part.samples)
-        samples = self.order.samples(step, part.lanes).take(place)
+        samples = self._without_bad(step, self.order.samples(step, part.lanes)).take(place)
         records = self._shards.records(samples.shard, samples.row)
-        seed = config.run.seed
-        views = augment.training_views(
-            config.augment,
-            keys.key(seed, Stream.AUGMENT, samples.epoch, samples.id),
-            records["height"],
-            records["width"],
-        )
+        key = keys.key(config.run.seed, Draws.AUGMENT, samples.epoch, samples.id, samples.copy)
+        size = self.image_size(step)
         return Plan(
             samples,
             records["label"].astype(np.int64),
             weights,
-            views,
-            self._blends(step, samples.position // self.order.share) if config.mix.active else None,
+            augment.training_views(config.augment, config.image, size, key, _height_width(records)),
+            self._blends(step, samples.position // self.order.share, size) if config.mix.active else None,
             self._drop_path(step, samples.position) if self._keep.min(initial=1) < 1 else None,
         )
 
-    def _blends(self, step: int, lane: Array) -> mix.Blends:
-        size = self._config.image.size
+    def image_size(self, step: int) -> int:
+        """Height and width of the images of a step."""
+        return [size for first, size in self._image_sizes if first <= step][-1]
+
+    def _without_bad(self, step: int, samples: Samples) -> Samples:
+        """The samples with each damaged one replaced by the next good one that takes its place in a later step.
+
+        So nothing shifts, the lane's own rank finds it on every world, and it is never the one it is mixed with.
+        """
+        for place in np.flatnonzero(self._quarantine.holds(samples.shard, samples.row)):
+            found = self._replacement(step, int(place), samples)
+            for field in ("epoch", "shard", "row", "id"):
+                getattr(samples, field)[place] = getattr(found, field)[0]
+        return samples
+
+    def _replacement(self, step: int, place: int, samples: Samples) -> Samples:
+        partner = samples.id[min(place ^ 1, len(samples.id) - 1)]  # of an odd share nothing is mixed
+        for later in range(step + 1, step + 1 + _MOST_TRIES):
+            found = self.order.samples(later, self.deal.lanes).take([place])
+            if found.id[0] != partner and not self._quarantine.holds(found.shard, found.row)[0]:
+                return found
+        raise RuntimeError(f"no good sample to replace position {samples.position[place]} of step {step}")
+
+    def _fetch_ahead(self, step: int, micro: int) -> None:
+        if self._shards.is_remote and micro == 0 and (step - self._first_step) % self.order.steps_per_window == 0:
+            self._shards.prefetch(self.order.shards_ahead(step, self.deal.lanes))
+
+    def _blends(self, step: int, lane: Array, size: int) -> mix.Blends:
         lanes, of_sample = np.unique(lane, return_inverse=True)
-        return mix.draw(self._config.mix, keys.key(self._config.run.seed, Stream.MIX, step, lanes), size, size)[
-            of_sample
-        ]
+        key = keys.key(self._config.run.seed, Draws.MIX, step, lanes)
+        return mix.draw(self._config.mix, key, size, size)[of_sample]
 
     def _drop_path(self, step: int, position: Array) -> Array:
-        key = keys.key(self._config.run.seed, Stream.DROP_PATH, step, position)
+        key = keys.key(self._config.run.seed, Draws.DROP_PATH, step, position)
         kept = keys.uniform(key, len(self._keep)) < self._keep  # [N, num_branches]
         return (kept / self._keep).T.astype(np.float32)
 
@@ -200,8 +155,22 @@ class TrainFeed:
         self._stream.close()
 
 
+def _image_sizes(config: Config, steps_per_epoch: int) -> list[tuple[int, int]]:
+    """The resolution schedule: (first step, size), in order, from step 0 on."""
+    batch = config.train.global_batch_size
+    total = config.train.length.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch)
+    sizes = {0: config.image.size}
+    for length, size in config.augment.image_size.items():
+        sizes[length.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch, total=total)] = size
+    return sorted(sizes.items())
+
+
+def _height_width(records: Array) -> Array:
+    return np.stack([records["height"], records["width"]], axis=-1).astype(np.int64)
+
+
 class EvalFeed:
-    """Every sample of a data set exactly once, over all ranks.
+    """Every sample of a data set exactly once, over all ranks; a damaged one without weight.
 
     The data set is cut into batches in its stored order and rank r takes batches r, r + W, …; short and missing ones
     are filled up with weightless samples. A batch's make-up does not depend on the world, nor do its results.
@@ -216,18 +185,22 @@ class EvalFeed:
         batch_size: int,
         num_threads: int = 0,
         prefetch: int = 2,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._shards, self._world, self._image = shards, world, image
+        self._quarantine = Quarantine(shards) if quarantine is None else quarantine
+        self.num_samples = len(shards)
         self._batch_size = min(batch_size, len(shards))
         self._num_threads, self._prefetch = num_threads, prefetch
         self.num_batches = -(-len(shards) // (self._batch_size * world.size))
         self._first_id = np.cumsum(shards.shard_samples) - shards.shard_samples
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        stream = _Stream(
+        stream = Stream(
             self.plan,
             0,
             self._shards,
+            self._quarantine,
             self._world,
             self._image,
             batch_size=self._batch_size,
@@ -247,9 +220,15 @@ class EvalFeed:
         """The plan of this rank's batch `number`. Reading ahead may ask beyond the last: those are all fillers."""
         place = (number * self._world.size + self._world.rank) * self._batch_size + np.arange(self._batch_size)
         weights = (place < len(self._shards)).astype(np.float32)
-        sample_id = np.minimum(place, len(self._shards) - 1)
-        shard = np.searchsorted(self._first_id, sample_id, side="right") - 1
-        samples = Samples(0, place, shard, sample_id - self._first_id[shard], sample_id)
+        samples = self._samples(place, np.minimum(place, len(self._shards) - 1))
+        while (bad := self._quarantine.holds(samples.shard, samples.row)).any():
+            weights[bad] = 0
+            samples = self._samples(place, (samples.id + bad) % len(self._shards))
         records = self._shards.records(samples.shard, samples.row)
-        views = augment.evaluation_views(self._image.size, self._image.crop_pct, records["height"], records["width"])
+        views = augment.evaluation_views(self._image, self._image.size, _height_width(records))
         return Plan(samples, records["label"].astype(np.int64), weights, views)
+
+    def _samples(self, position: Array, sample_id: Array) -> Samples:
+        shard = np.searchsorted(self._first_id, sample_id, side="right") - 1
+        nought = np.zeros_like(sample_id)
+        return Samples(position, nought, nought, shard, sample_id - self._first_id[shard], sample_id)

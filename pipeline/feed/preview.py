@@ -1,0 +1,102 @@
+"""What augmentation makes of a run's first samples, drawn with its parameters.
+
+each of some samples:      the original │ its views in epochs 0, 1, 2, …
+where images are mixed:    the first batch, as it is fed
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline import keys
+from pipeline.config import Config
+from pipeline.feed import augment, pixels
+from pipeline.feed.augment import Op, Views
+from pipeline.feed.dali import Decoder
+from pipeline.feed.loader import TrainFeed
+from pipeline.feed.order import Samples
+from pipeline.keys import Stream
+from pipeline.shards.images import decode
+from pipeline.shards.index import ShardSet
+from pipeline.sheet import Sheet
+from pipeline.world import World
+
+SAMPLES, VIEWS = 6, 6
+_CPU = torch.device("cpu")
+_WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
+
+
+def preview(settings: Config, path: Path) -> dict[str, Any]:
+    """Draw a grid of augmented samples into the PNG file `path`."""
+    shards = ShardSet(*settings.data.train_paths)
+    feed = TrainFeed(settings, shards, World())
+    (batch, *_) = feed.next()
+    _, first = np.unique(batch.samples.id, return_index=True)  # with repeated augmentation some are there twice
+    samples = batch.samples.take(np.sort(first)[:SAMPLES])
+    mixed = batch.images[: VIEWS + 1] if settings.mix.active else batch.images[:0]
+    feed.close()
+
+    columns, rows = VIEWS + 1, len(samples.id)
+    about = f"seed {settings.run.seed}; each row an image, then its views in epochs 0 to {VIEWS - 1}"
+    about += "; last row: a batch as it is fed, mixed" if len(mixed) else ""
+    count = columns * rows + len(mixed)
+    sheet = Sheet(settings.run.name, about, columns=columns, count=count, num_details=4)
+    for number in range(rows):
+        shard, row = int(samples.shard[number]), int(samples.row[number])
+        original = decode(shards.read(shard, row))
+        label = shards.classes[shards.index(shard)[row]["label"]]
+        sheet.add(original, shards.key(shard, row), f"class {label}", f"{original.width} × {original.height}")
+        views, images = _views(settings, shards, samples, number)
+        for epoch, image in enumerate(images):
+            sheet.add(_picture(settings, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1]))
+    for image in mixed:
+        sheet.add(_picture(settings, image), "mixed")
+    sheet.save(path)
+    return {"sheet": str(path), "samples": rows, "views": VIEWS}
+
+
+def _views(settings: Config, shards: ShardSet, samples: Samples, number: int) -> tuple[Views, Tensor]:
+    """One sample's views in the first epochs, and their images before mixing, [VIEWS, 3, S, S]."""
+    shard, row = int(samples.shard[number]), int(samples.row[number])
+    record = shards.index(shard)[row]
+    hw = np.full((VIEWS, 2), (record["height"], record["width"]))
+    key = keys.key(settings.run.seed, Stream.AUGMENT, np.arange(VIEWS), samples.id[number], samples.copy[number])
+    size = settings.image.size
+    views = augment.training_views(settings.augment, settings.image, size, key, hw)
+    encoded = [np.frombuffer(shards.read(shard, row), np.uint8)] * VIEWS
+    decoder = Decoder(
+        lambda _: (encoded, views),
+        batch_size=VIEWS,
+        interpolation=settings.image.interpolation,
+        device=_CPU,
+        num_threads=1,
+        prefetch=1,
+        deterministic=True,
+        resizes=False,
+    )
+    noise = pixels.noise(settings.run.seed, _CPU) if settings.augment.erase_mode == "pixel" else None
+    finisher, images = pixels.Finisher(settings.image, _CPU, noise), torch.empty(VIEWS, 3, size, size)
+    for place, window in enumerate(decoder.next()):
+        finisher.finish_window(window, views[place : place + 1], images[place : place + 1])
+    decoder.close()
+    return views, images
+
+
+def _picture(settings: Config, image: Tensor) -> Image.Image:
+    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.image.mean, settings.image.std))
+    return Image.fromarray((255 * (image * std + mean)).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def _describe(view: Views) -> list[str]:
+    (top, left), (height, width) = view.anchor[0], view.shape[0]
+    lines = [f"{width} × {height} at {left}, {top}{', flipped' if view.flip[0] else ''}"]
+    for op, argument in zip(view.ops[:, 0], view.args[:, 0], strict=True):
+        if op != Op.IDENTITY:
+            name = Op(op).name.lower()
+            lines.append(name if op in _WITHOUT_ARGUMENT else f"{name} {argument:.3g}")
+    top, bottom, left, right = view.erase[0]
+    return [*lines, f"erased {right - left} × {bottom - top}"] if bottom > top else lines

@@ -1,0 +1,90 @@
+"""The samples that a run has found damaged, in runs/NAME/quarantine.jsonl: one line each, shared by all ranks.
+
+A sample is known by the data set's digest, its shard's number and its row. Lines are only ever appended.
+"""
+
+import fcntl
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.shards.index import ShardSet
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """More of a data set is damaged than data.max_bad_fraction allows."""
+
+
+class Quarantine:
+    """Damaged samples of one data set. Without a path they are remembered by this process alone."""
+
+    def __init__(self, shards: ShardSet, path: Path | None = None, max_fraction: float = 1.0) -> None:
+        self._shards, self._path = shards, path
+        self._limit = int(max_fraction * len(shards))
+        self._found = {(line["shard"], line["row"]): line for line in self._lines()}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def holds(self, shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of the samples, [n], are known to be damaged."""
+        if not self._found:
+            return np.zeros(len(shard), bool)
+        return np.array([pair in self._found for pair in zip(shard.tolist(), row.tolist(), strict=True)], bool)
+
+    def add(self, shard: int, row: int, reason: str) -> None:
+        """Record a damaged sample. Raises TooManyBadSamplesError, which lists them, above the allowed fraction."""
+        line = {
+            "data": self._shards.digest,
+            "shard": shard,
+            "row": row,
+            "tar": self._shards.url(shard),
+            "key": self._shards.key(shard, row),
+            "reason": reason,
+        }
+        self._found[shard, row] = line
+        print(f"left out: {line['tar']}: sample {line['key']!r}: {reason}", file=sys.stderr, flush=True)
+        self._append(line)
+        if len(self._found) > self._limit:
+            raise TooManyBadSamplesError(self._report())
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            # Other ranks write here too. What they have found counts towards the limit.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            others = {(found["shard"], found["row"]): found for found in self._lines()}
+            if (line["shard"], line["row"]) not in others:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+            self._found |= others
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if self._path is None or not self._path.exists():
+            return []
+        lines = []
+        for text in self._path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # a process ended in the middle of writing it
+                continue
+        return [line for line in lines if line["data"] == self._shards.digest]
+
+    def _report(self) -> str:
+        found = list(self._found.values())
+        shown = [f"  {line['tar']}: {line['key']}: {line['reason']}" for line in found[:20]]
+        more = [f"  and {len(found) - 20} more in {self._path}"] if len(found) > 20 else []
+        return "\n".join(
+            [
+                f"{len(found)} of {len(self._shards)} samples are damaged, more than data.max_bad_fraction allows "
+                f"({self._limit}): restore them from their source, or raise the limit to train without them",
+                *shown,
+                *more,
+            ]
+        )

@@ -1,0 +1,269 @@
+"""Carries out plans: reads bytes ahead, decodes, finishes, and replaces what turns out to be damaged.
+
+    Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images     on a CPU
+                                                       ─▶ S × S   ─▶ finish (a batch at a time) ─▶ images   on a GPU
+
+A plan is a pure function of its number and of the quarantine. So a batch that holds a damaged sample is planned
+again, with the sample known, and comes out the same on every replay.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.config import Image
+from pipeline.feed import pixels
+from pipeline.feed.augment import Views
+from pipeline.feed.dali import Batch, Decoder
+from pipeline.feed.mix import Blends
+from pipeline.feed.order import Samples
+from pipeline.feed.quarantine import Quarantine
+from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.world import World
+
+Array = npt.NDArray[Any]
+
+_TOGETHER = 8  # samples that a thread reads or finishes in one call: few calls, and no thread waits long for another
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything about a micro-batch of N samples but its pixels."""
+
+    samples: Samples
+    labels: Array  # [N] int64
+    weights: Array  # [N] float32
+    views: Views
+    blends: Blends | None = None
+    drop_path: Array | None = None  # [num_branches, N] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """A plan whose samples are being read."""
+
+    plan: Plan
+    parts: list[concurrent.futures.Future[list[Array | CorruptSampleError]]]
+    num_bad: int  # known when it was planned
+
+
+# A plan, its images, and the work on them that is still to be waited for.
+_Produced = tuple[Plan, Tensor, list[concurrent.futures.Future[None]]]
+
+
+class Stream:
+    """Carries out plans `first`, `first + 1`, … in order."""
+
+    def __init__(
+        self,
+        plan: Callable[[int], Plan],
+        first: int,
+        shards: ShardSet,
+        quarantine: Quarantine,
+        world: World,
+        image: Image,
+        *,
+        noise: Tensor | None = None,
+        batch_size: int,
+        num_threads: int,
+        prefetch: int,
+        deterministic: bool,
+    ) -> None:
+        self._plan, self._shards, self._quarantine, self._image = plan, shards, quarantine, image
+        self._on_gpu = world.device.type == "cuda"
+        self._finisher = pixels.Finisher(image, world.device, noise)
+        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        # Reading waits for disks, so twice the threads.
+        self._readers = concurrent.futures.ThreadPoolExecutor(2 * threads, "read")
+        self._finishers = _single_threaded_pool(0 if self._on_gpu else threads)
+        self._conductor = concurrent.futures.ThreadPoolExecutor(1, "feed")
+        self._prefetch = prefetch
+        self._buffers = _Buffers()
+        self._ahead: collections.deque[concurrent.futures.Future[_Produced]] = collections.deque()
+        self._reading: dict[int, _Reading] = {}
+        self._decoding: collections.deque[tuple[Plan, list[Array]]] = collections.deque()
+        self._source_error: BaseException | None = None
+        self._number = first  # of the next batch to come out of the decoder
+        self._decoder_settings: dict[str, Any] = {
+            "interpolation": image.interpolation,
+            "device": world.device,
+            "num_threads": threads,
+            "deterministic": deterministic,
+            "resizes": self._on_gpu,
+        }
+        self._batch_size = batch_size
+        self._decoder = self._new_decoder()
+
+    def next(self) -> tuple[Plan, Tensor]:
+        """The next plan and its images, [N, 3, S, S] float32 on the device.
+
+        Raises StoreError when samples cannot be read and TooManyBadSamplesError when too many are damaged.
+        """
+        if self._on_gpu:
+            # DALI works ahead by itself, and torch's kernels belong to this thread's stream.
+            plan, images, _ = self._produce()
+            return plan, images
+        while len(self._ahead) < self._prefetch:
+            self._ahead.append(self._conductor.submit(self._produce))
+        plan, images, parts = self._ahead.popleft().result()
+        for part in parts:
+            part.result()
+        return plan, images
+
+    def close(self) -> None:
+        for pool in (self._conductor, self._readers, self._finishers):
+            pool.shutdown(cancel_futures=True)
+        self._decoder.close()
+
+    def _produce(self) -> _Produced:
+        decoded = self._decode()
+        plan, _ = self._decoding.popleft()
+        self._number += 1
+        views = plan.views
+        shape = len(plan.labels), 3, views.size, views.size
+        if isinstance(decoded, Tensor):
+            images = torch.empty(shape, device=decoded.device)
+            self._finisher.finish(decoded, views, images)
+            return plan, images, []
+        images = self._buffers.take(shape)
+        parts = [range(first, first + _TOGETHER) for first in range(0, len(decoded), _TOGETHER)]
+        return plan, images, [self._finishers.submit(self._finish, decoded, views, images, part) for part in parts]
+
+    def _finish(self, windows: list[Tensor], views: Views, images: Tensor, part: range) -> None:
+        for i in part[: len(windows) - part.start]:
+            self._finisher.finish_window(windows[i], views[i : i + 1], images[i : i + 1])
+
+    def _decode(self) -> Tensor | list[Tensor]:
+        while True:
+            try:
+                return self._decoder.next()
+            except RuntimeError:
+                if self._source_error:
+                    raise
+                # Which batch and which sample it was DALI does not say, and it has lost the batches in between:
+                # find the culprits and start again from the last batch that came out whole.
+                if not self._find_undecodable():
+                    raise
+                self._decoder.close()
+                self._decoding.clear()
+                self._reading.clear()
+                self._decoder = self._new_decoder()
+
+    def _new_decoder(self) -> Decoder:
+        first = self._number
+        return Decoder(
+            lambda iteration: self._source(first + iteration),
+            batch_size=self._batch_size,
+            prefetch=self._prefetch,
+            **self._decoder_settings,
+        )
+
+    def _source(self, number: int) -> Batch:
+        """A batch's bytes and views. Called by the decoder, ahead of need."""
+        try:
+            plan, encoded = self._read(number)
+        except BaseException as error:
+            self._source_error = error
+            raise
+        self._decoding.append((plan, encoded))
+        return encoded, plan.views
+
+    def _read(self, number: int) -> tuple[Plan, list[Array]]:
+        while True:
+            self._start_reading(number)
+            reading = self._reading.pop(number)
+            self._start_reading(number + 1)
+            if reading.num_bad == len(self._quarantine):
+                encoded = self._collect(reading)
+                if reading.num_bad == len(self._quarantine):
+                    return reading.plan, encoded
+
+    def _start_reading(self, number: int) -> None:
+        if number not in self._reading:
+            num_bad, plan = len(self._quarantine), self._plan(number)
+            pairs = list(zip(plan.samples.shard.tolist(), plan.samples.row.tolist(), strict=True))
+            parts = [pairs[first : first + _TOGETHER] for first in range(0, len(pairs), _TOGETHER)]
+            self._reading[number] = _Reading(plan, [self._readers.submit(self._read_part, p) for p in parts], num_bad)
+
+    def _read_part(self, pairs: list[tuple[int, int]]) -> list[Array | CorruptSampleError]:
+        found: list[Array | CorruptSampleError] = []
+        for shard, row in pairs:
+            try:
+                found.append(np.frombuffer(self._shards.read(shard, row), np.uint8))
+            except CorruptSampleError as error:
+                found.append(error)
+        return found
+
+    def _collect(self, reading: _Reading) -> list[Array]:
+        """The samples' bytes; a short list where some were damaged, which the quarantine then holds."""
+        encoded = []
+        for number, found in enumerate(found for part in reading.parts for found in part.result()):
+            if isinstance(found, CorruptSampleError):
+                self._put_away(reading.plan, number, str(found))
+            else:
+                encoded.append(found)
+        return encoded
+
+    def _put_away(self, plan: Plan, number: int, reason: str) -> None:
+        shard, row = plan.samples.shard[number : number + 1], plan.samples.row[number : number + 1]
+        if not self._quarantine.holds(shard, row)[0]:  # a filler may repeat a sample of its batch
+            self._quarantine.add(int(shard[0]), int(row[0]), reason)
+
+    def _find_undecodable(self) -> bool:
+        """Decode each sample under way by itself and put away those that fail. Returns whether there are any."""
+        found = False
+        for plan, encoded in self._decoding:
+            for number, data in enumerate(encoded):
+                view = plan.views[number : number + 1]
+                probe = Decoder(lambda _: ([data], view), batch_size=1, prefetch=1, **self._decoder_settings)  # noqa: B023
+                try:
+                    probe.next()
+                except RuntimeError:
+                    self._put_away(plan, number, "its bytes are as they were packed, but they do not decode")
+                    found = True
+                finally:
+                    probe.close()
+        return found
+
+
+class _Buffers:
+    """Memory for batches on a CPU, used again when nobody holds a tensor of it any more.
+
+    Fresh memory of this size comes from the kernel page by page, which costs as much as resizing the images does.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[np.float32]] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        self._arrays = [array for array in self._arrays if array.shape == shape]
+        # A tensor made from an array, and every view of it, holds a reference to the array. These three do as well:
+        # the list, the loop's variable, the argument.
+        free = next((array for array in self._arrays if sys.getrefcount(array) == 3), None)
+        if free is None:
+            free = np.empty(shape, np.float32)
+            self._arrays.append(free)
+        return torch.from_numpy(free)
+
+
+def _single_threaded_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """A pool whose threads run torch on one core each: without it each of them brings a team of OpenMP threads."""
+    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), "finish", torch.set_num_threads, (1,))
+    # The setting is both a thread's and, for threads to come, the process's. So all threads are started now and the
+    # process's is put back.
+    before, together = torch.get_num_threads(), threading.Barrier(max(threads, 1) + 1)
+    for _ in range(max(threads, 1)):
+        pool.submit(together.wait)
+    together.wait()
+    torch.set_num_threads(before)
+    return pool
