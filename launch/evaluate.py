@@ -46,7 +46,7 @@ def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any]
         scores = evaluate(task.model, batches, task.metric(), here)
     if not here.is_first:
         return None
-    return {"model": pinned, "data": data, "digest": shards.manifest.digest, "samples": len(shards), **scores}
+    return {"model": pinned, "data": data, "digest": shards.digest, "samples": len(shards), **scores}
 
 
 def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, nn.Module, str]:
@@ -58,9 +58,9 @@ def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, nn.Mo
     with tempfile.TemporaryDirectory() as folder:
         version = registry.fetch(uri, Path(folder))
         card = version.card
-        if shards.manifest.classes != card.classes:
+        if shards.classes != card.classes:
             raise InputError(
-                f"{data} has the classes {_some(shards.manifest.classes)} but {version.uri} was trained on "
+                f"{data} has the classes {_some(shards.classes)} but {version.uri} was trained on "
                 f"{_some(card.classes)}: pack the data with --classes-from of the training data"
             )
         network = build_model(card.model, card.image.size, len(card.classes))

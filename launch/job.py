@@ -12,11 +12,13 @@ import torch
 
 from launch import command
 from pipeline import files
-from pipeline.config import Config, dump
+from pipeline.config import Config, Data, dump
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order, deal, padding_waste
+from pipeline.feed.quarantine import Quarantine
 from pipeline.shards.index import ShardSet
+from pipeline.shards.store import Cache
 from pipeline.tasks.classify import Classification, build_model
 from pipeline.track.card import Card
 from pipeline.track.registry import register
@@ -26,7 +28,10 @@ from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.loop import Schedule, Summary, train
 from pipeline.train.meters import MetricsFile, Progress, finite_or_none
+from pipeline.train.trace import Trace
 from pipeline.world import World
+
+QUARANTINE = "quarantine.jsonl"
 
 
 def run_job(settings: Config, world: World) -> dict[str, Any] | None:
@@ -39,18 +44,26 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     if settings.train.deterministic:
         make_deterministic()
     torch.manual_seed(settings.run.seed)
-    num_classes = len(training.manifest.classes)
+    num_classes = len(training.classes)
     task = command.first_then_all(
         world, lambda: Classification(build_model(settings.model, settings.image.size, num_classes))
     )
-    identity = {**settings.identity(), "num_classes": num_classes, "data": training.manifest.digest}
+    identity = {**settings.identity(), "num_classes": num_classes, "data": training.digest}
     checkpoints = Checkpoints(folder / "checkpoints", world, identity)
     found = _find(checkpoints, settings, world)
     state = found.state if found else State()
     if found:
         task.model.load_state_dict(found.weights())
 
-    feed = TrainFeed(settings, training, world, first_step=state.step, drop_path_rates=task.drop_path_rates)
+    quarantine = Quarantine(training, folder / QUARANTINE, settings.data.max_bad_fraction)
+    feed = TrainFeed(
+        settings,
+        training,
+        world,
+        first_step=state.step,
+        drop_path_rates=task.drop_path_rates,
+        quarantine=quarantine,
+    )
     schedule = Schedule.of(settings, feed.order.steps_per_epoch)
     if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
         feed.close()
@@ -67,6 +80,7 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             settings.image,
             batch_size=settings.evaluate.batch_size,
             num_threads=settings.data.num_threads,
+            quarantine=Quarantine(validation, folder / QUARANTINE, settings.data.max_bad_fraction),
         )
         evaluation = lambda: evaluate(engine.evaluator(), batches, task.metric(), world)  # noqa: E731
     with contextlib.closing(feed), _tracking(settings, world, training) as tracker:
@@ -75,7 +89,8 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             state.run_id = tracker.run_id
             listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
             _say_start(settings, world, feed, schedule, state)
-        summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners)
+        trace = Trace(folder / "trace", world.rank, state.step, training) if settings.debug.trace_samples else None
+        summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners, trace)
         if tracker is None:
             return None
         result = _register(settings, training, tracker, summary, state)
@@ -91,9 +106,9 @@ def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: S
         model=settings.model,
         image=settings.image,
         eval_batch_size=settings.evaluate.batch_size,
-        classes=training.manifest.classes,
+        classes=training.classes,
         metrics=scores,
-        lineage={"data.digest": training.manifest.digest, "checkpoint": str(summary.checkpoint)},
+        lineage={"data.digest": training.digest, "checkpoint": str(summary.checkpoint)},
     )
     name = settings.tracking.model_name or settings.run.name
     uri = register(name, summary.checkpoint / MODEL, card, run_id=tracker.run_id, step=state.step)
@@ -109,18 +124,29 @@ def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: S
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused without building the model has been looked at."""
-    training = ShardSet(settings.data.train)
-    validation = ShardSet(settings.data.val) if settings.data.val else None
-    if validation and validation.manifest.classes != training.manifest.classes:
+    cache = _cache(settings.data)
+    training = ShardSet(*settings.data.train_paths, cache=cache)
+    validation = ShardSet(settings.data.val, cache=cache) if settings.data.val else None
+    if validation and validation.classes != training.classes:
         raise InputError(
-            f"{settings.data.val} and {settings.data.train} have different classes, so their labels mean different "
-            "things: pack the validation split again with --classes-from"
+            f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "
+            "different things: pack the validation split again with --classes-from"
         )
-    order = Order.of(settings, training.shard_samples)
+    if world.is_first:
+        for shards in filter(None, (training, validation)):
+            shards.check()
+    order = Order.of(settings, training.part_samples)
     part = deal(order, world.rank, world.size, settings)
     Schedule.of(settings, order.steps_per_epoch)
     deepspeed_config(settings, world, part.accumulation, num_parameters=1)
     return training, validation
+
+
+def _cache(data: Data) -> Cache | None:
+    """None where the default will do, which is only made when a remote data set needs it."""
+    if data.cache is None and data.cache_gb is None:
+        return None
+    return Cache.default(data.cache, None if data.cache_gb is None else int(data.cache_gb * 1e9))
 
 
 def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoint | None:
@@ -155,7 +181,8 @@ def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tr
                 f"{folder}: another job is at work in it; wait for it or give this one a run.name"
             ) from None
         (folder / "config.yaml").write_text(dump(settings))
-        tracker = Tracker(settings, facts={"data.digest": training.manifest.digest, "data.path": settings.data.train})
+        paths = ", ".join(settings.data.train_paths)
+        tracker = Tracker(settings, facts={"data.digest": training.digest, "data.path": paths})
         try:
             yield tracker
         except BaseException:

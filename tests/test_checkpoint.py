@@ -21,6 +21,8 @@ IDENTITY = {
     "global_batch_size": 48,
     "lanes": 12,
     "shuffle_window": 64,
+    "copies": 1,
+    "mixture": [1.0],
     "model": "pvt_pico",
     "image_size": 32,
 }

@@ -90,7 +90,7 @@ def test_mlflow_holds_the_run(job: Job) -> None:
     found = client.get_run(result["run_id"])
     assert found.info.status == "FINISHED"
     training = ShardSet(yaml.safe_load((folder / "tiny.yaml").read_text())["data"]["train"])
-    assert found.data.tags["data.digest"] == training.manifest.digest
+    assert found.data.tags["data.digest"] == training.digest
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert found.data.tags.get("mlflow.source.git.commit", "") == commit
     assert found.data.params["train.global_batch_size"] == "96"
@@ -245,7 +245,7 @@ def test_wrong_settings_are_told_once_and_leave_nothing(
     ("arguments", "message"),
     [
         ([], "the following arguments are required"),
-        (["pack", "--images", "missing", "--out", "out"], "error: missing: no such folder"),
+        (["pack", "--images", "missing", "--out", "out"], "error: missing: no such file or folder"),
         (["pack", "--images", "x", "--out", "out", "--samples-per-shard", "0"], "0 is not a positive number"),
         (["verify", "missing"], "cannot read the manifest"),
     ],
@@ -267,4 +267,4 @@ def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Pat
         file.write(b"\1")
     process = run(*shards, "verify", tmp_path / "out", cwd=tmp_path)
     assert process.returncode == 1
-    assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]
+    assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]["reason"]

@@ -45,4 +45,4 @@ def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, precisio
     reports = run_ranks(2, "zero", path, 20, precision, 0, 1, 2, 3)
     for report in reports[1:]:
         assert report["losses"] == pytest.approx(reports[0]["losses"], rel=2e-3)
-    assert reports[0]["losses"][-1] < 0.9 * reports[0]["losses"][0]
+    assert reports[0]["losses"][-1] < 0.95 * reports[0]["losses"][0]

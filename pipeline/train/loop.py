@@ -13,6 +13,7 @@ from pipeline.train.engine import Engine
 from pipeline.train.meters import Meters
 from pipeline.train.optim import lr_at
 from pipeline.train.seams import Listener
+from pipeline.train.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ def train(
     checkpoints: Checkpoints,
     evaluation: Callable[[], dict[str, float]] | None,
     listeners: Sequence[Listener],
+    trace: Trace | None = None,
 ) -> Summary:
     """Train from state.step to the end, where the model is evaluated and saved. Collective.
 
@@ -84,6 +86,8 @@ def train(
         )
         outcome = engine.step(batch, step=state.step, lr=lr)
         state.advance(outcome.applied)
+        if trace:
+            trace.write(state.step, batch)
         meters.add(outcome, data_wait_s)
 
         if schedule.due(schedule.log_every, state.step):

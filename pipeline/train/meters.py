@@ -57,9 +57,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         """Go on after `step`. Lines of later steps, which a killed run left and this one repeats, are removed."""
         self._path = path
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            files.write(path, "".join(f"{line}\n" for line in kept).encode())
+        keep_up_to(path, step)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self._append(step, metrics)
@@ -78,6 +76,13 @@ class MetricsFile:
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:
     """JSON has no infinity and no NaN; null stands for them."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def keep_up_to(path: Path, step: int) -> None:
+    """Drop the lines of later steps, which a run that resumes writes again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        files.write(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _step_of(line: str) -> float:

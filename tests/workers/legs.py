@@ -39,7 +39,7 @@ def main() -> None:
     for leg in legs:
         run, stage, last_step = leg.split(":")
         settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-        shards = ShardSet(settings.data.train)
+        shards = ShardSet(*settings.data.train_paths)
         torch.manual_seed(settings.run.seed)
         task = Classification(build_model(settings.model, settings.image.size, 10))
         checkpoints = Checkpoints(Path(folder, run), here, settings.identity())

@@ -24,7 +24,7 @@ def main() -> None:
         for stage in range(4):
             settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
             task = fresh_task(settings)
-            feed = TrainFeed(settings, ShardSet(settings.data.train), here, drop_path_rates=task.drop_path_rates)
+            feed = TrainFeed(settings, ShardSet(*settings.data.train_paths), here, drop_path_rates=task.drop_path_rates)
             engine = Engine(settings, task, here, feed.deal.accumulation)
             report: dict[str, Any] = {"stage": stage, "precision": precision}
             report |= {"applied": [], "unchanged": [], "loss_scales": []}

@@ -71,7 +71,7 @@ def main() -> None:
     here = world.start()
     make_deterministic()
     settings = config.load(path)
-    shards = ShardSet(settings.data.train)
+    shards = ShardSet(*settings.data.train_paths)
     expected, expected_losses = {}, []
     if here.is_first and precision == "fp32":
         expected, expected_losses = plain_pytorch(settings, shards, int(steps))

@@ -1,0 +1,51 @@
+"""What the engine consumed, for proofs that data does not depend on the world: runs/NAME/trace/rank-R.jsonl.
+
+A line for each step, counted as in metrics.jsonl:
+{"step": 7, "samples": [{"position": 0, "key": "3/digit-0003", "weight": 1.0, "pixels": "…", "label": "…", …}, …]}
+Hashes are of the tensors themselves, sample by sample, after mixing.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.feed.loader import MicroBatch
+from pipeline.shards.index import ShardSet
+from pipeline.train.meters import keep_up_to
+
+
+class Trace:
+    """Appends to a rank's file; lines beyond `step`, from a run that went on after its last checkpoint, are dropped."""
+
+    def __init__(self, folder: Path, rank: int, step: int, shards: ShardSet) -> None:
+        self._path = folder / f"rank-{rank}.jsonl"
+        self._shards = shards
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_up_to(self._path, step)
+
+    def write(self, step: int, batch: list[MicroBatch]) -> None:
+        samples = [sample for micro in batch for sample in self._samples(micro)]
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+
+    def _samples(self, micro: MicroBatch) -> list[dict[str, Any]]:
+        where, images, targets = micro.samples, micro.images.cpu(), micro.targets.cpu()
+        masks = None if micro.drop_path is None else micro.drop_path.T.cpu()
+        return [
+            {
+                "position": int(where.position[i]),
+                "key": self._shards.key(int(where.shard[i]), int(where.row[i])),
+                "weight": float(micro.weights[i]),
+                "pixels": _hash(images[i]),
+                "label": _hash(targets[i]),
+                "drop_path": None if masks is None else _hash(masks[i]),
+            }
+            for i in range(len(images))
+        ]
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,46 @@
+"""One rank of a job on painted images; see test_trace.py.
+
+python -m tests.workers.painted CONFIG LAST_STEP [OVERRIDE…]
+
+Writes the numbers that it reads from the pixels that the engine is given to RUN/painted-R.jsonl. After LAST_STEP the
+process ends as if it had been killed.
+"""
+
+import json
+import os
+import sys
+
+from launch.job import run_job
+from pipeline import config, world
+from pipeline.feed.loader import MicroBatch
+from pipeline.train.engine import Engine, Outcome
+from tests.painting import read_number
+
+
+def main() -> None:
+    path, last_step, *overrides = sys.argv[1:]
+    here = world.start()
+    settings = config.load(path, overrides)
+    numbers = settings.run.folder / f"painted-{here.rank}.jsonl"
+    step_of_engine = Engine.step
+
+    def step(self: Engine, batches: list[MicroBatch], *, step: int, lr: float) -> Outcome:
+        if step == int(last_step):
+            os._exit(0)
+        read = [
+            [int(position), read_number(image)]
+            for micro in batches
+            for position, weight, image in zip(micro.samples.position, micro.weights, micro.images, strict=True)
+            if weight > 0
+        ]
+        with numbers.open("a") as file:
+            file.write(json.dumps({"step": step + 1, "numbers": read}) + "\n")
+        return step_of_engine(self, batches, step=step, lr=lr)
+
+    Engine.step = step
+    run_job(settings, here)
+    world.stop()
+
+
+if __name__ == "__main__":
+    main()
