@@ -2,6 +2,7 @@
 # make test    all tests
 # make lint    style, types and import floors
 # make setup   only what those need: .venv with everything in it
+# make peers   .venv-peers, for benchmarks.feed: what we are compared with
 
 PYTHON ?= python3
 DALI ?= cuda13          # or cuda12: the driver's major version; without a GPU either works
@@ -9,7 +10,7 @@ BIN := .venv/bin
 RANKS ?= 2
 DATA := runs/data/digits
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup peers
 
 demo: setup $(DATA)/train/manifest.json $(DATA)/val/manifest.json
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
@@ -30,6 +31,14 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[$(strip $(DALI)),dev]'
+	touch $@
+
+peers: .venv-peers/ready
+
+.venv-peers/ready: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet uv
+	.venv-peers/bin/uv pip install --python .venv-peers/bin/python --compile-bytecode -r benchmarks/peers.txt
 	touch $@
 
 $(DATA)/images: | setup
