@@ -22,10 +22,12 @@ from pipeline.feed import mix
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
 from pipeline.keys import Stream
+from pipeline.shards import adopt
 from pipeline.shards.index import Manifest, ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
 from pipeline.world import World
+from tests.damage import CLASSES, build
 from tests.servers import FaultyServer
 
 Make = Callable[..., Config]
@@ -298,3 +300,24 @@ def test_remote_shards_feed_the_same(settings: Make, reference: Consumed, digits
     entries = read_manifest(digits / "train").shards
     expected = {entry.sha256 for entry in entries if f"/train/{entry.tar.name}" in fetched}
     assert expected <= {path.name for path in cache.folder.iterdir()}
+
+
+def test_what_is_left_of_200_damaged_files_can_be_trained_on(settings: Make, tmp_path: Path) -> None:
+    damage = build(tmp_path / "damage")
+    adopt.index(str(damage.shards), tmp_path / "index", skip_bad=True)
+    pack(damage.images, tmp_path / "packed", classes=list(CLASSES), skip_bad=True)
+    shards = ShardSet(tmp_path / "index")
+    keys_of = {
+        (shard, row): shards.key(shard, row) for shard, size in enumerate(shards.shard_samples) for row in range(size)
+    }
+    assert set(keys_of.values()) == damage.good_keys | damage.hidden_keys
+    for data, bad in ((tmp_path / "index", damage.hidden_keys), (tmp_path / "packed", set())):
+        allowed = settings(f"data.train={data}", "data.max_bad_fraction=0.1", "train.global_batch_size=24")
+        quarantine = tmp_path / f"{data.name}.jsonl"
+        steps = 2 * (len(ShardSet(data)) // 24)
+        lone = consume(allowed, 1, 0, steps, quarantine)
+        assert consume(allowed, 3, 0, steps) == lone
+        lines = quarantine.read_text().splitlines() if quarantine.exists() else []
+        # PIL refuses some pixels that DALI's decoders draw something for, never the other way round.
+        assert {json.loads(line)["key"] for line in lines} <= bad
+        assert bool(lines) == bool(bad)
