@@ -182,7 +182,7 @@ class Data(Section):
     """Samples shuffled together inside a lane."""
     num_threads: int = Field(default=0, ge=0)
     """Threads of each rank for reading and for CPU decoding; 0 takes the rank's share of the cores."""
-    prefetch: int = Field(default=2, gt=0)
+    prefetch: int = Field(default=3, gt=0)
     """Micro-batches read ahead of training."""
     cache: str | None = None
     """Folder for shards fetched from URLs, shared by a node's ranks. None: one of this user's below the temporary

@@ -83,8 +83,7 @@ class Stream:
         self._on_gpu = world.device.type == "cuda"
         self._finisher = pixels.Finisher(image, world.device, noise)
         threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
-        # Reading waits for disks, so twice the threads.
-        self._readers = concurrent.futures.ThreadPoolExecutor(2 * threads, "read")
+        self._readers = concurrent.futures.ThreadPoolExecutor(threads, "read")
         self._finishers = _single_threaded_pool(0 if self._on_gpu else threads)
         self._conductor = concurrent.futures.ThreadPoolExecutor(1, "feed")
         self._prefetch = prefetch
@@ -258,7 +257,7 @@ class _Buffers:
 
 def _single_threaded_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     """A pool whose threads run torch on one core each: without it each of them brings a team of OpenMP threads."""
-    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), "finish", torch.set_num_threads, (1,))
+    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), "finish", _use_one_core)
     # The setting is both a thread's and, for threads to come, the process's. So all threads are started now and the
     # process's is put back.
     before, together = torch.get_num_threads(), threading.Barrier(max(threads, 1) + 1)
@@ -267,3 +266,8 @@ def _single_threaded_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor
     together.wait()
     torch.set_num_threads(before)
     return pool
+
+
+def _use_one_core() -> None:
+    torch.get_num_threads()  # at its first question torch gives a thread the process's setting, in place of its own
+    torch.set_num_threads(1)
