@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import config
 from pipeline.errors import InputError
+from pipeline.feed.preview import preview
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_config
 from tests.servers import FaultyServer
 
 TITLE_PX = 90  # with the data set's name and the seed
@@ -142,3 +144,13 @@ def test_the_commands_end_with_their_result(packed: Path, tmp_path: Path) -> Non
     result = result_of(run("index", "packed", "--skip-bad", "--out", "i", "--workers", 1, cwd=tmp_path))
     assert result["samples"] == 10
     assert result["skipped"] == found["faults"]
+
+
+def test_a_preview_shows_views_with_their_parameters(digits: Path, tmp_path: Path) -> None:
+    settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
+    result = preview(settings, tmp_path / "preview.png")
+    assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
+    with Image.open(tmp_path / "preview.png") as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    assert pixels.shape[0] > 7 * 150
+    assert len(np.unique(pixels)) > 100
