@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from pipeline.errors import InputError
+from pipeline.errors import ExternalError, InputError
 
 if TYPE_CHECKING:
     from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
@@ -26,6 +26,8 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
         result = main()
     except InputError as error:
         _fail(USAGE, f"error: {error}")
+    except ExternalError as error:
+        _fail(FAILED, f"error: {error}")
     except KeyboardInterrupt:
         _fail(130, "interrupted")
     except Exception:

@@ -1,4 +1,4 @@
-"""The one error class that users meet."""
+"""The errors that users meet."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
     The message names the file or key, the value found, the rule and the way out. Commands print it alone,
     without a traceback, and end with exit code 2.
+    """
+
+
+class ExternalError(RuntimeError):
+    """What a run depends on has failed: a store, too many samples. Nothing in the program or its input is wrong.
+
+    The message says what failed and the way out. Commands print it alone and end with exit code 1.
     """

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,3 +269,18 @@ def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Pat
     process = run(*shards, "verify", tmp_path / "out", cwd=tmp_path)
     assert process.returncode == 1
     assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]["reason"]
+
+
+def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits / "train", tmp_path / "damaged")
+    for tar in (tmp_path / "damaged").glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[20_000:80_000] = bytes(60_000)
+        tar.write_bytes(data)
+    write_config(digits, tmp_path)
+    process = pretrain(tmp_path, f"data.train={tmp_path / 'damaged'}", ranks=1)
+    assert process.returncode == 1
+    assert "samples are damaged, more than data.max_bad_fraction allows (1)" in process.stderr
+    assert "Traceback" not in process.stderr
+    lines = (tmp_path / "runs" / "tiny" / "quarantine.jsonl").read_text().splitlines()
+    assert {json.loads(line)["reason"] for line in lines} == {"its bytes do not match their checksum"}

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import ExternalError
 from pipeline.shards.index import ShardSet
 
 
-class TooManyBadSamplesError(RuntimeError):
+class TooManyBadSamplesError(ExternalError):
     """More of a data set is damaged than data.max_bad_fraction allows."""
 
 

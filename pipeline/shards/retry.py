@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pipeline.errors import ExternalError
+
 T = TypeVar("T")
 
 # Waits do not shape results. The operating system's generator leaves the seeded ones as they were.
 _jitter = random.SystemRandom()
 
 
-class StoreError(RuntimeError):
+class StoreError(ExternalError):
     """A file cannot be had from its store, or is not what its digest says. The message begins with the file's URL."""
 
 
