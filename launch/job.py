@@ -19,7 +19,7 @@ from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
-from pipeline.tasks.classify import Classification, build_model
+from pipeline.tasks.classify import Classification, build_model, check_image_sizes
 from pipeline.track.card import Card
 from pipeline.track.registry import register
 from pipeline.track.runs import Tracker
@@ -123,7 +123,7 @@ def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: S
 
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
-    """The data sets, once everything that can be refused without building the model has been looked at."""
+    """The data sets, once everything that can be refused before the model is made has been looked at."""
     cache = _cache(settings.data)
     training = ShardSet(*settings.data.train_paths, cache=cache)
     validation = ShardSet(settings.data.val, cache=cache) if settings.data.val else None
@@ -132,6 +132,8 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
             f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "
             "different things: pack the validation split again with --classes-from"
         )
+    if sizes := settings.augment.image_size.values():
+        check_image_sizes(settings.model, settings.image.size, len(training.classes), sizes)
     if world.is_first:
         for shards in filter(None, (training, validation)):
             shards.check()

@@ -284,3 +284,19 @@ def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_
     assert "Traceback" not in process.stderr
     lines = (tmp_path / "runs" / "tiny" / "quarantine.jsonl").read_text().splitlines()
     assert {json.loads(line)["reason"] for line in lines} == {"its bytes do not match their checksum"}
+
+
+def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits: Path, tmp_path: Path) -> None:
+    write_config(digits, tmp_path)
+    schedule = "augment.image_size={{2 steps: 64, 50 %: {}}}"
+    process = pretrain(tmp_path, schedule.format(40), ranks=1)
+    assert process.returncode == 2
+    assert "error: augment.image_size: pvt_pico does not take 40:" in process.stderr
+    assert not (tmp_path / "runs").exists()
+    result = result_of(
+        pretrain(tmp_path, schedule.format(96), "train.length=6 steps", "model.drop_path_rate=0.1", ranks=1)
+    )
+    assert result["steps"] == 6
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    logged = client.get_run(result["run_id"]).data.params["augment.image_size"]
+    assert logged == "{'2 steps': 64, '50 %': 96}"

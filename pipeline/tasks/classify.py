@@ -1,6 +1,7 @@
 """Image classification: the pretraining task, and the first of the fine-tuning tasks."""
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import timm
@@ -37,6 +38,20 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
     if model.grad_checkpointing:
         network.set_grad_checkpointing()  # pyright: ignore[reportCallIssue] - timm's, not torch's
     return network
+
+
+def check_image_sizes(model: config.Model, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:
+    """Raise InputError for a size of the resolution schedule that the network does not take.
+
+    The network, built for `image_size`, is run without memory for its weights or its results.
+    """
+    with torch.device("meta"), torch.inference_mode():
+        network = build_model(model, image_size, num_classes).eval()
+        for size in sizes:
+            try:
+                network(torch.empty(1, 3, size, size))
+            except (ValueError, AssertionError, RuntimeError) as error:
+                raise InputError(f"augment.image_size: {model.name} does not take {size}: {error}") from error
 
 
 class Classification:

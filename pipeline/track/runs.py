@@ -124,7 +124,8 @@ def _experiment(settings: config.Config) -> str:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     flat = []
     for name, value in tree.items():
-        if isinstance(value, dict):
+        # A mapping by something other than names, such as the resolution schedule, is one value.
+        if isinstance(value, dict) and all(key.isidentifier() for key in value):
             flat += _flatten(value, f"{prefix}{name}.")
         else:
             flat.append((f"{prefix}{name}", value))
