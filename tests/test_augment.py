@@ -111,7 +111,11 @@ def test_operations_against_timm(op: Op, squares: list[Image.Image]) -> None:
 
 
 IMAGE = config.Image()
-PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+PILLOW = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
 
 
 def encode(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
@@ -157,7 +161,7 @@ def draw(settings: config.Augment, hw: np.ndarray, size: int = 224) -> Views:
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["torch", "DALI"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_training_views_show_what_pillow_shows(
     format: str, interpolation: str, in_graph: bool, photographs: list[Image.Image]
