@@ -1,6 +1,6 @@
 """Batches on the device: joins order, augmentation parameters, the stream of images, and mixing.
 
-    Order ─▶ Plan (ids, views, blends, masks) ─▶ Stream (bytes ─▶ images) ─▶ mix ─▶ MicroBatch
+    Order ─▶ Plan (ids, views, blends, masks) ─▶ ImageStream (bytes ─▶ images) ─▶ mix ─▶ MicroBatch
 
 A Plan is a pure function of the micro-batch's number, so there is no state but that number.
 """
@@ -19,8 +19,8 @@ from pipeline.config import Config, Image
 from pipeline.feed import augment, mix, pixels
 from pipeline.feed.order import Order, Samples, deal
 from pipeline.feed.quarantine import Quarantine
-from pipeline.feed.stream import Plan, Stream
-from pipeline.keys import Stream as Draws
+from pipeline.feed.stream import ImageStream, Plan
+from pipeline.keys import Stream
 from pipeline.shards.index import ShardSet
 from pipeline.world import World
 
@@ -65,7 +65,7 @@ class TrainFeed:
         self._keep = 1 - np.array(drop_path_rates, np.float64)
         self._num_classes = len(shards.classes)
         noisy = config.augment.erase_prob > 0 and config.augment.erase_mode == "pixel"
-        self._stream = Stream(
+        self._stream = ImageStream(
             self.plan,
             first_step * self.deal.accumulation,
             shards,
@@ -80,7 +80,7 @@ class TrainFeed:
         )
 
     def next(self) -> list[MicroBatch]:
-        """The micro-batches of the next step. Raises what Stream.next raises."""
+        """The micro-batches of the next step. Raises what ImageStream.next raises."""
         return [self._finish(*self._stream.next()) for _ in range(self.deal.accumulation)]
 
     def plan(self, number: int) -> Plan:
@@ -94,7 +94,7 @@ class TrainFeed:
         place = np.where(weights > 0, place, np.arange(part.micro_batch_size) % part.samples)
         samples = self._without_bad(step, self.order.samples(step, part.lanes)).take(place)
         records = self._shards.records(samples.shard, samples.row)
-        key = keys.key(config.run.seed, Draws.AUGMENT, samples.epoch, samples.id, samples.copy)
+        key = keys.key(config.run.seed, Stream.AUGMENT, samples.epoch, samples.id, samples.copy)
         size = self.image_size(step)
         return Plan(
             samples,
@@ -134,11 +134,11 @@ class TrainFeed:
 
     def _blends(self, step: int, lane: Array, size: int) -> mix.Blends:
         lanes, of_sample = np.unique(lane, return_inverse=True)
-        key = keys.key(self._config.run.seed, Draws.MIX, step, lanes)
+        key = keys.key(self._config.run.seed, Stream.MIX, step, lanes)
         return mix.draw(self._config.mix, key, size, size)[of_sample]
 
     def _drop_path(self, step: int, position: Array) -> Array:
-        key = keys.key(self._config.run.seed, Draws.DROP_PATH, step, position)
+        key = keys.key(self._config.run.seed, Stream.DROP_PATH, step, position)
         kept = keys.uniform(key, len(self._keep)) < self._keep  # [N, num_branches]
         return (kept / self._keep).T.astype(np.float32)
 
@@ -196,7 +196,7 @@ class EvalFeed:
         self._first_id = np.cumsum(shards.shard_samples) - shards.shard_samples
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        stream = Stream(
+        stream = ImageStream(
             self.plan,
             0,
             self._shards,

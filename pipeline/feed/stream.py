@@ -61,7 +61,7 @@ class _Reading:
 _Produced = tuple[Plan, Tensor, list[concurrent.futures.Future[None]]]
 
 
-class Stream:
+class ImageStream:
     """Carries out plans `first`, `first + 1`, … in order."""
 
     def __init__(
