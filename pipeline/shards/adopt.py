@@ -24,14 +24,11 @@ from braceexpand import braceexpand
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.faults import Fault, first_few, write_skipped
-from pipeline.shards.index import MANIFEST, RECORD, Manifest, Shard
+from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, Manifest, Shard
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.scan import Scan, samples, scan
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
-
-MAX_CLASSES = 1 << 20
-"""A larger label number is taken for a mistake rather than for a class list of that length."""
 
 SHARD_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)*\.tar"
 _COMPRESSIONS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")

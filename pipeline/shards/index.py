@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import tarfile
-import threading
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -30,9 +29,10 @@ from pipeline.shards.store import Blob, Cache, Store, StoreError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 MAX_PIXELS = 1 << 27
 """Most pixels of an image. A larger one is taken for a decompression bomb: three bytes a pixel, in every thread."""
+MAX_CLASSES = 1 << 20
+"""A larger label number is taken for a mistake rather than for a class list of that length."""
 
 RECORD = np.dtype(
     [
@@ -149,7 +149,6 @@ class ShardSet:
         self.shard_samples = np.array([shard.samples for _, shard in self._shards], np.int64)
         # Indices are small (36 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.
         self._index = functools.lru_cache(maxsize=1024)(self._read_index)
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self.shard_samples.sum())
@@ -191,8 +190,7 @@ class ShardSet:
 
     def index(self, shard: int) -> npt.NDArray[np.void]:
         """The records, [samples] of RECORD, of one shard. Raises InputError, or StoreError where it is remote."""
-        with self._lock:
-            return self._index(shard)
+        return self._index(shard)
 
     def _read_index(self, shard: int) -> npt.NDArray[np.void]:
         part, entry = self._shards[shard]

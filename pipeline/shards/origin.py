@@ -189,8 +189,8 @@ class Remote:
     def names(self, suffix: str) -> list[str]:
         if self._is_http:
             raise InputError(
-                f"{self.root}: HTTP has no listing of files; give a data set with a manifest, "
-                "or a folder or s3:// location of the same files"
+                f"{self.root}: HTTP has no listing of files; name them, such as {self.root}/train-{{000..146}}.tar, "
+                "or give a folder or s3:// location of the same files"
             )
         root = self._path.rstrip("/") + "/"
 

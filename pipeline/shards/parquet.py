@@ -24,11 +24,10 @@ import pyarrow.parquet as pq
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.shards.index import MAX_CLASSES
 from pipeline.shards.parallel import advance
 
 RUN_BYTES = 128 << 20
-MAX_CLASSES = 1 << 20
-"""A larger label number is taken for a mistake rather than for a class list of that length."""
 
 PLACE = np.dtype([("position", "<i8"), ("offset", "<u8"), ("size", "<u8")])
 

@@ -19,12 +19,13 @@ import numpy.typing as npt
 from pipeline.shards import images
 from pipeline.shards.faults import Fault
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import IMAGE_EXTENSIONS, RECORD, key_and_extension
+from pipeline.shards.index import RECORD, key_and_extension
 from pipeline.shards.parallel import advance
 from pipeline.shards.tar import Member, Reader, TarError, members
 
 MAX_LABEL_LENGTH = 1000
 
+IMAGE_PARTS = ("jpg", "jpeg", "png")
 LABEL_PARTS = ("cls", "json")
 
 
@@ -137,7 +138,7 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
                     yield sample
                 sample = Sample(key)
             sample.members[extension] = member
-            is_read = extension in IMAGE_EXTENSIONS or extension in LABEL_PARTS
+            is_read = extension in IMAGE_PARTS or extension in LABEL_PARTS
             if is_read and member.kind == "file" and member.size <= images.MAX_BYTES:
                 sample.data[extension] = reader.take(member.size)
     except TarError:
@@ -154,7 +155,7 @@ def _row(sample: Sample, source: str, labels: dict[str, int]) -> Row | str:
         for extension, member in sample.members.items():
             if reason := _reason_to_refuse(member):
                 raise BadSampleError(f"its {extension} part {reason}")
-        image = [extension for extension in sample.members if extension in IMAGE_EXTENSIONS]
+        image = [extension for extension in sample.members if extension in IMAGE_PARTS]
         if len(image) != 1:
             count = "more than one" if image else "no"
             raise BadSampleError(f"{count} part called jpg, jpeg or png; it has {', '.join(sample.members)}")
