@@ -271,9 +271,51 @@ class Train(Section):
     eval_every: LengthField | None = None
     """None: at the end alone."""
     save_every: LengthField | None = None
-    """None: at the end alone."""
+    """The regular grid of checkpoints, which rolling back goes to. None: at the end alone."""
+    ema_decay: BelowOne | None = None
+    """Keep an exponential moving average of the weights, which is then what is evaluated and registered."""
     deterministic: bool = False
     """Deterministic kernels, no hardware JPEG decoding: the same bits on every repetition, for some speed."""
+    replay_check_every: LengthField | None = None
+    """Look for silent corruption: compute one step's gradients twice and compare the ranks' parameters, bit by bit.
+    Needs train.deterministic."""
+    hang_timeout_s: float = Field(default=600.0, gt=0.0, le=1500.0)
+    """Without progress for this long, every rank writes its stacks, the one that is behind is named, and the job
+    ends. Longer than the slowest single thing a rank does; less than the collectives' own time-out of 1,800 s."""
+    preempt_deadline_s: Positive = 100.0
+    """From a signal to stop until the process ends, saved or not."""
+
+    @model_validator(mode="after")
+    def _replay_is_exact(self) -> "Train":
+        if self.replay_check_every and not self.deterministic:
+            raise ValueError(
+                "replay_check_every needs deterministic: true: without it a repeated step differs on healthy hardware"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    every_minutes: Positive | None = None
+    """Save by the clock too, beside train.save_every."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints to keep."""
+    keep_best: int = Field(default=1, ge=0)
+    """Best ones to keep, by the task's main metric, of those that were evaluated."""
+    keep_every: LengthField | None = None
+    """Keep those whose step is a multiple of this, too."""
+
+
+class Guard(Section):
+    """What to do about steps that would harm the weights."""
+
+    window: int = Field(default=128, ge=8)
+    """Applied steps whose losses tell what is usual."""
+    sigmas: Positive = 6.0
+    """A loss this many standard deviations above the window's mean is left out."""
+    rollback_after: int = Field(default=5, ge=1)
+    """Steps left out in a row, after which the run goes back to a checkpoint from before them."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """One more than this many stops the run."""
 
 
 class Evaluate(Section):
@@ -333,6 +375,8 @@ class Config(Section):
     mix: Mix = Mix()
     optim: Optim
     train: Train
+    checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     evaluate: Evaluate = Evaluate()
     engine: Engine = Engine()
     resume: Resume = Resume()

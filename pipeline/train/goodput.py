@@ -1,0 +1,176 @@
+"""Where a run's wall time went, over all its processes.
+
+    goodput.json ──▶ Goodput ◀──spend, step── loop
+         ▲              │
+         └────save──────┴──report, summary──▶ metrics, log
+
+The wall time is that since the first process started, and every second of it counts once: in one of the categories, or
+as "other". What a killed process did after its last save cannot be told from the time until its successor started,
+and both are "down".
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Category = Literal[
+    "compute",  # of steps done for the first time, and not taken back since
+    "start_up",
+    "data_wait",
+    "checkpoint_stall",
+    "evaluation",
+    "checks",
+    "rollback",  # going back, and the compute of steps that were taken back
+    "replayed",  # compute of steps that an earlier process had done too
+    "down",  # from the last sign of life of a process to the start of the next
+]
+
+Seconds = Annotated[float, Field(ge=0.0)]
+
+
+class _Account(BaseModel):
+    """goodput.json."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    format: Literal[1] = 1
+    began: float  # when the first process started, seconds since 1970
+    last: float  # when this was written
+    step: int = 0  # where the run was then; for whoever reads the file
+    restarts: int = 0
+    reached: int  # the newest step in here, but for those taken back
+    computed: Annotated[int, Field(ge=0)] = 0  # number of steps that "compute" holds
+    seconds: dict[Category, Seconds] = {}
+
+
+class Goodput:
+    def __init__(
+        self, path: Path | None, *, resumed_step: int, process_start: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Go on with the account in `path`. Time since `process_start` (seconds since 1970) has gone into starting up.
+
+        `path`: runs/NAME/goodput.json; None on ranks that keep no file. A file that is missing though steps were done,
+        or that cannot be read, is told, and the account starts with this process.
+        """
+        self._path, self._clock = path, clock
+        self._nested_s = 0.0  # in the `spend` that is open, what others inside it have taken
+        self._save_failed = False
+        account = _read(path, resumed_step)
+        if account:
+            account.restarts += 1
+        self._account = account or _Account(began=process_start, last=process_start, reached=resumed_step)
+        self._step = resumed_step
+        self._book("down", process_start - self._account.last)
+        self._book("start_up", clock() - process_start)
+
+    @property
+    def restarts(self) -> int:
+        return self._account.restarts
+
+    @contextlib.contextmanager
+    def spend(self, category: Category) -> Iterator[None]:
+        """Book the time inside. Of two that are nested, the inner one's time is the inner one's alone."""
+        began, outer_s = self._clock(), self._nested_s
+        self._nested_s = 0.0
+        try:
+            yield
+        finally:
+            elapsed_s = self._clock() - began
+            self._book(category, elapsed_s - self._nested_s)
+            self._nested_s = outer_s + elapsed_s
+
+    def step(self, step: int, seconds: float) -> None:
+        """Book a step's compute, without what `spend` booked meanwhile. `step` counts it: 1 for the first."""
+        self._step = step
+        self._nested_s += seconds
+        if step > self._account.reached:
+            self._account.reached = step
+            self._account.computed += 1
+            self._book("compute", seconds)
+        else:
+            self._book("replayed", seconds)
+
+    def take_back(self, step: int) -> None:
+        """A rollback makes the steps after `step` worth nothing: move their compute, at the mean time of a step.
+
+        Call it after the last of them was booked, whether they are done again or passed over.
+        """
+        account = self._account
+        if self._step < account.reached:
+            return  # a replay of a rollback that an earlier process has booked
+        lost = min(account.reached - step, account.computed)
+        if lost > 0:
+            compute_s = account.seconds.get("compute", 0.0)
+            account.seconds["compute"] = compute_s * (account.computed - lost) / account.computed
+            self._book("rollback", compute_s - account.seconds["compute"])
+            account.computed -= lost
+        account.reached = step
+
+    def save(self, step: int) -> None:
+        """Rewrite the file, which is also this process's sign of life. Never raises for the disk's troubles.
+
+        Not synced: what a power cut can take is the account of the time and no part of the training, and syncing a
+        busy disk would stall the loop.
+        """
+        self._account.step, self._account.last = step, self._clock()
+        if self._path is None:
+            return
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        try:
+            partial.write_text(self._account.model_dump_json() + "\n")
+            partial.rename(self._path)
+        except OSError as error:
+            if not self._save_failed:
+                print(f"warning: {self._path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            self._save_failed = True
+
+    def report(self) -> dict[str, float]:
+        """`ettr`, and seconds by category as `compute_s` and so on, which add up to the wall time.
+
+        ettr is the effective training time ratio: time in steps that count, over all wall time, down time included.
+        So in Kokolis et al. 2024 (arXiv 2410.21680, section on ETTR) and in ByteRobust (arXiv 2509.16293).
+        """
+        seconds: dict[str, float] = {name: self._account.seconds.get(name, 0.0) for name in get_args(Category)}
+        # Below zero only if a clock was set back, or differs between nodes.
+        seconds["other"] = max(0.0, self._clock() - self._account.began - sum(seconds.values()))
+        wall_s = sum(seconds.values())
+        ettr = seconds["compute"] / wall_s if wall_s else 0.0
+        return {"ettr": ettr, **{f"{name}_s": value for name, value in seconds.items()}}
+
+    def summary(self) -> str:
+        """One line for the log, the largest loss first."""
+        report = self.report()
+        ettr = report.pop("ettr")
+        wall_s = sum(report.values()) or 1.0
+        del report["compute_s"]
+        losses = sorted(report.items(), key=lambda item: -item[1])
+        shares = [(name.removesuffix("_s").replace("_", " "), value / wall_s) for name, value in losses]
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares if share >= 0.0005) or "nothing lost"
+        restarts = "1 restart" if self.restarts == 1 else f"{self.restarts} restarts"
+        return f"effective training time {ettr:.1%}: {told}, over {restarts}"
+
+    def _book(self, category: Category, seconds: float) -> None:
+        known = self._account.seconds
+        known[category] = known.get(category, 0.0) + max(0.0, seconds)  # a clock may be set back
+
+
+def _read(path: Path | None, resumed_step: int) -> _Account | None:
+    if path is None:
+        return None
+    try:
+        return _Account.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        if resumed_step == 0:
+            return None
+        fault = "no such file"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"]
+    print(f"warning: {path}: {fault}; the account of time starts here", file=sys.stderr, flush=True)
+    return None

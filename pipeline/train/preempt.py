@@ -1,0 +1,82 @@
+"""Signals that ask a run to stop: save, end, be queued again.
+
+    SIGTERM, SIGUSR1 ── the interpreter's C handler ──▶ socket ── thread ──▶ requested ──▶ the loop, at its next step
+                                                                    └── a second signal, or the deadline ──▶ exit
+
+Handlers written in Python run on the main thread between its bytecodes, so not while a native collective waits for
+another rank. The C handler writes to the socket at once.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, NoReturn
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_ECHO_S = 1.0
+"""Launchers forward a signal that the batch system sent to every process anyway: so soon, it is no second one."""
+
+
+class StopSignal:
+    """A context manager, entered on the main thread, that turns a signal into a request.
+
+    `deadline_s` after the first signal, or at a second one, the process ends with `exit_code` wherever it is.
+    """
+
+    def __init__(self, deadline_s: float, exit_code: int = 85) -> None:
+        self._deadline_s, self._exit_code = deadline_s, exit_code
+        self.requested: str | None = None
+        """Name of the first signal that this process was sent."""
+
+    def __enter__(self) -> "StopSignal":
+        assert threading.current_thread() is threading.main_thread()
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="stop signal", daemon=True)
+        self._thread.start()
+        self._previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._previous: dict[signal.Signals, Any] = {}
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, lambda *_: None)
+            # Native code's system calls go on after the signal, since nothing has changed for them.
+            signal.siginterrupt(number, False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._sender.close()  # ends the thread
+        self._thread.join()
+        self._receiver.close()
+
+    def _listen(self) -> None:
+        first_s = None
+        while True:
+            left_s = None if first_s is None else max(0.001, first_s + self._deadline_s - time.monotonic())
+            self._receiver.settimeout(left_s)
+            try:
+                numbers = self._receiver.recv(4096)
+            except TimeoutError:
+                self._force(f"not stopped {self._deadline_s:g} s after {self.requested}")
+            if not numbers:
+                return
+            # Other signals that Python handles, such as SIGINT, come here too.
+            for number in set(numbers).intersection(_SIGNALS):
+                name = signal.Signals(number).name
+                if first_s is None:
+                    first_s, self.requested = time.monotonic(), name
+                    rule = f"a second signal or {self._deadline_s:g} s force it"
+                    print(f"{name}: stopping after this step; {rule}", file=sys.stderr, flush=True)
+                elif time.monotonic() - first_s >= _ECHO_S:
+                    self._force(f"{name} after {self.requested}")
+
+    def _force(self, reason: str) -> NoReturn:
+        print(f"{reason}: forced out, without saving", file=sys.stderr, flush=True)
+        os._exit(self._exit_code)

@@ -1,0 +1,134 @@
+"""Signals on real processes, whose main thread is inside native code where no Python handler would run."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from pipeline.train.preempt import StopSignal
+from tests.conftest import ROOT
+
+# A C function waits for standard input; ctypes lets the other threads run meanwhile.
+SCRIPT = """
+import ctypes, sys
+from pipeline.train.preempt import StopSignal
+
+with StopSignal(deadline_s=float(sys.argv[1])) as stop:
+    print("ready", flush=True)
+    num_read = ctypes.CDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+    print(num_read, stop.requested, flush=True)
+"""
+
+
+class Child:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        self.process, self.stdin, self.stdout, self.stderr = process, process.stdin, process.stdout, process.stderr
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end_native_call(self) -> str:
+        """What the process prints then."""
+        self.stdin.write("x")
+        self.stdin.flush()
+        return line(self.stdout)
+
+    def ended(self) -> int:
+        return self.process.wait(timeout=20)
+
+
+def line(stream: IO[str]) -> str:
+    return stream.readline().rstrip("\n")
+
+
+@contextlib.contextmanager
+def child(deadline_s: float) -> Iterator[Child]:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(deadline_s)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            child = Child(process)
+            assert line(child.stdout) == "ready"
+            time.sleep(0.1)  # until the native call has begun
+            yield child
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.Signals) -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(number)
+        # Printed by the thread, while the native call goes on.
+        assert line(stopped.stderr) == f"{number.name}: stopping after this step; a second signal or 100 s force it"
+        assert stopped.end_native_call() == f"1 {number.name}"
+        assert stopped.ended() == 0
+
+
+def test_a_second_signal_forces_out_but_not_an_echo_of_the_first() -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(signal.SIGUSR1)
+        assert line(stopped.stderr).startswith("SIGUSR1: ")
+        stopped.signal(signal.SIGTERM)
+        stopped.signal(signal.SIGUSR1)
+        time.sleep(1.2)
+        assert stopped.process.poll() is None
+        stopped.signal(signal.SIGTERM)
+        assert stopped.ended() == 85
+        assert line(stopped.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
+
+
+def test_the_deadline_forces_out() -> None:
+    with child(deadline_s=1.5) as stopped:
+        began = time.monotonic()
+        stopped.signal(signal.SIGTERM)
+        assert stopped.ended() == 85
+        assert 1.4 < time.monotonic() - began < 5
+        assert stopped.stderr.read().splitlines()[1:] == ["not stopped 1.5 s after SIGTERM: forced out, without saving"]
+
+
+def test_ending_in_time_is_not_forced() -> None:
+    with child(deadline_s=0.5) as stopped:
+        stopped.signal(signal.SIGTERM)
+        assert line(stopped.stderr).startswith("SIGTERM: ")
+        assert stopped.end_native_call() == "1 SIGTERM"
+        assert stopped.ended() == 0
+
+
+def test_other_signals_keep_their_meaning() -> None:
+    with StopSignal(deadline_s=100) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert stop.requested is None
+
+
+def test_handlers_are_restored() -> None:
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        threads = threading.active_count()
+        with pytest.raises(ValueError, match="inside"), StopSignal(deadline_s=100) as stop:
+            raise ValueError("inside")
+        assert threading.active_count() == threads
+        assert signal.set_wakeup_fd(-1) == -1
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+        assert stop.requested is None
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, previous)

@@ -1,0 +1,185 @@
+"""The hang watch on real processes that are stopped, sleep, or hang in native code; stragglers."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.train.watch import Heartbeat, Stragglers, Watch, silent_ranks, who_is_behind
+from pipeline.world import World
+from tests.conftest import ROOT, free_port
+
+TIMEOUT_S = 2.0
+
+
+@contextlib.contextmanager
+def job(folder: Path, how: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks of tests/workers/hang.py, whose output goes to FOLDER/R.out and .err."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            out, err = (stack.enter_context((folder / f"{rank}.{end}").open("w")) for end in ("out", "err"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.workers.hang", str(folder), str(TIMEOUT_S), how],
+                cwd=ROOT,
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=out,
+                stderr=err,
+                text=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # also one that is stopped
+            processes.append(process)
+        yield processes
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while f"{step}\n" not in (folder / "0.out").read_text():
+        assert time.monotonic() < deadline, (folder / "0.err").read_text()
+        time.sleep(0.02)
+
+
+def stacks(folder: Path, rank: int) -> str:
+    return (folder / "stacks" / f"rank-{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> None:
+    other = 1 - stopped
+    with job(tmp_path, "runs") as processes:
+        wait_for_step(tmp_path, 3)
+        processes[stopped].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert processes[other].wait(timeout=TIMEOUT_S + 10) == 1
+        assert time.monotonic() - began > TIMEOUT_S - 0.1
+        pid = processes[stopped].pid
+    line = (tmp_path / f"{other}.err").read_text().splitlines()[-1]
+    assert f"rank {other} made no progress for 2 s, it waits in exchange" in line
+    assert f"rank {stopped} (" in line
+    assert f", pid {pid}) is behind: it no longer runs" in line
+    assert "all ranks" not in line
+    assert "in exchange\n" in stacks(tmp_path, other)
+    assert line in stacks(tmp_path, other)
+
+
+def test_a_rank_that_runs_but_is_behind_is_named_with_its_phase(tmp_path: Path) -> None:
+    with job(tmp_path, "sleeps") as processes:
+        wait_for_step(tmp_path, 2)
+        # The rank that hangs times out half a second before the other, which a launcher ends as soon as it has gone.
+        assert processes[1].wait(timeout=TIMEOUT_S + 10) == 1
+        processes[0].kill()
+    for rank in range(2):
+        line = (tmp_path / f"{rank}.err").read_text().splitlines()[-1]
+        assert f"pid {processes[1].pid}) is behind: in data at step 3 for " in line
+        assert "rank 0 (" not in line
+    assert "in wait_for_data\n" in stacks(tmp_path, 1)
+    assert "in exchange\n" in stacks(tmp_path, 0)
+
+
+def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path: Path) -> None:
+    with job(tmp_path, "holds") as processes:
+        wait_for_step(tmp_path, 2)
+        assert [process.wait(timeout=TIMEOUT_S + 12) for process in processes] == [1, 1]
+    line = (tmp_path / "0.err").read_text().splitlines()[-1]
+    assert f"pid {processes[1].pid}) is behind: it no longer runs or is stuck in native code" in line
+    assert "Timeout" in stacks(tmp_path, 1)
+    assert "in main\n" in stacks(tmp_path, 1)
+
+
+def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
+    script = """if True:
+        import ctypes, pathlib, sys
+        from pipeline.train.watch import Watch
+        from pipeline.world import World
+        with Watch(pathlib.Path(sys.argv[1]), World(), 0.5, "a"):
+            ctypes.PyDLL(None).sleep(1000)
+        """
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "watch"], cwd=ROOT, stderr=subprocess.PIPE) as lone:
+        try:
+            assert lone.wait(timeout=40) == 1
+        finally:
+            lone.kill()
+        assert lone.stderr
+        assert b"Timeout" in lone.stderr.read()
+
+
+def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
+    heartbeat, deadline = tmp_path / "watch" / "rank-0.json", time.monotonic() + 10
+    with Watch(tmp_path / "watch", World(), 60, "a"):
+        while not heartbeat.exists():
+            assert time.monotonic() < deadline
+        assert json.loads(heartbeat.read_text())["waits_in"] == "start-up"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_stacks_of_earlier_attempts_stay(tmp_path: Path) -> None:
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank-0.txt").write_text("of yesterday\n")
+    with Watch(tmp_path / "watch", World(), 60, "today"):
+        pass
+    assert stacks(tmp_path, 0) == "of yesterday\n"
+
+
+def test_only_whole_heartbeats_of_this_attempt_and_world_count(tmp_path: Path) -> None:
+    texts = [json.dumps(vars(beat(rank, attempt=attempt))) for rank, attempt in enumerate(("b", "a", "b", "b"))]
+    texts[2] = texts[2][:20]
+    for rank, text in enumerate(texts):
+        (tmp_path / f"rank-{rank}.json").write_text(text)
+    assert Watch(tmp_path, World(rank=0, size=3), 60, "b")._read(range(3)) == {0: beat(0, attempt="b")}
+
+
+def beat(rank: int, progress: int = 9, alive: float = 100.0, phase: str = "data", attempt: str = "a") -> Heartbeat:
+    return Heartbeat(attempt, rank, f"node{rank}", 10 + rank, alive, progress, 3, phase, alive - 50, hung=rank == 0)
+
+
+def blame(earlier: list[Heartbeat], now: list[Heartbeat], size: int) -> str:
+    beats = {beat.rank: beat for beat in now}
+    return who_is_behind(now[0], beats, silent_ranks({beat.rank: beat for beat in earlier}, beats), size)
+
+
+def test_whom_the_heartbeats_blame() -> None:
+    earlier = [beat(rank, alive=60.0) for rank in range(3)]
+    # Clocks of nodes differ: what counts is whether a heartbeat moved.
+    assert blame(earlier, [beat(0), beat(1, alive=61.0), beat(2, alive=500.0)], 3) == "all ranks wait in data at step 3"
+    assert blame(earlier, [beat(0), beat(1), beat(2, progress=8, phase="forward")], 3) == (
+        "rank 2 (node2, pid 12) is behind: in forward at step 3 for 50 s"
+    )
+    # A rank that stands still has been overtaken since, so its count may be any.
+    stopped = blame(earlier, [beat(0), beat(1, progress=8), earlier[2]], 3)
+    assert stopped == (
+        "rank 2 (node2, pid 12) is behind: it no longer runs or is stuck in native code (no heartbeat for 40 s), last "
+        "seen in data at step 3"
+    )
+    assert blame([], [beat(0), beat(1)], 3) == "rank 2 is behind: it has not started, or has ended"
+    assert blame([], [beat(0)], 20).endswith("rank 8 is behind: it has not started, or has ended; and 11 more ranks")
+
+
+def test_phases_that_go_on_do_not_count_as_progress_over_others(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, World(), 60, "a")
+    for step, phase in ((1, "data"), (1, "evaluation"), (1, "evaluation"), (2, "evaluation"), (2, "data")):
+        watch.at(step, phase)
+    assert watch._heartbeat().progress == 4
+
+
+def test_stragglers_are_slow_for_some_readings_in_a_row() -> None:
+    stragglers = Stragglers(patience=3, slow=0.7)
+    slow, fine = [1.0, 1.0, 2.0, 1.1], [1.0, 1.0, 1.4, 1.1]
+    found = [stragglers.compare(own_s) for own_s in (slow, slow, fine, slow, slow, slow, slow, fine)]
+    assert found == [[]] * 5 + [[(2, 0.5)]] * 2 + [[]]
+
+
+@pytest.mark.parametrize(
+    ("own_s", "named"),
+    [([1.0], []), ([1.0, 1.4], []), ([1.5, 1.0], [0]), ([1.0, 1.0, 2.0, 2.0], [2, 3]), ([0.0, 0.0], [])],
+)
+def test_who_a_straggler_is(own_s: list[float], named: list[int]) -> None:
+    assert [rank for rank, _ in Stragglers(patience=1).compare(own_s)] == named
