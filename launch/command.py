@@ -12,7 +12,7 @@ from pipeline.errors import ExternalError, InputError
 if TYPE_CHECKING:
     from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
 
-DONE, FAILED, USAGE = 0, 1, 2
+DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 
 Value = TypeVar("Value")
 
@@ -20,7 +20,8 @@ Value = TypeVar("Value")
 def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     """Run a command and exit. `main` returns the result to print, or None on ranks that print nothing.
 
-    A result whose "ok" is False exits with 1: the command worked and its answer is no.
+    A result whose "ok" is False exits with 1: the command worked and its answer is no. One whose "requeue" is True
+    exits with 85: stopped early, start the same command again.
     """
     try:
         result = main()
@@ -34,6 +35,8 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
         _fail(FAILED, traceback.format_exc())
     if result is not None:
         print(json.dumps(result, allow_nan=False), flush=True)
+    if result and result.get("requeue"):
+        sys.exit(REQUEUE)
     sys.exit(DONE if result is None or result.get("ok", True) else FAILED)
 
 

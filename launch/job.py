@@ -4,10 +4,12 @@ import contextlib
 import fcntl
 import json
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from launch import command
@@ -23,12 +25,18 @@ from pipeline.tasks.classify import Classification, build_model, check_image_siz
 from pipeline.track.card import Card
 from pipeline.track.registry import register
 from pipeline.track.runs import Tracker
-from pipeline.train.checkpoint import MODEL, Checkpoint, Checkpoints, State
+from pipeline.train.checkpoint import EMA, MODEL, Checkpoint, Checkpoints, Retention, State
+from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
-from pipeline.train.loop import Schedule, Summary, train
-from pipeline.train.meters import MetricsFile, Progress, finite_or_none
+from pipeline.train.goodput import Goodput
+from pipeline.train.guard import Guard
+from pipeline.train.loop import Schedule, Summary, Trainer
+from pipeline.train.meters import Anomalies, MetricsFile, Progress, finite_or_none
+from pipeline.train.preempt import StopSignal
+from pipeline.train.saver import Saver
 from pipeline.train.trace import Trace
+from pipeline.train.watch import Watch
 from pipeline.world import World
 
 QUARANTINE = "quarantine.jsonl"
@@ -37,69 +45,142 @@ QUARANTINE = "quarantine.jsonl"
 def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     """Train, evaluate, register. Returns the result on rank 0; a finished job is not run again.
 
-    Raises InputError for anything that can be known to be wrong before the first step.
+    The result of a job that a signal has stopped says "requeue". Raises InputError for anything that can be known to
+    be wrong before the first step.
     """
-    folder = settings.run.folder
-    training, validation = command.first_then_all(world, lambda: _check(settings, world))
-    if settings.train.deterministic:
-        make_deterministic()
-    torch.manual_seed(settings.run.seed)
-    num_classes = len(training.classes)
-    task = command.first_then_all(
-        world, lambda: Classification(build_model(settings.model, settings.image.size, num_classes))
-    )
-    identity = {**settings.identity(), "num_classes": num_classes, "data": training.digest}
-    checkpoints = Checkpoints(folder / "checkpoints", world, identity)
-    found = _find(checkpoints, settings, world)
-    state = found.state if found else State()
-    if found:
-        task.model.load_state_dict(found.weights())
-
-    quarantine = Quarantine(training, folder / QUARANTINE, settings.data.max_bad_fraction)
-    feed = TrainFeed(
-        settings,
-        training,
-        world,
-        first_step=state.step,
-        drop_path_rates=task.drop_path_rates,
-        quarantine=quarantine,
-    )
-    schedule = Schedule.of(settings, feed.order.steps_per_epoch)
-    if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
-        feed.close()
-        return finished if world.is_first else None
-    engine = Engine(settings, task, world, feed.deal.accumulation)
-    if found:
-        found.restore(engine)
-
-    evaluation = None
-    if validation:
-        batches = EvalFeed(
-            validation,
-            world,
-            settings.image,
-            batch_size=settings.evaluate.batch_size,
-            num_threads=settings.data.num_threads,
-            quarantine=Quarantine(validation, folder / QUARANTINE, settings.data.max_bad_fraction),
+    folder, train = settings.run.folder, settings.train
+    with contextlib.ExitStack() as parts:
+        stop = parts.enter_context(StopSignal(train.preempt_deadline_s, command.REQUEUE))
+        training, validation = command.first_then_all(world, lambda: _check(settings, world))
+        command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world)))
+        attempt = world.from_first(uuid.uuid4().hex)
+        watched = parts.enter_context(contextlib.ExitStack())
+        watch = watched.enter_context(Watch(folder / "watch", world, train.hang_timeout_s, attempt))
+        if train.deterministic:
+            make_deterministic()
+        torch.manual_seed(settings.run.seed)
+        num_classes = len(training.classes)
+        task = command.first_then_all(
+            world, lambda: Classification(build_model(settings.model, settings.image.size, num_classes), num_classes)
         )
-        evaluation = lambda: evaluate(engine.evaluator(), batches, task.metric(), world)  # noqa: E731
-    with contextlib.closing(feed), _tracking(settings, world, training) as tracker:
-        listeners = []
+        identity = {**settings.identity(), "num_classes": num_classes, "data": training.digest}
+        checkpoints = Checkpoints(folder / "checkpoints", world, identity)
+        found = _find(checkpoints, settings, world)
+        state = found.state if found else State()
+        if found:
+            task.model.load_state_dict(found.weights())
+
+        quarantine = Quarantine(training, folder / QUARANTINE, settings.data.max_bad_fraction)
+        feed = TrainFeed(
+            settings,
+            training,
+            world,
+            first_step=state.step,
+            drop_path_rates=task.drop_path_rates,
+            quarantine=quarantine,
+        )
+        parts.callback(feed.close)
+        schedule = Schedule.of(settings, feed.order.steps_per_epoch)
+        if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
+            return finished if world.is_first else None
+        engine = Engine(settings, task, world, feed.deal.accumulation)
+        ema = Ema(engine, train.ema_decay) if train.ema_decay is not None else None
+        if found:
+            found.restore(engine, ema)
+        guard = Guard(settings.guard, task.chance_loss)
+        if state.guard:
+            guard.load(state.guard)
+        retention = Retention(
+            last=settings.checkpoint.keep_last,
+            best=settings.checkpoint.keep_best,
+            every=schedule.keep_every,
+            grid=schedule.save_every,
+            metric=task.main_metric,
+        )
+        saver = Saver(checkpoints, retention, engine, ema, world)
+        saver.newest = found.folder if found else None
+        parts.callback(saver.close)
+        tracker = parts.enter_context(_tracking(settings, world, training))
         if tracker:
             state.run_id = tracker.run_id
-            listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
             _say_start(settings, world, feed, schedule, state)
-        trace = Trace(folder / "trace", world.rank, state.step, training) if settings.debug.trace_samples else None
-        summary = train(settings, schedule, state, feed, engine, checkpoints, evaluation, listeners, trace)
+        # Only now, because what has passed since the process began is the start-up.
+        goodput = Goodput(
+            folder / "goodput.json" if world.is_first else None,
+            resumed_step=state.step,
+            process_start=psutil.Process().create_time(),
+        )
+        trainer = Trainer(
+            settings,
+            world,
+            schedule,
+            state,
+            feed,
+            engine,
+            ema,
+            checkpoints,
+            retention,
+            saver,
+            guard,
+            watch,
+            goodput,
+            stop,
+            _evaluation(settings, world, validation, task, engine, ema),
+            listeners=[MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
+            if tracker
+            else [],
+            anomalies=Anomalies(folder / "anomalies.jsonl", state.step) if world.is_first else None,
+            trace=Trace(folder / "trace", world.rank, state.step, training) if settings.debug.trace_samples else None,
+        )
+        summary = trainer.run()
+        watched.close()  # registering a model takes one rank as long as it takes
         if tracker is None:
             return None
-        result = _register(settings, training, tracker, summary, state)
+        print(goodput.summary(), file=sys.stderr, flush=True)
+        result = {
+            **(_stopped(summary) if summary.stopped else _register(settings, training, tracker, summary, state)),
+            "steps": state.step,
+            "images_per_second": summary.images_per_second,
+            "ettr": goodput.report()["ettr"],
+        }
+        result = {"run": str(folder), "run_id": tracker.run_id, **result}
         files.write(folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
         return result
 
 
+def _evaluation(
+    settings: Config,
+    world: World,
+    validation: ShardSet | None,
+    task: Classification,
+    engine: Engine,
+    ema: Ema | None,
+) -> Callable[[Callable[[], bool]], dict[str, float] | None] | None:
+    if validation is None:
+        return None
+    batches = EvalFeed(
+        validation,
+        world,
+        settings.image,
+        batch_size=settings.evaluate.batch_size,
+        num_threads=settings.data.num_threads,
+        quarantine=Quarantine(validation, settings.run.folder / QUARANTINE, settings.data.max_bad_fraction),
+    )
+
+    def evaluation(give_up: Callable[[], bool]) -> dict[str, float] | None:
+        outputs_of = engine.evaluator(ema.weights() if ema else None)
+        together = ema is None and not engine.keeps_copies
+        return evaluate(outputs_of, batches, task.metric(), world, give_up=give_up, collective_outputs=together)
+
+    return evaluation
+
+
+def _stopped(summary: Summary) -> dict[str, Any]:
+    return {"requeue": True, "checkpoint": str(summary.checkpoint)}
+
+
 def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: Summary, state: State) -> dict[str, Any]:
-    """Register the last checkpoint's weights as a model version; returns the job's result."""
+    """Register the last checkpoint's weights, those that were evaluated, as a model version."""
     scores = finite_or_none(summary.scores)
     card = Card(
         task="classification",
@@ -111,15 +192,9 @@ def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: S
         lineage={"data.digest": training.digest, "checkpoint": str(summary.checkpoint)},
     )
     name = settings.tracking.model_name or settings.run.name
-    uri = register(name, summary.checkpoint / MODEL, card, run_id=tracker.run_id, step=state.step)
-    return {
-        "run": str(settings.run.folder),
-        "run_id": tracker.run_id,
-        "model": uri,
-        **scores,
-        "steps": state.step,
-        "images_per_second": summary.images_per_second,
-    }
+    weights = summary.checkpoint / (MODEL if settings.train.ema_decay is None else EMA)
+    uri = register(name, weights, card, run_id=tracker.run_id, step=state.step)
+    return {"model": uri, **scores}
 
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
@@ -153,27 +228,32 @@ def _cache(data: Data) -> Cache | None:
 
 def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoint | None:
     def look() -> Path | None:
-        return checkpoints.find(settings.resume.source, settings.resume.allow) if world.is_first else None
+        if not world.is_first:
+            return None
+        checkpoints.sweep()
+        return checkpoints.find(settings.resume.source, settings.resume.allow)
 
     folder = world.from_first(command.first_then_all(world, look))
-    return checkpoints.open(folder) if folder else None
+    return Checkpoint(folder) if folder else None
 
 
 def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:
     result = folder / "result.json"
     if state.step < schedule.total or not result.exists():
         return None
+    document = json.loads(result.read_text())
+    if document.get("requeue"):
+        return None
     print(f"{folder}: finished before, at step {state.step}; nothing to do", file=sys.stderr)
-    return json.loads(result.read_text())
+    return document
 
 
 @contextlib.contextmanager
-def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tracker | None]:
-    """The run's folder, locked, and its Tracker on rank 0; None on the others. A run that raises ends as FAILED."""
+def _claimed(folder: Path, world: World) -> Iterator[None]:
+    """The run's folder, locked by rank 0, so that no other job works in it."""
     if not world.is_first:
-        yield None
+        yield
         return
-    folder = settings.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -182,15 +262,26 @@ def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tr
             raise InputError(
                 f"{folder}: another job is at work in it; wait for it or give this one a run.name"
             ) from None
-        (folder / "config.yaml").write_text(dump(settings))
-        paths = ", ".join(settings.data.train_paths)
-        tracker = Tracker(settings, facts={"data.digest": training.digest, "data.path": paths})
-        try:
-            yield tracker
-        except BaseException:
-            tracker.end(failed=True)
-            raise
-        tracker.end()
+        yield
+
+
+@contextlib.contextmanager
+def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tracker | None]:
+    """The run's Tracker on rank 0; None on the others. A run that raises ends as FAILED."""
+    if not world.is_first:
+        yield None
+        return
+    folder = settings.run.folder
+    (folder / "result.json").unlink(missing_ok=True)  # of an attempt that was stopped
+    (folder / "config.yaml").write_text(dump(settings))
+    paths = ", ".join(settings.data.train_paths)
+    tracker = Tracker(settings, facts={"data.digest": training.digest, "data.path": paths})
+    try:
+        yield tracker
+    except BaseException:
+        tracker.end(failed=True)
+        raise
+    tracker.end()
 
 
 def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State) -> None:

@@ -4,6 +4,7 @@ deepspeed launch/pretrain.py --config configs/pretrain/NAME.yaml [--set key=valu
 """
 
 import argparse
+import sys
 from typing import Any
 
 from launch import command
@@ -20,7 +21,10 @@ def main() -> dict[str, Any] | None:
     here = world.start()
     settings = command.first_then_all(here, lambda: config.load(arguments.config, arguments.set))
     result = run_job(settings, here)
+    stopped = here.from_first(bool(result and result.get("requeue")))
     world.stop()
+    if stopped and result is None:
+        sys.exit(command.REQUEUE)
     return result
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes | memoryview) -> None:
     """Write under another name, sync, rename, and sync the folder. The mode is what the umask allows."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:

@@ -41,6 +41,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor, [world size, …]."""
+        if self.size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor)
+        return gathered
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

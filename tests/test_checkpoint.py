@@ -73,6 +73,7 @@ def test_a_checkpoint_holds_what_the_documentation_lists(folder: Path) -> None:
     newest = folder / "step-00000004"
     assert {path.name for path in newest.iterdir()} == {
         "COMMIT.json",
+        "ema.safetensors",
         "model.safetensors",
         "optimizer-0.safetensors",
         "optimizer-1.safetensors",
@@ -95,8 +96,12 @@ def flip_bit(path: Path) -> None:
 
 SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "uncommitted": (lambda c: (c / "COMMIT.json").unlink(), "no COMMIT.json: saving it did not finish"),
+    "old format": (
+        lambda c: (c / "COMMIT.json").write_text('{"format": 1, "files": {}}'),
+        "but this version reads format 2",
+    ),
     "garbled commit": (lambda c: (c / "COMMIT.json").write_text("{"), "COMMIT.json cannot be read"),
-    "empty commit": (lambda c: (c / "COMMIT.json").write_text('{"format": 1, "files": {}}'), "does not list model"),
+    "empty commit": (lambda c: (c / "COMMIT.json").write_text('{"format": 2, "files": {}}'), "does not list model"),
     "no mapping": (lambda c: (c / "COMMIT.json").write_text("[]"), "COMMIT.json cannot be read"),
     "bit flipped": (lambda c: flip_bit(c / "optimizer-1.safetensors"), "optimizer-1.safetensors has SHA-256"),
     "truncated": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors has SHA-256"),
@@ -120,7 +125,7 @@ def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> 
 
 def test_a_newer_format_is_refused_rather_than_walked_past(folder: Path) -> None:
     (folder / "step-00000004" / "COMMIT.json").write_text('{"format": 9, "files": []}')
-    with pytest.raises(InputError, match="format 9, but this version reads format 1"):
+    with pytest.raises(InputError, match="format 9, but this version reads format 2"):
         find(folder)
 
 

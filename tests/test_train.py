@@ -96,7 +96,9 @@ def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
         "train.length=4 epochs", "train.eval_every=480 images", "train.save_every=25 %", "optim.warmup=10 %"
     )
     schedule = Schedule.of(config, steps_per_epoch=25)
-    assert schedule == Schedule(total=100, warmup=10, log_every=1, eval_every=10, save_every=25)
+    assert schedule == Schedule(
+        total=100, warmup=10, log_every=1, eval_every=10, save_every=25, keep_every=0, replay_check_every=0
+    )
     assert [step for step in range(1, 101) if schedule.due(schedule.save_every, step)] == [25, 50, 75, 100]
     assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]
 

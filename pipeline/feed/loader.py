@@ -60,7 +60,7 @@ class TrainFeed:
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
         self.order = Order.of(config, shards.part_samples)
         self.deal = deal(self.order, world.rank, world.size, config)
-        self._first_step = first_step
+        self._first_step, self._device = first_step, world.device
         self._image_sizes = _image_sizes(config, self.order.steps_per_epoch)
         self._keep = 1 - np.array(drop_path_rates, np.float64)
         self._num_classes = len(shards.classes)
@@ -82,6 +82,24 @@ class TrainFeed:
     def next(self) -> list[MicroBatch]:
         """The micro-batches of the next step. Raises what ImageStream.next raises."""
         return [self._finish(*self._stream.next()) for _ in range(self.deal.accumulation)]
+
+    def blank(self, step: int) -> list[MicroBatch]:
+        """Micro-batches of a step's shape in which nothing counts."""
+        n, size, device = self.deal.micro_batch_size, self.image_size(step), self._device
+        masks = torch.ones(len(self._keep), n, device=device) if self._keep.min(initial=1) < 1 else None
+        batch = MicroBatch(
+            torch.zeros(n, 3, size, size, device=device),
+            torch.zeros(n, self._num_classes, device=device),
+            torch.zeros(n, device=device),
+            masks,
+            self.order.samples(step, self.deal.lanes).take(np.zeros(n, np.int64)),
+        )
+        return [batch] * self.deal.accumulation
+
+    def keys(self, step: int) -> list[str]:
+        """Of the samples of a whole global batch, in the order of their positions."""
+        samples = self.order.samples(step)
+        return [self._shards.key(int(s), int(r)) for s, r in zip(samples.shard, samples.row, strict=True)]
 
     def plan(self, number: int) -> Plan:
         """The plan of micro-batch `number`, counted from the first step of the run."""
@@ -189,7 +207,7 @@ class EvalFeed:
     ) -> None:
         self._shards, self._world, self._image = shards, world, image
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
-        self.num_samples = len(shards)
+        self.num_samples, self.image_size = len(shards), image.size
         self._batch_size = min(batch_size, len(shards))
         self._num_threads, self._prefetch = num_threads, prefetch
         self.num_batches = -(-len(shards) // (self._batch_size * world.size))

@@ -1,6 +1,7 @@
 """Image classification: the pretraining task, and the first of the fine-tuning tasks."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,8 +58,12 @@ def check_image_sizes(model: config.Model, image_size: int, num_classes: int, si
 class Classification:
     """Soft-target cross-entropy; top-1, top-5 and the loss as metrics."""
 
-    def __init__(self, model: nn.Module) -> None:
+    main_metric = "top1"
+
+    def __init__(self, model: nn.Module, num_classes: int | None = None) -> None:
+        """Without `num_classes` a collapse to guessing cannot be told from learning."""
         self.model = model
+        self.chance_loss = math.log(num_classes) if num_classes and num_classes > 1 else None
         self.drop_path_rates: tuple[float, ...] = getattr(model, "drop_path_rates", ())
 
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:

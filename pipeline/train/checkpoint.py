@@ -2,35 +2,40 @@
 
     checkpoints/step-00001200/
         model.safetensors          every weight and buffer, fp32
-        optimizer-R.safetensors    rank R's share of Adam's moments, whole tensors
+        ema.safetensors            the same of their moving average, where one is kept
+        optimizer-R.safetensors    rank R's share of Adam's moments: flat ranges "exp_avg.NAME[START:STOP]"
         state.json                 step and the other numbers
         part-R.json                sizes and SHA-256 of what rank R wrote
         COMMIT.json                the same for all files; the checkpoint counts once this is renamed into place
 
-Neither the world size nor the ZeRO stage shows, so a checkpoint loads on any of either.
+The ranges of all ranks together are every parameter's moments, so a checkpoint loads on any world and at any ZeRO
+stage. `saver.py` writes them.
 """
 
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, LossScale
 from pipeline.world import World
 
-COMMIT, MODEL, STATE = "COMMIT.json", "model.safetensors", "state.json"
-FORMAT = 1
+COMMIT, MODEL, EMA, STATE = "COMMIT.json", "model.safetensors", "ema.safetensors", "state.json"
+FORMAT = 2
 
 SHAPES_WEIGHTS = ("model", "image_size", "num_classes")  # entries of the identity that no resume.allow can bridge
 
@@ -42,7 +47,12 @@ class State:
     step: int = 0
     skipped: int = 0
     adam_steps: int = 0
+    ema_steps: int = 0
     loss_scale: dict[str, float] | None = None
+    guard: dict[str, Any] | None = None
+    scores: dict[str, float] | None = None  # of the newest evaluation, which was at scored_step
+    scored_step: int | None = None
+    bad_samples: int = 0  # known by then, listed in quarantine.jsonl
     run_id: str | None = None
 
     def advance(self, applied: bool) -> None:
@@ -50,63 +60,81 @@ class State:
         self.skipped += not applied
 
 
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept: the newest `last`, the `best` by score, and every one on the grid `every`.
+
+    Also the one that rolling back would take: the newest on the regular grid from before trouble began.
+    """
+
+    last: int = 3
+    best: int = 1
+    every: int = 0  # steps; 0: none
+    grid: int = 0  # of train.save_every, in steps; 0: no grid
+    metric: str = "top1"  # higher is better
+
+    def is_regular(self, step: int) -> bool:
+        return self.grid > 0 and step % self.grid == 0
+
+    def kept(self, scores: Mapping[int, float | None], safe_step: int) -> set[int]:
+        """Of checkpoints, given as step and score (None: was not evaluated), the steps of those to keep."""
+        steps = sorted(scores)
+        scored = sorted((step for step in steps if scores[step] is not None), key=lambda step: (scores[step], -step))
+        regular = [step for step in steps if self.is_regular(step) and step <= safe_step]
+        grid = [step for step in steps if self.every > 0 and step % self.every == 0 and step > 0]
+        return {*steps[-self.last :], *scored[len(scored) - self.best :], *regular[-1:], *grid}
+
+
 class Checkpoints:
     """Those of one run. `identity` is Config.identity() and the like: what must not change under a run."""
 
     def __init__(self, folder: Path, world: World, identity: dict[str, Any]) -> None:
-        self._folder, self._world, self._identity = folder, world, identity
-        self._newest: Path | None = None  # that this process has written or opened
+        self.folder, self._world, self._identity = folder, world, identity
 
-    def save(self, state: State, engine: Engine) -> Path:
-        """Write a checkpoint; collective. The folder is complete on return."""
-        folder = self._folder / f"step-{state.step:08d}"
-        if folder == self._newest:
-            return folder
-        state = dataclasses.replace(
-            state,
-            adam_steps=engine.adam_steps(),
-            loss_scale=dataclasses.asdict(engine.loss_scale) if engine.loss_scale else None,
-        )
-        if self._world.is_first:
-            self._clear(folder)
-        self._world.barrier()
-        weights = engine.weights()
-        contents = {f"optimizer-{self._world.rank}.safetensors": safetensors.torch.save(self._my_moments(engine))}
-        if self._world.is_first:
-            contents[MODEL] = safetensors.torch.save(weights)
-            document = {"format": FORMAT, "identity": self._identity, "state": dataclasses.asdict(state)}
-            contents[STATE] = _json(document)
-        part = {name: _write(folder / name, data) for name, data in contents.items()}
-        _write(folder / f"part-{self._world.rank}.json", _json(part))
-        self._world.barrier()
-        if self._world.is_first:
-            parts = [json.loads((folder / f"part-{r}.json").read_text()) for r in range(self._world.size)]
-            listing = {name: entry for part in parts for name, entry in part.items()}
-            _write(folder / COMMIT, _json({"format": FORMAT, "files": listing}))
-        self._world.barrier()
-        self._newest = folder
-        return folder
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
-    def _clear(self, folder: Path) -> None:
-        """Make the folder, and make it empty, whatever a killed save, another trajectory or a bad disk left there."""
+    def steps(self) -> list[int]:
+        """Of the committed checkpoints, in order. They may yet prove damaged."""
+        return [step_of(path.parent) for path in sorted(self.folder.glob(f"step-*/{COMMIT}"))]
+
+    def make(self, step: int) -> Path:
+        """An empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0."""
+        self.remove(step)
+        self.path(step).mkdir(parents=True)
+        return self.path(step)
+
+    def remove(self, step: int) -> None:
+        folder = self.path(step)
         if folder.exists():
             # Out of discovery's sight first, so that it never sees a half-deleted one.
             discarded = folder.with_name(f".{folder.name}.discarded")
             shutil.rmtree(discarded, ignore_errors=True)
             folder.rename(discarded)
             shutil.rmtree(discarded)
-        folder.mkdir(parents=True)
 
-    def _my_moments(self, engine: Engine) -> dict[str, Tensor]:
-        """This rank's share: dealt out in turn to whoever holds least so far."""
-        load = [0] * self._world.size
-        share = {}
-        for name, moment, tensor in engine.moments():
-            owner = load.index(min(load))
-            load[owner] += tensor.numel()
-            if owner == self._world.rank:
-                share[f"{moment}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
-        return share
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written or half-deleted. On rank 0, while nobody writes."""
+        for folder in self.folder.glob("step-*"):
+            if not (folder / COMMIT).exists():
+                self.remove(step_of(folder))
+        for folder in self.folder.glob(".step-*.discarded"):
+            shutil.rmtree(folder)
+
+    def state_document(self, state: State) -> bytes:
+        return json_bytes({"format": FORMAT, "identity": self._identity, "state": dataclasses.asdict(state)})
+
+    def commit(self, folder: Path) -> None:
+        """Make the checkpoint count, once every rank's part is there. On rank 0."""
+        parts = [json.loads((folder / f"part-{r}.json").read_text()) for r in range(self._world.size)]
+        listing = {name: entry for part in parts for name, entry in part.items()}
+        files.write(folder / COMMIT, json_bytes({"format": FORMAT, "files": listing}))
+
+    def retain(self, retention: Retention, safe_step: int) -> None:
+        """Remove the checkpoints that need not be kept. On rank 0."""
+        scores = {step: score_of(self.path(step), retention.metric) for step in self.steps()}
+        for step in scores.keys() - retention.kept(scores, safe_step):
+            self.remove(step)
 
     def find(self, source: str, allow: list[str]) -> Path | None:
         """The checkpoint folder that resume.source means, or None to start fresh. For one rank to ask: it reads
@@ -119,20 +147,20 @@ class Checkpoints:
             if fault := damage(folder):
                 raise InputError(f"resume.source {folder}: {fault}")
         else:
-            candidates = sorted(self._folder.glob("step-*"), reverse=True)
+            candidates = sorted(self.folder.glob("step-*"), reverse=True)
             if source == "never" and candidates:
                 raise InputError(
-                    f"{self._folder} holds checkpoints but resume.source is never: give the run another run.name"
+                    f"{self.folder} holds checkpoints but resume.source is never: give the run another run.name"
                 )
-            folder = next(filter(_is_whole, candidates), None)
+            folder = next(filter(is_whole, candidates), None)
         if folder:
             self._compare(folder, allow)
         return folder
 
-    def open(self, folder: Path) -> "Checkpoint":
-        """The checkpoint that `find` found, for every rank to load."""
-        self._newest = folder
-        return Checkpoint(folder)
+    def find_regular(self, retention: Retention, safe_step: int) -> Path | None:
+        """The newest whole checkpoint on the regular grid at or before `safe_step`. For one rank to ask."""
+        regular = [step for step in self.steps() if retention.is_regular(step) and step <= safe_step]
+        return next(filter(is_whole, (self.path(step) for step in reversed(regular))), None)
 
     def _compare(self, folder: Path, allow: list[str]) -> None:
         theirs = json.loads((folder / STATE).read_text())["identity"]
@@ -156,21 +184,61 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)
 
-    def restore(self, engine: Engine) -> None:
-        """Put the optimiser back; the weights have to be in the model before the engine is built on it."""
-        engine.load_moments(self._moment_of(), self.state.adam_steps)
+    def restore(self, engine: Engine, ema: Ema | None) -> None:
+        """Put the optimiser and the average back; the weights have to be in the engine already.
+
+        An average that the checkpoint lacks begins with the weights.
+        """
+        engine.load_moments(self._reader(), self.state.adam_steps)
         if engine.loss_scale and self.state.loss_scale:
             engine.loss_scale = LossScale(**self.state.loss_scale)  # pyright: ignore[reportArgumentType]
+        if ema:
+            kept = (self.folder / EMA).exists()
+            ema.load(safetensors.torch.load_file(self.folder / (EMA if kept else MODEL)), self.state.ema_steps)
 
-    def _moment_of(self) -> Callable[[str, str], Tensor]:
-        names = [name for name in Commit.read(self.folder).files if name.startswith("optimizer-")]
-        shares = [safe_open(self.folder / name, framework="pt") for name in names]
-        home = {key: share for share in shares for key in share.keys()}  # noqa: SIM118 - not a mapping
+    def _reader(self) -> Callable[[str, str, int, int], Tensor]:
+        """Reads a range of a flattened moment from whatever ranges the ranks wrote."""
+        ranges: dict[str, list[tuple[int, int, Any]]] = {}
+        for file in sorted(self.folder.glob("optimizer-*.safetensors")):
+            share = safe_open(file, framework="pt")
+            for key in share.keys():  # noqa: SIM118 - not a mapping
+                name, first, last = parse_range(key)
+                ranges.setdefault(name, []).append((first, last, share.get_slice(key)))
 
-        def moment_of(name: str, moment: str) -> Tensor:
-            return home[f"{moment}.{name}"].get_tensor(f"{moment}.{name}")
+        def read(name: str, moment: str, start: int, stop: int) -> Tensor:
+            pieces = [
+                values[max(start, first) - first : min(stop, last) - first]
+                for first, last, values in sorted(ranges[f"{moment}.{name}"], key=lambda piece: piece[0])
+                if first < stop and start < last
+            ]
+            whole = torch.cat(pieces)
+            assert len(whole) == stop - start, f"{self.folder}: {moment}.{name}[{start}:{stop}] is not all there"
+            return whole
 
-        return moment_of
+        return read
+
+
+def range_key(name: str, moment: str, start: int, length: int) -> str:
+    return f"{moment}.{name}[{start}:{start + length}]"
+
+
+def parse_range(key: str) -> tuple[str, int, int]:
+    match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key)
+    assert match, f"{key!r} is no range of a moment"
+    return match[1], int(match[2]), int(match[3])
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def score_of(folder: Path, metric: str) -> float | None:
+    """What the evaluation at the checkpoint's own step gave; None without one, or if it cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text())["state"]
+        return state["scores"][metric] if state["scored_step"] == state["step"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Entry(BaseModel):
@@ -181,7 +249,7 @@ class Entry(BaseModel):
 class Commit(BaseModel):
     """COMMIT.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     files: dict[str, Entry]
 
     @classmethod
@@ -203,6 +271,8 @@ def damage(folder: Path) -> str | None:
     except ValidationError as error:
         if (found := _format_of(folder)) > FORMAT:
             raise InputError(f"{folder}: format {found}, but this version reads format {FORMAT}: update it") from None
+        if found in range(1, FORMAT):
+            return f"format {found}, but this version reads format {FORMAT}"
         return f"{COMMIT} cannot be read: {error.errors()[0]['msg']}"
     except (OSError, ValueError) as error:
         return f"{COMMIT} cannot be read: {error}"
@@ -227,7 +297,7 @@ def _format_of(folder: Path) -> int:
         return 0
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether to resume from it. A damaged one is told and walked past: the run repeats the steps since the one
     before."""
     if fault := damage(folder):
@@ -235,11 +305,5 @@ def _is_whole(folder: Path) -> bool:
     return fault is None
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
-
-
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a file and return its entry in the listings."""
-    files.write(path, data)
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -1,29 +1,27 @@
-"""DeepSpeed, behind what the loop and checkpoints need: step, evaluator, weights, moments, load_moments.
+"""DeepSpeed, behind what the loop and checkpoints need: step, evaluator, weights, fragments, load.
 
 Parameters, gradients, accumulation and reduction are fp32 at every ZeRO stage; bf16 and fp16 are autocast inside
 the forward pass. So the weights in a checkpoint are the weights that train, whatever the stage or precision, and
 stage 0 needs no master copy. fp16's loss scale is kept here, one rule for all stages.
 """
 
+import copy
 import dataclasses
 import difflib
 import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+import torch.func
 import torch.utils.deterministic
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import (
-    lazy_init_hp_params_optimizer_state,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -63,7 +61,9 @@ class Outcome:
 
     loss: float  # mean over the global batch
     grad_norm: float  # before clipping
-    applied: bool  # False: gradients were not finite and the weights did not move
+    applied: bool  # False: the weights did not move
+    overflow: bool  # fp16's gradients overflowed, and a smaller loss scale is left to try
+    own_s: float  # this rank's forward passes, in seconds: what it works before it waits for others
 
 
 @dataclasses.dataclass
@@ -96,9 +96,27 @@ class _Objective(nn.Module):
     ) -> Any:
         if weights is None:
             return self.model(images)
+        return self.loss(self.model, images, targets, weights, drop_path)
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any, weights: Tensor, drop_path: Tensor | None) -> Tensor:
         with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
-            losses = self._losses(self.model, images, targets, drop_path)
+            losses = self._losses(model, images, targets, drop_path)
         return (losses * weights).sum()
+
+
+class _Gradients(nn.Module):
+    """Loss and gradients in one forward call, so that recomputed activations too see the weights it is called with."""
+
+    def __init__(self, objective: _Objective, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss, self._names = objective.loss, names
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        loss = self._loss(self.model, *inputs)
+        parameters = dict(self.model.named_parameters())
+        gradients = torch.autograd.grad(loss, [parameters[name] for name in self._names], materialize_grads=True)
+        return {"loss": loss.detach(), **dict(zip(self._names, gradients, strict=True))}
 
 
 class Engine:
@@ -110,6 +128,9 @@ class Engine:
         self._stage = config.engine.zero_stage
         self._model = task.model.to(world.device)
         self._parameters = dict(trainable(self._model))
+        self._skeleton = copy.deepcopy(task.model).to("meta")  # to be run with other weights
+        self._buffers = dict(self._model.named_buffers())
+        self._has_moments = False
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self._model, config.optim.weight_decay),
@@ -118,10 +139,10 @@ class Engine:
             eps=config.optim.eps,
             fused=True,
         )
-        objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
+        self._objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
         # Any, because DeepSpeed's annotations name every optimiser it might hold.
         self._engine: Any = deepspeed.initialize(
-            model=objective,
+            model=self._objective,
             optimizer=self._optimizer,
             config=deepspeed_config(
                 config, world, accumulation, num_parameters=sum(p.numel() for p in self._parameters.values())
@@ -129,25 +150,55 @@ class Engine:
             dist_init_required=False,
         )[0]
 
-    def step(self, batches: list[MicroBatch], *, step: int, lr: float) -> Outcome:
-        """One optimiser step over this rank's micro-batches of a global batch."""
+    def step(
+        self,
+        batches: list[MicroBatch],
+        *,
+        step: int,
+        lr: float,
+        exchange: Callable[[Tensor], tuple[float, bool]] | None = None,
+    ) -> Outcome:
+        """One optimiser step over this rank's micro-batches of a global batch.
+
+        `exchange` is called once, before the last backward pass, with the weighted sum of this rank's losses. It
+        returns the mean loss of the global batch and whether to go on; where not, on all ranks alike, nothing moves.
+        Without it the loss is reduced and the step taken.
+        """
         assert len(batches) == self._accumulation
         self._engine.train()
+        buffers = [buffer.clone() for buffer in self._model.buffers()]
         # DeepSpeed divides by the accumulation in `backward` and by the world in its reduction; this cancels both.
         share = self._world.size * self._accumulation / self._config.train.global_batch_size
         total = torch.zeros((), device=self._world.device)
+        timer = _Timer(self._world.device)
+        mean, go_on = math.nan, True
         for micro, batch in enumerate(batches):
-            # For modules that draw by themselves (dropout): keyed, so that a resumed run draws the same.
-            seed = keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank)
-            torch.manual_seed(keys.torch_seed(seed))
-            loss = self._engine(batch.images, batch.targets, batch.weights, batch.drop_path)
+            self.seed_modules(step, micro)
+            with timer:
+                loss = self._engine(batch.images, batch.targets, batch.weights, batch.drop_path)
             total += loss.detach()
-            self._backward(loss * share, is_last=micro == self._accumulation - 1)
+            is_last = micro == self._accumulation - 1
+            if is_last:
+                mean, go_on = (exchange or self._mean)(total)
+            # Leaving a step out takes the way of gradients that are not finite, which is there at every stage.
+            self._backward(loss * (share if go_on else math.nan), is_last)
         applied, grad_norm = self._update(lr)
-        loss = self._world.sum(total).item() / self._config.train.global_batch_size
-        if self.loss_scale:
+        if not applied:
+            for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        overflow = False
+        if self.loss_scale and go_on:
+            overflow = not applied and self.loss_scale.value > self.loss_scale.floor
             self.loss_scale.update(applied)
-        return Outcome(loss, grad_norm, applied)
+        return Outcome(mean, grad_norm, applied, overflow, timer.seconds())
+
+    def _mean(self, loss: Tensor) -> tuple[float, bool]:
+        return self._world.sum(loss.clone()).item() / self._config.train.global_batch_size, True
+
+    def seed_modules(self, step: int, micro: int) -> None:
+        """For modules that draw by themselves (dropout): keyed, so that a resumed run draws the same."""
+        seed = keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank)
+        torch.manual_seed(keys.torch_seed(seed))
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Add a micro-batch's gradients. After the last one `_update` has to follow."""
@@ -187,52 +238,162 @@ class Engine:
                 gradient.mul_(1 / factor)
         return True, norm
 
-    def evaluator(self) -> Callable[[Tensor], Any]:
-        """The network as it is now, for evaluation: fp32, no dropping. Collective at stage 3."""
+    def gradients(self, batch: MicroBatch, *, step: int, micro: int) -> dict[str, Tensor]:
+        """The loss ("loss") and its gradients by parameter for one micro-batch, of this rank alone, before any
+        reduction. Collective at stage 3; changes nothing."""
+        weights = {name: tensor.detach().requires_grad_() for name, tensor in self.whole(self.local_weights()).items()}
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        network = _Gradients(self._objective, self._skeleton.train(), list(weights))
+        self.seed_modules(step, micro)
+        state = {f"model.{name}": tensor for name, tensor in {**buffers, **weights}.items()}
+        inputs = (batch.images, batch.targets, batch.weights, batch.drop_path)
+        return torch.func.functional_call(network, state, inputs)
+
+    def evaluator(self, weights: dict[str, Tensor] | None = None) -> Callable[[Tensor], Any]:
+        """The network for evaluation: fp32, no dropping; as it is now, which is collective at stage 3, or with the
+        given weights by name."""
 
         def outputs(images: Tensor) -> Any:
             self._engine.eval()
             with torch.no_grad():
                 return self._engine(images)
 
-        return outputs
+        if weights is None:
+            return outputs
+        network, state = self._skeleton.eval(), {**self._buffers, **weights}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The full state of the network by name, on the host. Collective at stage 3; equal on all ranks."""
-        state = self._model.state_dict()
-        if self._stage == 3:
-            state.update((name, _full(safe_get_full_fp32_param(p))) for name, p in self._parameters.items())
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+        def outputs_of_weights(images: Tensor) -> Any:
+            with torch.no_grad():
+                return torch.func.functional_call(network, state, (images,))
+
+        return outputs_of_weights
+
+    def weights(self, local: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The full state of the network by name, on the device, with `local` in place of the trained weights if
+        given. Collective at stage 3; equal on all ranks."""
+        return {**self._untrained(), **self.whole(self.local_weights() if local is None else local)}
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters."""
+        frozen = {name: p for name, p in self._model.named_parameters() if name not in self._parameters}
+        state = {name: value for name, value in self._model.state_dict().items() if name not in self._parameters}
+        if frozen and self._stage == 3:
+            with deepspeed.zero.GatheredParameters(list(frozen.values())):
+                state.update((name, parameter.detach().clone()) for name, parameter in frozen.items())
+        return state
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """What this rank holds of each trainable parameter, fp32: all of it; at stage 3 its partition, flat."""
+        return {
+            name: self._partition(parameter) if self._stage == 3 else parameter.detach()
+            for name, parameter in self._parameters.items()
+        }
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether every rank holds all parameters."""
+        return self._stage < 3
+
+    def whole(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Full tensors from such as `local_weights` gives. Collective at stage 3."""
+        if self._stage != 3:
+            return local
+        zero = self._engine.optimizer
+        return {name: zero._fp32_state_allgather(self._parameters[name], part) for name, part in local.items()}
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """What `local_weights` would hold on this rank if the parameter `name` had the value `whole`."""
+        parameter: Any = self._parameters[name]
+        if self._stage != 3:
+            return whole
+        size = parameter.partition_numel()
+        part = whole.flatten()[self._world.rank * size :][:size]
+        return torch.nn.functional.pad(part, (0, size - part.numel()))
 
     def adam_steps(self) -> int:
         """Updates that were applied, which is what Adam's bias correction counts."""
         return max((int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0)
 
-    def moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter name, moment name, full tensor on the device), in an order that all ranks share. Collective."""
-        if self.adam_steps() == 0:
-            self._create_moments()
-        self._link_moments()
-        for name, parameter in self._parameters.items():
-            for moment in MOMENTS:
-                if self._stage == 0:
-                    yield name, moment, self._optimizer.state[parameter][moment]
-                else:
-                    yield name, moment, _full(safe_get_full_optimizer_state(parameter, moment))
+    def fragments(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """This rank's share of Adam's moments: (parameter name, moment, where in the flattened parameter it begins,
+        view of the values, flat). The ranks' shares together are everything, each value once. No communication."""
+        self._have_moments()
+        if self._stage == 0:
+            total = sum(parameter.numel() for parameter in self._parameters.values())
+            rank, size = self._world.rank, self._world.size
+            return self._range(total * rank // size, total * (rank + 1) // size)
+        return self._held()
 
-    def load_moments(self, moment_of: Callable[[str, str], Tensor], adam_steps: int) -> None:
-        """Put back what `moments` and `adam_steps` gave, on any world and at any stage."""
-        self._create_moments()
-        self._link_moments()
+    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """All of the moments that this rank holds."""
+        if self._stage == 0:
+            return self._range(0, sum(parameter.numel() for parameter in self._parameters.values()))
+        return self._partitioned_share() if self._stage == 3 else self._linked_share()
+
+    def _range(self, first: int, last: int) -> Iterator[tuple[str, str, int, Tensor]]:
+        """At stage 0, those of the given range of all parameters, laid end to end."""
+        offset = 0
         for name, parameter in self._parameters.items():
+            start, stop = (min(max(end - offset, 0), parameter.numel()) for end in (first, last))
+            offset += parameter.numel()
+            for moment in MOMENTS if start < stop else ():
+                yield name, moment, start, self._optimizer.state[parameter][moment].view(-1)[start:stop]
+
+    def _linked_share(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        for name, parameter in self._parameters.items():
+            if mapping := parameter._hp_mapping:  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
+                for moment in MOMENTS:
+                    yield name, moment, mapping.lp_fragment_address.start, mapping.get_optim_state_fragment(moment)
+
+    def _partitioned_share(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        for name, parameter in self._parameters.items():
+            numel = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             for moment in MOMENTS:
-                value = moment_of(name, moment).to(self._world.device)
-                if self._stage == 0:
-                    self._optimizer.state[parameter][moment].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, moment)
+                values = self._partition(parameter, moment)
+                start = self._world.rank * values.numel()
+                if start < numel:
+                    yield name, moment, start, values[: numel - start]  # without what pads the last partition
+
+    def _partition(self, parameter: Any, moment: str | None = None) -> Tensor:
+        """This rank's partition of a parameter or a moment at stage 3, fp32, flat, padded."""
+        return parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0]
+
+    def load_moments(self, read: Callable[[str, str, int, int], Tensor], adam_steps: int) -> None:
+        """Put back what `fragments` and `adam_steps` gave, on any world and at any stage.
+
+        `read(name, moment, start, stop)` returns that range of the flattened moment.
+        """
+        self._have_moments()
+        for name, moment, start, values in self._held():
+            values.copy_(read(name, moment, start, start + values.numel()))
         for state in self._optimizer.state.values():
             state["step"].fill_(adam_steps)
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put the network into a state that `weights` gave, as if the engine had been built on it. Collective."""
+        if self._stage == 3:
+            with deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=0):
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(weights[name])
+            for name, buffer in self._model.named_buffers():
+                if name in weights:
+                    buffer.copy_(weights[name])
+        else:
+            self._model.load_state_dict(weights)
+        for name, parameter in self._parameters.items():
+            if self._stage == 3:
+                self._partition(parameter).copy_(self.part_of(name, weights[name]))
+            elif mapping := getattr(parameter, "_hp_mapping", None):
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                mapping.hp_fragment.copy_(parameter.flatten()[start : start + numel])
+
+    def _have_moments(self) -> None:
+        if not self._has_moments:
+            if self.adam_steps() == 0:
+                self._create_moments()
+            self._link_moments()
+            self._has_moments = True
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of all parameters. At stages 1 and 2 it looks for them once, when the first
@@ -245,18 +406,42 @@ class Engine:
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
         size = self._config.image.size
-        images = torch.zeros(1, 3, size, size, device=self._world.device)
+        images = torch.zeros(2, 3, size, size, device=self._world.device)  # of one, batch norm has no variance
         self._engine.train()
+        buffers = [buffer.clone() for buffer in self._model.buffers()]
         for micro in range(self._accumulation):
             self._backward(self._engine(images).float().sum() * 0.0, is_last=micro == self._accumulation - 1)
         self._update(lr=0.0)
         for state in self._optimizer.state.values():
             state["step"].zero_()
+        for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
 
-def _full(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "DeepSpeed gave no tensor for a trainable parameter"
-    return tensor
+class _Timer:
+    """Sums up how long the device works inside `with`. On a GPU it is read when something else has waited for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._marks = device.type == "cuda", []
+
+    def __enter__(self) -> None:
+        self._marks.append(self._now())
+
+    def __exit__(self, *_: object) -> None:
+        self._marks.append(self._now())
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._on_gpu:
+            return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000
+        return sum(ended - began for began, ended in pairs)
 
 
 def deepspeed_config(config: Config, world: World, accumulation: int, num_parameters: int) -> dict[str, Any]:

@@ -1,19 +1,33 @@
 """The training loop. Pretraining and every fine-tuning task run this one."""
 
+import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
 
 from pipeline.config import Config, Length
-from pipeline.errors import InputError
-from pipeline.feed.loader import TrainFeed
-from pipeline.train.checkpoint import Checkpoints, State
-from pipeline.train.engine import Engine
-from pipeline.train.meters import Meters
+from pipeline.errors import ExternalError, InputError
+from pipeline.feed.loader import MicroBatch, TrainFeed
+from pipeline.train import replay
+from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State, step_of
+from pipeline.train.ema import Ema
+from pipeline.train.engine import Engine, Outcome
+from pipeline.train.goodput import Category, Goodput
+from pipeline.train.guard import Anomaly, Diverged, Guard
+from pipeline.train.meters import Anomalies, Meters
 from pipeline.train.optim import lr_at
+from pipeline.train.preempt import StopSignal
+from pipeline.train.saver import SaveError, Saver
 from pipeline.train.seams import Listener
 from pipeline.train.trace import Trace
+from pipeline.train.watch import Stragglers, Watch
+from pipeline.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +39,8 @@ class Schedule:
     log_every: int
     eval_every: int
     save_every: int
+    keep_every: int
+    replay_check_every: int
 
     @classmethod
     def of(cls, config: Config, steps_per_epoch: int) -> "Schedule":
@@ -43,7 +59,15 @@ class Schedule:
         if warmup >= total:
             raise InputError(f"optim.warmup {config.optim.warmup} is {warmup} steps, but the run has {total}")
         train = config.train
-        return cls(total, warmup, steps(train.log_every), steps(train.eval_every), steps(train.save_every))
+        return cls(
+            total=total,
+            warmup=warmup,
+            log_every=steps(train.log_every),
+            eval_every=steps(train.eval_every),
+            save_every=steps(train.save_every),
+            keep_every=steps(config.checkpoint.keep_every),
+            replay_check_every=steps(train.replay_check_every),
+        )
 
     def due(self, period: int, step: int) -> bool:
         return step == self.total or (period > 0 and step % period == 0)
@@ -54,57 +78,263 @@ class Summary:
     scores: dict[str, float]  # of the last evaluation
     images_per_second: float | None  # while training; None where no step was left to take
     checkpoint: Path  # of the last step
+    stopped: bool  # by a signal, before the end
 
 
-def train(
-    config: Config,
-    schedule: Schedule,
-    state: State,
-    feed: TrainFeed,
-    engine: Engine,
-    checkpoints: Checkpoints,
-    evaluation: Callable[[], dict[str, float]] | None,
-    listeners: Sequence[Listener],
-    trace: Trace | None = None,
-) -> Summary:
-    """Train from state.step to the end, where the model is evaluated and saved. Collective.
+@dataclasses.dataclass
+class Trainer:
+    """One run, joined from its parts. Everything here is collective and goes the same way on all ranks."""
 
-    `listeners` is empty on all ranks but the first.
-    """
-    meters, scores = Meters(config.train.global_batch_size), {}
-    while state.step < schedule.total:
+    config: Config
+    world: World
+    schedule: Schedule
+    state: State
+    feed: TrainFeed
+    engine: Engine
+    ema: Ema | None
+    checkpoints: Checkpoints
+    retention: Retention
+    saver: Saver
+    guard: Guard
+    watch: Watch
+    goodput: Goodput
+    stop: StopSignal
+    evaluation: Callable[[Callable[[], bool]], dict[str, float] | None] | None
+    """Scores the network. Is given a function to call now and then: whether to give up, and return None."""
+    listeners: Sequence[Listener] = ()  # empty on all ranks but the first
+    anomalies: Anomalies | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        self._meters = Meters(self.config.train.global_batch_size)
+        self._stragglers = Stragglers()
+        self._own_s = 0.0  # since the last reading: what this rank waited for data and worked before others mattered
+        self._trouble: ExternalError | None = None  # this rank's feed has failed
+        self._in_trouble = self._stopping = self._save_now = False  # agreed on by all ranks
+        self._saved_at = time.monotonic()
+
+    def run(self) -> Summary:
+        """Train from state.step to the end, where the model is evaluated and saved, or until all ranks have agreed to
+        stop.
+
+        Raises ExternalError on all ranks where one cannot go on, after a save if the state is sound.
+        """
+        if self.state.step == 0 and self.schedule.save_every:
+            self._save()  # something to roll back to, and a disk that fails does so now
+        self._evaluate_if_due()
+        while self.state.step < self.schedule.total and not self._stopping:
+            batch = self._fetch()
+            outcome = self._step(batch)
+            self._meter(batch, outcome)
+            self._evaluate_if_due()
+            self._save_if_due()
+        return self._finish()
+
+    def _fetch(self) -> list[MicroBatch]:
+        self.watch.at(self.state.step, "data")
         began = time.perf_counter()
-        batch = feed.next()
-        data_wait_s = time.perf_counter() - began
-        lr = lr_at(
-            state.step,
-            peak=config.optim.lr,
-            floor=config.optim.min_lr,
-            start=config.optim.warmup_lr,
-            warmup_steps=schedule.warmup,
-            total_steps=schedule.total,
-        )
-        outcome = engine.step(batch, step=state.step, lr=lr)
-        state.advance(outcome.applied)
-        if trace:
-            trace.write(state.step, batch)
-        meters.add(outcome, data_wait_s)
+        with self.goodput.spend("data_wait"):
+            try:
+                batch = self.feed.next()
+            except ExternalError as error:
+                # The others are about to need this rank for their collectives, so it goes through the motions.
+                self._trouble = error
+                batch = self.feed.blank(self.state.step)
+        self._data_wait_s = time.perf_counter() - began
+        return batch
 
-        if schedule.due(schedule.log_every, state.step):
-            reading = {"epoch": state.step / feed.order.steps_per_epoch, "lr": lr, **meters.read()}
-            for listener in listeners:
-                listener.on_step(state.step, reading)
-        paused = time.perf_counter()
-        if evaluation and schedule.due(schedule.eval_every, state.step):
-            scores = evaluation()
-            for listener in listeners:
-                listener.on_evaluation(state.step, scores)
-        if schedule.due(schedule.save_every, state.step):
-            folder = checkpoints.save(state, engine)
-            for listener in listeners:
-                listener.on_checkpoint(state.step, folder)
-        meters.pause(time.perf_counter() - paused)
-    # Both of these have been done already, unless the run resumed from a checkpoint of its last step.
-    if evaluation and not scores:
-        scores = evaluation()
-    return Summary(scores, meters.images_per_second(), checkpoints.save(state, engine))
+    def _step(self, batch: list[MicroBatch]) -> Outcome:
+        began = time.perf_counter()
+        step = self.state.step
+        if self.schedule.replay_check_every and step % self.schedule.replay_check_every == 0:
+            self.watch.at(step, "replay check")
+            with self.goodput.spend("checks"):
+                replay.check(self.engine, batch[0], step, self.world)
+            began = time.perf_counter()
+        self.watch.at(step, "forward")
+        self._regime = batch[0].images.shape[-1]
+        self._lr = lr_at(
+            step,
+            peak=self.config.optim.lr,
+            floor=self.config.optim.min_lr,
+            start=self.config.optim.warmup_lr,
+            warmup_steps=self.schedule.warmup,
+            total_steps=self.schedule.total,
+        )
+        outcome = self.engine.step(batch, step=step, lr=self._lr, exchange=self._exchange)
+        if self._in_trouble:
+            self._give_up("could not read its data", self._trouble)
+        if self.ema and outcome.applied:
+            self.ema.update()
+        self.state.advance(outcome.applied)
+        self.goodput.step(self.state.step, time.perf_counter() - began)
+        self._settle(outcome)
+        return outcome
+
+    def _exchange(self, loss: Tensor) -> tuple[float, bool]:
+        """The step's one reduction: the loss, and all that ranks have to tell each other. See Engine.step."""
+        self.watch.at(self.state.step, "exchange of losses")
+        clock = self.config.checkpoint.every_minutes
+        overdue = self.world.is_first and clock and time.monotonic() - self._saved_at >= 60 * clock
+        words = [bool(self.stop.requested), bool(overdue), self._trouble is not None, *self.saver.progress()]
+        message = torch.tensor([0.0, *words], dtype=torch.float64, device=self.world.device)
+        message[0] = loss
+        total, stop, save, trouble, *saving = self.world.sum(message).tolist()
+        self._stopping, self._save_now, self._in_trouble = stop > 0, save > 0, trouble > 0
+        if whole := self.saver.settle(*saving):
+            self._tell_saved(whole)
+        mean = total / self.config.train.global_batch_size
+        anomaly = None if self._in_trouble else self.guard.judge(self.state.step, mean, self._regime)
+        if anomaly:
+            self._record(anomaly)
+        self.watch.at(self.state.step, "backward and update")
+        return mean, anomaly is None and not self._in_trouble
+
+    def _settle(self, outcome: Outcome) -> None:
+        """What the step means for the runs's health."""
+        anomaly = self.guard.settle(
+            self.state.step - 1, outcome.loss, outcome.grad_norm, outcome.applied, excused=outcome.overflow
+        )
+        if anomaly:
+            self._record(anomaly)
+        if self.guard.must_roll_back:
+            with self.goodput.spend("rollback"):
+                self._roll_back()
+        self.state.guard = self.guard.state()
+
+    def _record(self, anomaly: Anomaly) -> None:
+        if self.anomalies:
+            self.anomalies.write(anomaly, self.feed.keys(anomaly.step))
+
+    def _roll_back(self) -> None:
+        """Go back to the weights from before trouble began, and on from the same place in the data: what lies between
+        is passed over. Raises Diverged where that has been done too often or there is nothing to go back to."""
+        self.watch.at(self.state.step, "rollback")
+        self.saver.finish()
+        safe, found = self.guard.safe_step, None
+        if self.world.is_first:
+            found = self.checkpoints.find_regular(self.retention, safe)
+        folder = self.world.from_first(found)
+        if folder is None:
+            raise Diverged(
+                f"step {self.state.step}: nothing to go back to, no checkpoint on the grid of train.save_every is as "
+                f"old as step {safe}: set train.save_every, or lower optim.lr"
+            )
+        saved = Checkpoint(folder)
+        assert saved.state.guard, "every save notes the guard"
+        self.guard.roll_back(saved.state.guard)
+        self.engine.load_weights(saved.weights())
+        saved.restore(self.engine, self.ema)
+        self.goodput.take_back(saved.state.step)
+        if self.world.is_first:
+            print(
+                f"step {self.state.step}: back to the weights of {folder}; the data since then is passed over",
+                file=sys.stderr,
+                flush=True,
+            )
+            for step in self.checkpoints.steps():
+                if saved.state.step < step <= self.state.step:  # they hold what has just been given up
+                    self.checkpoints.remove(step)
+        self.world.barrier()
+
+    def _meter(self, batch: list[MicroBatch], outcome: Outcome) -> None:
+        step = self.state.step
+        if self.trace:
+            self.trace.write(step, batch)
+        self._meters.add(outcome, self._data_wait_s)
+        self._own_s += self._data_wait_s + outcome.own_s
+        if not self.schedule.due(self.schedule.log_every, step):
+            return
+        reading = {"epoch": step / self.feed.order.steps_per_epoch, "lr": self._lr, **self._meters.read()}
+        reading |= {"skipped": self.state.skipped, "ettr": self.goodput.report()["ettr"], **self._compare_ranks()}
+        self.goodput.save(step)
+        for listener in self.listeners:
+            listener.on_step(step, reading)
+
+    def _compare_ranks(self) -> dict[str, float]:
+        """The slowest rank by its own work, as part of a reading."""
+        if self.world.size == 1:
+            return {}
+        own_s = self.world.gather(torch.tensor([self._own_s], dtype=torch.float64, device=self.world.device))
+        self._own_s = 0.0
+        times = own_s.flatten().tolist()
+        for rank, speed in self._stragglers.compare(times):
+            if self.world.is_first:
+                print(f"rank {rank} is slow: {speed:.2f} of the median rank's speed", file=sys.stderr, flush=True)
+        slowest = max(range(len(times)), key=lambda rank: times[rank])
+        return {"slowest_rank": slowest, "slowest_speed": sorted(times)[(len(times) - 1) // 2] / times[slowest]}
+
+    def _evaluate_if_due(self) -> None:
+        state = self.state
+        due = state.step > 0 and self.schedule.due(self.schedule.eval_every, state.step)
+        if self.evaluation is None or not due or state.scored_step == state.step or self._stopping:
+            return
+        with self._pause("evaluation"):
+            try:
+                scores = self.evaluation(self._still_evaluating)
+            except ExternalError as error:
+                self._give_up("could not read its data", error)
+        if scores is None:
+            self._stopping = True  # the evaluation is made up for when the run goes on
+            return
+        state.scores, state.scored_step = scores, state.step
+        for listener in self.listeners:
+            listener.on_evaluation(state.step, scores)
+
+    def _still_evaluating(self) -> bool:
+        self.watch.at(self.state.step, "evaluation")
+        return self.stop.requested is not None
+
+    def _save_if_due(self) -> None:
+        due = self.schedule.due(self.schedule.save_every, self.state.step)
+        if due or self._stopping or self._save_now:
+            self._save()
+
+    def _save(self) -> None:
+        self.watch.at(self.state.step, "checkpoint")
+        with self._pause("checkpoint_stall"):
+            self.state.guard = self.guard.state()
+            if whole := self.saver.finish():
+                self._tell_saved(whole)
+            self.saver.save(self.state, self.guard.safe_step)
+        self._saved_at, self._save_now = time.monotonic(), False
+
+    def _tell_saved(self, folder: Path) -> None:
+        self.goodput.save(self.state.step)
+        for listener in self.listeners:
+            listener.on_checkpoint(step_of(folder), folder)
+
+    @contextlib.contextmanager
+    def _pause(self, category: Category) -> Iterator[None]:
+        """Time that is no training step."""
+        began = time.perf_counter()
+        with self.goodput.spend(category):
+            yield
+        self._meters.pause(time.perf_counter() - began)
+
+    def _give_up(self, what: str, error: ExternalError | None) -> NoReturn:
+        """Save, then raise what has gone wrong on this rank, or that something has on another."""
+        if error:
+            print(f"rank {self.world.rank} {what}; saving before the end", file=sys.stderr, flush=True)
+        self._save()
+        self._wait_for_save()
+        raise error or ExternalError(f"another rank {what}: it says more above")
+
+    def _wait_for_save(self) -> None:
+        with self._pause("checkpoint_stall"):
+            if whole := self.saver.finish():
+                self._tell_saved(whole)
+        if self.saver.newest != self.checkpoints.path(self.state.step):
+            raise SaveError(f"step {self.state.step} could not be saved: the newest checkpoint is {self.saver.newest}")
+
+    def _finish(self) -> Summary:
+        self._save()
+        self._wait_for_save()
+        self.goodput.save(self.state.step)
+        stopped = self._stopping
+        return Summary(
+            self.state.scores or {},
+            self._meters.images_per_second(),
+            self.checkpoints.path(self.state.step),
+            stopped,
+        )

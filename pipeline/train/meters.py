@@ -1,5 +1,6 @@
 """Numbers of a stretch of steps, and the two listeners that write them down: metrics.jsonl and the terminal."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.train.engine import Outcome
+from pipeline.train.guard import Anomaly
 
 
 class Meters:
@@ -71,6 +73,20 @@ class MetricsFile:
     def _append(self, step: int, metrics: dict[str, float]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **finite_or_none(metrics)}) + "\n")
+
+
+class Anomalies:
+    """Appends what the guard found to anomalies.jsonl, with the batch's samples, and says it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Go on after `step`, as MetricsFile does."""
+        self._path = path
+        keep_up_to(path, step)
+
+    def write(self, anomaly: Anomaly, keys: list[str]) -> None:
+        print(f"step {anomaly.step + 1}: {anomaly.kind}: {anomaly.message}", file=sys.stderr, flush=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps({**dataclasses.asdict(anomaly), "step": anomaly.step + 1, "samples": keys}) + "\n")
 
 
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:

@@ -27,6 +27,10 @@ class Task(Protocol):
     model: nn.Module
     drop_path_rates: tuple[float, ...]
     """Of each residual branch, where the network takes its drop-path masks from outside; else empty."""
+    main_metric: str
+    """Which of the metric's results tells the better checkpoint: the higher one."""
+    chance_loss: float | None
+    """Of a network that has learnt nothing; None where no such number is known."""
 
     def losses(self, model: nn.Module, images: Tensor, targets: Any, drop_path: Tensor | None) -> Tensor:
         """The loss of each sample, [N] float32. Called under autocast."""

@@ -4,7 +4,8 @@ python -m tests.workers.legs CONFIG FOLDER PRECISION RUN:STAGE:LAST_STEP…
 
 Legs of one RUN follow on each other; each run has a folder of its own in FOLDER.
 
-Rank 0 prints a JSON object for each leg: losses by step and a digest of weights, moments and counters.
+Rank 0 prints a JSON object for each leg: losses by step and a digest of the checkpoint's weights, average, moments
+and counters, which does not depend on how ranks shared them out.
 """
 
 import hashlib
@@ -12,23 +13,30 @@ import json
 import sys
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from pipeline import config, world
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.classify import Classification, build_model
-from pipeline.train.checkpoint import Checkpoints, State
+from pipeline.train.checkpoint import STATE, Checkpoint, Checkpoints, Retention, State, parse_range
+from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.optim import lr_at
+from pipeline.train.saver import Saver
 
 
-def digest(engine: Engine) -> str:
-    whole = hashlib.sha256(str(engine.adam_steps()).encode())
-    for name, tensor in sorted(engine.weights().items()):
-        whole.update(name.encode() + tensor.numpy().tobytes())
-    for name, moment, tensor in engine.moments():
-        whole.update(f"{name} {moment}".encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+def digest(folder: Path) -> str:
+    state = json.loads((folder / STATE).read_text())["state"]
+    whole = hashlib.sha256(f"{state['adam_steps']} {state['ema_steps']} {state['loss_scale']}".encode())
+    for name in ("model", "ema"):
+        for key, tensor in sorted(safetensors.torch.load_file(folder / f"{name}.safetensors").items()):
+            whole.update(key.encode() + tensor.numpy().tobytes())
+    shares = [safetensors.torch.load_file(path) for path in folder.glob("optimizer-*.safetensors")]
+    ranges = {parse_range(key): tensor for share in shares for key, tensor in share.items()}
+    for (name, start, _), tensor in sorted(ranges.items(), key=lambda item: item[0]):
+        whole.update((name.encode() if start == 0 else b"") + tensor.numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -44,25 +52,31 @@ def main() -> None:
         task = Classification(build_model(settings.model, settings.image.size, 10))
         checkpoints = Checkpoints(Path(folder, run), here, settings.identity())
         folder_found = here.from_first(checkpoints.find("auto", []) if here.is_first else None)
-        found = checkpoints.open(folder_found) if folder_found else None
+        found = Checkpoint(folder_found) if folder_found else None
         state = found.state if found else State()
         if found:
             task.model.load_state_dict(found.weights())
         feed = TrainFeed(settings, shards, here, first_step=state.step, drop_path_rates=task.drop_path_rates)
         engine = Engine(settings, task, here, feed.deal.accumulation)
+        ema = Ema(engine, 0.9)
         if found:
-            found.restore(engine)
+            found.restore(engine, ema)
         losses = {}
         while state.step < int(last_step):
             lr = lr_at(state.step, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=4, total_steps=20)
             outcome = engine.step(feed.next(), step=state.step, lr=lr)
+            if outcome.applied:
+                ema.update()
             losses[state.step] = outcome.loss
             state.advance(outcome.applied)
         feed.close()
-        checkpoints.save(state, engine)
-        report = {"run": run, "losses": losses, "digest": digest(engine)}
+        saver = Saver(checkpoints, Retention(), engine, ema, here)
+        saver.save(state, safe_step=state.step)
+        folder_saved = saver.finish()
+        saver.close()
         if here.is_first:
-            print(json.dumps(report), flush=True)
+            assert folder_saved
+            print(json.dumps({"run": run, "losses": losses, "digest": digest(folder_saved)}), flush=True)
     world.stop()
 
 

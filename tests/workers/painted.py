@@ -9,6 +9,7 @@ process ends as if it had been killed.
 import json
 import os
 import sys
+from typing import Any
 
 from launch.job import run_job
 from pipeline import config, world
@@ -24,7 +25,7 @@ def main() -> None:
     numbers = settings.run.folder / f"painted-{here.rank}.jsonl"
     step_of_engine = Engine.step
 
-    def step(self: Engine, batches: list[MicroBatch], *, step: int, lr: float) -> Outcome:
+    def step(self: Engine, batches: list[MicroBatch], *, step: int, **others: Any) -> Outcome:
         if step == int(last_step):
             os._exit(0)
         read = [
@@ -35,7 +36,7 @@ def main() -> None:
         ]
         with numbers.open("a") as file:
             file.write(json.dumps({"step": step + 1, "numbers": read}) + "\n")
-        return step_of_engine(self, batches, step=step, lr=lr)
+        return step_of_engine(self, batches, step=step, **others)
 
     Engine.step = step
     run_job(settings, here)

@@ -29,7 +29,7 @@ def main() -> None:
             report: dict[str, Any] = {"stage": stage, "precision": precision}
             report |= {"applied": [], "unchanged": [], "loss_scales": []}
             for step in range(3):
-                before = engine.weights()
+                before = {name: tensor.clone() for name, tensor in engine.weights().items()}
                 batches = feed.next()
                 if step == 1 and here.rank == here.size - 1:
                     batches = [dataclasses.replace(b, images=torch.full_like(b.images, float("nan"))) for b in batches]

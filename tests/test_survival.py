@@ -1,0 +1,109 @@
+"""Whole jobs through bad batches, divergence, signals, failing stores and flipped bits, at every ZeRO stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import run_ranks, write_config
+from tests.workers.legs import digest
+
+
+@pytest.fixture
+def path(digits: Path, tmp_path: Path) -> Path:
+    """A run that learns fast, so that what is wrong shows."""
+    path = write_config(digits, tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree["mix"] = {"label_smoothing": 0.1}
+    tree["augment"] = {"crop_scale": [0.8, 1.0], "hflip": 0.0}
+    tree["data"]["val"] = None
+    tree["guard"] = {"window": 16, "rollback_after": 3}
+    tree["train"] |= {"length": "70 steps", "save_every": "10 steps", "ema_decay": 0.9}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(path: Path, name: str) -> Path:
+    return path.parent / "runs" / name
+
+
+def last(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("step-*"))
+
+
+def test_bad_batches_are_left_out_and_divergence_is_rolled_back_at_every_stage(path: Path) -> None:
+    faults = {40: "nan", 45: "labels", 54: "lr"}
+    jobs = [f"run.name=s{stage},engine.zero_stage={stage}" for stage in range(4)]
+    run_ranks(2, "faulty", path, json.dumps(faults), *jobs)
+    for stage in range(4):
+        metrics = lines(run(path, f"s{stage}") / "metrics.jsonl")
+        losses = {line["step"]: line["loss"] for line in metrics}
+        assert sorted(losses) == list(range(1, 71))
+        anomalies = lines(run(path, f"s{stage}") / "anomalies.jsonl")
+        kinds = [(line["step"], line["kind"]) for line in anomalies if line["kind"] != "gradient spike"]
+        assert kinds[:2] == [(41, "non-finite loss"), (46, "loss spike")], stage
+        # The step at 3,000 times the rate is taken; what comes of it is not.
+        assert kinds[2:] == [(56, "loss spike"), (57, "loss spike"), (58, "loss spike")], stage
+        assert all(len(line["samples"]) == 48 for line in anomalies)
+        assert metrics[-1]["skipped"] == 5
+        assert losses[56] > 3 > losses[40] > losses[59], stage
+        assert losses[59] < losses[51] + 0.3  # the weights of step 50
+        assert losses[70] < losses[40]
+
+
+def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None:
+    diverging = {54: "lr"}
+    run_ranks(2, "faulty", path, json.dumps(diverging), "run.name=straight")
+    # A signal in the middle of the bad row saves an extra checkpoint there.
+    run_ranks(2, "faulty", path, json.dumps({**diverging, 56: "stop"}), "run.name=bent")
+    assert last(run(path, "bent")).name == "step-00000057"
+    # What is done again after this one begins at the checkpoint that was rolled back to.
+    run_ranks(2, "faulty", path, json.dumps({**diverging, 59: "kill"}), "run.name=bent")
+    run_ranks(2, "faulty", path, json.dumps(diverging), "run.name=bent")
+    assert digest(last(run(path, "bent"))) == digest(last(run(path, "straight")))
+    losses = [[line["loss"] for line in lines(run(path, name) / "metrics.jsonl")] for name in ("straight", "bent")]
+    assert losses[0] == losses[1]
+
+
+def test_divergence_without_end_stops_the_run(path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"ended with 1:\n(.|\n)*training has diverged and guard") as error:
+        run_ranks(1, "faulty", path, json.dumps({30: "lr"}), "run.name=hopeless,guard.max_rollbacks=0")
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_failing_store_costs_no_step(path: Path) -> None:
+    for stage in (0, 3):
+        name = f"run.name=store{stage},engine.zero_stage={stage},train.length=20 steps"
+        with pytest.raises(AssertionError, match=r"rank \d ended with 1") as error:
+            run_ranks(2, "faulty", path, json.dumps({15: "store"}), name)
+        assert "Traceback" not in str(error.value)
+        assert last(run(path, f"store{stage}")).name == "step-00000015"
+        run_ranks(2, "faulty", path, "{}", name, f"run.name=whole{stage},{name.partition(',')[2]}")
+        whole, resumed = (last(run(path, f"{kind}{stage}")) for kind in ("whole", "store"))
+        assert digest(resumed) == digest(whole)
+
+
+def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
+    for stage in (0, 1, 2):
+        settings = (
+            f"run.name=flip{stage},engine.zero_stage={stage},train.length=12 steps,train.replay_check_every=5 steps"
+        )
+        with pytest.raises(AssertionError, match="silent corruption at step 10: rank 2 holds other values of"):
+            run_ranks(3, "faulty", path, json.dumps({10: "flip"}), settings)
+    name = "run.name=fine,engine.zero_stage=3,train.length=12 steps,train.replay_check_every=5 steps"
+    run_ranks(2, "faulty", path, "{}", name)
+
+
+def test_a_step_that_comes_out_differently_is_found_and_its_rank_named(path: Path) -> None:
+    for stage in (1, 3):
+        settings = (
+            f"run.name=again{stage},engine.zero_stage={stage},train.length=12 steps,train.replay_check_every=5 steps"
+        )
+        with pytest.raises(AssertionError, match="silent corruption at step 5: rank 1 computed other gradients"):
+            run_ranks(2, "faulty", path, json.dumps({5: "miscompute"}), settings)

@@ -1,0 +1,90 @@
+"""One rank of jobs that meet faults; see test_survival.py.
+
+python -m tests.workers.faulty CONFIG FAULTS OVERRIDES…
+
+FAULTS is a JSON object of step, counted from 0, to what happens before it: "nan" gives the last rank NaN pixels, "labels"
+the wrong labels, "lr" a learning rate 3,000 times too high; "flip" flips a bit of the last rank's weights, "miscompute"
+one of a gradient that it computes for the replay check; "store" keeps its feed from reading; "stop" sends it SIGTERM;
+"kill" ends all processes at once. Each of OVERRIDES is a comma-separated list of settings: one job.
+
+Rank 0 prints each job's result; a job that raises ends the process, as it would in launch/pretrain.py.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from launch import command
+from launch.job import run_job
+from pipeline import config, world
+from pipeline.feed.loader import MicroBatch, TrainFeed
+from pipeline.shards.store import StoreError
+from pipeline.train import replay
+from pipeline.train.engine import Engine, Outcome
+from pipeline.world import World
+
+
+def flip_bit(tensor: torch.Tensor) -> None:
+    tensor.view(torch.int32).view(-1)[7] ^= 1
+
+
+def main() -> None:
+    path, text, *jobs = sys.argv[1:]
+    faults = {int(step): fault for step, fault in json.loads(text).items()}
+    here = world.start()
+    is_last = here.rank == here.size - 1
+    take_step, fetch = Engine.step, TrainFeed.next
+    numbers = dict[int, int]()
+
+    def next_with_faults(self: TrainFeed) -> list[MicroBatch]:
+        step = numbers[id(self)] = numbers.get(id(self), self._first_step - 1) + 1
+        batches, fault = fetch(self), faults.get(step)
+        if fault == "nan" and is_last:
+            return [dataclasses.replace(b, images=torch.full_like(b.images, float("nan"))) for b in batches]
+        if fault == "labels":
+            return [dataclasses.replace(b, targets=b.targets.roll(1, dims=1)) for b in batches]
+        if fault == "store" and is_last:
+            raise StoreError("shard-000003.tar: 503 Service Unavailable")
+        return batches
+
+    def step_with_faults(self: Engine, batches: list[MicroBatch], *, step: int, lr: float, **others: Any) -> Outcome:
+        fault = faults.get(step)
+        if fault == "kill":
+            os._exit(0)
+        if fault == "stop" and is_last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(self, batches, step=step, lr=lr * (3000 if fault == "lr" else 1), **others)
+
+    def gradients_with_faults(self: Engine, batch: MicroBatch, *, step: int, micro: int) -> Any:
+        result = gradients(self, batch, step=step, micro=micro)
+        if faults.get(step) == "miscompute" and is_last:
+            faults[step] = "never again"
+            flip_bit(result["head.weight"])
+        return result
+
+    def check_with_faults(engine: Engine, batch: MicroBatch, step: int, world: World) -> None:
+        if faults.get(step) == "flip" and is_last:
+            flip_bit(next(iter(engine.local_weights().values())))
+        check(engine, batch, step, world)
+
+    gradients, check = Engine.gradients, replay.check
+    Engine.step, TrainFeed.next, Engine.gradients = step_with_faults, next_with_faults, gradients_with_faults
+    replay.check = check_with_faults
+
+    def run() -> None:
+        for overrides in jobs:
+            result = run_job(config.load(path, overrides.split(",")), here)
+            if result:
+                print(json.dumps(result), flush=True)
+        world.stop()
+
+    command.run(run)
+
+
+if __name__ == "__main__":
+    main()
