@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -22,10 +22,8 @@ from pipeline.feed.quarantine import Quarantine
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
 from pipeline.tasks.classify import Classification, build_model, check_image_sizes
-from pipeline.track.card import Card
-from pipeline.track.registry import register
-from pipeline.track.runs import Tracker
-from pipeline.train.checkpoint import EMA, MODEL, Checkpoint, Checkpoints, Retention, State
+from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
+from pipeline.train.commit import EMA, MODEL
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
 from pipeline.train.evaluate import evaluate
@@ -38,6 +36,10 @@ from pipeline.train.saver import Saver
 from pipeline.train.trace import Trace
 from pipeline.train.watch import Watch
 from pipeline.world import World
+
+if TYPE_CHECKING:
+    # MLflow takes more than a second to import: where it is used, which is on rank 0, and not on all.
+    from pipeline.track.runs import Tracker
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -179,8 +181,13 @@ def _stopped(summary: Summary) -> dict[str, Any]:
     return {"requeue": True, "checkpoint": str(summary.checkpoint)}
 
 
-def _register(settings: Config, training: ShardSet, tracker: Tracker, summary: Summary, state: State) -> dict[str, Any]:
+def _register(
+    settings: Config, training: ShardSet, tracker: "Tracker", summary: Summary, state: State
+) -> dict[str, Any]:
     """Register the last checkpoint's weights, those that were evaluated, as a model version."""
+    from pipeline.track.card import Card
+    from pipeline.track.registry import register
+
     scores = finite_or_none(summary.scores)
     card = Card(
         task="classification",
@@ -266,11 +273,13 @@ def _claimed(folder: Path, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracking(settings: Config, world: World, training: ShardSet) -> Iterator[Tracker | None]:
+def _tracking(settings: Config, world: World, training: ShardSet) -> "Iterator[Tracker | None]":
     """The run's Tracker on rank 0; None on the others. A run that raises ends as FAILED."""
     if not world.is_first:
         yield None
         return
+    from pipeline.track.runs import Tracker
+
     folder = settings.run.folder
     (folder / "result.json").unlink(missing_ok=True)  # of an attempt that was stopped
     (folder / "config.yaml").write_text(dump(settings))

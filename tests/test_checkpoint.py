@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.train.checkpoint import Checkpoints, damage
+from pipeline.train.checkpoint import Checkpoints
+from pipeline.train.commit import damage
 from pipeline.world import World
 from tests.conftest import run_ranks, write_config
 

@@ -18,7 +18,7 @@ def path(digits: Path, tmp_path: Path) -> Path:
     tree = yaml.safe_load(path.read_text())
     tree["mix"] = {"label_smoothing": 0.1}
     tree["augment"] = {"crop_scale": [0.8, 1.0], "hflip": 0.0}
-    tree["data"]["val"] = None
+    tree["evaluate"] = {"batch_size": 32}
     tree["guard"] = {"window": 16, "rollback_after": 3}
     tree["train"] |= {"length": "70 steps", "save_every": "10 steps", "ema_decay": 0.9}
     path.write_text(yaml.safe_dump(tree))
@@ -58,17 +58,24 @@ def test_bad_batches_are_left_out_and_divergence_is_rolled_back_at_every_stage(p
 
 
 def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None:
-    diverging = {54: "lr"}
-    run_ranks(2, "faulty", path, json.dumps(diverging), "run.name=straight")
-    # A signal in the middle of the bad row saves an extra checkpoint there.
-    run_ranks(2, "faulty", path, json.dumps({**diverging, 56: "stop"}), "run.name=bent")
+    def train(name: str, **faults: str) -> None:
+        steps = {54: "lr", **{int(step[1:]): fault for step, fault in faults.items()}}
+        run_ranks(2, "faulty", path, json.dumps(steps), f"run.name={name},train.eval_every=19 steps")
+
+    train("straight")
+    # A signal in the middle of the bad row saves an extra checkpoint there, and puts off an evaluation that is due.
+    train("bent", _56="stop")
     assert last(run(path, "bent")).name == "step-00000057"
     # What is done again after this one begins at the checkpoint that was rolled back to.
-    run_ranks(2, "faulty", path, json.dumps({**diverging, 59: "kill"}), "run.name=bent")
-    run_ranks(2, "faulty", path, json.dumps(diverging), "run.name=bent")
+    train("bent", _59="kill")
+    train("bent")
     assert digest(last(run(path, "bent"))) == digest(last(run(path, "straight")))
-    losses = [[line["loss"] for line in lines(run(path, name) / "metrics.jsonl")] for name in ("straight", "bent")]
-    assert losses[0] == losses[1]
+    numbers = [
+        [(line["step"], line.get("loss"), line.get("top1")) for line in lines(run(path, name) / "metrics.jsonl")]
+        for name in ("straight", "bent")
+    ]
+    assert numbers[0] == numbers[1]
+    assert [step for step, _, top1 in numbers[0] if top1] == [19, 38, 57, 70]
 
 
 def test_divergence_without_end_stops_the_run(path: Path) -> None:
@@ -89,8 +96,18 @@ def test_a_failing_store_costs_no_step(path: Path) -> None:
         assert digest(resumed) == digest(whole)
 
 
+def test_an_evaluation_that_fails_on_one_rank_costs_no_step(path: Path) -> None:
+    name = "run.name=eval,engine.zero_stage=3,train.ema_decay=null,train.length=20 steps,train.eval_every=6 steps"
+    with pytest.raises(AssertionError, match=r"rank \d ended with 1") as error:
+        run_ranks(2, "faulty", path, json.dumps({0: "evaluation"}), name)
+    assert "Traceback" not in str(error.value)
+    assert last(run(path, "eval")).name == "step-00000006"
+    run_ranks(2, "faulty", path, "{}", name)
+    assert [line["step"] for line in lines(run(path, "eval") / "metrics.jsonl") if "top1" in line] == [6, 12, 18, 20]
+
+
 def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
-    for stage in (0, 1, 2):
+    for stage in (0, 2):
         settings = (
             f"run.name=flip{stage},engine.zero_stage={stage},train.length=12 steps,train.replay_check_every=5 steps"
         )

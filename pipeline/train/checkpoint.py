@@ -13,29 +13,35 @@ stage. `saver.py` writes them.
 """
 
 import dataclasses
-import hashlib
 import json
-import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.train.commit import (
+    COMMIT,
+    EMA,
+    FORMAT,
+    MODEL,
+    STATE,
+    damage,
+    is_whole,
+    json_bytes,
+    parse_range,
+    score_of,
+    step_of,
+)
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, LossScale
 from pipeline.world import World
-
-COMMIT, MODEL, EMA, STATE = "COMMIT.json", "model.safetensors", "ema.safetensors", "state.json"
-FORMAT = 2
 
 SHAPES_WEIGHTS = ("model", "image_size", "num_classes")  # entries of the identity that no resume.allow can bridge
 
@@ -52,7 +58,6 @@ class State:
     guard: dict[str, Any] | None = None
     scores: dict[str, float] | None = None  # of the newest evaluation, which was at scored_step
     scored_step: int | None = None
-    bad_samples: int = 0  # known by then, listed in quarantine.jsonl
     run_id: str | None = None
 
     def advance(self, applied: bool) -> None:
@@ -216,94 +221,3 @@ class Checkpoint:
             return whole
 
         return read
-
-
-def range_key(name: str, moment: str, start: int, length: int) -> str:
-    return f"{moment}.{name}[{start}:{start + length}]"
-
-
-def parse_range(key: str) -> tuple[str, int, int]:
-    match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", key)
-    assert match, f"{key!r} is no range of a moment"
-    return match[1], int(match[2]), int(match[3])
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def score_of(folder: Path, metric: str) -> float | None:
-    """What the evaluation at the checkpoint's own step gave; None without one, or if it cannot be read."""
-    try:
-        state = json.loads((folder / STATE).read_text())["state"]
-        return state["scores"][metric] if state["scored_step"] == state["step"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-class Entry(BaseModel):
-    bytes: int
-    sha256: str
-
-
-class Commit(BaseModel):
-    """COMMIT.json."""
-
-    format: Literal[2]
-    files: dict[str, Entry]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Commit":
-        return cls.model_validate_json((folder / COMMIT).read_text())
-
-
-def damage(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None. Reads every byte.
-
-    Raises InputError for one that a newer version of this code has written, which is not damaged.
-    """
-    if not folder.is_dir():
-        return "no such folder"
-    try:
-        commit = Commit.read(folder)
-    except FileNotFoundError:
-        return f"no {COMMIT}: saving it did not finish"
-    except ValidationError as error:
-        if (found := _format_of(folder)) > FORMAT:
-            raise InputError(f"{folder}: format {found}, but this version reads format {FORMAT}: update it") from None
-        if found in range(1, FORMAT):
-            return f"format {found}, but this version reads format {FORMAT}"
-        return f"{COMMIT} cannot be read: {error.errors()[0]['msg']}"
-    except (OSError, ValueError) as error:
-        return f"{COMMIT} cannot be read: {error}"
-    if missing := {MODEL, STATE} - commit.files.keys():
-        return f"{COMMIT} does not list {', '.join(sorted(missing))}"
-    for name, entry in commit.files.items():
-        try:
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-        if digest != entry.sha256:
-            return f"{name} has SHA-256 {digest}, but {COMMIT} lists {entry.sha256}"
-    return None
-
-
-def _format_of(folder: Path) -> int:
-    try:
-        found = json.loads((folder / COMMIT).read_text())["format"]
-        return found if isinstance(found, int) else 0
-    except (ValueError, TypeError, KeyError):
-        return 0
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether to resume from it. A damaged one is told and walked past: the run repeats the steps since the one
-    before."""
-    if fault := damage(folder):
-        print(f"{folder} is passed over: {fault}", file=sys.stderr, flush=True)
-    return fault is None
-
-
-def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"

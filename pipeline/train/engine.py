@@ -8,6 +8,8 @@ stage 0 needs no master copy. fp16's loss scale is kept here, one rule for all s
 import copy
 import dataclasses
 import difflib
+import functools
+import importlib
 import logging
 import math
 import os
@@ -15,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import deepspeed
+import deepspeed.runtime.compiler
 import torch
 import torch.func
 import torch.utils.deterministic
@@ -30,6 +34,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
+from pipeline.train.commit import MOMENTS
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.seams import Task
 from pipeline.world import World
@@ -49,8 +54,6 @@ _PASSED_ON = (
     "wall_clock_breakdown",
     "zero_force_ds_cpu_optimizer",
 )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -124,6 +127,7 @@ class Engine:
         _log_to_stderr()
         # Nothing here uses DeepSpeed's compiled operators; without this it spends a minute building one at start-up.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not an attribute that type checkers know
+        _import_muon()
         self._config, self._world, self._accumulation = config, world, accumulation
         self._stage = config.engine.zero_stage
         self._model = task.model.to(world.device)
@@ -284,10 +288,14 @@ class Engine:
 
     def local_weights(self) -> dict[str, Tensor]:
         """What this rank holds of each trainable parameter, fp32: all of it; at stage 3 its partition, flat."""
-        return {
-            name: self._partition(parameter) if self._stage == 3 else parameter.detach()
-            for name, parameter in self._parameters.items()
-        }
+        if self._stage == 3:
+            return self._partitions
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    @functools.cached_property
+    def _partitions(self) -> dict[str, Tensor]:
+        # Kept, because DeepSpeed waits for the device whenever it is asked for one.
+        return {name: self._partition(parameter) for name, parameter in self._parameters.items()}
 
     @property
     def keeps_copies(self) -> bool:
@@ -500,6 +508,13 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling what `torch.empty` returns guards against uninitialised reads, at the price of writing all memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _import_muon() -> None:
+    """DeepSpeed imports its Muon optimiser at every start. Declaring what is compiled in there takes more than a
+    second, for a function that is never called."""
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", return_value=lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def _log_to_stderr() -> None:

@@ -15,7 +15,8 @@ from pipeline.config import Config, Length
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import MicroBatch, TrainFeed
 from pipeline.train import replay
-from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State, step_of
+from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
+from pipeline.train.commit import step_of
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, Outcome
 from pipeline.train.goodput import Category, Goodput

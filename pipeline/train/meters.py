@@ -21,21 +21,25 @@ class Meters:
         self._reset()
 
     def _reset(self) -> None:
-        self._began, self._steps, self._data_wait_s, self._loss_sum = time.perf_counter(), 0, 0.0, 0.0
+        self._began, self._steps, self._data_wait_s = time.perf_counter(), 0, 0.0
+        self._applied, self._loss_sum = 0, 0.0
 
     def add(self, outcome: Outcome, data_wait_s: float) -> None:
         self._steps += 1
         self._data_wait_s += data_wait_s
-        self._loss_sum += outcome.loss
+        if outcome.applied:  # a loss that is not finite would hide all others
+            self._applied += 1
+            self._loss_sum += outcome.loss
         self._last = outcome
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading (grad_norm: of the last step), and a fresh start."""
+        """Means since the last reading (loss: over the steps that were applied, if any; grad_norm: of the last step),
+        and a fresh start."""
         elapsed_s = time.perf_counter() - self._began
         self._all_steps, self._all_s = self._all_steps + self._steps, self._all_s + elapsed_s
         step_s = elapsed_s / self._steps
         reading = {
-            "loss": self._loss_sum / self._steps,
+            "loss": self._loss_sum / self._applied if self._applied else self._last.loss,
             "grad_norm": self._last.grad_norm,
             "images_per_second": self._global_batch_size / step_s,
             "data_wait_s": self._data_wait_s / self._steps,

@@ -20,7 +20,8 @@ import torch
 
 from pipeline import files
 from pipeline.errors import ExternalError
-from pipeline.train.checkpoint import EMA, MODEL, STATE, Checkpoints, Retention, State, json_bytes, range_key
+from pipeline.train.checkpoint import Checkpoints, Retention, State
+from pipeline.train.commit import EMA, MODEL, STATE, json_bytes, range_key
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.snapshot import Snapshot

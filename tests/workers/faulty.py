@@ -2,10 +2,12 @@
 
 python -m tests.workers.faulty CONFIG FAULTS OVERRIDES…
 
-FAULTS is a JSON object of step, counted from 0, to what happens before it: "nan" gives the last rank NaN pixels, "labels"
-the wrong labels, "lr" a learning rate 3,000 times too high; "flip" flips a bit of the last rank's weights, "miscompute"
-one of a gradient that it computes for the replay check; "store" keeps its feed from reading; "stop" sends it SIGTERM;
-"kill" ends all processes at once. Each of OVERRIDES is a comma-separated list of settings: one job.
+FAULTS is a JSON object of step, counted from 0, to what happens before it:
+"nan" gives the last rank NaN pixels, "labels" the wrong labels, "lr" a learning rate 3,000 times too high;
+"flip" flips a bit of the last rank's weights, "miscompute" one of a gradient that it computes for the replay check;
+"store" keeps its feed from reading, "evaluation" every evaluation, from the first on;
+"stop" sends it SIGTERM, "kill" ends all processes at once.
+Each of OVERRIDES is a comma-separated list of settings: one job.
 
 Rank 0 prints each job's result; a job that raises ends the process, as it would in launch/pretrain.py.
 """
@@ -15,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ import torch
 from launch import command
 from launch.job import run_job
 from pipeline import config, world
-from pipeline.feed.loader import MicroBatch, TrainFeed
+from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
 from pipeline.shards.store import StoreError
 from pipeline.train import replay
 from pipeline.train.engine import Engine, Outcome
@@ -52,6 +55,12 @@ def main() -> None:
             raise StoreError("shard-000003.tar: 503 Service Unavailable")
         return batches
 
+    def evaluate_with_faults(self: EvalFeed) -> Iterator[MicroBatch]:
+        for number, batch in enumerate(batches_of(self)):
+            if number == 1 and "evaluation" in faults.values() and is_last:
+                raise StoreError("shard-000001.tar: 503 Service Unavailable")
+            yield batch
+
     def step_with_faults(self: Engine, batches: list[MicroBatch], *, step: int, lr: float, **others: Any) -> Outcome:
         fault = faults.get(step)
         if fault == "kill":
@@ -72,7 +81,8 @@ def main() -> None:
             flip_bit(next(iter(engine.local_weights().values())))
         check(engine, batch, step, world)
 
-    gradients, check = Engine.gradients, replay.check
+    gradients, check, batches_of = Engine.gradients, replay.check, EvalFeed.__iter__
+    EvalFeed.__iter__ = evaluate_with_faults
     Engine.step, TrainFeed.next, Engine.gradients = step_with_faults, next_with_faults, gradients_with_faults
     replay.check = check_with_faults
 

@@ -20,7 +20,8 @@ from pipeline import config, world
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.classify import Classification, build_model
-from pipeline.train.checkpoint import STATE, Checkpoint, Checkpoints, Retention, State, parse_range
+from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
+from pipeline.train.commit import STATE, parse_range
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.optim import lr_at

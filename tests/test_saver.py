@@ -1,0 +1,64 @@
+"""A safetensors file in memory; which checkpoints are kept; saving by the clock."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.train.checkpoint import Checkpoints, Retention
+from pipeline.train.snapshot import Snapshot
+from pipeline.world import World
+from tests.conftest import run_ranks, write_config
+
+
+def test_a_snapshot_is_a_safetensors_file() -> None:
+    torch.manual_seed(0)
+    tensors = {
+        "weight": torch.randn(5, 7),
+        "counter": torch.tensor(2**40),
+        "half": torch.randn(3).bfloat16(),
+        "mask": torch.tensor([True, False, True]),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "empty": torch.zeros(0, 4),
+        "a view": torch.randn(4, 6).T,
+    }
+    snapshot = Snapshot(tensors, pin=False)
+    for _ in range(2):  # filled again, for the next save
+        tensors = {name: tensor if tensor.dtype == torch.bool else tensor + 1 for name, tensor in tensors.items()}
+        snapshot.fill(tensors)
+        found = safetensors.torch.load(bytes(snapshot.data()))
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("retention", "safe_step", "kept"),
+    [
+        (Retention(last=1, best=0), 100, {100}),
+        (Retention(last=3, best=0), 100, {80, 90, 100}),
+        (Retention(last=1, best=2), 100, {30, 50, 100}),
+        (Retention(last=1, best=9), 100, {30, 50, 70, 100}),
+        (Retention(last=1, best=0, every=20), 100, {20, 40, 60, 80, 100}),
+        # Rolling back would take 40: 50 was saved after the trouble began, 45 because of a signal.
+        (Retention(last=1, best=0, grid=10), 48, {40, 100}),
+        (Retention(last=1, best=0, grid=10), 100, {100}),
+    ],
+)
+def test_what_is_kept(retention: Retention, safe_step: int, kept: set[int]) -> None:
+    scores: dict[int, float | None] = dict.fromkeys([0, *range(10, 101, 10), 45], None)
+    scores |= {30: 0.7, 50: 0.8, 70: 0.7}  # of equals the older one is the better
+    assert retention.kept(scores, safe_step) == kept
+
+
+def test_saves_by_the_clock_leave_the_regular_grid_alone(digits: Path, tmp_path: Path) -> None:
+    path = write_config(digits, tmp_path)
+    overrides = "train.save_every=8 steps,checkpoint.every_minutes=1e-9,checkpoint.keep_last=2,data.val=null"
+    run_ranks(2, "faulty", path, json.dumps({14: "kill"}), overrides)
+    steps = Checkpoints(tmp_path / "runs/tiny/checkpoints", World(), {}).steps()
+    assert steps[0] == 8  # what rolling back would take
+    assert steps[-1] in (12, 13, 14)  # the newest may be half-written
+    assert len(steps) == 3
