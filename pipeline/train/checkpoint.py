@@ -107,6 +107,7 @@ class Checkpoints:
         """An empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0."""
         self.remove(step)
         self.path(step).mkdir(parents=True)
+        files.sync_folder(self.folder)
         return self.path(step)
 
     def remove(self, step: int) -> None:

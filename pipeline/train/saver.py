@@ -45,6 +45,7 @@ class Saver:
         pin = world.device.type == "cuda"
         self._snapshots = {name: Snapshot(tensors, pin=pin) for name, tensors in self._my_tensors().items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint digest")
         self._part: Future[None] | None = None
         self._commit: Future[None] | None = None
         self._folder: Path | None = None  # being written
@@ -108,8 +109,9 @@ class Saver:
     def _write_part(self, folder: Path, contents: dict[str, memoryview]) -> None:
         part: dict[str, dict[str, Any]] = {}
         for name, data in contents.items():
+            digest = self._hashing.submit(hashlib.sha256, data)
             files.write(folder / name, data)
-            part[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            part[name] = {"bytes": len(data), "sha256": digest.result().hexdigest()}
         files.write(folder / f"part-{self._world.rank}.json", json_bytes(part))
 
     def _commit_and_retain(self, folder: Path) -> None:
@@ -181,6 +183,7 @@ class Saver:
 
     def close(self) -> None:
         self._thread.shutdown()
+        self._hashing.shutdown()
 
 
 def _succeeded(job: Future[None] | None) -> bool:

@@ -1,0 +1,58 @@
+"""Signals to single ranks of a whole run: stopping early with a checkpoint, and a rank that stands still."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences, write_config
+
+STEPS = 40
+LIMIT_S = 120
+
+
+def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(digits: Path, tmp_path: Path) -> None:
+    config = write_config(digits, tmp_path, ranks=2, stage=2, steps=STEPS)
+    straight, stopped = Job(config, "straight", ranks=2), Job(config, "stopped", ranks=2)
+    straight.finish()
+    for rank, number, step in ((1, signal.SIGUSR1, 12), (0, signal.SIGTERM, 27)):
+        with stopped.start() as attempt:
+            assert attempt.wait_until(lambda: attempt.step >= step, LIMIT_S)  # noqa: B023 - called at once
+            attempt.kill([rank], number)
+            at = attempt.step
+            assert attempt.wait(LIMIT_S)
+            assert attempt.codes == [85, 85], attempt.errors(rank)
+            saved = stopped.newest_step()
+            # The file that tells the step here is a moment behind.
+            print(f"{number.name} to rank {rank} at step {at}: checkpoint of step {saved}")
+            assert at <= saved <= at + 3
+            result = json.loads((stopped.folder / "result.json").read_text())
+            assert result["requeue"] is True
+            assert result["steps"] == saved
+            assert attempt.result() == result
+    stopped.finish()
+    folder = f"step-{STEPS:08d}"
+    assert checkpoint_differences(stopped.checkpoints / folder, straight.checkpoints / folder) == []
+    assert trace_differences(stopped.folder / "trace", straight.folder / "trace") == []
+    assert metrics_differences(stopped.folder / "metrics.jsonl", straight.folder / "metrics.jsonl", STEPS) == []
+    assert "requeue" not in json.loads((stopped.folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: int) -> None:
+    config = write_config(digits, tmp_path, ranks=2, stage=1, steps=STEPS)
+    job = Job(config, "hung", ranks=2, overrides=("train.hang_timeout_s=10",))
+    with job.start() as attempt:
+        assert attempt.wait_until(lambda: attempt.step >= 5, LIMIT_S)
+        attempt.kill([rank], signal.SIGSTOP)
+        began = time.monotonic()
+        other = attempt.processes[1 - rank]
+        assert other.wait(10 + 10) == 1
+        print(f"rank {rank} was named after {time.monotonic() - began:.1f} s")
+        line = next(line for line in attempt.errors(1 - rank).splitlines() if line.startswith("hang: "))
+        print(line)
+        assert f"rank {rank} (" in line.partition(";")[2]
+        assert "is behind: it no longer runs" in line
+        assert "exchange" in (job.folder / "stacks" / f"rank-{1 - rank}.txt").read_text()
