@@ -15,22 +15,28 @@ from tests.conftest import run_ranks, write_config
 
 def test_a_snapshot_is_a_safetensors_file() -> None:
     torch.manual_seed(0)
+    flat, square = torch.randn(40), torch.randn(6, 6)
     tensors = {
-        "weight": torch.randn(5, 7),
+        "b": flat[10:20].view(5, 2),
+        "a": flat[:10],
+        "c": flat[20:30],
+        "behind a gap": flat[35:],
+        "turned": square.T,
+        "within": square[2:4],
         "counter": torch.tensor(2**40),
         "half": torch.randn(3).bfloat16(),
         "mask": torch.tensor([True, False, True]),
         "bytes": torch.arange(5, dtype=torch.uint8),
         "empty": torch.zeros(0, 4),
-        "a view": torch.randn(4, 6).T,
     }
     snapshot = Snapshot(tensors, pin=False)
-    for _ in range(2):  # filled again, for the next save
-        tensors = {name: tensor if tensor.dtype == torch.bool else tensor + 1 for name, tensor in tensors.items()}
-        snapshot.fill(tensors)
+    moved = {name: tensor.clone() for name, tensor in tensors.items()}
+    for saved in (tensors, tensors, moved, tensors):
+        flat += 1
+        snapshot.fill(saved)
         found = safetensors.torch.load(bytes(snapshot.data()))
-        assert found.keys() == tensors.keys()
-        for name, tensor in tensors.items():
+        assert found.keys() == saved.keys()
+        for name, tensor in saved.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor), name
 

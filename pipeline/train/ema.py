@@ -16,7 +16,12 @@ class Ema:
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self._engine, self._decay = engine, decay
-        self._average = {name: tensor.clone() for name, tensor in engine.local_weights().items()}
+        weights = engine.local_weights()
+        # In one allocation, which is saved with one copy.
+        parts = torch.cat([tensor.flatten() for tensor in weights.values()]).split(
+            [w.numel() for w in weights.values()]
+        )
+        self._average = {name: part.view(weights[name].shape) for name, part in zip(weights, parts, strict=True)}
         self.steps = 0
 
     def update(self) -> None:

@@ -7,7 +7,7 @@ padded with spaces; the tensors' values end to end, at the offsets that the head
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -29,8 +29,17 @@ class Snapshot:
     GPU."""
 
     def __init__(self, like: Mapping[str, Tensor], *, pin: bool) -> None:
-        # Wide types first, so that every tensor is aligned.
-        names = sorted(like, key=lambda name: (-like[name].element_size(), name))
+        # Wide types first, so that every tensor is aligned; then as they lie in memory, to copy neighbours as one.
+        allocations = {where: number for number, where in enumerate(dict.fromkeys(map(_allocation, like.values())))}
+        names = sorted(
+            like,
+            key=lambda name: (
+                -like[name].element_size(),
+                allocations[_allocation(like[name])],
+                like[name].storage_offset(),
+                name,
+            ),
+        )
         header, offset = {}, 0
         for name in names:
             tensor = like[name]
@@ -47,19 +56,49 @@ class Snapshot:
         # Filled, so that the first save does not wait for the system to find the memory.
         self._bytes = torch.empty(start + offset, dtype=torch.uint8, pin_memory=pin).fill_(0)
         self._bytes[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
-        self._views = {}
-        for name in names:
-            first, end = header[name]["data_offsets"]
-            self._views[name] = self._bytes[start + first : start + end].view(like[name].dtype).view(like[name].shape)
+        self._places = {name: tuple(start + at for at in header[name]["data_offsets"]) for name in names}
+        self._addresses: list[int] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the values. On a GPU they are there once its stream has been waited for."""
-        sources = [tensors[name] for name in self._views]
-        # One call, because thousands of them take as long as the copying.
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self._views.values()), sources, non_blocking=True
-        )
+        sources = [tensors[name] for name in self._places]
+        # Planned once for tensors that stay where they are: planning takes as long as some copies do.
+        addresses = [source.data_ptr() for source in sources]
+        if addresses != self._addresses:
+            self._addresses, self._copies = addresses, list(self._plan(sources))
+        for source, place in self._copies:
+            place.copy_(source, non_blocking=True)
+
+    def _plan(self, sources: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What to copy where. Tensors that follow on each other in memory as in the file are copied as one: thousands
+        of copies cost more than their bytes."""
+        places = list(self._places.values())
+        first = 0
+        for last, source in enumerate(sources):
+            if last + 1 < len(sources) and _is_followed_by(source, sources[last + 1]):
+                continue
+            run = self._bytes[places[first][0] : places[last][1]].view(source.dtype)
+            if first == last:
+                yield source.detach(), run.view(source.shape)
+            else:
+                yield sources[first].detach().as_strided(run.shape, (1,)), run
+            first = last + 1
 
     def data(self) -> memoryview:
         """The whole file."""
         return self._bytes.numpy().data
+
+
+def _allocation(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_followed_by(tensor: Tensor, other: Tensor) -> bool:
+    return (
+        _allocation(tensor) == _allocation(other)
+        and tensor.data_ptr() + tensor.numel() * tensor.element_size() == other.data_ptr()
+        and tensor.dtype == other.dtype
+        and tensor.is_contiguous()
+        and other.is_contiguous()
+    )
