@@ -7,8 +7,8 @@ python -m benchmarks.checkpoint [--model pvt_large] [--image-size 224] [--folder
 The state is full: weights, Adam's two moments and an average of the weights, fp32. Stall: until the call returns and
 training may go on. Total: until the checkpoint is whole. Beside them stands what hardware allows, measured in every
 round just before ours: `bound`, one contiguous copy of the same bytes from the device to host memory that is there
-already; `disk`, writing the same bytes to one file with fsync; `hash`, SHA-256 of them on one core, which ours takes and
-others do not.
+already; `disk`, writing the same bytes to one file with fsync; `hash`, SHA-256 of them on one core, which ours takes
+and others do not.
 
 Then, in every round again, steps of training go on through a save of the contenders that write behind training:
 `slowdown` is the median step while a save is under way over the median step without; `cost_s` is what the save takes

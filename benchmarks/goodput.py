@@ -27,11 +27,12 @@ import numpy as np
 
 from launch import command
 
-# Not measured yet: assumed.
-STEP_S = 0.5  # to be measured by a run of PVT-Large, step_s in metrics.jsonl
-STALL_S = 0.05  # to be measured by benchmarks.checkpoint, stall_s
-COMMIT_S = 5.0  # to be measured by benchmarks.checkpoint, total_s
-RESTART_S = 60.0  # from process start to first step; to be measured by a run, start_up_s in its account of time
+# Measured by benchmarks.checkpoint for PVT-Large on two CPU cores, rounded up.
+STALL_S = 0.15
+COMMIT_S = 2.5
+# Assumed. On two CPU cores start-up takes 9 s (start_up_s in goodput.json), without NCCL, compilation and many nodes.
+STEP_S = 0.5
+RESTART_S = 60.0  # from process start to first step
 DETECT_S = 10.0  # from a rank's death to new processes on spare nodes. A hang takes train.hang_timeout_s instead.
 
 # Kokolis et al. 2024 (arXiv 2410.21680): jobs of 1,024 GPUs failed every 7.9 hours.

@@ -50,104 +50,120 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     The result of a job that a signal has stopped says "requeue". Raises InputError for anything that can be known to
     be wrong before the first step.
     """
-    folder, train = settings.run.folder, settings.train
+    folder = settings.run.folder
     with contextlib.ExitStack() as parts:
-        stop = parts.enter_context(StopSignal(train.preempt_deadline_s, command.REQUEUE))
+        stop = parts.enter_context(StopSignal(settings.train.preempt_deadline_s, command.REQUEUE))
         training, validation = command.first_then_all(world, lambda: _check(settings, world))
         command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world)))
         attempt = world.from_first(uuid.uuid4().hex)
         watched = parts.enter_context(contextlib.ExitStack())
-        watch = watched.enter_context(Watch(folder / "watch", world, train.hang_timeout_s, attempt))
-        if train.deterministic:
+        watch = watched.enter_context(Watch(folder / "watch", world, settings.train.hang_timeout_s, attempt))
+        if settings.train.deterministic:
             make_deterministic()
-        torch.manual_seed(settings.run.seed)
-        num_classes = len(training.classes)
-        task = command.first_then_all(
-            world, lambda: Classification(build_model(settings.model, settings.image.size, num_classes), num_classes)
-        )
-        identity = {**settings.identity(), "num_classes": num_classes, "data": training.digest}
+        task = command.first_then_all(world, lambda: _task(settings, len(training.classes)))
+        identity = {**settings.identity(), "num_classes": len(training.classes), "data": training.digest}
         checkpoints = Checkpoints(folder / "checkpoints", world, identity)
         found = _find(checkpoints, settings, world)
         state = found.state if found else State()
-        if found:
-            task.model.load_state_dict(found.weights())
-
-        quarantine = Quarantine(training, folder / QUARANTINE, settings.data.max_bad_fraction)
-        feed = TrainFeed(
-            settings,
-            training,
-            world,
-            first_step=state.step,
-            drop_path_rates=task.drop_path_rates,
-            quarantine=quarantine,
-        )
-        parts.callback(feed.close)
+        feed = parts.enter_context(contextlib.closing(_feed(settings, world, training, task, state)))
         schedule = Schedule.of(settings, feed.order.steps_per_epoch)
         if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
             return finished if world.is_first else None
+        if found:
+            task.model.load_state_dict(found.weights())
         engine = Engine(settings, task, world, feed.deal.accumulation)
-        ema = Ema(engine, train.ema_decay) if train.ema_decay is not None else None
+        ema = None if settings.train.ema_decay is None else Ema(engine, settings.train.ema_decay)
+        guard = Guard(settings.guard, task.chance_loss)
         if found:
             found.restore(engine, ema)
-        guard = Guard(settings.guard, task.chance_loss)
-        if state.guard:
+            assert state.guard, "every save notes the guard"
             guard.load(state.guard)
-        retention = Retention(
-            last=settings.checkpoint.keep_last,
-            best=settings.checkpoint.keep_best,
-            every=schedule.keep_every,
-            grid=schedule.save_every,
-            metric=task.main_metric,
-        )
-        saver = Saver(checkpoints, retention, engine, ema, world)
+        saver = Saver(checkpoints, _retention(settings, schedule, task), engine, ema, world)
         saver.newest = found.folder if found else None
         parts.callback(saver.close)
         tracker = parts.enter_context(_tracking(settings, world, training))
         if tracker:
             state.run_id = tracker.run_id
             _say_start(settings, world, feed, schedule, state)
-        # Only now, because what has passed since the process began is the start-up.
-        goodput = Goodput(
-            folder / "goodput.json" if world.is_first else None,
-            resumed_step=state.step,
-            process_start=psutil.Process().create_time(),
-        )
         trainer = Trainer(
-            settings,
-            world,
-            schedule,
-            state,
-            feed,
-            engine,
-            ema,
-            checkpoints,
-            retention,
-            saver,
-            guard,
-            watch,
-            goodput,
-            stop,
-            _evaluation(settings, world, validation, task, engine, ema),
-            listeners=[MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
-            if tracker
-            else [],
-            anomalies=Anomalies(folder / "anomalies.jsonl", state.step) if world.is_first else None,
-            trace=Trace(folder / "trace", world.rank, state.step, training) if settings.debug.trace_samples else None,
+            config=settings,
+            world=world,
+            schedule=schedule,
+            state=state,
+            feed=feed,
+            engine=engine,
+            ema=ema,
+            saver=saver,
+            guard=guard,
+            watch=watch,
+            goodput=_goodput(folder, world, state),
+            stop=stop,
+            evaluation=_evaluation(settings, world, validation, task, engine, ema),
         )
+        if tracker:
+            trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
+            trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
+        if settings.debug.trace_samples:
+            trainer.trace = Trace(folder / "trace", world.rank, state.step, training)
         summary = trainer.run()
         watched.close()  # registering a model takes one rank as long as it takes
-        if tracker is None:
-            return None
-        print(goodput.summary(), file=sys.stderr, flush=True)
-        result = {
-            **(_stopped(summary) if summary.stopped else _register(settings, training, tracker, summary, state)),
-            "steps": state.step,
-            "images_per_second": summary.images_per_second,
-            "ettr": goodput.report()["ettr"],
-        }
-        result = {"run": str(folder), "run_id": tracker.run_id, **result}
-        files.write(folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
-        return result
+        return _conclude(settings, training, tracker, trainer, summary) if tracker else None
+
+
+def _conclude(
+    settings: Config, training: ShardSet, tracker: "Tracker", trainer: Trainer, summary: Summary
+) -> dict[str, Any]:
+    """Register what a finished run has made; say and write down how it or a stopped one ended."""
+    print(trainer.goodput.summary(), file=sys.stderr, flush=True)
+    if summary.stopped:
+        ending = {"requeue": True, "checkpoint": str(summary.checkpoint)}
+    else:
+        ending = _register(settings, training, tracker, summary, trainer.state.step)
+    result = {
+        "run": str(settings.run.folder),
+        "run_id": tracker.run_id,
+        **ending,
+        "steps": trainer.state.step,
+        "images_per_second": summary.images_per_second,
+        "ettr": trainer.goodput.report()["ettr"],
+    }
+    files.write(settings.run.folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
+    return result
+
+
+def _task(settings: Config, num_classes: int) -> Classification:
+    torch.manual_seed(settings.run.seed)
+    return Classification(build_model(settings.model, settings.image.size, num_classes), num_classes)
+
+
+def _feed(settings: Config, world: World, training: ShardSet, task: Classification, state: State) -> TrainFeed:
+    return TrainFeed(
+        settings,
+        training,
+        world,
+        first_step=state.step,
+        drop_path_rates=task.drop_path_rates,
+        quarantine=Quarantine(training, settings.run.folder / QUARANTINE, settings.data.max_bad_fraction),
+    )
+
+
+def _retention(settings: Config, schedule: Schedule, task: Classification) -> Retention:
+    return Retention(
+        last=settings.checkpoint.keep_last,
+        best=settings.checkpoint.keep_best,
+        every=schedule.keep_every,
+        grid=schedule.save_every,
+        metric=task.main_metric,
+    )
+
+
+def _goodput(folder: Path, world: World, state: State) -> Goodput:
+    """To be made when training begins: what has passed since the process began is booked as start-up."""
+    return Goodput(
+        folder / "goodput.json" if world.is_first else None,
+        resumed_step=state.step,
+        process_start=psutil.Process().create_time(),
+    )
 
 
 def _evaluation(
@@ -177,13 +193,7 @@ def _evaluation(
     return evaluation
 
 
-def _stopped(summary: Summary) -> dict[str, Any]:
-    return {"requeue": True, "checkpoint": str(summary.checkpoint)}
-
-
-def _register(
-    settings: Config, training: ShardSet, tracker: "Tracker", summary: Summary, state: State
-) -> dict[str, Any]:
+def _register(settings: Config, training: ShardSet, tracker: "Tracker", summary: Summary, step: int) -> dict[str, Any]:
     """Register the last checkpoint's weights, those that were evaluated, as a model version."""
     from pipeline.track.card import Card
     from pipeline.track.registry import register
@@ -200,7 +210,7 @@ def _register(
     )
     name = settings.tracking.model_name or settings.run.name
     weights = summary.checkpoint / (MODEL if settings.train.ema_decay is None else EMA)
-    uri = register(name, weights, card, run_id=tracker.run_id, step=state.step)
+    uri = register(name, weights, card, run_id=tracker.run_id, step=step)
     return {"model": uri, **scores}
 
 

@@ -1,9 +1,6 @@
 """Small real data sets, configurations, and a way to run code on several ranks."""
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,8 +16,7 @@ import yaml
 from pipeline import config
 from pipeline.config import Config
 from pipeline.shards.pack import pack
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.ranks import ROOT, start
 
 # OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
 torch.set_num_threads(1)
@@ -70,47 +66,25 @@ def write_config(digits: Path, folder: Path) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
     """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(ranks):
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            # Files rather than pipes, which would fill up while another rank is being read.
-            out, error = (stack.enter_context(Path(folder, f"{rank}.{end}").open("w+")) for end in ("out", "err"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"tests.workers.{script}", *map(str, arguments)],
-                cwd=ROOT,
-                env={**os.environ, **{name: str(value) for name, value in place.items()}},
-                stdout=out,
-                stderr=error,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes.append(process)
-        deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in processes):
-            ended_badly = any(process.poll() for process in processes)
-            if ended_badly or time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        for rank, process in enumerate(processes):
-            error = Path(folder, f"{rank}.err").read_text()
-            assert not process.poll(), f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
-        assert all(process.returncode == 0 for process in processes), f"not done after {timeout_s} s"
-        lines = Path(folder, "0.out").read_text().splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(ranks)]
+        processes = start(ranks, f"tests.workers.{script}", arguments, logs)
+        try:
+            deadline = time.monotonic() + timeout_s
+            while any(process.poll() is None for process in processes):
+                ended_badly = any(process.poll() for process in processes)
+                if ended_badly or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            for rank, process in enumerate(processes):
+                error = logs[rank].with_suffix(".err").read_text() if process.poll() else ""
+                assert not process.poll(), f"rank {rank} ended with {process.returncode}:\n{error[-4000:]}"
+            assert all(process.returncode == 0 for process in processes), f"not done after {timeout_s} s"
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        lines = logs[0].with_suffix(".out").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]

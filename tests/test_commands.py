@@ -17,7 +17,8 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pipeline.shards.index import ShardSet
-from tests.conftest import ROOT, free_port, write_config
+from tests.conftest import write_config
+from tests.ranks import ROOT, free_port
 
 STEPS = 30
 

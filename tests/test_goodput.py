@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.goodput import Job, simulate
 from pipeline.train.goodput import Category, Goodput
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 
 class Clock:

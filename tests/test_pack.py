@@ -32,7 +32,7 @@ from pipeline.shards.faults import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.verify import verify
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 
 def encoded(pixels: np.ndarray, format: str, **options: Any) -> bytes:

@@ -12,7 +12,7 @@ from typing import IO
 import pytest
 
 from pipeline.train.preempt import StopSignal
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 # A C function waits for standard input; ctypes lets the other threads run meanwhile.
 SCRIPT = """

@@ -15,7 +15,8 @@ from pipeline.feed.preview import preview
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
-from tests.conftest import ROOT, write_config
+from tests.conftest import write_config
+from tests.ranks import ROOT
 from tests.servers import FaultyServer
 
 TITLE_PX = 90  # with the data set's name and the seed

@@ -42,7 +42,7 @@ def test_bad_batches_are_left_out_and_divergence_is_rolled_back_at_every_stage(p
     jobs = [f"run.name=s{stage},engine.zero_stage={stage}" for stage in range(4)]
     run_ranks(2, "faulty", path, json.dumps(faults), *jobs)
     for stage in range(4):
-        metrics = lines(run(path, f"s{stage}") / "metrics.jsonl")
+        metrics = [line for line in lines(run(path, f"s{stage}") / "metrics.jsonl") if "loss" in line]
         losses = {line["step"]: line["loss"] for line in metrics}
         assert sorted(losses) == list(range(1, 71))
         anomalies = lines(run(path, f"s{stage}") / "anomalies.jsonl")

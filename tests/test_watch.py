@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.train.watch import Heartbeat, Stragglers, Watch, silent_ranks, who_is_behind
 from pipeline.world import World
-from tests.conftest import ROOT, free_port
+from tests.ranks import ROOT, free_port
 
 TIMEOUT_S = 2.0
 

@@ -364,7 +364,7 @@ class Engine:
 
     def _partition(self, parameter: Any, moment: str | None = None) -> Tensor:
         """This rank's partition of a parameter or a moment at stage 3, fp32, flat, padded."""
-        return parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0]
+        return parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0].detach()
 
     def load_moments(self, read: Callable[[str, str, int, int], Tensor], adam_steps: int) -> None:
         """Put back what `fragments` and `adam_steps` gave, on any world and at any stage.

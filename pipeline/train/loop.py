@@ -15,7 +15,7 @@ from pipeline.config import Config, Length
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import MicroBatch, TrainFeed
 from pipeline.train import replay
-from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
+from pipeline.train.checkpoint import Checkpoint, State
 from pipeline.train.commit import step_of
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, Outcome
@@ -93,8 +93,6 @@ class Trainer:
     feed: TrainFeed
     engine: Engine
     ema: Ema | None
-    checkpoints: Checkpoints
-    retention: Retention
     saver: Saver
     guard: Guard
     watch: Watch
@@ -214,7 +212,7 @@ class Trainer:
         self.saver.finish()
         safe, found = self.guard.safe_step, None
         if self.world.is_first:
-            found = self.checkpoints.find_regular(self.retention, safe)
+            found = self.saver.checkpoints.find_regular(self.saver.retention, safe)
         folder = self.world.from_first(found)
         if folder is None:
             raise Diverged(
@@ -233,9 +231,9 @@ class Trainer:
                 file=sys.stderr,
                 flush=True,
             )
-            for step in self.checkpoints.steps():
+            for step in self.saver.checkpoints.steps():
                 if saved.state.step < step <= self.state.step:  # they hold what has just been given up
-                    self.checkpoints.remove(step)
+                    self.saver.checkpoints.remove(step)
         self.world.barrier()
 
     def _meter(self, batch: list[MicroBatch], outcome: Outcome) -> None:
@@ -325,7 +323,7 @@ class Trainer:
         with self._pause("checkpoint_stall"):
             if whole := self.saver.finish():
                 self._tell_saved(whole)
-        if self.saver.newest != self.checkpoints.path(self.state.step):
+        if self.saver.newest != self.saver.checkpoints.path(self.state.step):
             raise SaveError(f"step {self.state.step} could not be saved: the newest checkpoint is {self.saver.newest}")
 
     def _finish(self) -> Summary:
@@ -336,6 +334,6 @@ class Trainer:
         return Summary(
             self.state.scores or {},
             self._meters.images_per_second(),
-            self.checkpoints.path(self.state.step),
+            self.saver.checkpoints.path(self.state.step),
             stopped,
         )

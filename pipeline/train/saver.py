@@ -40,7 +40,7 @@ class Saver:
     def __init__(
         self, checkpoints: Checkpoints, retention: Retention, engine: Engine, ema: Ema | None, world: World
     ) -> None:
-        self._checkpoints, self._retention, self._world = checkpoints, retention, world
+        self.checkpoints, self.retention, self._world = checkpoints, retention, world
         self._engine, self._ema = engine, ema
         pin = world.device.type == "cuda"
         self._snapshots = {name: Snapshot(tensors, pin=pin) for name, tensors in self._my_tensors().items()}
@@ -58,7 +58,7 @@ class Saver:
         Raises SaveError after the third failure in a row.
         """
         self.finish()
-        folder = self._checkpoints.path(state.step)
+        folder = self.checkpoints.path(state.step)
         if folder == self.newest:
             return
         self._copy()
@@ -73,7 +73,7 @@ class Saver:
         )
         contents = {name: snapshot.data() for name, snapshot in self._snapshots.items()}
         if self._world.is_first:
-            contents[STATE] = memoryview(self._checkpoints.state_document(state))
+            contents[STATE] = memoryview(self.checkpoints.state_document(state))
         self._folder, self._safe_step = folder, safe_step
         self._part = self._thread.submit(self._write_part, folder, contents)
 
@@ -101,7 +101,7 @@ class Saver:
 
     def _make_folder(self, step: int) -> str | None:
         try:
-            self._checkpoints.make(step)
+            self.checkpoints.make(step)
         except OSError as error:
             return str(error)
         return None
@@ -115,9 +115,9 @@ class Saver:
         files.write(folder / f"part-{self._world.rank}.json", json_bytes(part))
 
     def _commit_and_retain(self, folder: Path) -> None:
-        self._checkpoints.commit(folder)
+        self.checkpoints.commit(folder)
         try:
-            self._checkpoints.retain(self._retention, self._safe_step)
+            self.checkpoints.retain(self.retention, self._safe_step)
         except OSError as error:
             print(f"old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
@@ -177,7 +177,7 @@ class Saver:
 
     def _clean_up(self, folder: Path) -> None:
         try:
-            self._checkpoints.sweep()
+            self.checkpoints.sweep()
         except OSError as error:
             print(f"{folder}: its remains could not be removed: {error}", file=sys.stderr, flush=True)
 

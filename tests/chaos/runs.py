@@ -23,7 +23,7 @@ import yaml
 
 from pipeline.shards.pack import pack
 from tests import conftest
-from tests.conftest import ROOT, free_port
+from tests.ranks import ROOT, Rank, start
 
 COMMIT = "COMMIT.json"
 
@@ -109,20 +109,8 @@ class Attempt:
         number = len(list(logs.glob(f"{job.name}-*-rank-0.err")))
         self._logs = [logs / f"{job.name}-{number:03d}-rank-{rank}" for rank in range(job.ranks)]
         settings = [f"run.name={job.name}", *job.overrides]
-        command = [sys.executable, ROOT / "launch/pretrain.py", "--config", job.config]
-        command += [part for setting in settings for part in ("--set", setting)]
-        port = free_port()
-        self.processes = [self._spawn(command, rank, port) for rank in range(job.ranks)]
-
-    def _spawn(self, command: list[Any], rank: int, port: int) -> subprocess.Popen[bytes]:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.job.ranks, "LOCAL_WORLD_SIZE": self.job.ranks}
-        cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environ = {**os.environ, **{name: str(value) for name, value in (place | cpu | meeting).items()}}
-        # Files rather than pipes, which would fill up while nobody reads.
-        log = self._logs[rank]
-        with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as error:
-            return subprocess.Popen(command, env=environ, stdout=out, stderr=error)
+        arguments = ["--config", job.config, *(part for setting in settings for part in ("--set", setting))]
+        self.processes: list[Rank] = start(job.ranks, "launch/pretrain.py", arguments, self._logs)
 
     def __enter__(self) -> "Attempt":
         return self

@@ -20,7 +20,7 @@ from pipeline.train.checkpoint import Checkpoints
 from pipeline.train.commit import COMMIT, damage
 from pipeline.world import World
 from tests.chaos.saves import IDENTITY
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 # All that changes a file system or makes a change lasting; "?": not every architecture has it.
 CALLS = (
