@@ -54,13 +54,14 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
     with contextlib.ExitStack() as parts:
         stop = parts.enter_context(StopSignal(settings.train.preempt_deadline_s, command.REQUEUE))
         training, validation = command.first_then_all(world, lambda: _check(settings, world))
+        if settings.train.deterministic:
+            make_deterministic()
+        task = command.first_then_all(world, lambda: _task(settings, len(training.classes)))
+        # Nothing is written before this, and there is little left that can be refused after it.
         command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world)))
         attempt = world.from_first(uuid.uuid4().hex)
         watched = parts.enter_context(contextlib.ExitStack())
         watch = watched.enter_context(Watch(folder / "watch", world, settings.train.hang_timeout_s, attempt))
-        if settings.train.deterministic:
-            make_deterministic()
-        task = command.first_then_all(world, lambda: _task(settings, len(training.classes)))
         identity = {**settings.identity(), "num_classes": len(training.classes), "data": training.digest}
         checkpoints = Checkpoints(folder / "checkpoints", world, identity)
         found = _find(checkpoints, settings, world)

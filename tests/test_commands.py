@@ -81,8 +81,19 @@ def metrics_lines(folder: Path) -> list[dict[str, float]]:
 def test_metrics_are_written_for_every_logged_step(job: Job) -> None:
     steps = [line for line in metrics_lines(job[0]) if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    names = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait_s", "step_s"}
-    assert all(line.keys() == names for line in steps)
+    names = {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "data_wait_s",
+        "step_s",
+        "skipped",
+        "ettr",
+    }
+    assert all(line.keys() == names | {"slowest_rank", "slowest_speed"} for line in steps)
     assert [line["step"] for line in metrics_lines(job[0]) if "top1" in line] == [20, STEPS]
 
 

@@ -203,7 +203,11 @@ class Trainer:
 
     def _record(self, anomaly: Anomaly) -> None:
         if self.anomalies:
-            self.anomalies.write(anomaly, self.feed.keys(anomaly.step))
+            try:
+                keys = self.feed.keys(anomaly.step)
+            except ExternalError as error:  # the feed will have more to say about it
+                keys = [f"not known: {error}"]
+            self.anomalies.write(anomaly, keys)
 
     def _roll_back(self) -> None:
         """Go back to the weights from before trouble began, and on from the same place in the data: what lies between
