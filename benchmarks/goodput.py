@@ -30,7 +30,7 @@ from launch import command
 # Measured by benchmarks.checkpoint for PVT-Large on two CPU cores, rounded up.
 STALL_S = 0.15
 COMMIT_S = 2.5
-# Assumed. On two CPU cores start-up takes 9 s (start_up_s in goodput.json), without NCCL, compilation and many nodes.
+# Assumed. On two CPU cores start-up takes 5 s (start_up_s in goodput.json), without NCCL, compilation and many nodes.
 STEP_S = 0.5
 RESTART_S = 60.0  # from process start to first step
 DETECT_S = 10.0  # from a rank's death to new processes on spare nodes. A hang takes train.hang_timeout_s instead.
