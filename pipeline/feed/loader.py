@@ -97,7 +97,7 @@ class TrainFeed:
         return [batch] * self.deal.accumulation
 
     def keys(self, step: int) -> list[str]:
-        """Of the samples of a whole global batch, in the order of their positions."""
+        """Of the samples of a whole global batch, by position, damaged ones by their own key. Raises StoreError."""
         samples = self.order.samples(step)
         return [self._shards.key(int(s), int(r)) for s, r in zip(samples.shard, samples.row, strict=True)]
 

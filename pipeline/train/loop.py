@@ -190,7 +190,7 @@ class Trainer:
         return mean, anomaly is None and not self._in_trouble
 
     def _settle(self, outcome: Outcome) -> None:
-        """What the step means for the runs's health."""
+        """What the step means for the run's health."""
         anomaly = self.guard.settle(
             self.state.step - 1, outcome.loss, outcome.grad_norm, outcome.applied, excused=outcome.overflow
         )
