@@ -1,6 +1,7 @@
 """Schedule, optimiser groups, loss and metric against timm; steps that are left out; lengths and meters."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,22 @@ def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
     )
     assert [step for step in range(1, 101) if schedule.due(schedule.save_every, step)] == [25, 50, 75, 100]
     assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]
+
+
+def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    listener = MetricsFile(path, step=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70, limits[1]))  # bytes: the second line fits in part
+    try:
+        for step in range(1, 6):
+            listener.on_step(step, {"loss": 1.0, "seconds": 2.0})
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err.count("kept until they can be written") == 1
+    listener.on_step(6, {"loss": 1.0, "seconds": 2.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:

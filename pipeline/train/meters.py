@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline import files
 from pipeline.train.engine import Outcome
@@ -57,13 +58,44 @@ class Meters:
         self._began += seconds
 
 
-class MetricsFile:
-    """Appends one JSON line a reading to metrics.jsonl."""
+class JsonLines:
+    """A file with one JSON document a line, each of which has a step. It outlives a full disk: lines that find no room
+    are written later."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Go on after `step`. Lines of later steps, which a killed run left and this one repeats, are removed."""
         self._path = path
+        self._unwritten: list[str] = []
         keep_up_to(path, step)
+
+    def append(self, document: dict[str, Any]) -> None:
+        self._unwritten.append(json.dumps(document) + "\n")
+        try:
+            append_whole(self._path, "".join(self._unwritten).encode())
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                print(f"{self._path}: {error}; its lines are kept until they can be written", file=sys.stderr)
+            return
+        self._unwritten.clear()
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """All of the data or, if that raises OSError, nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class MetricsFile:
+    """metrics.jsonl: a line for each reading and each evaluation."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._lines = JsonLines(path, step)
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
         self._append(step, metrics)
@@ -75,22 +107,18 @@ class MetricsFile:
         pass
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite_or_none(metrics)}) + "\n")
+        self._lines.append({"step": step, **finite_or_none(metrics)})
 
 
 class Anomalies:
-    """Appends what the guard found to anomalies.jsonl, with the batch's samples, and says it."""
+    """anomalies.jsonl: what the guard found, with the batch's samples; said on standard error, too."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Go on after `step`, as MetricsFile does."""
-        self._path = path
-        keep_up_to(path, step)
+        self._lines = JsonLines(path, step)
 
     def write(self, anomaly: Anomaly, keys: list[str]) -> None:
         print(f"step {anomaly.step + 1}: {anomaly.kind}: {anomaly.message}", file=sys.stderr, flush=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps({**dataclasses.asdict(anomaly), "step": anomaly.step + 1, "samples": keys}) + "\n")
+        self._lines.append({**dataclasses.asdict(anomaly), "step": anomaly.step + 1, "samples": keys})
 
 
 def finite_or_none(metrics: dict[str, float]) -> dict[str, float | None]:

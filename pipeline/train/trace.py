@@ -6,7 +6,6 @@ Hashes are of the tensors themselves, sample by sample, after mixing.
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,20 @@ from torch import Tensor
 
 from pipeline.feed.loader import MicroBatch
 from pipeline.shards.index import ShardSet
-from pipeline.train.meters import keep_up_to
+from pipeline.train.meters import JsonLines
 
 
 class Trace:
     """Appends to a rank's file; lines beyond `step`, from a run that went on after its last checkpoint, are dropped."""
 
     def __init__(self, folder: Path, rank: int, step: int, shards: ShardSet) -> None:
-        self._path = folder / f"rank-{rank}.jsonl"
-        self._shards = shards
         folder.mkdir(parents=True, exist_ok=True)
-        keep_up_to(self._path, step)
+        self._lines = JsonLines(folder / f"rank-{rank}.jsonl", step)
+        self._shards = shards
 
     def write(self, step: int, batch: list[MicroBatch]) -> None:
         samples = [sample for micro in batch for sample in self._samples(micro)]
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+        self._lines.append({"step": step, "samples": samples})
 
     def _samples(self, micro: MicroBatch) -> list[dict[str, Any]]:
         where, images, targets = micro.samples, micro.images.cpu(), micro.targets.cpu()
