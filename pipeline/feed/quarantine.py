@@ -49,7 +49,10 @@ class Quarantine:
         }
         self._found[shard, row] = line
         print(f"left out: {line['tar']}: sample {line['key']!r}: {reason}", file=sys.stderr, flush=True)
-        self._append(line)
+        try:
+            self._append(line)
+        except OSError as error:  # a full disk ends no run; whoever meets the sample finds it damaged again
+            print(f"{self._path}: {error}: known to this process alone", file=sys.stderr, flush=True)
         if len(self._found) > self._limit:
             raise TooManyBadSamplesError(self._report())
 
