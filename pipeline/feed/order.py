@@ -18,6 +18,7 @@ Shapes: B global batch, L lanes, S share = B / L, D distinct draws of a share = 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,6 +85,12 @@ class Lanes:
             chosen = epoch == number
             shard[chosen], row[chosen] = self._locate_in_epoch(int(number), place[chosen])
         return epoch, shard, row
+
+    def windows(self, first: int, last: int) -> Ints:
+        """One draw of each window that the draws from `first` to before `last` fall into."""
+        epoch, in_lane = np.divmod(np.arange(first, last), self.length)
+        _, at = np.unique(epoch * self._windows + in_lane // self.window, return_index=True)
+        return first + at
 
     def shards_of_window(self, lane: int, draw: int) -> Ints:
         """The shards among which a draw's window shuffles, in the order in which they lie."""
@@ -193,10 +200,11 @@ class Order:
     def shards_ahead(self, step: int, lanes: slice = slice(None)) -> Ints:
         """The shards that the lanes shuffle among at `step`, and then those of one window further on."""
         shards = []
-        for reach in (0, 1):
+        for now in (True, False):
             for part, (source, count) in enumerate(zip(self._parts, self._counts, strict=True)):
-                draw = step * self._draws * int(count) // _PATTERN + reach * source.window
-                for lane in range(self.lanes)[lanes]:
+                first, next_first = (number * self._draws * int(count) // _PATTERN for number in (step, step + 1))
+                draws = (first, next_first + 1) if now else (next_first, next_first + source.window)
+                for draw, lane in itertools.product(source.windows(*draws).tolist(), range(self.lanes)[lanes]):
                     shards.append(self._first_shard[part] + source.shards_of_window(lane, draw))
         return np.array(list(dict.fromkeys(np.concatenate(shards).tolist())), np.int64)
 
