@@ -18,27 +18,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from launch import command
+from launch.command import Subcommand
 from pipeline.errors import InputError
 from pipeline.train import commit
 from pipeline.train.commit import COMMIT, FORMAT, step_of
-
-
-class Command(NamedTuple):
-    help: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], dict[str, Any]]
+from pipeline.train.meters import finite_or_none
 
 
 def main() -> dict[str, Any]:
-    parser = ArgumentParser(prog="launch/checkpoint.py", description="Look at a run's checkpoints and check them.")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, entry in COMMANDS.items():
-        entry.add_arguments(subparsers.add_parser(name, help=entry.help, description=entry.help))
-    arguments = parser.parse_args()
-    return COMMANDS[arguments.command].run(arguments)
+    return command.choose("launch/checkpoint.py", "Look at a run's checkpoints and check them.", SUBCOMMANDS)
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -65,7 +56,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "state": state,
         "fault": fault,
         "skipped": commit.read_document(folder)["state"]["skipped"] if readable else None,
-        "scores": _finite_or_none(commit.scores_of(folder)) if readable else None,
+        "scores": _json_scores(commit.scores_of(folder)) if readable else None,
     }
 
 
@@ -117,7 +108,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     return {
         **{name: state[name] for name in ("skipped", "adam_steps", "ema_steps", "loss_scale", "run_id")},
         "guard": _guard(state["guard"]) if state["guard"] else None,
-        "scores": _finite_or_none(state["scores"]),
+        "scores": _json_scores(state["scores"]),
         "scored_step": state["scored_step"],
         "identity": document["identity"],
         "tensors": len(model),
@@ -161,10 +152,10 @@ def _description(result: dict[str, Any]) -> str:
     return "\n".join([result["folder"], *(f"  {name:27}{value}" for name, value in rows.items())])
 
 
-COMMANDS = {
-    "list": Command("list a run's checkpoints, by their names and sizes alone", _add_run, _list),
-    "verify": Command("compare every byte with its digest, and parts with each other", _add_run_and_step, _verify),
-    "show": Command("say what a checkpoint holds, the newest whole one by default", _add_run_and_step, _show),
+SUBCOMMANDS = {
+    "list": Subcommand("list a run's checkpoints, by their names and sizes alone", _add_run, _list),
+    "verify": Subcommand("compare every byte with its digest, and parts with each other", _add_run_and_step, _verify),
+    "show": Subcommand("say what a checkpoint holds, the newest whole one by default", _add_run_and_step, _show),
 }
 
 
@@ -244,11 +235,8 @@ def _told(scores: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {'not finite' if score is None else f'{score:.4g}'}" for name, score in scores.items())
 
 
-def _finite_or_none(scores: dict[str, float] | None) -> dict[str, float | None] | None:
-    """JSON has no infinity and no NaN; null stands for them."""
-    if scores is None:
-        return None
-    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
+def _json_scores(scores: dict[str, float] | None) -> dict[str, float | None] | None:
+    return None if scores is None else finite_or_none(scores)
 
 
 if __name__ == "__main__":

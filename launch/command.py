@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from pipeline.errors import ExternalError, InputError
 
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 
 Value = TypeVar("Value")
+
+
+class Subcommand(NamedTuple):
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], dict[str, Any]]
+
+
+def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -> dict[str, Any]:
+    """Run the sub-command that the command line names; returns its result."""
+    parser = ArgumentParser(prog=prog, description=description)
+    parsers = parser.add_subparsers(dest="subcommand", required=True)
+    for name, entry in subcommands.items():
+        entry.add_arguments(parsers.add_parser(name, help=entry.help, description=entry.help))
+    arguments = parser.parse_args()
+    return subcommands[arguments.subcommand].run(arguments)
 
 
 def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:

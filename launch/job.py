@@ -24,8 +24,9 @@ from pipeline.shards.store import Cache
 from pipeline.tasks.classify import Classification, build_model, check_image_sizes
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
 from pipeline.train.commit import EMA, MODEL
+from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.ema import Ema
-from pipeline.train.engine import Engine, deepspeed_config, make_deterministic
+from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.goodput import Goodput
 from pipeline.train.guard import Guard
@@ -187,7 +188,7 @@ def _evaluation(
     )
 
     def evaluation(give_up: Callable[[], bool]) -> dict[str, float] | None:
-        outputs_of = engine.evaluator(ema.weights() if ema else None)
+        outputs_of = engine.evaluator_of(ema.weights()) if ema else engine.evaluator()
         together = ema is None and not engine.keeps_copies
         return evaluate(outputs_of, batches, task.metric(), world, give_up=give_up, collective_outputs=together)
 

@@ -10,11 +10,11 @@ python launch/shards.py preview --config FILE              what a run's augmenta
 import argparse
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from launch import command
+from launch.command import Subcommand
 from pipeline.shards.adopt import index
 from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
@@ -27,19 +27,8 @@ LISTED = 20
 """Skipped images in the result of pack and index; OUT/skipped.jsonl has all."""
 
 
-class Command(NamedTuple):
-    help: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], dict[str, Any]]
-
-
 def main() -> dict[str, Any]:
-    parser = ArgumentParser(prog="launch/shards.py", description="Make, check and look at data sets.")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    for name, entry in COMMANDS.items():
-        entry.add_arguments(subparsers.add_parser(name, help=entry.help, description=entry.help))
-    arguments = parser.parse_args()
-    return COMMANDS[arguments.command].run(arguments)
+    return command.choose("launch/shards.py", "Make, check and look at data sets.", SUBCOMMANDS)
 
 
 def _pack_arguments(parser: ArgumentParser) -> None:
@@ -136,12 +125,12 @@ def _preview(arguments: Namespace) -> dict[str, Any]:
     return preview(settings, arguments.out or Path(f"{settings.run.name}-preview.png"))
 
 
-COMMANDS = {
-    "pack": Command("pack images into shards", _pack_arguments, _pack),
-    "index": Command("index tars that others made, without rewriting them", _index_arguments, _index),
-    "verify": Command("compare shards with their manifest", _verify_arguments, _verify),
-    "show": Command("print counts, balance and sizes, and draw a contact sheet", _show_arguments, _show),
-    "preview": Command("draw what a run's augmentation makes of its images", _preview_arguments, _preview),
+SUBCOMMANDS = {
+    "pack": Subcommand("pack images into shards", _pack_arguments, _pack),
+    "index": Subcommand("index tars that others made, without rewriting them", _index_arguments, _index),
+    "verify": Subcommand("compare shards with their manifest", _verify_arguments, _verify),
+    "show": Subcommand("print counts, balance and sizes, and draw a contact sheet", _show_arguments, _show),
+    "preview": Subcommand("draw what a run's augmentation makes of its images", _preview_arguments, _preview),
 }
 
 

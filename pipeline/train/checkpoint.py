@@ -31,11 +31,11 @@ from pipeline.train.commit import (
     EMA,
     FORMAT,
     MODEL,
-    STATE,
     damage,
     is_whole,
     json_bytes,
     parse_range,
+    read_document,
     score_of,
     step_of,
 )
@@ -103,12 +103,11 @@ class Checkpoints:
         """Of the committed checkpoints, in order. They may yet prove damaged."""
         return [step_of(path.parent) for path in sorted(self.folder.glob(f"step-*/{COMMIT}"))]
 
-    def make(self, step: int) -> Path:
+    def make(self, step: int) -> None:
         """An empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0."""
         self.remove(step)
         self.path(step).mkdir(parents=True)
         files.sync_folder(self.folder)
-        return self.path(step)
 
     def remove(self, step: int) -> None:
         folder = self.path(step)
@@ -169,7 +168,7 @@ class Checkpoints:
         return next(filter(is_whole, (self.path(step) for step in reversed(regular))), None)
 
     def _compare(self, folder: Path, allow: list[str]) -> None:
-        theirs = json.loads((folder / STATE).read_text())["identity"]
+        theirs = read_document(folder)["identity"]
         for name in sorted(theirs.keys() | self._identity.keys()):
             fixed = name in SHAPES_WEIGHTS
             if theirs.get(name) != self._identity.get(name) and (fixed or name not in allow):
@@ -185,7 +184,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = State(**json.loads((folder / STATE).read_text())["state"])
+        self.state = State(**read_document(folder)["state"])
 
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)

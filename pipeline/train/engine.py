@@ -7,7 +7,6 @@ stage 0 needs no master copy. fp16's loss scale is kept here, one rule for all s
 
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib
 import logging
@@ -24,36 +23,18 @@ import deepspeed.runtime.compiler
 import torch
 import torch.func
 import torch.utils.deterministic
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import lazy_init_hp_params_optimizer_state
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import keys
 from pipeline.config import Config
-from pipeline.errors import InputError
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
 from pipeline.train.commit import MOMENTS
+from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.seams import Task
 from pipeline.world import World
-
-_MOST_BUCKET_ELEMENTS = 50_000_000
-
-# What of DeepSpeed's configuration makes sense beside the typed one.
-_PASSED_ON = (
-    "activation_checkpointing",
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
-)
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -253,24 +234,25 @@ class Engine:
         inputs = (batch.images, batch.targets, batch.weights, batch.drop_path)
         return torch.func.functional_call(network, state, inputs)
 
-    def evaluator(self, weights: dict[str, Tensor] | None = None) -> Callable[[Tensor], Any]:
-        """The network for evaluation: fp32, no dropping; as it is now, which is collective at stage 3, or with the
-        given weights by name."""
+    def evaluator(self) -> Callable[[Tensor], Any]:
+        """The network as it is now, for evaluation: fp32, no dropping. Calling it is collective at stage 3."""
 
         def outputs(images: Tensor) -> Any:
             self._engine.eval()
             with torch.no_grad():
                 return self._engine(images)
 
-        if weights is None:
-            return outputs
+        return outputs
+
+    def evaluator_of(self, weights: dict[str, Tensor]) -> Callable[[Tensor], Any]:
+        """The same with the given weights, by name. Calling it concerns this rank alone."""
         network, state = self._skeleton.eval(), {**self._buffers, **weights}
 
-        def outputs_of_weights(images: Tensor) -> Any:
+        def outputs(images: Tensor) -> Any:
             with torch.no_grad():
                 return torch.func.functional_call(network, state, (images,))
 
-        return outputs_of_weights
+        return outputs
 
     def weights(self, local: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The full state of the network by name, on the device, with `local` in place of the trained weights if
@@ -450,56 +432,6 @@ class _Timer:
         if self._on_gpu:
             return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000
         return sum(ended - began for began, ended in pairs)
-
-
-def deepspeed_config(config: Config, world: World, accumulation: int, num_parameters: int) -> dict[str, Any]:
-    """The DeepSpeed JSON that the typed configuration stands for, with `engine.deepspeed` merged in.
-
-    Raises InputError where `engine.deepspeed` would contradict a generated key.
-    """
-    stage, clip = config.engine.zero_stage, config.optim.clip_grad or 0.0
-    generated = {
-        # Required by DeepSpeed and otherwise unused: batches are made by the feed.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": world.size * accumulation,
-        "steps_per_print": None,
-        # At stage 0 DeepSpeed reports no norm without clipping, so clipping is done here.
-        "gradient_clipping": clip if stage > 0 else 0.0,
-        "zero_optimization": {"stage": stage, "compute_grad_norm": True},
-    }
-    extra = config.engine.deepspeed
-    for name in extra:
-        if name in ("fp16", "bf16", "torch_autocast"):
-            raise InputError(f"engine.deepspeed.{name}: the precision is set by engine.precision")
-        if name not in _PASSED_ON and name not in generated:
-            near = difflib.get_close_matches(name, [*_PASSED_ON, *generated], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"passed on are: {', '.join(_PASSED_ON)}"
-            raise InputError(f"engine.deepspeed.{name}: not a key that is passed on to DeepSpeed; {hint}")
-    merged = _merge(generated, extra, "engine.deepspeed")
-    zero = merged["zero_optimization"]
-    # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero.setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"engine.deepspeed.zero_optimization.{key}: {first['msg']}") from None
-    return merged
-
-
-def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
-    merged = dict(generated)
-    for name, value in extra.items():
-        if isinstance(value, dict) and isinstance(generated.get(name, {}), dict):
-            merged[name] = _merge(generated.get(name, {}), value, f"{path}.{name}")
-        elif name in generated and generated[name] != value:
-            raise InputError(f"{path}.{name}: {value!r} contradicts {generated[name]!r}, which other settings give")
-        else:
-            merged[name] = value
-    return merged
 
 
 def make_deterministic() -> None:

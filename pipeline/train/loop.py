@@ -199,7 +199,6 @@ class Trainer:
         if self.guard.must_roll_back:
             with self.goodput.spend("rollback"):
                 self._roll_back()
-        self.state.guard = self.guard.state()
 
     def _record(self, anomaly: Anomaly) -> None:
         if self.anomalies:

@@ -6,11 +6,13 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import files
-from pipeline.train.engine import Outcome
-from pipeline.train.guard import Anomaly
+
+if TYPE_CHECKING:
+    from pipeline.train.engine import Outcome  # whose torch and DeepSpeed commands that only read lines do without
+    from pipeline.train.guard import Anomaly
 
 
 class Meters:
@@ -25,7 +27,7 @@ class Meters:
         self._began, self._steps, self._data_wait_s = time.perf_counter(), 0, 0.0
         self._applied, self._loss_sum = 0, 0.0
 
-    def add(self, outcome: Outcome, data_wait_s: float) -> None:
+    def add(self, outcome: "Outcome", data_wait_s: float) -> None:
         self._steps += 1
         self._data_wait_s += data_wait_s
         if outcome.applied:  # a loss that is not finite would hide all others
@@ -116,7 +118,7 @@ class Anomalies:
     def __init__(self, path: Path, step: int) -> None:
         self._lines = JsonLines(path, step)
 
-    def write(self, anomaly: Anomaly, keys: list[str]) -> None:
+    def write(self, anomaly: "Anomaly", keys: list[str]) -> None:
         print(f"step {anomaly.step + 1}: {anomaly.kind}: {anomaly.message}", file=sys.stderr, flush=True)
         self._lines.append({**dataclasses.asdict(anomaly), "step": anomaly.step + 1, "samples": keys})
 

@@ -74,6 +74,8 @@ def main() -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="run in FOLDER and leave everything there")
     options = parser.parse_args()
+    if min(options.kills, options.ranks, options.steps, options.save_every) < 1:
+        parser.error("--kills, --ranks, --steps and --save-every are at least 1")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
