@@ -53,6 +53,12 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
             raise InputError(f"engine.deepspeed.{name}: not a key that is passed on to DeepSpeed; {hint}")
     merged = _merge(generated, extra, "engine.deepspeed")
     zero = merged["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            raise InputError(
+                f"engine.deepspeed.zero_optimization.{part}.device: nvme: checkpoints and the moving average need the "
+                "state in memory; use cpu"
+            )
     # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
         zero.setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
