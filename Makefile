@@ -8,13 +8,15 @@ PYTHON ?= python3
 DALI ?= cuda13          # or cuda12: the driver's major version; without a GPU either works
 BIN := .venv/bin
 RANKS ?= 2
-DATA := runs/data/digits
+DATA := runs/data
 
 .PHONY: demo test lint setup peers
 
-demo: setup $(DATA)/train/manifest.json $(DATA)/val/manifest.json
+demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
-	$(BIN)/python launch/evaluate.py --model models:/pvt-demo@candidate --data $(DATA)/val
+	$(BIN)/python launch/handoff.py runs/demo --ranks $(RANKS)
+	$(BIN)/python launch/evaluate.py --model models:/pvt-demo@candidate --data $(DATA)/digits/val
+	$(BIN)/python launch/registry.py lineage pvt-demo
 
 test: setup
 	$(BIN)/python -m pytest
@@ -41,11 +43,14 @@ peers: .venv-peers/ready
 	.venv-peers/bin/uv pip install --python .venv-peers/bin/python --compile-bytecode -r benchmarks/peers.txt
 	touch $@
 
-$(DATA)/images: | setup
-	$(BIN)/python launch/digits.py --out $@
+$(DATA)/digits/images: | setup
+	$(BIN)/python launch/digits.py --out $@ --classes 0-6
 
-$(DATA)/train/manifest.json: | $(DATA)/images
-	$(BIN)/python launch/shards.py pack --images $(DATA)/images/train --out $(@D)
+$(DATA)/new-digits/images: | setup
+	$(BIN)/python launch/digits.py --out $@ --classes 7-9
 
-$(DATA)/val/manifest.json: | $(DATA)/images $(DATA)/train/manifest.json
-	$(BIN)/python launch/shards.py pack --images $(DATA)/images/val --out $(@D) --classes-from $(DATA)/train
+$(DATA)/%/train/manifest.json: | $(DATA)/%/images
+	$(BIN)/python launch/shards.py pack --images $(DATA)/$*/images/train --out $(@D)
+
+$(DATA)/%/val/manifest.json: | $(DATA)/%/images $(DATA)/%/train/manifest.json
+	$(BIN)/python launch/shards.py pack --images $(DATA)/$*/images/val --out $(@D) --classes-from $(DATA)/$*/train

@@ -68,8 +68,10 @@ def _fail(code: int, message: str) -> NoReturn:
 def first_then_all(world: "World", build: Callable[[], Value]) -> Value:
     """Build something on every rank, but on rank 0 first, so that a mistake all ranks would make is told once.
 
-    Collective. After a mistake of rank 0 the others end quietly.
+    Collective. After a mistake of rank 0 the others end quietly. In a world of one it is raised, as it is.
     """
+    if world.size == 1:
+        return build()
     failed, value = False, cast(Value, None)  # until rank 0 has built it
     if world.is_first:
         try:

@@ -4,8 +4,6 @@ python launch/evaluate.py --model models:/NAME@ALIAS --data DIR [--tracking-uri 
 """
 
 import argparse
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -13,12 +11,12 @@ import torch
 from torch import nn
 
 from launch import command
-from pipeline import config, world
+from pipeline import world
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.classify import Classification, build_model
-from pipeline.track import registry, runs
+from pipeline.track import registry, server
 from pipeline.track.card import Card
 from pipeline.train.evaluate import evaluate
 from pipeline.world import World
@@ -28,7 +26,7 @@ def main() -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a registered model.")
     parser.add_argument("--model", required=True, metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument("--data", required=True, metavar="DIR", help="packed data set")
-    parser.add_argument("--tracking-uri", default=runs.tracking_uri(config.Tracking(), "runs"), metavar="URI")
+    parser.add_argument("--tracking-uri", default=server.tracking_uri(None), metavar="URI")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     here = world.start()
@@ -51,21 +49,17 @@ def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any]
 
 
 def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, nn.Module, str]:
-    path = tracking_uri.removeprefix("sqlite:///")
-    if path != tracking_uri and not Path(path).exists():
-        raise InputError(f"{path}: no such database; start where runs/ is, or name the server with --tracking-uri")
-    runs.use(tracking_uri)
+    server.connect(tracking_uri)
     shards = ShardSet(data)
-    with tempfile.TemporaryDirectory() as folder:
-        version = registry.fetch(uri, Path(folder))
-        card = version.card
-        if shards.classes != card.classes:
-            raise InputError(
-                f"{data} has the classes {_some(shards.classes)} but {version.uri} was trained on "
-                f"{_some(card.classes)}: pack the data with --classes-from of the training data"
-            )
-        network = build_model(card.model, card.image.size, len(card.classes))
-        network.load_state_dict(safetensors.torch.load_file(version.weights))
+    version = registry.resolve(uri)
+    card = version.card
+    if shards.classes != card.classes:
+        raise InputError(
+            f"{data} has the classes {_some(shards.classes)} but {version.uri} was trained on "
+            f"{_some(card.classes)}: pack the data with --classes-from of the training data"
+        )
+    network = build_model(card.model, card.image.size, len(card.classes))
+    network.load_state_dict(safetensors.torch.load_file(version.weights))
     return shards, card, network, version.uri
 
 

@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import safetensors.torch
 import torch
 
 from launch import command
+from launch.handoff import Claim
+from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files
-from pipeline.config import Config, Data, dump
+from pipeline.config import Config, Data
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
-from pipeline.tasks.classify import Classification, build_model, check_image_sizes
+from pipeline.tasks.classify import Classification, build_model, check_image_sizes, load_pretrained
+from pipeline.track.card import WEIGHTS, Card
+from pipeline.track.record import RECORD, Record
+from pipeline.track.system import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
-from pipeline.train.commit import EMA, MODEL
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
@@ -31,7 +36,7 @@ from pipeline.train.evaluate import evaluate
 from pipeline.train.goodput import Goodput
 from pipeline.train.guard import Guard
 from pipeline.train.loop import Schedule, Summary, Trainer
-from pipeline.train.meters import Anomalies, MetricsFile, Progress, finite_or_none
+from pipeline.train.meters import Anomalies, MetricsFile, Progress
 from pipeline.train.preempt import StopSignal
 from pipeline.train.saver import Saver
 from pipeline.train.trace import Trace
@@ -39,14 +44,15 @@ from pipeline.train.watch import Watch
 from pipeline.world import World
 
 if TYPE_CHECKING:
-    # MLflow takes more than a second to import: where it is used, which is on rank 0, and not on all.
-    from pipeline.track.runs import Tracker
+    # MLflow takes more than a second to import: where a model comes from the registry, on ranks that fetch it.
+    from pipeline.track.registry import Version
 
 QUARANTINE = "quarantine.jsonl"
 
 
-def run_job(settings: Config, world: World) -> dict[str, Any] | None:
-    """Train, evaluate, register. Returns the result on rank 0; a finished job is not run again.
+def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[str, Any] | None:
+    """Train, evaluate, register. Returns the result on rank 0; a finished job is not run again, nor is one that has
+    been handed off and is at work already.
 
     The result of a job that a signal has stopped says "requeue". Raises InputError for anything that can be known to
     be wrong before the first step.
@@ -58,8 +64,12 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
         if settings.train.deterministic:
             make_deterministic()
         task = command.first_then_all(world, lambda: _task(settings, len(training.classes)))
+        begun = world.from_first(any((folder / "checkpoints").glob("step-*")))
+        parent = None if begun else _start_from(settings, world, task, training.classes)
         # Nothing is written before this, and there is little left that can be refused after it.
-        command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world)))
+        at_work = command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world, claim)))
+        if world.from_first(at_work):
+            return {"run": str(folder), "at_work": True} if world.is_first else None
         attempt = world.from_first(uuid.uuid4().hex)
         watched = parts.enter_context(contextlib.ExitStack())
         watch = watched.enter_context(Watch(folder / "watch", world, settings.train.hang_timeout_s, attempt))
@@ -73,6 +83,9 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             return finished if world.is_first else None
         if found:
             task.model.load_state_dict(found.weights())
+            parent = parent_of(folder)
+        elif begun:  # its checkpoints are all damaged
+            parent = _start_from(settings, world, task, training.classes)
         engine = Engine(settings, task, world, feed.deal.accumulation)
         ema = None if settings.train.ema_decay is None else Ema(engine, settings.train.ema_decay)
         guard = Guard(settings.guard, task.chance_loss)
@@ -83,9 +96,12 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
         saver = Saver(checkpoints, _retention(settings, schedule, task), engine, ema, world)
         saver.newest = found.folder if found else None
         parts.callback(saver.close)
-        tracker = parts.enter_context(_tracking(settings, world, training))
-        if tracker:
-            state.run_id = tracker.run_id
+        if settings.tracking.system_metrics and world.local_rank == 0:
+            parts.enter_context(SystemLoad(folder, node=world.rank // world.local_size))
+        publisher = parts.enter_context(_published(settings, world, training, validation, task, claim, parent))
+        if publisher:
+            state.run_id = publisher.record.uuid
+            files.write(folder / "deepspeed.json", json.dumps(engine.deepspeed_config, indent=1).encode())
             _say_start(settings, world, feed, schedule, state)
         trainer = Trainer(
             config=settings,
@@ -102,34 +118,32 @@ def run_job(settings: Config, world: World) -> dict[str, Any] | None:
             stop=stop,
             evaluation=_evaluation(settings, world, validation, task, engine, ema),
         )
-        if tracker:
-            trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), tracker]
+        if publisher:
+            trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), publisher]
             trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
         if settings.debug.trace_samples:
             trainer.trace = Trace(folder / "trace", world.rank, state.step, training)
         summary = trainer.run()
         watched.close()  # registering a model takes one rank as long as it takes
-        return _conclude(settings, training, tracker, trainer, summary) if tracker else None
+        return _conclude(publisher, trainer, summary) if publisher else None
 
 
-def _conclude(
-    settings: Config, training: ShardSet, tracker: "Tracker", trainer: Trainer, summary: Summary
-) -> dict[str, Any]:
-    """Register what a finished run has made; say and write down how it or a stopped one ended."""
+def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[str, Any]:
+    """Have what a finished run has made registered; say and write down how it or a stopped one ended."""
     print(trainer.goodput.summary(), file=sys.stderr, flush=True)
     if summary.stopped:
         ending = {"requeue": True, "checkpoint": str(summary.checkpoint)}
     else:
-        ending = _register(settings, training, tracker, summary, trainer.state.step)
+        ending = publisher.finish(trainer.state.step, summary.checkpoint)
     result = {
-        "run": str(settings.run.folder),
-        "run_id": tracker.run_id,
+        "run": str(publisher.folder),
+        "run_id": publisher.tracker.run_id,
         **ending,
         "steps": trainer.state.step,
         "images_per_second": summary.images_per_second,
         "ettr": trainer.goodput.report()["ettr"],
     }
-    files.write(settings.run.folder / "result.json", json.dumps(result, allow_nan=False).encode() + b"\n")
+    publisher.end(result)
     return result
 
 
@@ -195,25 +209,39 @@ def _evaluation(
     return evaluation
 
 
-def _register(settings: Config, training: ShardSet, tracker: "Tracker", summary: Summary, step: int) -> dict[str, Any]:
-    """Register the last checkpoint's weights, those that were evaluated, as a model version."""
-    from pipeline.track.card import Card
-    from pipeline.track.registry import register
+def _start_from(settings: Config, world: World, task: Classification, classes: list[str]) -> str | None:
+    """Load the weights that init.model names, if it names any; returns the exact version.
 
-    scores = finite_or_none(summary.scores)
-    card = Card(
-        task="classification",
-        model=settings.model,
-        image=settings.image,
-        eval_batch_size=settings.evaluate.batch_size,
-        classes=training.classes,
-        metrics=scores,
-        lineage={"data.digest": training.digest, "checkpoint": str(summary.checkpoint)},
-    )
-    name = settings.tracking.model_name or settings.run.name
-    weights = summary.checkpoint / (MODEL if settings.train.ema_decay is None else EMA)
-    uri = register(name, weights, card, run_id=tracker.run_id, step=step)
-    return {"model": uri, **scores}
+    Rank 0 has them fetched and checked; the others read its copy, or their node's own where disks are not shared.
+    """
+    if settings.init is None:
+        return None
+    uri = settings.init.model
+    name, alias, _ = uri.partition("@")
+    if alias and (pinned := parent_of(settings.run.folder)) and pinned.startswith(f"{name}/"):
+        uri = pinned  # what the alias meant when this run began
+
+    def fetch(uri: str) -> "Version":
+        from pipeline.track import registry, server
+
+        server.connect(server.tracking_uri(settings.tracking.uri, settings.run.root))
+        return registry.resolve(uri)
+
+    def load() -> None:
+        here = folder if (folder / WEIGHTS).exists() else fetch(pinned).folder
+        card = Card.read(here)
+        if card.model.name != settings.model.name:
+            raise InputError(
+                f"init.model {pinned} is a {card.model.name}, but model.name is {settings.model.name}: "
+                f"set model.name={card.model.name} or start from another model"
+            )
+        keep_head = card.classes == classes
+        load_pretrained(task.model, safetensors.torch.load_file(here / WEIGHTS), pinned, keep_head=keep_head)
+
+    version = command.first_then_all(world, lambda: fetch(uri) if world.is_first else None)
+    folder, pinned = world.from_first((version.folder, version.uri) if version else (Path(), uri))
+    command.first_then_all(world, load)
+    return pinned
 
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
@@ -257,7 +285,7 @@ def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoin
 
 
 def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:
-    result = folder / "result.json"
+    result = folder / RESULT
     if state.step < schedule.total or not result.exists():
         return None
     document = json.loads(result.read_text())
@@ -268,41 +296,58 @@ def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] 
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, world: World) -> Iterator[None]:
-    """The run's folder, locked by rank 0, so that no other job works in it."""
+def _claimed(folder: Path, world: World, claim: Claim | None) -> Iterator[bool]:
+    """The run's folder, locked by rank 0, so that no other job works in it. True where this very hand-off is at work in
+    it already. Raises InputError where another job is, and for a hand-off whose folder is another run's."""
     if not world.is_first:
-        yield
+        yield False
         return
     folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / RECORD).exists()
+    same = begun and claim is not None and Record.read(folder).uuid == claim.uuid
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if same:
+                print(f"{folder}: this hand-off is at work already", file=sys.stderr, flush=True)
+                yield True
+                return
             raise InputError(
                 f"{folder}: another job is at work in it; wait for it or give this one a run.name"
             ) from None
-        yield
+        if claim and begun and not same:
+            raise InputError(f"{folder}: is another run's: give the hand-off a run.name of its own")
+        yield False
 
 
 @contextlib.contextmanager
-def _tracking(settings: Config, world: World, training: ShardSet) -> "Iterator[Tracker | None]":
-    """The run's Tracker on rank 0; None on the others. A run that raises ends as FAILED."""
+def _published(
+    settings: Config,
+    world: World,
+    training: ShardSet,
+    validation: ShardSet | None,
+    task: Classification,
+    claim: Claim | None,
+    parent: str | None,
+) -> Iterator[Publisher | None]:
+    """The run's Publisher on rank 0; None on the others. A run that raises ends as FAILED."""
     if not world.is_first:
         yield None
         return
-    from pipeline.track.runs import Tracker
-
-    folder = settings.run.folder
-    (folder / "result.json").unlink(missing_ok=True)  # of an attempt that was stopped
-    (folder / "config.yaml").write_text(dump(settings))
-    paths = ", ".join(settings.data.train_paths)
-    tracker = Tracker(settings, facts={"data.digest": training.digest, "data.path": paths})
+    publisher = Publisher(
+        settings,
+        training,
+        validation,
+        main_metric=task.main_metric,
+        uuid=claim.uuid if claim else None,
+        parent=parent,
+    )
     try:
-        yield tracker
-    except BaseException:
-        tracker.end(failed=True)
+        yield publisher
+    except BaseException as error:
+        publisher.fail(error)
         raise
-    tracker.end()
 
 
 def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State) -> None:

@@ -13,7 +13,7 @@ import math
 import re
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -123,6 +123,9 @@ RandAugmentField = Annotated[RandAugment, PlainValidator(RandAugment.parse), Pla
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 class Run(Section):
@@ -350,20 +353,86 @@ class Debug(Section):
 
 class Tracking(Section):
     uri: str | None = None
-    """MLflow tracking server. None: sqlite:///ROOT/mlflow.db with artifacts beside it."""
+    """MLflow tracking server. None: MLFLOW_TRACKING_URI or, without one, sqlite:///ROOT/mlflow.db with artifacts beside
+    it."""
     experiment: str = "pretrain"
-    model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
+    model_name: str | None = Field(default=None, pattern=r"^[^/:@]+$")
     """Registered model that receives this run's versions. None: the run's name."""
     system_metrics: bool = True
+    """Load of each node's cores, memory, disk, network and GPUs, every ten seconds."""
+    keep_versions: int = Field(default=1, ge=0)
+    """Best ones to keep registered, beside the run's last. Those with an alias or a child stay in any case."""
+    patience_s: float = Field(default=120.0, gt=0.0)
+    """How long the end of a run waits for the server. `launch/registry.py sync` sends what is left then."""
+    log_diff: bool = False
+    """Log the uncommitted changes to the code. They can hold secrets."""
+    log_samples: bool = False
+    """Log a sheet of augmented training images, where their licence allows it."""
 
     @model_validator(mode="after")
-    def _no_password(self) -> "Tracking":
+    def _is_a_server(self) -> "Tracking":
         if self.uri and urllib.parse.urlsplit(self.uri).password:
             raise ValueError(
                 "uri holds a password, which would be logged with the configuration: "
                 "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
+        if self.uri and not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://", self.uri):
+            raise ValueError(
+                f"uri {self.uri!r} is no tracking server: give http://HOST:PORT, sqlite:///FILE or another database"
+            )
         return self
+
+
+class Bound(Section):
+    """What a metric has to reach. One that was not measured, or is not finite, fails."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "Bound":
+        if self.min is None and self.max is None:
+            raise ValueError("a bound has a min, a max or both")
+        return self
+
+    def holds(self, value: float | None) -> bool:
+        if value is None or not math.isfinite(value):
+            return False
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+    def __str__(self) -> str:
+        ends = (f"at least {self.min}", self.min), (f"at most {self.max}", self.max)
+        return " and ".join(text for text, end in ends if end is not None)
+
+
+class Gates(Section):
+    """What a model version has to pass to become @champion. See launch/registry.py promote."""
+
+    metrics: dict[str, Bound] = {}
+    champion: dict[str, Annotated[float, Field(ge=0.0)]] = {}
+    """How much worse than the present champion's a metric may be, on the same data. Metrics whose name ends in loss are
+    better when lower, all others when higher."""
+    data: str | None = None
+    """Packed data set to score both on. None: the metrics that were registered, which must be of equal data."""
+
+
+class Init(Section):
+    """What a fine-tuning run starts from."""
+
+    model: str = Field(pattern=r"^models:/[^/@]+(/[0-9]+|@.+)$")
+    """models:/NAME/VERSION or models:/NAME@ALIAS. Its backbone is taken, and its head where the classes are the
+    same."""
+
+
+class Handoff(Section):
+    """A fine-tuning job to start when this run has ended."""
+
+    config: str
+    """Its YAML file."""
+    set: list[str] = []
+    """Overrides, as on the command line."""
+    gate: dict[str, Bound] = {}
+    """What this run's model has to reach, or the job is not started."""
 
 
 class Config(Section):
@@ -381,6 +450,8 @@ class Config(Section):
     engine: Engine = Engine()
     resume: Resume = Resume()
     tracking: Tracking = Tracking()
+    handoff: tuple[Handoff, ...] = ()
+    init: Init | None = None
     debug: Debug = Debug()
 
     @model_validator(mode="after")
@@ -434,6 +505,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises InputError that lists every wrong key with the value found, the rule and the nearest valid name.
     """
+    return load_as(Config, path, overrides)
+
+
+def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | None = None) -> SomeSection:
+    """`load` for a file that holds another section, such as Gates."""
     tree = read_yaml(path)
     for override in overrides or []:
         name, equals, text = override.partition("=")
@@ -445,9 +521,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from error
         _put(tree, name.strip().split("."), value, override)
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"  {_explain(detail)}" for detail in error.errors()]
+        lines = [f"  {_explain(kind, detail)}" for detail in error.errors()]
         raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
 
 
@@ -488,11 +564,11 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> No
     tree[path[-1]] = value
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        names = _fields_at(path[:-1])
+        names = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         valid = f"; valid here: {', '.join(names)}" if names else ""
         hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else valid
@@ -505,8 +581,7 @@ def _explain(detail: ErrorDetails) -> str:
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    section: type[BaseModel] = Config
+def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
     for name in path:
         annotation = section.model_fields[name].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

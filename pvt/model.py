@@ -120,12 +120,7 @@ class Stage(nn.Module):
         """Position embeddings [1, N, C] for a grid. The class token's row has no place on it and is kept."""
         if grid == self.grid:
             return self.pos_embed
-        num_prefix = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
-        # In fp32, because weights between neighbours are thirds, sevenths and so on, which bf16 rounds.
-        learned = to_map(self.pos_embed.float(), self.grid)
-        resized = F.interpolate(learned, size=grid, mode="bilinear", align_corners=False)
-        tokens = resized.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :num_prefix], tokens], dim=1)
+        return _resize_pos_embed(self.pos_embed, self.grid, grid)
 
     def forward(self, x: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, Grid]:
         x, grid = self.patch_embed(x)
@@ -320,6 +315,16 @@ def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     return tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
 
 
+def _resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
+    """[1, N, C] for a grid -> the same for another. A class token's row has no place on it and is kept."""
+    num_prefix = pos_embed.shape[1] - old[0] * old[1]
+    # In fp32, because weights between neighbours are thirds, sevenths and so on, which bf16 rounds.
+    learned = to_map(pos_embed.float(), old)
+    resized = F.interpolate(learned, size=new, mode="bilinear", align_corners=False)
+    tokens = resized.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :num_prefix], tokens], dim=1)
+
+
 def _init_weights(module: nn.Module) -> None:
     """Linear weights, position embeddings and class token from a truncated normal of 0.02, linear biases 0.
 
@@ -335,8 +340,20 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A checkpoint in any layout of pvt.convert -> this package's."""
-    return from_any(state_dict)
+    """A checkpoint in any layout of pvt.convert -> this package's, with position embeddings for the model's grid.
+
+    What was learned on another grid is taken to be square there.
+    """
+    state = dict(from_any(state_dict))
+    for name, own in model.state_dict().items():
+        if name.endswith("pos_embed") and name in state and state[name].shape[1] != own.shape[1]:
+            stage = model.get_submodule(name.removesuffix(".pos_embed"))
+            assert isinstance(stage, Stage)
+            tokens = state[name].shape[1] - (stage.cls_token is not None)
+            side = math.isqrt(tokens)
+            if side * side == tokens:
+                state[name] = _resize_pos_embed(state[name], (side, side), stage.grid)
+    return state
 
 
 # register_model finds the table by its name. No weights are named, as there are none to download.

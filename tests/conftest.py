@@ -1,11 +1,12 @@
 """Small real data sets, configurations, and a way to run code on several ranks."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from tests.ranks import ROOT, start
 
 # OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
 torch.set_num_threads(1)
+
+# Shells start background jobs with SIGINT ignored, which their children would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PVT_MODEL_CACHE", str(tmp_path_factory.mktemp("models")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,7 @@ def test_metrics_are_written_for_every_logged_step(job: Job) -> None:
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     names = {
         "step",
+        "time",
         "epoch",
         "loss",
         "lr",
@@ -207,7 +208,7 @@ def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
     finally:
         weights.write_bytes(original)
     assert refused.returncode == 2
-    assert "models:/tiny/1: model.safetensors has SHA-256" in refused.stderr
+    assert "models:/tiny/1: artifacts/model.safetensors has SHA-256" in refused.stderr
 
 
 @pytest.mark.parametrize(

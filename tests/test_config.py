@@ -16,6 +16,9 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
+    if path.parent.name == "gates":
+        assert config.load_as(config.Gates, path).metrics
+        return
     assert config.load(path).run.name == path.stem
 
 

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import timm
@@ -39,6 +40,39 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
     if model.grad_checkpointing:
         network.set_grad_checkpointing()  # pyright: ignore[reportCallIssue] - timm's, not torch's
     return network
+
+
+def load_pretrained(network: nn.Module, weights: Mapping[str, Tensor], source: str, *, keep_head: bool) -> None:
+    """Start from the weights of a model that was trained on other data, with a fresh head unless it fits.
+
+    Position embeddings are resized to the network's image size where the architecture knows how. Raises InputError
+    where the tensors are not those of this architecture; `source` is named in it.
+    """
+    own: dict[str, Tensor] = network.state_dict()
+    filter_fn = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    try:
+        weights = dict(filter_fn(weights, network) if filter_fn else weights)
+    except ValueError as error:
+        raise InputError(f"{source}: not weights of model.name {type(network).__name__}: {error}") from error
+    if not keep_head:
+        heads: Any = network.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        of_head = tuple(f"{head}." for head in heads)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(of_head)}
+        weights |= {name: tensor for name, tensor in own.items() if name.startswith(of_head)}
+    faults = [
+        *(f"{name} is missing" for name in own.keys() - weights.keys()),
+        *(f"{name} has no place" for name in weights.keys() - own.keys()),
+        *(
+            f"{name} is {list(weights[name].shape)} and not {list(own[name].shape)}"
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+        ),
+    ]
+    if faults:
+        some = "; ".join(sorted(faults)[:3])
+        raise InputError(f"{source} does not fit the model: {some} ({len(faults)} in all): choose its model.name")
+    network.load_state_dict(weights)
 
 
 def check_image_sizes(model: config.Model, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:

@@ -1,14 +1,23 @@
-"""What a registered model carries besides its weights: enough to build it, feed it and read its answers."""
+"""What a registered model carries besides its weights: enough to build it, feed it, read its answers and trace it."""
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import config
+from pipeline import config, files
 
-CARD, WEIGHTS = "model.json", "model.safetensors"
+CARD, WEIGHTS, RAW = "model.json", "model.safetensors", "raw.safetensors"
+
+
+class Scored(BaseModel):
+    """The data that `metrics` were measured on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    digest: str  # SHA-256
+    samples: int
 
 
 class Card(BaseModel):
@@ -20,12 +29,21 @@ class Card(BaseModel):
     image: config.Image
     eval_batch_size: int
     classes: list[str]
+    averaged: bool = False
+    """model.safetensors is a moving average of the weights; raw.safetensors, beside it, are the weights themselves."""
     metrics: dict[str, float | None]
-    lineage: dict[str, Any]
+    """Of model.safetensors; None where a number was not finite."""
+    scored: Scored | None = None
+    sha256: dict[str, str]
+    """Digests of the weights' files by name, as they were when training saved them."""
+    lineage: dict[str, str]
+    """Where it comes from, each entry also a tag of the version: run (the run's UUID), step, config (fingerprint), code
+    (revision), data (digest), parent (the version that training started from), source (of foreign weights)."""
 
     @classmethod
     def read(cls, folder: Path) -> "Card":
-        return cls.model_validate(json.loads((folder / CARD).read_text()))
+        """Raises pydantic's ValidationError."""
+        return cls.model_validate_json((folder / CARD).read_bytes())
 
     def write(self, folder: Path) -> None:
-        (folder / CARD).write_text(self.model_dump_json(indent=1) + "\n")
+        files.write(folder / CARD, self.model_dump_json(indent=1).encode() + b"\n")

@@ -1,36 +1,54 @@
-"""The model registry: checkpoints in as numbered versions, verified folders out.
+"""The model registry: entries of the outbox in as numbered versions, digest-checked folders out.
 
-A version is an MLflow model from code (nothing pickled) whose artifacts are model.safetensors and model.json. Its
-tags hold the SHA-256 of both, so that the database vouches for the files.
+    entry ──register──▶ files in the store,  a version with their digests, lineage and metrics as tags,  @candidate
+                             │                    │
+                             └──────resolve───────┴──▶ Version: a folder whose every byte the database vouches for
+
+Tags of a version: "sha256.PATH" of each file, "bytes" of all, the card's lineage, "metric.NAME", "good", what `show`
+tells of the model, and "child.UUID" of each run that was started from it.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import importlib.metadata
-import io
+import math
+import random
+import re
 import shutil
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-import mlflow.artifacts
-import mlflow.pyfunc
-import pandas
+from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, Schema
-from PIL import Image
 from pydantic import ValidationError
 
-from pipeline.errors import InputError
+from pipeline.errors import ExternalError, InputError
+from pipeline.shards.retry import redact
+from pipeline.track import copies, package
 from pipeline.track.card import CARD, WEIGHTS, Card
+from pipeline.track.package import ARTIFACTS, Fault
+from pipeline.track.server import Unreachable, reaching
 
-CANDIDATE = "candidate"
+CANDIDATE, CHAMPION = "candidate", "champion"
+DIGEST, METRIC, CHILD, PROMOTED = "sha256.", "metric.", "child.", "promoted."
+"""How names of tags begin."""
+SCORED = "scored"
+"""A tag: digest of the data that the metrics were measured on."""
 
-_SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("binary", "image")]),
-    outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
-)
+_ENTRY, _LOGGED = "entry", "logged_model"
+_ATTEMPTS = 6
+_jitter = random.SystemRandom()  # leaves the seeded generators as they were
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,101 +57,323 @@ class Version:
 
     uri: str  # models:/NAME/VERSION, never an alias
     folder: Path
+    """With model.json, model.safetensors and, where the former is an average, raw.safetensors."""
     card: Card
+    tags: dict[str, str]
 
     @property
     def weights(self) -> Path:
         return self.folder / WEIGHTS
 
 
-def register(name: str, weights: Path, card: Card, *, run_id: str, step: int) -> str:
-    """Register a safetensors file as the next version of `name`, point @candidate at it and return its URI.
+def register(client: MlflowClient, name: str, entry: Path, *, experiment_id: str, run_id: str | None) -> str:
+    """Make an entry (a folder with model.json and the weights that it lists) the next version of `name`.
 
-    Belongs inside the MLflow run `run_id` that made it.
+    Points @candidate at the newest good version and returns models:/NAME/VERSION: that of an earlier attempt, where one
+    came this far. Uses no state of MLflow's beside the client, so it may run in any thread.
+    Raises InputError for a damaged entry, and Unreachable; what is half made then does not count.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
-        shutil.copyfile(weights, staged / WEIGHTS)
-        card.write(staged)
-        digests = {f"sha256.{file}": _sha256(staged / file) for file in (WEIGHTS, CARD)}
-        logged = mlflow.pyfunc.log_model(
-            name="model",  # of the run's logged model; stricter rules hold for it than for registered ones
-            python_model=str(Path(__file__).with_name("served.py")),
-            artifacts={file: str(staged / file) for file in (WEIGHTS, CARD)},
-            signature=_SIGNATURE,
-            input_example=pandas.DataFrame({"image": [_grey_image(card.image.size)]}),
-            pip_requirements=_requirements(),
-            registered_model_name=name,
-            step=step,
-        )
-    version = str(logged.registered_model_version)
-    client = MlflowClient()
-    tags = {**digests, "run_id": run_id, "step": step, **card.lineage}
-    for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, str(value))
-    client.set_registered_model_alias(name, CANDIDATE, version)
+    try:
+        card = Card.read(entry)
+    except (OSError, ValidationError) as error:
+        raise InputError(f"{entry / CARD}: cannot be read: {error}") from error
+    package.check(entry, card)
+    with reaching(f"models:/{name}"):
+        version = _find_same(client, name, card) or _create(client, name, entry, card, experiment_id, run_id)
+        _again(lambda: _point_candidate(client, name))
     return f"models:/{name}/{version}"
 
 
-def fetch(uri: str, folder: Path) -> Version:
-    """Copy models:/NAME/VERSION or models:/NAME@ALIAS into `folder` and check it against its tags.
+def resolve(uri: str, cache: Path | None = None) -> Version:
+    """A local copy of models:/NAME/VERSION or models:/NAME@ALIAS, each file compared with its registered digest.
 
-    Raises InputError for a URI that names no version, and where a file's digest differs from the registered one.
+    On the server that server.connect() chose. A store on a local disk is compared as well: a good copy would hide that
+    it was damaged. Raises InputError for a URI that names no version, and for a version whose files differ from what
+    was registered; ExternalError where there is no room; Unreachable.
     """
     client = MlflowClient()
-    name, version = _resolve(client, uri)
-    tags = client.get_model_version(name, version).tags
-    pinned = f"models:/{name}/{version}"
-    root = Path(mlflow.artifacts.download_artifacts(pinned, dst_path=str(folder))) / "artifacts"
-    for file in (WEIGHTS, CARD):
-        registered, found = tags.get(f"sha256.{file}"), _sha256(root / file)
-        if registered != found:
-            raise InputError(
-                f"{pinned}: {file} has SHA-256 {found}, but {registered} was registered: "
-                "the artifact was changed; do not use it, register the checkpoint again"
-            )
+    version = find(client, uri)
+    pinned, registered = uri_of(version), _digests(version)
+    store = _store(client, version)
+
+    def refuse(faults: list[Fault]) -> InputError:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        return InputError(
+            f"{pinned}: {faults[0]}{more}: the artifact was changed or damaged; do not use it, register the model again"
+        )
+
+    if isinstance(store, LocalArtifactRepository) and (faults := package.faults(registered, Path(store.artifact_dir))):
+        raise refuse(faults)
+    num_bytes = int(version.tags.get("bytes", 0))
+    copy = copies.obtain(registered, num_bytes, lambda folder: _download(store, pinned, folder), refuse, cache)
+    folder = copy / ARTIFACTS
     try:
-        return Version(pinned, root, Card.read(root))
+        return Version(pinned, folder, Card.read(folder), dict(version.tags))
     except ValidationError as error:
         raise InputError(f"{pinned}: {CARD} is not one that this version reads: {error.errors()[0]['msg']}") from error
 
 
-def _resolve(client: MlflowClient, uri: str) -> tuple[str, str]:
-    reference = uri.removeprefix("models:/")
-    alias = reference.partition("@")
-    number = reference.partition("/")
+def verify(uri: str, cache: Path | None = None) -> dict[str, Any]:
+    """Compare the stored files with their registered digests: "ok", and each file with what was found.
+
+    The cache's folder takes a temporary copy where the store is not on a local disk; its copies are not looked at.
+    """
+    client = MlflowClient()
+    version = find(client, uri)
+    registered, store = _digests(version), _store(client, version)
+    with contextlib.ExitStack() as stack:
+        if isinstance(store, LocalArtifactRepository):
+            folder = Path(store.artifact_dir)
+        else:
+            copies.folder_of(cache).mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=copies.folder_of(cache))))
+            _download(store, uri_of(version), folder)
+        faults = {fault.file: fault for fault in package.faults(registered, folder)}
+    rows = [
+        faults.get(name) or Fault(name, registered[name], registered[name]) for name in sorted({*registered, *faults})
+    ]
+    return {
+        "model": uri_of(version),
+        "ok": not faults,
+        "files": [{**row._asdict(), "fault": str(row) if row.file in faults else None} for row in rows],
+    }
+
+
+def versions(client: MlflowClient, name: str | None = None, **tags: str) -> list[ModelVersion]:
+    """Those of a registered model, or of all, that have these tags, with their aliases; by name and number. None for a
+    model that does not exist."""
+    terms = [f"tags.`{key}` = {quoted(value)}" for key, value in tags.items()]
+    query = " and ".join([f"name = {quoted(name)}", *terms] if name else terms)
+    found: list[ModelVersion] = []
+    token: str | None = ""
+    with reaching(f"models:/{name}" if name else "registered models"):
+        while token is not None:
+            page = client.search_model_versions(query or None, max_results=1000, page_token=token or None)
+            found, token = [*found, *page], page.token or None
+        aliases = {each: client.get_registered_model(each).aliases for each in {version.name for version in found}}
+    for version in found:
+        version.aliases = [alias for alias, at in aliases[version.name].items() if str(at) == str(version.version)]
+    return sorted(found, key=lambda version: (version.name, int(version.version)))
+
+
+def find(client: MlflowClient, uri: str) -> ModelVersion:
+    """The version that models:/NAME/VERSION or models:/NAME@ALIAS names. Raises InputError where there is none."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:/(.*)|@(.*))?", uri)
+    if not match:
+        raise InputError(f"{uri}: a registered model is models:/NAME/VERSION or models:/NAME@ALIAS")
+    name, number, alias = match.groups()
+    if not alias and not (number and number.isdigit()):
+        raise InputError(f"{uri}: names no version: give models:/NAME/VERSION or models:/NAME@ALIAS")
     try:
-        if not uri.startswith("models:/"):
-            raise InputError(f"{uri}: a registered model is models:/NAME/VERSION or models:/NAME@ALIAS")
-        if alias[2]:
-            return alias[0], str(client.get_model_version_by_alias(alias[0], alias[2]).version)
-        if number[2].isdigit():
-            return number[0], str(client.get_model_version(number[0], number[2]).version)
+        if alias:
+            number = str(client.get_model_version_by_alias(name, alias).version)
+        return client.get_model_version(name, number)
     except MlflowException as error:
-        raise InputError(f"{uri}: {error.message}{_known(client)}") from error
-    raise InputError(f"{uri}: names no version: give models:/NAME/VERSION or models:/NAME@ALIAS")
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise Unreachable(f"{uri}: {redact(' '.join(error.message.split()))}") from error
+        raise InputError(f"{uri}: {error.message}{_known(client, name)}") from error
 
 
-def _known(client: MlflowClient) -> str:
+def link_child(client: MlflowClient, parent_uri: str, child_uuid: str, child_run_id: str) -> None:
+    """Note on the parent's version and on the run that made it which run was started from it."""
+    version = find(client, parent_uri)
+    with reaching(parent_uri):
+        client.set_model_version_tag(version.name, str(version.version), f"{CHILD}{child_uuid}", child_run_id)
+        if version.run_id:
+            client.set_tag(version.run_id, f"{CHILD}{child_uuid}", child_run_id)
+
+
+def prune(client: MlflowClient, name: str, run_uuid: str, *, keep_best: int, metric: str) -> list[str]:
+    """Remove what a run has registered beyond its best `keep_best` versions and its last; returns their URIs.
+
+    Those with an alias, with a child, or that have been champion stay in any case.
+    """
+    ours = versions(client, name, run=run_uuid)
+    scored = [version for version in ours if metric_of(version, metric) is not None]
+    best = sorted(scored, key=lambda version: worth(metric, metric_of(version, metric)), reverse=True)[:keep_best]
+    kept = {str(version.version) for version in [*best, *ours[-1:]]}
+    removed = []
+    for version in ours:
+        if str(version.version) not in kept and _remove(client, version):
+            removed.append(uri_of(version))
+    return removed
+
+
+def worth(metric: str, value: float | None) -> float:
+    """Higher is better. Metrics whose name ends in loss are better when lower."""
+    assert value is not None
+    return -value if metric.endswith("loss") else value
+
+
+def metric_of(version: ModelVersion, metric: str) -> float | None:
+    """As it was registered; None where it was not measured or was not finite."""
+    text = version.tags.get(f"{METRIC}{metric}")
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def uri_of(version: ModelVersion) -> str:
+    return f"models:/{version.name}/{version.version}"
+
+
+def quoted(text: str) -> str:
+    """For a filter of MLflow's search, which knows no escapes."""
+    mark = '"' if "'" in text else "'"
+    if mark in text:
+        raise InputError(f"{text}: a name with both kinds of quotation marks cannot be searched for; choose another")
+    return f"{mark}{text}{mark}"
+
+
+def _find_same(client: MlflowClient, name: str, card: Card) -> str | None:
+    """The version that these weights of this step of this run have become."""
+    same = {"run": card.lineage["run"], "step": card.lineage["step"]}
+    for version in versions(client, name, **same):
+        if version.tags.get(f"{DIGEST}{ARTIFACTS}/{WEIGHTS}") == card.sha256[WEIGHTS]:
+            return str(version.version)
+    return None
+
+
+def _create(client: MlflowClient, name: str, entry: Path, card: Card, experiment_id: str, run_id: str | None) -> str:
+    """Upload the files, then have them counted, all at once, by creating the version."""
+    key = f"{card.lineage['run']}.{card.lineage['step']}.{card.sha256[WEIGHTS][:16]}"
+    for half_made in client.search_logged_models([experiment_id], filter_string=f"tags.{_ENTRY} = '{key}'"):
+        _remove_files(client, half_made.model_id, half_made.artifact_location)
+    logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags={_ENTRY: key})
+    model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+    staged = entry / "staged"  # beside the weights, for hard links
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        package.build(entry, card, staged, model)
+        tags = _tags(card, staged) | {_LOGGED: logged.model_id}
+        client.log_model_artifacts(logged.model_id, str(staged))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    client.finalize_logged_model(logged.model_id, "READY")
+    if run_id:
+        _log_to_run(client, run_id, logged.model_id, card)
+    _again(lambda: _create_name(client, name))
+
+    def create() -> str:
+        # An attempt whose answer was lost may have succeeded.
+        return _find_same(client, name, card) or str(
+            client.create_model_version(
+                name, logged.artifact_location, run_id=run_id, tags=tags, model_id=logged.model_id
+            ).version
+        )
+
+    return _again(create)
+
+
+def _tags(card: Card, staged: Path) -> dict[str, str]:
+    metrics = {name: math.nan if value is None else value for name, value in card.metrics.items()}
+    good = all(map(math.isfinite, metrics.values()))
+    return {
+        **{f"{DIGEST}{name}": digest for name, digest in package.digests(staged).items()},
+        "bytes": str(package.size(staged)),
+        **card.lineage,
+        **{f"{METRIC}{name}": repr(value) for name, value in metrics.items()},
+        **({SCORED: card.scored.digest} if card.scored else {}),
+        "good": str(good).lower(),
+        "task": card.task,
+        "model": card.model.name,
+        "image_size": str(card.image.size),
+        "num_classes": str(len(card.classes)),
+        "averaged": str(card.averaged).lower(),
+    }
+
+
+def _log_to_run(client: MlflowClient, run_id: str, model_id: str, card: Card) -> None:
+    step, now = int(card.lineage["step"]), int(time.time() * 1000)
+    finite = {name: value for name, value in card.metrics.items() if value is not None and math.isfinite(value)}
+    metrics = [Metric(name, value, now, step, model_id=model_id, run_id=run_id) for name, value in finite.items()]
+    client.log_batch(run_id, metrics=metrics)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+
+
+def _create_name(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _point_candidate(client: MlflowClient, name: str) -> None:
+    """Whoever writes last looks again afterwards, so the alias ends at the newest whatever the order."""
+    newest = _newest_good(client, name)
+    while newest is not None:
+        client.set_registered_model_alias(name, CANDIDATE, newest)
+        written, newest = newest, _newest_good(client, name)
+        if written == newest:
+            return
+
+
+def _newest_good(client: MlflowClient, name: str) -> str | None:
+    query = f"name = {quoted(name)} and tags.good = 'true'"
+    found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
+    return str(found[0].version) if found else None
+
+
+def _again(call: Callable[[], T]) -> T:
+    """Writers of one database get into each other's way; its errors do not tell that from trouble."""
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return call()
+        except (MlflowException, Unreachable):
+            time.sleep(0.05 * 2**attempt * _jitter.uniform(0.5, 1.0))
+    return call()
+
+
+def _remove(client: MlflowClient, version: ModelVersion) -> bool:
+    """False where there is a reason to keep it."""
+    with reaching(uri_of(version)):
+        now = client.get_model_version(version.name, str(version.version))
+        if now.aliases or any(tag.startswith((CHILD, PROMOTED)) for tag in now.tags):
+            return False
+        store = client.get_model_version_download_uri(version.name, str(version.version))
+        client.delete_model_version(version.name, str(version.version))
+        if _LOGGED in now.tags:
+            _remove_files(client, now.tags[_LOGGED], store)
+    return True
+
+
+def _remove_files(client: MlflowClient, model_id: str, location: str) -> None:
+    try:
+        get_artifact_repository(location, tracking_uri=client.tracking_uri).delete_artifacts()
+    except Exception as error:  # a store that does not allow it, which `mlflow gc` is for
+        print(f"warning: {location}: its files could not be removed: {error}", file=sys.stderr, flush=True)
+    client.delete_logged_model(model_id)
+
+
+def _digests(version: ModelVersion) -> Mapping[str, str]:
+    found = {key.removeprefix(DIGEST): value for key, value in version.tags.items() if key.startswith(DIGEST)}
+    if not found:
+        raise InputError(
+            f"{uri_of(version)}: has no digests, so it cannot be trusted: it was not registered by this project; "
+            "give its weights to `launch/registry.py import`"
+        )
+    return found
+
+
+def _store(client: MlflowClient, version: ModelVersion) -> ArtifactRepository:
+    with reaching(uri_of(version)):
+        location = client.get_model_version_download_uri(version.name, str(version.version))
+        return get_artifact_repository(location, tracking_uri=client.tracking_uri)
+
+
+def _download(store: ArtifactRepository, pinned: str, folder: Path) -> None:
+    with reaching(pinned):
+        store.download_artifacts("", dst_path=str(folder))
+
+
+def _known(client: MlflowClient, name: str) -> str:
+    """What there is instead; nothing where the server, rather than the name, is the trouble."""
     try:
         models = client.search_registered_models(max_results=20)
-    except MlflowException:  # the server, rather than the name, is the trouble
+        told = f"registered models: {', '.join(model.name for model in models) or 'none'}"
+        found = versions(client, name)
+        numbers = [str(version.version) for version in found[-10:]]
+        aliases = [f"@{alias}" for version in found for alias in version.aliases]
+        return f" ({told}; of {name}: {', '.join(numbers + aliases)})" if found else f" ({told})"
+    except (MlflowException, ExternalError):
         return ""
-    return f" (registered models: {', '.join(model.name for model in models) or 'none'})"
-
-
-def _requirements() -> list[str]:
-    """What served.py needs beside this project, which is not looked up by name: any package could own it."""
-    packages = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "timm", "torch")
-    return [f"{package}=={importlib.metadata.version(package)}" for package in packages]
-
-
-def _grey_image(size: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (128, 128, 128)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,132 +1,162 @@
-"""One MLflow run for each job, continued over restarts; rank 0 alone talks to it."""
+"""What training tells of itself to MLflow, without waiting for it.
 
-import json
-import os
+    loop ──on_step, on_evaluation, on_checkpoint──▶ Tracker: wakes ──▶ its thread: Mirror.sync() ──▶ server
+
+What happened is in the run's folder by then, and is taken from there. Importing this does not import MLflow, which
+takes seconds: the thread does.
+"""
+
+import importlib.metadata
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-# MLflow reads these when it is imported. It phones home unless told not to, and draws progress bars into log files.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+from pipeline.errors import ExternalError
+from pipeline.track.record import Record, Status
 
-import mlflow
-from mlflow.entities import Metric, RunStatus
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from mlflow.utils.time import get_current_time_millis
+if TYPE_CHECKING:
+    from pipeline.track.mirror import Mirror
 
-from pipeline import config, files
-from pipeline.errors import InputError
-
-QUIET_S = 300
-
-
-def tracking_uri(settings: config.Tracking, root: str | Path) -> str:
-    """The server to use: the configured one, or a SQLite file among the runs."""
-    return settings.uri or f"sqlite:///{Path(root) / 'mlflow.db'}"
-
-
-def use(uri: str) -> None:
-    """Make `uri` the tracking server and registry of this process. Raises InputError for what cannot be one."""
-    try:
-        mlflow.set_tracking_uri(uri)
-        MlflowClient()
-    except MlflowException as error:
-        raise InputError(f"tracking server {uri}: {error.message}") from error
+PACE_S, IDLE_S = 1.0, 5.0
+"""Shortest and longest rest between passes."""
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+AWAITED_RETRY_S = 2.0
+"""Longest rest after a failure while the job waits for the server."""
 
 
 class Tracker:
-    """A listener that keeps an MLflow run. While training, trouble with the tracking server is reported and no
-    reason to stop: metrics.jsonl holds every number."""
+    """A listener on rank 0 that keeps MLflow's copy of the run's folder up to date, from a thread of its own.
 
-    def __init__(self, settings: config.Config, *, facts: dict[str, str]) -> None:
-        """Start the run, or continue the one noted in run.json; `facts` become tags."""
-        self._quiet_until = 0.0
-        note = settings.run.folder / "run.json"
-        uri = tracking_uri(settings.tracking, settings.run.root)
-        use(uri)
-        experiment = _experiment(settings)
-        if note.exists():
-            self.run_id: str = json.loads(note.read_text())["run_id"]
-            mlflow.start_run(self.run_id, log_system_metrics=settings.tracking.system_metrics)
-        else:
-            run = mlflow.start_run(
-                experiment_id=experiment,
-                run_name=settings.run.name,
-                tags={"seed": str(settings.run.seed), **facts, **code_revision()},
-                log_system_metrics=settings.tracking.system_metrics,
-            )
-            self.run_id = run.info.run_id
-            # Once: MLflow refuses a parameter that a restart would log with another value.
-            mlflow.log_params(dict(_flatten(settings.model_dump(mode="json"))))
-            mlflow.log_text(config.dump(settings), "config.yaml")
-            files.write(note, json.dumps({"run_id": self.run_id}).encode() + b"\n")
-        self._client = MlflowClient(uri)
+    Whatever happens to the server or to the thread is said on standard error and is no reason for training to stop.
+    """
+
+    def __init__(self, folder: Path, patience_s: float) -> None:
+        """`folder` has its run.json and config.yaml. `patience_s`: the longest that the end of the run is held up."""
+        self._folder, self._patience_s = folder, patience_s
+        self._mirror: Mirror | None = None
+        self._news = threading.Event()
+        self._turn = threading.Condition()
+        self._asked = self._answered = self._failed = 0  # numbers of flushes
+        self._over = False
+        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's name for the run; None as long as no server has given it one."""
+        return self._mirror.run_id if self._mirror else None
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
-        self._log(step, {f"train/{name}": value for name, value in metrics.items()})
+        self._news.set()
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._log(step, {f"val/{name.removeprefix('val_')}": value for name, value in metrics.items()})
+        self._news.set()
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        pass
+        self._news.set()
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if time.monotonic() < self._quiet_until:
-            return
-        now = get_current_time_millis()
-        points = [Metric(name, value, now, step) for name, value in metrics.items()]
-        try:
-            self._client.log_batch(self.run_id, points)
-        except (MlflowException, OSError) as error:
-            # Every further try would hold training up for as long as the client's own retries take.
-            self._quiet_until = time.monotonic() + QUIET_S
-            print(f"MLflow: {error}; for {QUIET_S} s metrics go to metrics.jsonl alone", file=sys.stderr, flush=True)
+    def flush(self, patience_s: float | None = None) -> bool:
+        """Wait until a whole pass has been made from now on. False if none has, when patience is over."""
+        patience_s = self._patience_s if patience_s is None else patience_s
+        began = time.monotonic()
+        with self._turn:
+            self._asked += 1
+            asked = self._asked
+            self._news.set()
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: max(self._answered, self._failed) >= asked, patience_s)
+            complete = self._answered >= asked
+        if not complete:  # once is enough
+            self._patience_s = max(AWAITED_RETRY_S, self._patience_s - (time.monotonic() - began))
+        return complete
 
-    def end(self, *, failed: bool = False) -> None:
-        try:
-            mlflow.end_run(RunStatus.to_string(RunStatus.FAILED if failed else RunStatus.FINISHED))
-        except (MlflowException, OSError) as error:
-            print(f"MLflow: the run's end could not be noted: {error}", file=sys.stderr, flush=True)
+    def end(self, status: Status, patience_s: float | None = None) -> bool:
+        """Note how the run has ended and wait until the server has everything. False if it has not, when patience is
+        over; the folder still holds what is missing."""
+        Record.read(self._folder).end(self._folder, status)
+        complete = self.flush(patience_s)
+        self._over = True
+        self._news.set()
+        if not complete:
+            _say(f"not everything is sent; python launch/registry.py sync {self._folder} sends the rest")
+        return complete
+
+    def _work(self) -> None:
+        troubled, retry_s = False, 0.0
+        while not self._over:
+            asked, failed = self._asked, False
+            self._news.clear()
+            try:
+                self._sync()
+            except ExternalError as error:
+                if not troubled and not self._over:
+                    _say(f"{error}; nothing is lost: {self._folder} has it all, and it is sent later")
+                retry_s = min(max(FIRST_RETRY_S, 2 * retry_s), LAST_RETRY_S)
+                troubled = True
+            except Exception:
+                if not troubled:
+                    _say(f"{traceback.format_exc()}training goes on, and {self._folder} has all that is not sent")
+                retry_s = LAST_RETRY_S
+                troubled = failed = True
+            else:
+                if troubled:
+                    _say("works again; what had piled up is sent")
+                troubled, retry_s = False, 0.0
+            with self._turn:
+                if failed:
+                    self._failed = asked
+                elif not troubled:
+                    self._answered = asked
+                self._turn.notify_all()
+            self._rest(retry_s, asked)
+
+    def _sync(self) -> None:
+        from pipeline.track.mirror import Mirror
+
+        self._mirror = self._mirror or Mirror(self._folder)
+        self._mirror.sync()
+
+    def _rest(self, retry_s: float, asked: int) -> None:
+        """Until there is something to do. A flush cuts it short."""
+        with self._turn:
+            if retry_s and self._answered < self._asked:
+                retry_s = min(retry_s, AWAITED_RETRY_S)
+            self._turn.wait_for(lambda: self._asked > asked or self._over, retry_s or PACE_S)
+        if not retry_s:
+            self._news.wait(IDLE_S)
 
 
 def code_revision() -> dict[str, str]:
     """Tags that name the code: commit, and whether files differed from it. Empty outside a checkout."""
-    here = Path(__file__).parent
     try:
-        commit = _git("rev-parse", "HEAD", at=here)
-        dirty = _git("status", "--porcelain", "--untracked-files=no", at=here)
+        commit = _git("rev-parse", "HEAD").strip()
+        dirty = _git("status", "--porcelain", "--untracked-files=no").strip()
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"mlflow.source.git.commit": commit, "code.dirty": str(bool(dirty)).lower()}
 
 
-def _git(*arguments: str, at: Path) -> str:
-    return subprocess.run(["git", *arguments], cwd=at, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _experiment(settings: config.Config) -> str:
-    name = settings.tracking.experiment
-    if found := mlflow.get_experiment_by_name(name):
-        return found.experiment_id
-    # A server picks its own artifact store; for the embedded database the artifacts lie beside it.
-    beside = None if settings.tracking.uri else (Path(settings.run.root) / "artifacts" / name).resolve().as_uri()
+def uncommitted() -> str:
+    """Changes of tracked files against the last commit, as a patch. Empty outside a checkout."""
     try:
-        return mlflow.create_experiment(name, artifact_location=beside)
-    except MlflowException:  # another run created it meanwhile
-        return mlflow.get_experiment_by_name(name).experiment_id  # pyright: ignore[reportOptionalMemberAccess]
+        return _git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat = []
-    for name, value in tree.items():
-        # A mapping by something other than names, such as the resolution schedule, is one value.
-        if isinstance(value, dict) and all(key.isidentifier() for key in value):
-            flat += _flatten(value, f"{prefix}{name}.")
-        else:
-            flat.append((f"{prefix}{name}", value))
-    return flat
+def packages() -> str:
+    """Installed packages, a line name==version each, sorted."""
+    installed = {f"{found.name}=={found.version}\n" for found in importlib.metadata.distributions()}
+    return "".join(sorted(installed, key=str.lower))
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout
+
+
+def _say(message: str) -> None:
+    print(f"MLflow: {message}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ class Classifier(PythonModel):
         self._model.load_state_dict(safetensors.torch.load_file(context.artifacts[WEIGHTS]))
         self._transform: Any = create_transform(
             (3, size, size),
-            interpolation="bicubic",
+            interpolation=card.image.interpolation,
             mean=card.image.mean,
             std=card.image.std,
             crop_pct=card.image.crop_pct,

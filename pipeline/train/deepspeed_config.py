@@ -60,8 +60,8 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
                 "state in memory; use cpu"
             )
     # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):
-        zero.setdefault(bucket, min(num_parameters, _MOST_BUCKET_ELEMENTS))
+    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # even numbers, or it refuses
+        zero.setdefault(bucket, min(num_parameters + num_parameters % 2, _MOST_BUCKET_ELEMENTS))
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:

@@ -126,12 +126,12 @@ class Engine:
         )
         self._objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
         # Any, because DeepSpeed's annotations name every optimiser it might hold.
+        num_parameters = sum(p.numel() for p in self._parameters.values())
+        self.deepspeed_config = deepspeed_config(config, world, accumulation, num_parameters)
         self._engine: Any = deepspeed.initialize(
             model=self._objective,
             optimizer=self._optimizer,
-            config=deepspeed_config(
-                config, world, accumulation, num_parameters=sum(p.numel() for p in self._parameters.values())
-            ),
+            config=copy.deepcopy(self.deepspeed_config),  # which DeepSpeed edits
             dist_init_required=False,
         )[0]
 

@@ -109,7 +109,7 @@ class MetricsFile:
         pass
 
     def _append(self, step: int, metrics: dict[str, float]) -> None:
-        self._lines.append({"step": step, **finite_or_none(metrics)})
+        self._lines.append({"step": step, "time": round(time.time(), 3), **finite_or_none(metrics)})
 
 
 class Anomalies:

@@ -1,0 +1,207 @@
+"""Start the fine-tuning jobs that a run's configuration lists under `handoff`, each once, and wait for them.
+
+python launch/handoff.py RUN [--ranks N]
+
+A run does this by itself when it has ended. Doing it again finds what has been done and does the rest.
+
+    runs/PARENT/handoff/KEY.json    a claim: the child's UUID, its name and the exact version it starts from
+    runs/PARENT/handoff/KEY.log     what the child says
+    runs/PARENT/handoff/log         what this command says when a run has started it
+
+A claim is made once, whoever tries, and before its child is started. So a child that is started again is the same
+one, which goes on where it was or has nothing to do.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launch import command
+from pipeline import config
+from pipeline.config import Config, Handoff
+from pipeline.errors import ExternalError, InputError
+from pipeline.track.card import Card
+from pipeline.track.outbox import Outbox
+from pipeline.track.record import Record, new_uuid
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+
+
+class Claim(BaseModel):
+    """A hand-off that has been decided on: which child, from which version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uuid: str
+    """Of the child's run."""
+    name: str
+    """The child's run.name."""
+    root: str
+    model: str
+    """models:/NAME/VERSION, never an alias."""
+    config: str
+    set: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> "Claim":
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"--claim {path}: {error.strerror}: it is written by launch/handoff.py") from error
+        except ValidationError as error:
+            raise InputError(f"--claim {path}: not one that launch/handoff.py has written: {error}") from error
+
+    def make(self, path: Path) -> "Claim":
+        """Write the claim, unless there is one: returns the one that holds."""
+        path.parent.mkdir(exist_ok=True)
+        whole = path.with_name(f".{path.name}.{self.uuid}")
+        whole.write_text(self.model_dump_json(indent=1) + "\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(whole, path)  # fails where the name is taken, in one step, also on network file systems
+        whole.unlink()
+        return Claim.read(path)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.name
+
+    def result(self) -> dict[str, Any] | None:
+        """The child's, if it has finished."""
+        path = self.folder / "result.json"
+        if not path.exists() or Record.read(self.folder).uuid != self.uuid:
+            return None
+        result = json.loads(path.read_text())
+        return None if result.get("requeue") else result
+
+
+def main() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="launch/handoff.py", description="Start a run's fine-tuning jobs, each once.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/NAME")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of each job, on this machine (default 1)")
+    arguments = parser.parse_args()
+    return hand_off(arguments.run, arguments.ranks)
+
+
+def begin(folder: Path, ranks: int) -> None:
+    """Do it in a process of its own, which has this one's devices once this one has ended."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    (folder / "handoff").mkdir(exist_ok=True)
+    with (folder / "handoff" / "log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), "--ranks", str(ranks)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    print(f"{folder}: hands off to {folder / 'handoff'}", file=sys.stderr, flush=True)
+
+
+def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
+    """Start what has to be started, one job after the other.
+
+    Raises InputError for a run that has not ended, and ExternalError where its versions are not registered yet.
+    """
+    settings = config.load(folder / "config.yaml")
+    _require_end(folder)
+    children, refused = [], []
+    (folder / "handoff").mkdir(exist_ok=True)
+    with (folder / "handoff" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for entry in settings.handoff:
+            key = config.fingerprint(entry.model_dump(include={"config", "set"}))[:12]
+            path = folder / "handoff" / f"{key}.json"
+            if not path.exists():
+                model, why = _choose(folder, entry)
+                if model is None:
+                    refused.append({"config": entry.config, "why": why})
+                    print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
+                    continue
+                _claim(settings, entry, model, key).make(path)
+            children.append(_run(Claim.read(path), path, settings, ranks))
+    ok = all(child["result"] is not None for child in children)
+    return {"run": str(folder), "ok": ok, "children": children, "refused": refused}
+
+
+def _require_end(folder: Path) -> None:
+    path = folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {"requeue": True}
+    if result.get("requeue"):
+        raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
+
+
+def _choose(folder: Path, entry: Handoff) -> tuple[str | None, str]:
+    """The run's best registered version that passes the entry's gate; or None and why."""
+    outbox, metric = Outbox(folder), Record.read(folder).tags["main_metric"]
+    registered = outbox.registered()
+    if not registered:
+        raise ExternalError(
+            f"{folder}: none of its versions is registered yet: `python launch/registry.py sync {folder}` does that "
+            "once the tracking server can be reached"
+        )
+    scores, why = outbox.scores(metric), "no version was scored"
+    for version in sorted(registered, key=lambda each: scores.get(each, float("-inf")), reverse=True):
+        metrics = Card.read(version).metrics
+        failed = [
+            f"{name} is {metrics.get(name)}, but {bound} is asked for"
+            for name, bound in entry.gate.items()
+            if not bound.holds(metrics.get(name))
+        ]
+        if not failed:
+            return registered[version], ""
+        why = f"{registered[version]}: {'; '.join(failed)}"
+    return None, why
+
+
+def _claim(settings: Config, entry: Handoff, model: str, key: str) -> Claim:
+    child = config.load(entry.config, [*entry.set, f"init.model={model}"])
+    name = child.run.name
+    if not _is_named(entry):
+        alike = [other for other in settings.handoff if other.config == entry.config and not _is_named(other)]
+        name = "-".join([settings.run.name, name, *([key[:4]] if len(alike) > 1 else [])])
+    return Claim(uuid=new_uuid(), name=name, root=settings.run.root, model=model, config=entry.config, set=entry.set)
+
+
+def _is_named(entry: Handoff) -> bool:
+    return any(override.startswith("run.name=") for override in entry.set)
+
+
+def _run(claim: Claim, path: Path, settings: Config, ranks: int) -> dict[str, Any]:
+    """Run the child unless it has finished, as ranks of this machine, and wait for it."""
+    child = {"run": str(claim.folder), "uuid": claim.uuid, "from": claim.model}
+    _wait_for(claim.folder)
+    if claim.result() is None:
+        overrides = [*claim.set, f"init.model={claim.model}", f"run.name={claim.name}", f"run.root={claim.root}"]
+        if settings.tracking.uri:
+            overrides.append(f"tracking.uri={settings.tracking.uri}")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        job = [str(ROOT / "launch/finetune.py"), "--config", claim.config, "--claim", str(path)]
+        for override in overrides:
+            job += ["--set", override]
+        whole = [sys.executable, *torchrun, f"--nproc-per-node={ranks}", *job]
+        print(f"{claim.folder}: fine-tuning {claim.model}; see {path.with_suffix('.log')}", file=sys.stderr, flush=True)
+        with path.with_suffix(".log").open("ab") as log:
+            subprocess.run(whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    return {**child, "result": claim.result()}
+
+
+def _wait_for(folder: Path) -> None:
+    """Until no job is at work in it: a child may have outlived the command that started it."""
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,169 @@
+"""What a job says of itself to others: the record of its run, the versions that it offers, its result.
+
+    begin           run.json  config.yaml  packages.txt  data/  ┐
+    a new best      versions/                                   ├──Tracker──▶ MLflow
+    end             versions/  result.json                      ┘
+
+All of it goes to the run's folder first. The tracking server gets its copy behind training, or later.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline import files
+from pipeline.config import Config, dump, fingerprint
+from pipeline.errors import InputError
+from pipeline.feed.preview import preview
+from pipeline.shards.index import Manifest, ShardSet
+from pipeline.track.card import RAW, WEIGHTS, Card, Scored
+from pipeline.track.outbox import Outbox
+from pipeline.track.record import DataInput, Record
+from pipeline.track.runs import Tracker, code_revision, packages, uncommitted
+from pipeline.train.commit import EMA, MODEL, Commit, score_of, scores_of
+from pipeline.train.meters import finite_or_none
+
+RESULT = "result.json"
+HURRY_S = 10.0
+"""For the server when a job has been told to stop, or has failed: what is left then goes with the next start."""
+
+PARENT = "parent.version"
+
+
+class Publisher:
+    """A listener on rank 0. `parent` is the version that training starts from, if any."""
+
+    def __init__(
+        self,
+        settings: Config,
+        training: ShardSet,
+        validation: ShardSet | None,
+        *,
+        main_metric: str,
+        uuid: str | None = None,
+        parent: str | None = None,
+    ) -> None:
+        self._settings, self._training, self._validation = settings, training, validation
+        self._metric = main_metric
+        self.folder = settings.run.folder
+        (self.folder / RESULT).unlink(missing_ok=True)  # of an attempt that was stopped
+        files.write(self.folder / "config.yaml", dump(settings).encode())
+        files.write(self.folder / "packages.txt", packages().encode())
+        if settings.tracking.log_diff:
+            files.write(self.folder / "diff.patch", uncommitted().encode())
+        if settings.tracking.log_samples:
+            preview(settings, self.folder / "samples.png")
+        tags = {
+            "seed": str(settings.run.seed),
+            "data.digest": training.digest,
+            "data.path": ", ".join(settings.data.train_paths),
+            "main_metric": main_metric,
+            **code_revision(),
+            **({PARENT: parent} if parent else {}),
+        }
+        self.record = Record.begin(self.folder, settings.run.name, uuid_=uuid, tags=tags, inputs=self._inputs())
+        self.outbox = Outbox(self.folder)
+        self.tracker = Tracker(self.folder, settings.tracking.patience_s)
+
+    def on_step(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.on_step(step, metrics)
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracker.on_evaluation(step, metrics)
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """Offer a new best."""
+        score, best = score_of(folder, self._metric), max(self.outbox.scores(self._metric).values(), default=-math.inf)
+        if score is not None and score > best and self._settings.tracking.keep_versions:
+            self._tell_of_trouble(lambda: self._offer(step, folder))
+        self.tracker.on_checkpoint(step, folder)
+
+    def finish(self, step: int, checkpoint: Path) -> dict[str, Any]:
+        """Offer the last checkpoint and wait for registration; what the result says of that. `model` is None where the
+        server could not be reached."""
+        entry = self._offer(step, checkpoint)
+        self.tracker.flush()
+        registered = self.outbox.registered()
+        ending = {"model": registered.get(entry), **finite_or_none(scores_of(checkpoint) or {})}
+        scores = self.outbox.scores(self._metric)
+        best = max(scores, key=lambda each: scores[each], default=entry)
+        if scores and scores[best] > scores.get(entry, -math.inf):
+            ending["best"] = registered.get(best)
+        return ending
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Tell the server, and write the result down: last of all, so that who finds it has nothing to make up for."""
+        stopped = bool(result.get("requeue"))
+        self.tracker.end("KILLED" if stopped else "FINISHED", HURRY_S if stopped else None)
+        files.write(self.folder / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
+
+    def fail(self, error: BaseException) -> None:
+        self.tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", HURRY_S)
+
+    def _offer(self, step: int, checkpoint: Path) -> Path:
+        averaged = self._settings.train.ema_decay is not None
+        weights = {WEIGHTS: EMA, RAW: MODEL} if averaged else {WEIGHTS: MODEL}
+        digests = Commit.read(checkpoint).files
+        validation, settings = self._validation, self._settings
+        tags = self.record.tags
+        card = Card(
+            task="classification",
+            model=settings.model,
+            image=settings.image,
+            eval_batch_size=settings.evaluate.batch_size,
+            classes=self._training.classes,
+            averaged=averaged,
+            metrics=finite_or_none(scores_of(checkpoint) or {}),
+            scored=validation
+            and Scored(path=str(settings.data.val), digest=validation.digest, samples=len(validation)),
+            sha256={name: digests[file].sha256 for name, file in weights.items()},
+            lineage={
+                "run": self.record.uuid,
+                "step": str(step),
+                "config": fingerprint(settings.model_dump(mode="json")),
+                "data": self._training.digest,
+                **({"code": tags["mlflow.source.git.commit"]} if "mlflow.source.git.commit" in tags else {}),
+                **({"parent": tags[PARENT]} if PARENT in tags else {}),
+            },
+        )
+        return self.outbox.put({name: checkpoint / file for name, file in weights.items()}, card)
+
+    def _tell_of_trouble(self, attempt: Callable[[], Any]) -> None:
+        """A disk that is full costs a version on the way, and not the run."""
+        try:
+            attempt()
+        except OSError as error:
+            print(f"{self.outbox.folder}: {error}; this version will not be registered", file=sys.stderr, flush=True)
+
+    def _inputs(self) -> list[DataInput]:
+        trained = zip(self._settings.data.train_paths, self._training.manifests, strict=True)
+        parts: list[tuple[Literal["training", "validation"], str, Manifest]] = [("training", *part) for part in trained]
+        if self._validation:
+            parts.append(("validation", str(self._settings.data.val), self._validation.manifests[0]))
+        inputs = []
+        (self.folder / "data").mkdir(exist_ok=True)
+        for number, (context, path, manifest) in enumerate(parts):
+            copy = f"data/{context}-{number}.json"
+            files.write(self.folder / copy, manifest.model_dump_json().encode())
+            inputs.append(
+                DataInput(
+                    context=context,
+                    path=path,
+                    digest=manifest.digest,
+                    samples=manifest.samples,
+                    classes=len(manifest.classes),
+                    manifest=copy,
+                )
+            )
+        return inputs
+
+
+def parent_of(folder: Path) -> str | None:
+    """The version that the run in `folder` was started from, which an alias may have left since."""
+    try:
+        return Record.read(folder).tags.get(PARENT)
+    except InputError:
+        return None

@@ -1,0 +1,288 @@
+"""Look at registered models, check them, trace them, make one the champion, and bring in others' weights.
+
+python launch/registry.py list [NAME]                       models, or one's versions
+python launch/registry.py show URI                          what is known of a version
+python launch/registry.py verify URI                        every byte in the store against its digest
+python launch/registry.py lineage URI|NAME [--out FILE]     data set, run, version, and what was made of it
+python launch/registry.py promote URI --gates FILE [--why]  move @champion to it if it passes
+python launch/registry.py rollback NAME [--why TEXT]        undo that
+python launch/registry.py import FILE --name N --model M    published weights as a version
+python launch/registry.py sync RUN                          send what the tracking server lacks of a run
+
+URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME.
+"""
+
+import fcntl
+import sys
+from argparse import ArgumentParser, Namespace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import command
+from launch.command import Subcommand
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:  # MLflow takes a second to import, which --help and wrong usage do without
+    from pipeline.track.registry import MlflowClient, ModelVersion
+
+
+def main() -> dict[str, Any]:
+    return command.choose("launch/registry.py", "Look after registered models.", SUBCOMMANDS)
+
+
+def _list_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of a registered model; without it, all of them")
+    _add_server(parser)
+
+
+def _list(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.registry import versions
+
+    rows = [_row(version) for version in versions(_connect(arguments), arguments.name)]
+    if arguments.name and not rows:
+        raise InputError(f"{arguments.name}: no registered model has this name, or it has no version")
+    print(_table(rows), file=sys.stderr)
+    return {"versions": rows}
+
+
+def _row(version: "ModelVersion") -> dict[str, Any]:
+    from pipeline.track.registry import METRIC, metric_of, uri_of
+
+    names = [tag.removeprefix(METRIC) for tag in version.tags if tag.startswith(METRIC)]
+    return {
+        "uri": uri_of(version),
+        "aliases": sorted(version.aliases),
+        "model": version.tags.get("model"),
+        "step": version.tags.get("step"),
+        "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        "metrics": {name: metric_of(version, name) for name in names},
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    wide = max([len(row["uri"]) for row in rows] + [7])
+    lines = [f"{'version':{wide}}  {'model':10}  {'step':>9}  {'created':25}  metrics, aliases"]
+    for row in rows:
+        told = [_told(row["metrics"]), *(f"@{alias}" for alias in row["aliases"])]
+        about = f"{row['model'] or '':10}  {row['step'] or '':>9}  {row['created']}"
+        lines.append(f"{row['uri']:{wide}}  {about}  {'  '.join(filter(None, told))}".rstrip())
+    return "\n".join(lines)
+
+
+def _told(metrics: dict[str, float | None]) -> str:
+    shown = {name: "not finite" if value is None else f"{value:.4g}" for name, value in metrics.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _show(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.registry import find
+
+    version = find(_connect(arguments), arguments.uri)
+    result = {**_row(version), "run_id": version.run_id, "tags": dict(sorted(version.tags.items()))}
+    rows = {
+        "aliases": " ".join(f"@{alias}" for alias in result["aliases"]) or "none",
+        "created": result["created"],
+        "metrics": _told(result["metrics"]) or "none",
+        "run id": version.run_id or "none",
+        **result["tags"],
+    }
+    print("\n".join([result["uri"], *(f"  {name:38}{value}" for name, value in rows.items())]), file=sys.stderr)
+    return result
+
+
+def _verify(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.registry import verify
+
+    _connect(arguments)
+    result = verify(arguments.uri)
+    for file in result["files"]:
+        print(file["fault"] or f"{file['file']} as registered", file=sys.stderr)
+    return result
+
+
+def _lineage_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="URI|NAME", help="a version, or a registered model with all its versions")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also draw it: .png or .svg")
+    _add_server(parser)
+
+
+def _lineage(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track import lineage
+
+    _connect(arguments)
+    tree = lineage.lineage(arguments.subject)
+    print(lineage.text(tree), file=sys.stderr)
+    if arguments.out:
+        lineage.draw(tree, arguments.out)
+        tree["picture"] = str(arguments.out)
+    return tree
+
+
+def _promote_arguments(parser: ArgumentParser) -> None:
+    _add_uri(parser)
+    parser.add_argument("--gates", required=True, metavar="FILE", help="YAML; see configs/gates/classification.yaml")
+    _add_why(parser)
+
+
+def _promote(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.config import Gates, load_as
+    from pipeline.track.promote import promote
+
+    gates = load_as(Gates, arguments.gates)
+    tracking_uri = _connect(arguments).tracking_uri
+    if gates.data is None:
+        result = promote(arguments.uri, gates, why=arguments.why)
+    else:
+        from launch import evaluate
+        from pipeline import world
+
+        here = world.start()
+        scorer = lambda model, data: evaluate.score(model, data, tracking_uri, here) or {}  # noqa: E731
+        result = promote(arguments.uri, gates, score=scorer, why=arguments.why)
+        world.stop()
+    for row in result["gates"]:
+        print(_gate(row), file=sys.stderr)
+    if "note" in result:
+        print(f"{result['model']}: {result['note']}", file=sys.stderr)
+    return result
+
+
+def _gate(row: dict[str, Any]) -> str:
+    about = [row["rule"]] if "rule" in row else []
+    about += [f"the champion has {row['champion']}"] if "champion" in row else []
+    told = f"{'passed' if row['passed'] else 'FAILED'}  {row['gate']}: {row['value']}"
+    return f"{told} ({'; '.join(about)})" if about else told
+
+
+def _rollback_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the registered model")
+    _add_why(parser)
+    _add_server(parser)
+
+
+def _rollback(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.promote import rollback
+
+    _connect(arguments)
+    return rollback(arguments.name, why=arguments.why)
+
+
+def _import_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help=".pth of the public repository, .safetensors file, or folder that Transformers wrote",
+    )
+    parser.add_argument("--name", required=True, help="of the registered model that receives the version")
+    parser.add_argument("--model", required=True, help="architecture, such as pvt_large")
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="default 224")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each, in order")
+    classes.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
+    _add_server(parser)
+
+
+def _import(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track import foreign
+
+    classes = _classes(arguments)
+    uri = foreign.import_weights(
+        _connect(arguments, create=True),
+        arguments.source,
+        arguments.name,
+        model=arguments.model,
+        image_size=arguments.image_size,
+        classes=classes,
+    )
+    return {"model": uri, "source": str(arguments.source)}
+
+
+def _classes(arguments: Namespace) -> list[str] | None:
+    """Raises InputError for a list that cannot be one of classes."""
+    if arguments.classes_from:
+        from pipeline.shards.index import read_manifest
+
+        return read_manifest(arguments.classes_from).classes
+    if arguments.classes is None:
+        return None
+    try:
+        names = arguments.classes.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--classes {arguments.classes}: cannot be read: {error}") from error
+    if "" in names or len(set(names)) != len(names):
+        raise InputError(f"--classes {arguments.classes}: a name on every line, each once, was expected")
+    return names
+
+
+def _sync_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, which says where it is tracked")
+
+
+def _sync(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.mirror import Mirror
+    from pipeline.track.record import Record
+    from pipeline.track.server import Unreachable
+
+    folder: Path = arguments.run
+    record = Record.read(folder)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: its job is at work and sends everything by itself; wait for its end") from None
+        if record.status == "RUNNING":  # and yet nobody is at work: the job was killed
+            record.end(folder, "KILLED")
+        mirror = Mirror(folder)
+        lacking = mirror.behind
+        try:
+            mirror.sync()
+        except Unreachable as error:
+            raise Unreachable(f"{error}; still to be sent: {mirror.behind}") from error
+        left = mirror.behind
+    print(f"{folder}: sent: {lacking or 'nothing was lacking'}", file=sys.stderr)
+    return {
+        "run": str(folder),
+        "ok": not left,
+        "run_id": mirror.run_id,
+        "status": record.status,
+        "sent": lacking,
+        "left": left,
+    }
+
+
+def _add_uri(parser: ArgumentParser) -> None:
+    parser.add_argument("uri", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
+    _add_server(parser)
+
+
+def _add_server(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="default $MLFLOW_TRACKING_URI or, without it, runs/mlflow.db"
+    )
+
+
+def _add_why(parser: ArgumentParser) -> None:
+    parser.add_argument("--why", metavar="TEXT", help="to be kept with it")
+
+
+def _connect(arguments: Namespace, *, create: bool = False) -> "MlflowClient":
+    from pipeline.track import server
+
+    return server.connect(server.tracking_uri(arguments.tracking_uri), create=create)
+
+
+SUBCOMMANDS = {
+    "list": Subcommand("list registered versions", _list_arguments, _list),
+    "show": Subcommand("print what is known of a version", _add_uri, _show),
+    "verify": Subcommand("compare every stored byte of a version with its digest", _add_uri, _verify),
+    "lineage": Subcommand("print where a model comes from and what was made of it", _lineage_arguments, _lineage),
+    "promote": Subcommand("make a version @champion if it passes every gate", _promote_arguments, _promote),
+    "rollback": Subcommand("undo the last promotion that stands", _rollback_arguments, _rollback),
+    "import": Subcommand("register weights that others have published", _import_arguments, _import),
+    "sync": Subcommand("send what the tracking server lacks of a run", _sync_arguments, _sync),
+}
+
+if __name__ == "__main__":
+    command.run(main)

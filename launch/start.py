@@ -1,0 +1,43 @@
+"""What pretrain.py and finetune.py share: from the command line to the job, and from its end to those that follow."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch import command, handoff
+from launch.job import run_job
+from pipeline import config, world
+from pipeline.config import Config
+from pipeline.errors import InputError
+
+
+def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] | None:
+    """Run the job that the command line describes. Returns the result on rank 0."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--claim", type=Path, metavar="FILE", help="the hand-off that this job answers to")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args()
+    here = world.start()
+
+    def load() -> tuple[Config, handoff.Claim | None]:
+        claim = handoff.Claim.read(arguments.claim) if arguments.claim else None
+        settings = config.load(arguments.config, arguments.set)
+        if (settings.init is not None) != fine_tuning:
+            raise InputError(
+                f"{arguments.config}: init.model is {'missing: it names' if fine_tuning else 'given, but is'} what a "
+                f"fine-tuning run starts from{'' if fine_tuning else ': use launch/finetune.py'}"
+            )
+        return settings, claim
+
+    settings, claim = command.first_then_all(here, load)
+    result = run_job(settings, here, claim)
+    stopped = here.from_first(bool(result and result.get("requeue")))
+    world.stop()
+    if stopped and result is None:
+        sys.exit(command.REQUEUE)
+    if result and not stopped and settings.handoff:
+        handoff.begin(settings.run.folder, here.local_size)
+    return result

@@ -1,0 +1,122 @@
+"""Digest-checked copies of model versions on this machine, shared by concurrent jobs and readable by the group.
+
+    FOLDER/KEY/            a version's files; KEY is the SHA-256 of their registered digests
+    FOLDER/KEY.partial/    a copy on its way, made by whoever holds the lock; what a killed process left is made anew
+    FOLDER/KEY.lock
+
+A copy is hashed again each time it is asked for, so that nothing which happened to the disk since is used. Copies may
+be removed whenever no job is starting.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from pipeline.config import fingerprint
+from pipeline.errors import ExternalError, InputError
+from pipeline.track.package import Fault, faults, is_leftover
+
+VARIABLE = "PVT_MODEL_CACHE"
+
+
+def folder_of(cache: Path | None) -> Path:
+    """Where copies are: `cache`, or $PVT_MODEL_CACHE, or pvt-pipeline/models below $XDG_CACHE_HOME or ~/.cache."""
+    if cache or os.environ.get(VARIABLE):
+        return Path(cache or os.environ[VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pvt-pipeline" / "models"
+
+
+def obtain(
+    registered: Mapping[str, str],
+    num_bytes: int,
+    download: Callable[[Path], None],
+    refuse: Callable[[list[Fault]], Exception],
+    cache: Path | None,
+) -> Path:
+    """A folder whose files are exactly those of `registered`, SHA-256 by path. `download` fills an empty folder.
+
+    Raises what `refuse` makes of faults in what was downloaded, InputError where the cache cannot be written, and
+    ExternalError where the disk is full.
+    """
+    folder = folder_of(cache)
+    copy = folder / fingerprint(dict(registered))
+    if copy.is_dir() and not faults(registered, copy):
+        return copy
+    with _explained(folder):
+        _make(folder)
+        with _locked(folder / f"{copy.name}.lock"):
+            if copy.is_dir():
+                if not faults(registered, copy):  # another process has been faster
+                    return copy
+                print(f"{copy}: this copy was damaged on the disk; it is made anew", file=sys.stderr, flush=True)
+            partial = folder / f"{copy.name}.partial"
+            try:
+                _fill(partial, num_bytes, download)
+                if wrong := faults(registered, partial):
+                    raise refuse(wrong)
+                _replace(copy, partial)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return copy
+
+
+def _fill(partial: Path, num_bytes: int, download: Callable[[Path], None]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if shutil.disk_usage(partial.parent).free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes are needed, {os.strerror(errno.ENOSPC)}")
+    partial.mkdir()
+    download(partial)
+    for path in [partial, *partial.rglob("*")]:
+        if path.is_file() and is_leftover(path.relative_to(partial).as_posix()):
+            path.unlink()
+        else:
+            _open_to_group(path)
+
+
+def _replace(copy: Path, partial: Path) -> None:
+    """A damaged copy steps aside whole: another process may be reading it."""
+    aside = copy.with_name(f"{copy.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        copy.rename(aside)
+    partial.rename(copy)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make(folder: Path) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _open_to_group(path)
+
+
+def _open_to_group(path: Path) -> None:
+    path.chmod(path.stat().st_mode | (0o050 if path.is_dir() else 0o040))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        elsewhere = f"name another folder in {VARIABLE}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExternalError(
+                f"{folder}: no room for a copy of the model: {error.strerror}; make room, or {elsewhere}"
+            ) from error
+        raise InputError(f"{folder}: cannot hold copies of models: {error}; {elsewhere}") from error

@@ -1,0 +1,82 @@
+"""Model versions that wait to be registered, so that neither a server that is away nor a checkpoint that is removed
+meanwhile costs one.
+
+    checkpoints/step-00000420/ ──put: hard links──▶ versions/step-00000420-DIGEST/ ──Mirror──▶ registry
+                                                      model.safetensors  [raw.safetensors]  model.json
+                                                      registered.json    once it is; the weights go
+
+An entry counts once it has a model.json, which is written last. Knows no MLflow.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import files
+from pipeline.track.card import CARD, Card
+
+REGISTERED = "registered.json"
+
+
+class Outbox:
+    """Those of one run. Used by the job's rank 0, or by `registry.py sync` while no job is at work."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "versions"
+
+    def put(self, weights: Mapping[str, Path], card: Card) -> Path:
+        """Note a version for registration; the same one again is left alone. `weights` are files by the names that the
+        version gives them; their digests are in the card."""
+        digest = "".join(card.sha256[name] for name in sorted(weights))[:16]
+        entry = self.folder / f"step-{int(card.lineage['step']):08d}-{digest}"
+        if (entry / CARD).exists():
+            return entry
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.mkdir(parents=True)
+        for name, path in weights.items():
+            try:
+                os.link(path, entry / name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, entry / name)
+        card.write(entry)
+        return entry
+
+    def waiting(self) -> list[Path]:
+        """Entries that are not registered yet, by step."""
+        return [entry for entry in self._entries() if not (entry / REGISTERED).exists()]
+
+    def registered(self) -> dict[Path, str]:
+        """URIs of those that are, by entry, by step."""
+        noted = [entry for entry in self._entries() if (entry / REGISTERED).exists()]
+        return {entry: json.loads((entry / REGISTERED).read_text())["uri"] for entry in noted}
+
+    def note(self, entry: Path, uri: str) -> None:
+        """The entry has become models:/NAME/VERSION; its weights are no longer needed here."""
+        files.write(entry / REGISTERED, json.dumps({"uri": uri}).encode() + b"\n")
+        for weights in entry.glob("*.safetensors"):
+            weights.unlink()
+
+    def trim(self, keep_best: int, metric: str) -> None:
+        """Give up entries that better ones have overtaken before they were registered: all but the best and the last.
+        To be called by who registers them."""
+        waiting = self.waiting()
+        scores = self.scores(metric)
+        best = sorted(waiting, key=lambda entry: scores.get(entry, -math.inf), reverse=True)[:keep_best]
+        for entry in set(waiting[:-1]) - set(best):
+            shutil.rmtree(entry)
+
+    def scores(self, metric: str) -> dict[Path, float]:
+        """Of the entries that were scored, waiting and registered, by step."""
+        scores: dict[Path, float] = {}
+        for entry in self._entries():
+            with contextlib.suppress(FileNotFoundError):  # trimmed this instant
+                if (score := Card.read(entry).metrics.get(metric)) is not None:
+                    scores[entry] = score
+        return scores
+
+    def _entries(self) -> list[Path]:
+        return [card.parent for card in sorted(self.folder.glob(f"step-*/{CARD}"))]

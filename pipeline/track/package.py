@@ -1,0 +1,136 @@
+"""The files of a model version: how they are made, and how a copy is told from what was registered.
+
+    model.json  model.safetensors  [raw.safetensors]
+        └─build──▶ MLmodel  served.py  requirements.txt  input_example.json  …  artifacts/ with the files above
+                       └─digests──▶ {path: SHA-256} ──tags of the version──▶ faults(…, a copy)
+
+An MLflow model from code: nothing in it is a pickle. Its code is covered by the digests, too.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, Schema
+from PIL import Image
+
+from pipeline.errors import InputError
+from pipeline.track.card import CARD, Card
+
+ARTIFACTS = "artifacts"
+_SERVED = Path(__file__).with_name("served.py")
+_MLMODEL = "MLmodel"
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("binary", "image")]),
+    outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+)
+
+
+class Fault(NamedTuple):
+    """A file that differs from what was registered."""
+
+    file: str
+    registered: str | None
+    """SHA-256; None for a file that does not belong there."""
+    found: str | None
+    """SHA-256; None for a file that is missing."""
+
+    def __str__(self) -> str:
+        if self.found is None:
+            return f"{self.file} is missing, {self.registered} was registered"
+        if self.registered is None:
+            return f"{self.file} has SHA-256 {self.found}, but no such file was registered"
+        return f"{self.file} has SHA-256 {self.found}, but {self.registered} was registered"
+
+
+def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
+    """Make a model folder of an entry, which shares its files by hard links where the file system has them."""
+    import mlflow.pyfunc  # seconds, for nothing in commands that only read
+    import pandas
+
+    names = [CARD, *card.sha256]
+    with tempfile.TemporaryDirectory() as scratch:
+        # MLflow copies artifacts twice and these are large: it gets empty files for them, and never opens one.
+        empty = {name: Path(scratch) / name for name in names}
+        for path in empty.values():
+            path.touch()
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(_SERVED),
+            artifacts={name: str(path) for name, path in empty.items()},
+            mlflow_model=model,
+            signature=_SIGNATURE,
+            input_example=pandas.DataFrame({"image": [example(card.image.size)]}),
+            pip_requirements=_requirements(),
+        )
+    for name in names:
+        (folder / ARTIFACTS / name).unlink()
+        _link(entry / name, folder / ARTIFACTS / name)
+    model.model_size_bytes = size(folder)
+    model.save(folder / _MLMODEL)
+
+
+def check(entry: Path, card: Card) -> None:
+    """Raises InputError for weights that are not those which training saved."""
+    for name, expected in card.sha256.items():
+        found = sha256(entry / name) if (entry / name).exists() else "missing"
+        if found != expected:
+            raise InputError(
+                f"{entry / name}: SHA-256 {found}, but {CARD} beside it says {expected}: the file was damaged after "
+                "it was saved; remove the folder, and register from another checkpoint"
+            )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of each file that a version consists of."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256(path) for name, path in paths.items() if not is_leftover(name)}
+
+
+def faults(registered: Mapping[str, str], folder: Path) -> list[Fault]:
+    found = digests(folder)
+    names = sorted(registered.keys() | found.keys())
+    rows = [Fault(name, registered.get(name), found.get(name)) for name in names]
+    return [row for row in rows if row.registered != row.found]
+
+
+def is_leftover(name: str) -> bool:
+    """What MLflow itself adds to a version's files when it opens them on a local disk. Never read nor copied here."""
+    return name == "registered_model_meta" or name.startswith("__pycache__/")
+
+
+def size(folder: Path) -> int:
+    """In bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def example(image_size: int) -> bytes:
+    """A grey PNG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (image_size, image_size), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _requirements() -> list[str]:
+    """What served.py needs beside this project, which is not looked up by name: any package could own it."""
+    packages = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "timm", "torch")
+    return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

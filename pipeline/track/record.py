@@ -1,0 +1,90 @@
+"""What a job notes about itself in its own folder, before anybody else hears of it.
+
+    runs/NAME/run.json      who this run is, how it stands: written by the job alone
+    runs/NAME/mlflow.json   what of the folder the tracking server has by now: written by Mirror alone
+
+The folder is complete without a server, and a server's copy can be made from it at any time. Knows no MLflow.
+"""
+
+import time
+import uuid
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import files
+from pipeline.errors import InputError
+
+RECORD = "run.json"
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class DataInput(BaseModel):
+    """A data set that the run reads. Its manifest is copied to the run's folder as data/CONTEXT-N.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    context: Literal["training", "validation"]
+    path: str
+    digest: str  # SHA-256
+    samples: int
+    classes: int
+    manifest: str
+    """Path of the copy, below the run's folder."""
+
+
+class Record(BaseModel):
+    """A run's identity and state. `uuid` exists before step 0 and is how a late server's copy is found again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    uuid: str
+    name: str
+    status: Status = "RUNNING"
+    began_ms: int
+    ended_ms: int | None = None
+    tags: dict[str, str] = {}
+    inputs: list[DataInput] = []
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Raises InputError for a folder that no job has written."""
+        path = folder / RECORD
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}: give the folder of a run, such as runs/NAME") from error
+        except ValidationError as error:
+            raise InputError(f"{path}: not a record that this version reads: {error.errors()[0]['msg']}") from error
+
+    @classmethod
+    def begin(
+        cls, folder: Path, name: str, *, uuid_: str | None = None, tags: dict[str, str], inputs: list[DataInput]
+    ) -> "Record":
+        """The record of a new job, or that of the job which is taken up again; on disk when this returns."""
+        if (folder / RECORD).exists():
+            record = cls.read(folder)
+            record.status, record.ended_ms = "RUNNING", None
+        else:
+            record = cls(uuid=uuid_ or new_uuid(), name=name, began_ms=_now_ms())
+        record.tags, record.inputs = tags, inputs
+        record.write(folder)
+        return record
+
+    def end(self, folder: Path, status: Status) -> None:
+        self.status, self.ended_ms = status, _now_ms()
+        self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        files.write(folder / RECORD, self.model_dump_json(indent=1).encode() + b"\n")
+
+
+def new_uuid() -> str:
+    return uuid.uuid4().hex
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,102 @@
+"""The tracking server and registry: which one, and how its troubles are told apart. Importing this imports MLflow."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# MLflow reads these when it is imported or first used. It phones home unless told not to, draws progress bars into log
+# files, and retries for minutes inside of a call: we come back by ourselves, and look first what has been done.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# It would copy uv.lock and pyproject.toml of whatever folder the job was started in into each model.
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from pipeline.errors import ExternalError, InputError
+from pipeline.shards.retry import redact
+
+# Errors of artifact stores' clients, which are not installed everywhere, are told by name.
+_CLIENTS = {"mlflow", "sqlalchemy", "boto3", "botocore", "azure", "google"}
+_SQLITE, _VARIABLE = "sqlite:///", "MLFLOW_TRACKING_URI"
+
+
+def tracking_uri(configured: str | None, root: str | Path = "runs") -> str:
+    """The server to use: the configured one, or MLFLOW_TRACKING_URI's, or a SQLite file among the runs."""
+    return configured or os.environ.get(_VARIABLE) or f"{_SQLITE}{Path(root) / 'mlflow.db'}"
+
+
+def connect(uri: str, *, create: bool = False) -> MlflowClient:
+    """A client, after MLflow's own functions have been pointed at the same server.
+
+    Raises InputError for what cannot be a server, and for an embedded database that does not exist unless `create`.
+    """
+    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    if database and not database.exists() and not create:
+        raise InputError(f"{database}: no such database; start where runs/ is, or name the server with --tracking-uri")
+    try:
+        _use(uri)
+        if database is None:
+            return MlflowClient(uri)
+        # Creating the tables is no transaction: of several processes one has to be first.
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with database.with_name(f".{database.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
+            return client
+    except MlflowException as error:
+        raise InputError(f"tracking server {redact(uri)}: {redact(error.message)}") from error
+
+
+def _use(uri: str) -> None:
+    """Have MLflow's own functions use this server. They would set a variable, too, which child processes inherit."""
+    before = os.environ.pop(_VARIABLE, None)
+    mlflow.set_tracking_uri(uri)
+    os.environ.pop(_VARIABLE, None)
+    if before is not None:
+        os.environ[_VARIABLE] = before
+
+
+def find_experiment(client: MlflowClient, name: str) -> str:
+    """Its id; it is created where there is none."""
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    # A server picks its own artifact store; for an embedded database the artifacts lie beside it.
+    embedded = client.tracking_uri.startswith(_SQLITE)
+    beside = Path(client.tracking_uri.removeprefix(_SQLITE)).parent / "artifacts" / name
+    try:
+        return client.create_experiment(name, artifact_location=beside.resolve().as_uri() if embedded else None)
+    except MlflowException:
+        if found := client.get_experiment_by_name(name):  # another process has created it meanwhile
+            return found.experiment_id
+        raise
+
+
+@contextlib.contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """Around calls of the server and its stores: Unreachable, or Denied, for what goes wrong there, in one line."""
+    try:
+        yield
+    except (InputError, ExternalError):
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        text = error.message if isinstance(error, MlflowException) else f"{type(error).__name__}: {error}"
+        denied = isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED"
+        raise (Denied if denied else Unreachable)(f"{what}: {redact(' '.join(text.split()))[:500]}") from error
+
+
+class Unreachable(ExternalError):
+    """The tracking server or its store does not do what it was asked, now."""
+
+
+class Denied(Unreachable):
+    """This user may not: asking again does not help."""

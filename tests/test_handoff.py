@@ -1,0 +1,183 @@
+"""Hand-off: a finished run starts its fine-tuning jobs, each once, from the exact version that it made."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from launch.handoff import Claim
+from pipeline.errors import InputError
+from pipeline.shards.pack import pack
+from pipeline.track.record import Record
+from tests.conftest import write_config
+from tests.ranks import ROOT, start
+
+LIMIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def jobs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configurations of a parent, on digits from 0 to 6, and of a child on 7, 8 and 9."""
+    folder = tmp_path_factory.mktemp("handoff")
+    images = folder / "images"
+    for classes in ("0-6", "7-9"):
+        command = [sys.executable, "launch/digits.py", "--out", images / classes, "--classes", classes]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        manifest = pack(images / classes / "train", folder / classes / "train")
+        pack(images / classes / "val", folder / classes / "val", classes=manifest.classes)
+    tree = yaml.safe_load(write_config(digits, folder).read_text())
+    tree["mix"], tree["train"]["log_every"] = {}, "10 steps"
+    child = {**tree, "run": {"name": "child"}, "data": {**tree["data"], **_data(folder / "7-9")}}
+    child["train"] = {**tree["train"], "length": "40 steps", "save_every": "5 steps"}
+    (folder / "child.yaml").write_text(yaml.safe_dump(child))
+    parent = {**tree, "data": {**tree["data"], **_data(folder / "0-6")}}
+    parent["train"] = {**tree["train"], "length": "60 steps"}
+    parent["handoff"] = [
+        {"config": str(folder / "child.yaml"), "gate": {"top1": {"min": 0.3}}},
+        {"config": str(folder / "child.yaml"), "set": ["run.name=never"], "gate": {"top1": {"min": 1.01}}},
+    ]
+    (folder / "parent.yaml").write_text(yaml.safe_dump(parent))
+    return folder
+
+
+def _data(folder: Path) -> dict[str, str]:
+    return {"train": str(folder / "train"), "val": str(folder / "val")}
+
+
+def run(target: str, *arguments: object, log: Path) -> dict[str, Any]:
+    """The result of a command that ends with 0."""
+    (process,) = start(1, target, arguments, [log])
+    process.wait(LIMIT_S)
+    assert process.returncode == 0, log.with_suffix(".err").read_text()
+    return json.loads(log.with_suffix(".out").read_text().splitlines()[-1])
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes_of(claim: Path) -> list[int]:
+    """Of a hand-off's child."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(claim).encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+def test_a_run_that_dies_while_handing_off_has_one_child(jobs: Path, tmp_path: Path) -> None:
+    """Kill whoever hands off, and what it has started, at three moments; start the parent again each time."""
+    parent, folder = jobs / "parent.yaml", jobs / "runs" / "tiny"
+    root = f"run.root={jobs / 'runs'}"
+    result = run("launch/pretrain.py", "--config", parent, "--set", root, log=tmp_path / "parent")
+    assert result["model"] == "models:/tiny/1"
+
+    def claims() -> list[Path]:
+        return [path for path in (folder / "handoff").glob("*.json") if not path.name.startswith(".")]
+
+    wait_for(claims)  # the run has begun to hand off by itself
+    (path,) = claims()
+    first = Claim.read(path)
+    wait_for(lambda: processes_of(path))
+    killed = 0
+    for moment in ("at once", "training", "finished"):
+        if moment == "training":
+            wait_for(lambda: list((first.folder / "checkpoints").glob("step-00000010/COMMIT.json")))
+        if moment == "finished":
+            wait_for(lambda: (first.folder / "result.json").exists())
+        for pid in [*processes_of(folder / "handoff"), *handing_off(folder)]:
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+        run("launch/pretrain.py", "--config", parent, "--set", root, log=tmp_path / moment)
+    assert killed >= 2
+    done = run("launch/handoff.py", folder, log=tmp_path / "again")
+    assert claims() == [path]
+    assert Claim.read(path) == first
+    (child,) = done["children"]
+    assert (child["run"], child["uuid"], child["from"]) == (str(first.folder), first.uuid, "models:/tiny/1")
+    assert child["result"]["steps"] == 40
+    assert child["result"]["top1"] > 0.6  # chance is a third
+    (refused,) = done["refused"]
+    assert "top1 is" in refused["why"]
+    assert "but at least 1.01 is asked for" in refused["why"]
+    assert not (jobs / "runs" / "never").exists()
+
+    client = MlflowClient(f"sqlite:///{jobs}/runs/mlflow.db")
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    children = client.search_runs(experiments, "tags.`parent.version` = 'models:/tiny/1'")
+    assert [found.data.tags["run.uuid"] for found in children] == [first.uuid]
+    assert children[0].info.status == "FINISHED"
+    assert children[0].data.tags["mlflow.parentRunId"] == result["run_id"]
+    assert f"child.{first.uuid}" in client.get_model_version("tiny", "1").tags
+    assert f"child.{first.uuid}" in client.get_run(result["run_id"]).data.tags
+    versions = list(client.search_model_versions("name='tiny-child'"))
+    assert [version.tags["parent"] for version in versions] == ["models:/tiny/1"]
+    state = json.loads(max((first.folder / "checkpoints").glob("step-*/state.json")).read_text())["state"]
+    assert state["step"] == 40
+
+
+def handing_off(folder: Path) -> list[int]:
+    """Processes of launch/handoff.py for a run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = entry.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(ROOT / "launch/handoff.py").encode() in words and str(folder).encode() in words:
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_claim_is_made_once(tmp_path: Path) -> None:
+    path = tmp_path / "handoff" / "key.json"
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        uuids = pool.starmap(_make, [(path, number) for number in range(64)])
+    assert len(set(uuids)) == 1
+    assert [each.name for each in path.parent.iterdir()] == ["key.json"]
+
+
+def _make(path: Path, number: int) -> str:
+    claim = Claim(uuid=f"{number:032x}", name="child", root="runs", model="models:/m/1", config="c.yaml", set=[])
+    return claim.make(path).uuid
+
+
+def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refused(jobs: Path, tmp_path: Path) -> None:
+    config = jobs / "parent.yaml"  # any job will do
+    folder = tmp_path / "runs" / "tiny"
+    claim = Claim(uuid="a" * 32, name="tiny", root=str(tmp_path / "runs"), model="models:/m/1", config="", set=[])
+    claim.make(tmp_path / "mine" / "claim.json")
+    claim.model_copy(update={"uuid": "b" * 32}).make(tmp_path / "other" / "claim.json")
+    folder.mkdir(parents=True)
+    Record.begin(folder, "tiny", uuid_=claim.uuid, tags={}, inputs=[])
+    job = ["--config", config, "--set", f"run.root={tmp_path / 'runs'}", "--claim"]
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        twice = run("launch/pretrain.py", *job, tmp_path / "mine" / "claim.json", log=tmp_path / "twice")
+    assert twice["at_work"]
+    (process,) = start(1, "launch/pretrain.py", [*job, tmp_path / "other" / "claim.json"], [tmp_path / "strange"])
+    assert process.wait(LIMIT_S) == 2
+    assert "is another run's: give the hand-off a run.name" in (tmp_path / "strange.err").read_text()
+
+
+def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "claim.json").write_text('{"uuid": 3}')
+    with pytest.raises(InputError, match=r"claim\.json: .*not one that launch/handoff\.py has written"):
+        Claim.read(tmp_path / "claim.json")

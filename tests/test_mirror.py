@@ -1,0 +1,722 @@
+"""MLflow's copy of a run's folder: complete whatever happens to the server or to who makes it, and without secrets."""
+
+import collections
+import hashlib
+import json
+import math
+import random
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+import pytest
+import safetensors.torch
+import timm
+import yaml
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.tracking import MlflowClient
+
+import pvt  # noqa: F401 - registers its models with timm
+from pipeline import config
+from pipeline.config import Config
+from pipeline.track import mirror, runs, system
+from pipeline.track.card import WEIGHTS, Card
+from pipeline.track.mirror import Mirror, mask_secrets
+from pipeline.track.outbox import Outbox
+from pipeline.track.record import DataInput, Record, Status
+from pipeline.track.runs import Tracker
+from pipeline.track.server import Unreachable, connect
+from pipeline.track.system import SystemLoad
+from tests.conftest import write_config
+from tests.ranks import ROOT, Rank, free_port
+from tests.tracking_servers import MlflowServer
+
+# What the server should have: {metric: [(step, time in ms, value or None)]}
+Points = dict[str, list[tuple[int, int, float | None]]]
+BEGAN_S = 1_700_000_000.0
+FACTS: Any = {"digest": hashlib.sha256(b"data").hexdigest(), "samples": 100, "classes": 10}
+
+
+@pytest.fixture(autouse=True)
+def _no_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow itself sets this to the server that it used last."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty one: to create the tables takes MLflow more than a second."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    connect(f"sqlite:///{path}", create=True)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: Path) -> Path:
+    """Where `begin` finds an embedded database."""
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(database, tmp_path / "runs" / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def folder(root: Path) -> Path:
+    return begin(root)
+
+
+def begin(root: Path, *overrides: str, tags: dict[str, str] | None = None) -> Path:
+    """The folder of a run that has just begun."""
+    root.mkdir(exist_ok=True)
+    settings = config.load(write_config(Path("/data/digits"), root), list(overrides))
+    (settings.run.folder / "data").mkdir(parents=True)
+    for name in ("training-0", "validation-1"):
+        (settings.run.folder / "data" / f"{name}.json").write_text(json.dumps({"name": name}))
+    return resume(settings, tags or {})
+
+
+def resume(settings: Config, tags: dict[str, str]) -> Path:
+    folder = settings.run.folder
+    (folder / "config.yaml").write_text(config.dump(settings))
+    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings.engine.deepspeed}))
+    (folder / "packages.txt").write_text(runs.packages())
+    training, validation = settings.data.train_paths[0], str(settings.data.val)
+    inputs = [
+        DataInput(context="training", path=training, manifest="data/training-0.json", **FACTS),
+        DataInput(context="validation", path=validation, manifest="data/validation-1.json", **FACTS),
+    ]
+    Record.begin(folder, settings.run.name, tags={"main_metric": "val_top1", **tags}, inputs=inputs)
+    return folder
+
+
+def log(folder: Path, steps: range, *, attempt: int = 0) -> None:
+    """Lines as training writes them; every tenth step has an evaluation and every seventh a loss that is not finite."""
+    with (folder / "metrics.jsonl").open("a") as lines:
+        for step in steps:
+            numbers = random.Random(step)
+            at = {"step": step, "time": round(BEGAN_S + 1000 * attempt + step / 3, 3)}
+            loss = None if step % 7 == 0 else numbers.gauss(2, 1)
+            lines.write(json.dumps({**at, "loss": loss, "lr": numbers.random() * 1e-3, "epoch": step / 9}) + "\n")
+            if step % 10 == 0:
+                lines.write(json.dumps({**at, "val_loss": numbers.random(), "val_top1": numbers.random()}) + "\n")
+
+
+def log_load(folder: Path, samples: int) -> None:
+    (folder / "system").mkdir(exist_ok=True)
+    for node in range(2):
+        with (folder / "system" / f"node-{node}.jsonl").open("a") as lines:
+            for sample in range(samples):
+                load = {"cpu_utilization_percentage": 10.0 * node + sample, "network_receive_megabytes": sample / 7}
+                lines.write(json.dumps({"time": BEGAN_S + 10 * sample + node / 8, "node": node, **load}) + "\n")
+
+
+def written(folder: Path) -> Points:
+    """The numbers of the folder's files under the names that MLflow is to know them by."""
+    points: Points = collections.defaultdict(list)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        document = json.loads(line)
+        step, time_ms = document.pop("step"), round(document.pop("time") * 1000)
+        for name, value in document.items():
+            key = f"train/{name}" if "loss" in document else f"val/{name[len('val_') :]}"
+            points[key].append((step, time_ms, value))
+    for path in folder.glob("system/*.jsonl"):
+        for number, line in enumerate(path.read_text().splitlines()):
+            document = json.loads(line)
+            time_ms, node = round(document.pop("time") * 1000), document.pop("node")
+            for name, value in document.items():
+                points[f"system/node-{node}/{name}"].append((number, time_ms, value))
+    return {key: sorted(rows) for key, rows in points.items()}
+
+
+def stored(client: MlflowClient, run_id: str) -> Points:
+    points: Points = {}
+    for key in client.get_run(run_id).data.metrics:
+        history = client.get_metric_history(run_id, key)
+        points[key] = sorted((m.step, m.timestamp, None if math.isnan(m.value) else m.value) for m in history)
+    return points
+
+
+def client_of(folder: Path) -> MlflowClient:
+    return MlflowClient(Mirror(folder).uri)
+
+
+def the_run(folder: Path, client: MlflowClient | None = None) -> Any:
+    """MLflow's run, of which there must be exactly one."""
+    client = client or client_of(folder)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (found,) = client.search_runs(experiments)
+    assert found.data.tags["run.uuid"] == Record.read(folder).uuid
+    return client.get_run(found.info.run_id)
+
+
+def artifacts(folder: Path) -> dict[str, Path]:
+    root = folder.parent / "artifacts" / "pretrain" / the_run(folder).info.run_id / "artifacts"
+    return {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+
+
+def end(folder: Path, status: Status = "FINISHED") -> Record:
+    record = Record.read(folder)
+    record.end(folder, status)
+    return record
+
+
+def dump(folder: Path) -> list[str]:
+    with sqlite3.connect(folder.parent / "mlflow.db") as database:
+        return list(database.iterdump())
+
+
+def wait_until(happened: Callable[[], Any], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, "has not happened"
+        time.sleep(0.02)
+
+
+def test_the_copy_is_complete(folder: Path) -> None:
+    log(folder, range(1, 401))
+    log_load(folder, samples=5)
+    (folder / "diff.patch").write_text("- old\n+ new\n")
+    (folder / "goodput.json").write_text('{"ettr": 0.9}')
+    Mirror(folder).sync()
+    record = end(folder)
+    copy = Mirror(folder)
+    assert copy.behind == "files, status"
+    copy.sync()
+
+    assert copy.behind == ""
+    client, run = client_of(folder), the_run(folder)
+    assert copy.run_id == run.info.run_id
+    assert stored(client, run.info.run_id) == written(folder)
+    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    assert (run.info.start_time, run.info.end_time) == (record.began_ms, record.ended_ms)
+    assert run.data.tags["main_metric"] == "val_top1"
+    assert run.data.tags["seed"] == "0"
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.params["mix.cutmix_alpha"] == "1.0"
+    inputs = {data.tags[0].value: data.dataset for data in run.inputs.dataset_inputs}
+    assert set(inputs) == {"training", "validation"}
+    assert inputs["training"].name == "train"
+    assert inputs["training"].digest == record.inputs[0].digest[:36]
+    assert json.loads(inputs["training"].profile)["sha256"] == record.inputs[0].digest
+    assert json.loads(inputs["training"].source) == {"uri": "/data/digits/train"}
+    files = artifacts(folder)
+    sent = {"config.yaml", "deepspeed.json", "packages.txt", "diff.patch", "goodput.json", "metrics.jsonl"}
+    assert set(files) == {*sent, "data/training-0.json", "data/validation-1.json"}
+    for name in (*sent - {"deepspeed.json"}, "data/training-0.json"):
+        assert files[name].read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_pass_over_what_is_sent_changes_nothing(folder: Path) -> None:
+    log(folder, range(1, 301))
+    log_load(folder, samples=5)
+    end(folder)
+    Mirror(folder).sync()
+    before = dump(folder)
+    Mirror(folder).sync()
+    assert dump(folder) == before
+    (folder / "mlflow.json").unlink()  # as if killed after everything was sent and before anything was noted
+    Mirror(folder).sync()
+    assert dump(folder) == before
+
+
+def test_lines_that_are_being_written_are_sent_once_they_are_whole(folder: Path) -> None:
+    log(folder, range(1, 6))
+    path = folder / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    copy = Mirror(folder)
+    copy.sync()
+    assert copy.behind == ""
+    points = stored(client_of(folder), the_run(folder).info.run_id)
+    assert len(points["train/loss"]) == 4
+    path.write_bytes(whole)
+    copy.sync()
+    assert stored(client_of(folder), the_run(folder).info.run_id) == written(folder)
+
+
+@pytest.mark.parametrize("dropped_to", [0, 30, 60, 99])
+@pytest.mark.parametrize("grown_to", [61, 150])
+def test_a_resumed_run_drops_lines(folder: Path, dropped_to: int, grown_to: int) -> None:
+    log(folder, range(1, 101))
+    Mirror(folder).sync()
+    first = written(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= dropped_to))
+    log(folder, range(dropped_to + 1, grown_to), attempt=1)
+    Mirror(folder).sync()
+    # MLflow cannot take back the points of steps that were repeated: both attempts' are there, nothing else.
+    second = written(folder)
+    assert stored(client_of(folder), the_run(folder).info.run_id) == {
+        key: sorted({*first[key], *second.get(key, [])}, key=lambda row: row[:2]) for key in first
+    }
+
+
+def test_killed_again_and_again(folder: Path, tmp_path: Path) -> None:
+    log(folder, range(1, 3001))
+    log_load(folder, samples=1000)
+    end(folder)
+    note = folder / "mlflow.json"
+    pause, where = random.Random(1), []
+    for kill in range(6):
+        worker = Rank("tests.workers.mirror", [folder], {}, tmp_path / f"worker-{kill}")
+        before = note.read_bytes() if note.exists() else b""
+        wait_until(lambda before=before: note.exists() and note.read_bytes() != before)
+        time.sleep(pause.random() * 0.15)
+        worker.kill()
+        worker.wait()
+        where.append(sum(place.offset for place in Mirror(folder)._sent.places.values()))
+    assert len(set(where)) > 3, f"the kills came at {where}, too close together to show anything"
+    assert Mirror(folder).behind, "the kills came too late to show anything"
+    Mirror(folder).sync()
+    assert Mirror(folder).behind == ""
+    run = the_run(folder)
+    assert stored(client_of(folder), run.info.run_id) == written(folder)
+    assert run.info.status == "FINISHED"
+
+
+def test_passes_at_the_same_time_make_one_run(folder: Path) -> None:
+    log(folder, range(1, 301))
+    copies = [Mirror(folder) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda copy: copy.sync(), copies))
+    assert {copy.run_id for copy in copies} == {the_run(folder).info.run_id}
+    assert stored(client_of(folder), copies[0].run_id or "") == written(folder)
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_status(folder: Path, status: Status) -> None:
+    Mirror(folder).sync()
+    assert the_run(folder).info.status == "RUNNING"
+    record = end(folder, status)
+    Mirror(folder).sync()
+    assert (the_run(folder).info.status, the_run(folder).info.end_time) == (status, record.ended_ms)
+
+
+def test_a_run_that_is_taken_up_again_goes_on(folder: Path) -> None:
+    log(folder, range(1, 11))
+    end(folder, "KILLED")
+    Mirror(folder).sync()
+    first = the_run(folder).info.run_id
+    # Other values than the first time, some of which MLflow would refuse as parameters.
+    settings = config.load(folder / "config.yaml", ["train.length=40 steps", "optim.lr=5e-3"])
+    resume(settings, {"code.dirty": "true"})
+    Mirror(folder).sync()
+    run = the_run(folder)
+    assert (run.info.run_id, run.info.status) == (first, "RUNNING")
+    assert run.data.params["train.length"] == "20 steps"
+    assert run.data.tags["code.dirty"] == "true"
+    assert "40 steps" in artifacts(folder)["config.yaml"].read_text()
+    end(folder)
+    Mirror(folder).sync()
+    assert the_run(folder).info.status == "FINISHED"
+
+
+def test_parameters_that_a_killed_pass_has_not_sent(folder: Path) -> None:
+    Mirror(folder).sync()
+    (folder / "mlflow.json").unlink()
+    with sqlite3.connect(folder.parent / "mlflow.db") as database:
+        database.execute("DELETE FROM params WHERE key LIKE 'optim.%'")
+    settings = config.load(folder / "config.yaml", ["train.length=40 steps"])
+    resume(settings, {})
+    Mirror(folder).sync()
+    params = the_run(folder).data.params
+    assert params["optim.lr"] == "0.001"
+    assert params["train.length"] == "20 steps"
+
+
+def test_another_server_gets_it_all(folder: Path, tmp_path: Path) -> None:
+    log(folder, range(1, 21))
+    end(folder)
+    Mirror(folder).sync()
+    resume(config.load(folder / "config.yaml", [f"tracking.uri=sqlite:///{tmp_path}/other/mlflow.db"]), {})
+    assert Mirror(folder).run_id is None
+    assert "bytes of metrics" in Mirror(folder).behind
+    Mirror(folder).sync()
+    assert stored(client_of(folder), the_run(folder).info.run_id) == written(folder)
+
+
+def test_a_database_that_was_removed_is_filled_again(folder: Path) -> None:
+    log(folder, range(1, 21))
+    copy = Mirror(folder)
+    copy.sync()
+    run_id = copy.run_id
+    client_of(folder).delete_run(run_id or "")
+    log(folder, range(21, 31))
+    with pytest.raises(Unreachable, match=r"active"):
+        copy.sync()
+    copy.sync()
+    assert copy.run_id != run_id
+    assert stored(client_of(folder), copy.run_id or "") == written(folder)
+
+
+def test_files_are_looked_at_once_a_minute_while_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Mirror(folder)
+    (folder / "goodput.json").write_text("1")
+    log(folder, range(1, 11))
+    copy.sync()
+    (folder / "goodput.json").write_text("2")
+    copy.sync()
+    assert artifacts(folder)["goodput.json"].read_text() == "1"
+    monkeypatch.setattr(mirror, "LOOK_AGAIN_S", 0.0)
+    copy.sync()
+    assert artifacts(folder)["goodput.json"].read_text() == "2"
+    assert "metrics.jsonl" not in artifacts(folder)
+    monkeypatch.setattr(mirror, "LOOK_AGAIN_S", 60.0)
+    (folder / "goodput.json").write_text("3")
+    end(folder)
+    copy.sync()
+    assert artifacts(folder)["goodput.json"].read_text() == "3"
+    assert artifacts(folder)["metrics.jsonl"].read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_broken_line_is_said_and_left_out(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log(folder, range(1, 4))
+    with (folder / "metrics.jsonl").open("ab") as lines:
+        lines.write(b"\0\0\0\n")
+    Mirror(folder).sync()
+    assert "metrics.jsonl: line 4 is no JSON" in capfd.readouterr().err
+    points = stored(client_of(folder), the_run(folder).info.run_id)
+    assert [step for step, _, _ in points["train/loss"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"optim": {"lr": 0.1}, "mask_token_count": None}, {"optim": {"lr": 0.1}, "mask_token_count": None}),
+        ({"comet": {"api_key": "K"}}, {"comet": {"api_key": "***"}}),
+        ({"HF_TOKEN": "K", "num_tokens": 5, "apiKey": "K"}, {"HF_TOKEN": "***", "num_tokens": 5, "apiKey": "***"}),
+        ({"credentials": {"user": "me"}, "key": "k"}, {"credentials": "***", "key": "k"}),
+        ([{"aws_secret_access_key": "K"}], [{"aws_secret_access_key": "***"}]),
+        ("s3://bucket/data", "s3://bucket/data"),
+        ("https://me:pa@ss@host:80/a?b=c&d#e", "https://***@host:80/a?***"),
+        ("https://host?sig=x and http://u@h/", "https://host?*** and http://***@h/"),
+        ("engine.deepspeed.comet.api_key=K L", "engine.deepspeed.comet.api_key=***"),
+        ("engine.deepspeed={comet: {api_key: K, team: t}}", "engine.deepspeed={comet: {api_key: ***"),
+        ("optim.lr=1e-3", "optim.lr=1e-3"),
+        ("models:/pvt@champion", "models:/pvt@champion"),
+        ("postgresql+psycopg2://u:p@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
+    ],
+)
+def test_redact(value: Any, expected: Any) -> None:
+    assert mask_secrets(value) == expected
+
+
+def test_secrets_reach_neither_database_nor_artifacts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = (f"s3cr3t{number:02}" for number in range(100))
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", next(secret))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", next(secret))
+    presigned = f"https://store/val?X-Amz-Credential={next(secret)}&X-Amz-Signature={next(secret)}"
+    deepspeed = {
+        "comet": {"enabled": False, "api_key": next(secret)},
+        "monitor": [{"wandb_token": next(secret)}, f"https://u:{next(secret)}@host/x"],
+    }
+    handoff = [
+        {
+            "config": "child.yaml",
+            "set": [
+                f"engine.deepspeed.comet.api_key={next(secret)}",
+                f"engine.deepspeed={{comet: {{password: {next(secret)}}}}}",
+                f"data.val=https://host/v?sig={next(secret)}",
+            ],
+        }
+    ]
+    train = f"https://me:{next(secret)}@host/packed/train"
+    folder = begin(
+        root,
+        f"data.train={train}",
+        f"data.val={presigned}",
+        f"engine.deepspeed={json.dumps(deepspeed)}",
+        f"handoff={json.dumps(handoff)}",
+        tags={"data.path": f"{train}, {presigned}", "hub.token": next(secret)},
+    )
+    (folder / "quarantine.jsonl").write_text(
+        json.dumps({"tar": f"{train}/000.tar?sig={next(secret)}", "row": 3}) + "\n"
+    )
+    (folder / "anomalies.jsonl").write_text(json.dumps({"step": 3, "samples": [f"{train}/0.tar#7"]}) + "\n")
+    log(folder, range(1, 11))
+    end(folder)
+    Mirror(folder).sync()
+
+    used = [f"s3cr3t{number:02}" for number in range(int(next(secret)[-2:]))]
+    assert len(used) == 13
+    kept = b"".join((folder / name).read_bytes() for name in ("config.yaml", "deepspeed.json", "quarantine.jsonl"))
+    sent = {path: path.read_bytes() for path in [*folder.parent.glob("mlflow.db*"), *artifacts(folder).values()]}
+    assert len(sent) > 8
+    for path, content in {**sent, folder / "mlflow.json": (folder / "mlflow.json").read_bytes()}.items():
+        assert not [word for word in used if word.encode() in content], path
+        assert b"trainer" not in content
+    assert b"api_key: s3cr3t" in kept  # the local files stay as they are
+    # What is no secret is there.
+    run = the_run(folder)
+    assert run.data.params["engine.deepspeed.comet.api_key"] == "***"
+    assert run.data.params["engine.deepspeed.comet.enabled"] == "False"
+    assert run.data.params["data.val"] == "https://store/val?***"
+    assert run.data.tags["data.path"] == "https://***@host/packed/train, https://store/val?***"
+    assert yaml.safe_load(artifacts(folder)["config.yaml"].read_text())["optim"]["lr"] == 0.001
+    assert json.loads(artifacts(folder)["quarantine.jsonl"].read_text())["row"] == 3
+
+
+def test_trouble_is_said_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:s3cr3t@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder = begin(tmp_path)
+    with pytest.raises(Unreachable, match=r"^tracking server http://\*\*\*@127") as error:
+        Mirror(folder).sync()
+    assert "s3cr3t" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_artifact_store_that_fails(folder: Path) -> None:
+    log(folder, range(1, 11))
+    (folder.parent / "artifacts").touch()  # where a folder should be
+    copy = Mirror(folder)
+    with pytest.raises(Unreachable, match=r"artifacts"):
+        copy.sync()
+    assert copy.behind == "files, status"
+    (folder.parent / "artifacts").unlink()
+    copy.sync()
+    assert copy.behind == ""
+    assert set(artifacts(folder)) > {"config.yaml", "data/training-0.json"}
+
+
+def test_a_long_value_is_cut(root: Path) -> None:
+    folder = begin(root, f"engine.deepspeed={{note: {'x' * 7000}}}", tags={"long": "y" * 9000})
+    Mirror(folder).sync()
+    data = the_run(folder).data
+    assert data.params["engine.deepspeed.note"] == "x" * 5999 + "…"
+    assert data.tags["long"] == "y" * 7999 + "…"
+
+
+@pytest.mark.filterwarnings("ignore:Operation with range is deprecated")  # MLflow's, about its use of pandas
+def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
+    settings = config.load(folder / "config.yaml")
+    for step in (10, 20, 30):
+        weights = tmp_path / f"{step}.safetensors"
+        network = timm.create_model("pvt_pico", num_classes=10, img_size=32)
+        safetensors.torch.save_file(network.state_dict(), weights)
+        card = Card(
+            task="classification",
+            model=settings.model,
+            image=settings.image,
+            eval_batch_size=64,
+            classes=[str(digit) for digit in range(10)],
+            metrics={"val_top1": 1 / step},
+            sha256={WEIGHTS: hashlib.sha256(weights.read_bytes()).hexdigest()},
+            lineage={"run": Record.read(folder).uuid, "step": str(step), "config": "c", "data": "d"},
+        )
+        Outbox(folder).put({WEIGHTS: weights}, card)
+    assert "3 versions" in Mirror(folder).behind
+    Mirror(folder).sync()
+    assert Mirror(folder).behind == ""
+    # The best, the last, and none that was overtaken before it was registered.
+    registered = Outbox(folder).registered()
+    assert {int(entry.name.split("-")[1]): uri for entry, uri in registered.items()} == {
+        10: "models:/tiny/1",
+        30: "models:/tiny/2",
+    }
+    assert not list(folder.glob("versions/*/*.safetensors"))
+    version = client_of(folder).get_model_version("tiny", "2")
+    assert version.run_id == the_run(folder).info.run_id
+
+    child = begin(tmp_path / "child", "tracking.uri=" + Mirror(folder).uri, tags={"parent.version": "models:/tiny/2"})
+    Mirror(child).sync()
+    client = client_of(folder)
+    tags = client.get_run(Mirror(child).run_id or "").data.tags
+    assert tags["parent.version"] == "models:/tiny/2"
+    assert tags["mlflow.parentRunId"] == version.run_id
+    assert f"child.{Record.read(child).uuid}" in client.get_model_version("tiny", "2").tags
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    """A real one on SQLite, which has not been started yet."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        f"{tmp_path}/store",
+    ]
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = MlflowServer(command, environment, port, tmp_path / "server.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PACE_S", "FIRST_RETRY_S", "LAST_RETRY_S", "AWAITED_RETRY_S"):
+        monkeypatch.setattr(runs, name, 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_outages_lose_nothing(
+    tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # A server that asks for no password ignores one.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("//", "//me:s3cr3t@"))
+    folder = begin(tmp_path)
+
+    def said() -> str:
+        said_before.append(capfd.readouterr().err)
+        return "".join(said_before)
+
+    def train(steps: range) -> None:
+        for step in steps:
+            log(folder, range(step, step + 1))
+            tracker.on_step(step, {})
+
+    said_before: list[str] = []
+    tracker = Tracker(folder, patience_s=0.5)
+    train(range(1, 40))
+    log_load(folder, samples=5)
+    wait_until(lambda: "nothing is lost" in said())
+    assert tracker.run_id is None
+    server.start()  # it was down from the start
+    wait_until(lambda: "works again" in said())
+    wait_until(lambda: Mirror(folder).behind == "")
+    assert stored(MlflowClient(server.url), tracker.run_id or "") == written(folder)
+
+    train(range(40, 60))
+    server.stop()  # in the middle
+    train(range(60, 2000))
+    wait_until(lambda: said().count("nothing is lost") == 2)
+    server.start()
+    train(range(2000, 2020))
+    assert tracker.flush(30)
+    assert stored(MlflowClient(server.url), tracker.run_id or "") == written(folder)
+
+    server.stop()  # at the end
+    train(range(2020, 2050))
+    assert not tracker.end("FINISHED")
+    assert f"launch/registry.py sync {folder}" in said()
+    assert "bytes of metrics, files, status" in Mirror(folder).behind
+    server.start()
+    Mirror(folder).sync()
+    assert Mirror(folder).behind == ""
+    client = MlflowClient(server.url)
+    run = the_run(folder, client)
+    assert stored(client, run.info.run_id) == written(folder)
+    assert (run.info.status, run.info.end_time) == ("FINISHED", Record.read(folder).ended_ms)
+    text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/metrics.jsonl")
+    assert text == (folder / "metrics.jsonl").read_text()
+    assert said().count("nothing is lost") <= 3  # once an outage
+    written_down = [folder / "mlflow.json", tmp_path / "server.db", *tmp_path.glob("store/**/*.*")]
+    assert "s3cr3t" not in said() + "".join(path.read_bytes().decode("latin-1") for path in written_down)
+
+
+def test_a_server_that_hangs_holds_nothing_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        folder = begin(tmp_path, f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker = Tracker(folder, patience_s=0.5)
+        connection, _ = silent.accept()
+        began = time.monotonic()
+        for step in range(1000):
+            tracker.on_step(step, {})
+        assert time.monotonic() - began < 0.2
+        assert not tracker.end("FINISHED")
+        assert 0.4 < time.monotonic() - began < 2
+        connection.close()
+    assert Record.read(folder).status == "FINISHED"
+    assert f"launch/registry.py sync {folder}" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_tracker_ends_when_everything_is_there(folder: Path) -> None:
+    tracker = Tracker(folder, patience_s=30)
+    log(folder, range(1, 101))
+    tracker.on_step(100, {})
+    assert tracker.end("FAILED")
+    run = the_run(folder)
+    assert (run.info.run_id, run.info.status) == (tracker.run_id, "FAILED")
+    assert stored(client_of(folder), run.info.run_id) == written(folder)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fault_of_our_own_is_said_once_and_ends_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = (folder / "deepspeed.json").read_text()
+    (folder / "deepspeed.json").write_text("{")
+    log(folder, range(1, 11))
+    tracker = Tracker(folder, patience_s=30)
+    began = time.monotonic()
+    assert not tracker.flush()
+    assert time.monotonic() - began < 10, "waiting does not mend it"
+    time.sleep(0.5)
+    assert capfd.readouterr().err.count("JSONDecodeError") == 1
+    (folder / "deepspeed.json").write_text(whole)
+    assert tracker.end("FINISHED", 30)
+    assert stored(client_of(folder), tracker.run_id or "") == written(folder)
+
+
+def test_importing_the_tracker_does_not_import_mlflow() -> None:
+    code = "import sys, pipeline.track.runs, pipeline.track.system; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_packages_and_revision() -> None:
+    lines = runs.packages().splitlines()
+    assert f"mlflow=={mlflow.__version__}" in lines
+    assert lines == sorted(set(lines), key=str.lower)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode == 0:
+        assert runs.code_revision()["mlflow.source.git.commit"] == head.stdout.strip()
+        assert bool(runs.uncommitted()) == (runs.code_revision()["code.dirty"] == "true")
+
+
+def test_the_load_of_a_node(folder: Path) -> None:
+    with SystemLoad(folder, node=1, interval_s=0.2):
+        wait_until(lambda: (folder / "system/node-1.jsonl").exists())
+        time.sleep(0.5)
+    lines = [json.loads(line) for line in (folder / "system/node-1.jsonl").read_text().splitlines()]
+    assert len(lines) >= 3
+    assert all(line["node"] == 1 and abs(line["time"] - time.time()) < 30 for line in lines)
+    assert {"cpu_utilization_percentage", "disk_usage_percentage", "network_receive_megabytes"} < set(lines[0])
+    log(folder, range(1, 3))
+    Mirror(folder).sync()
+    assert stored(client_of(folder), the_run(folder).info.run_id) == written(folder)
+
+
+def test_the_shortest_job_has_a_point_and_a_torn_line_is_dropped(folder: Path) -> None:
+    path = folder / "system/node-0.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"time": 1.0, "node": 0, "a": 1}\n{"time": 2.0, "no')
+    with SystemLoad(folder, node=0):
+        pass
+    assert [len(json.loads(line)) > 5 for line in path.read_text().splitlines()] == [False, True]
+
+
+def test_a_full_disk_costs_lines_and_is_said_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "system").mkdir()
+    (folder / "system/node-0.jsonl").symlink_to("/dev/full")
+    with SystemLoad(folder, node=0, interval_s=0.05):
+        time.sleep(0.5)
+    assert capfd.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_monitor_that_fails_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(BaseMetricsMonitor):
+        def collect_metrics(self) -> None:
+            raise RuntimeError("lost its GPU")
+
+        def aggregate_metrics(self) -> None: ...
+
+    monkeypatch.setattr(system, "_monitors", lambda: [Broken(), CPUMonitor()])
+    with SystemLoad(folder, node=0, interval_s=0.05):
+        time.sleep(0.3)
+    assert capfd.readouterr().err.count("lost its GPU") == 1
+    lines = (folder / "system/node-0.jsonl").read_text().splitlines()
+    assert len(lines) > 2
+    assert all("cpu_utilization_percentage" in line for line in lines)

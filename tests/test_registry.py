@@ -1,0 +1,848 @@
+"""The model registry on an embedded database: versions in, verified copies out, champions, imports, lineage."""
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas
+import pytest
+import safetensors.torch
+import timm
+import torch
+from mlflow.tracking import MlflowClient
+from transformers import PvtConfig, PvtForImageClassification
+
+import pvt
+from launch import command
+from launch import registry as launch_registry
+from pipeline import config
+from pipeline.config import Gates
+from pipeline.errors import ExternalError, InputError
+from pipeline.track import copies, foreign, lineage, package, promote, registry, server
+from pipeline.track.card import RAW, WEIGHTS, Card, Scored
+from pipeline.track.outbox import Outbox
+from pipeline.track.record import Record
+from tests.ranks import ROOT
+
+# MLflow's, about its use of pandas.
+pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
+
+CLASSES = [str(digit) for digit in range(10)]
+
+
+def weights_of(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    state = timm.create_model("pvt_pico", num_classes=10, img_size=32).state_dict()
+    return {name: tensor * scale for name, tensor in state.items()}
+
+
+@dataclass
+class Registry:
+    folder: Path
+    client: MlflowClient
+    experiment_id: str
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def entry(
+        self, step: int = 1, *, run: str = "a" * 32, parent: str | None = None, data: str = "d" * 64, **metrics: Any
+    ) -> Path:
+        """A model as the outbox holds it."""
+        entry = self.folder / f"entry-{run[:4]}-{step}"
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.mkdir()
+        for seed, name in enumerate((WEIGHTS, RAW)):
+            safetensors.torch.save_file(weights_of(step + 1000 * seed), entry / name)
+        Card(
+            task="classification",
+            model=config.Model(name="pvt_pico"),
+            image=config.Image(size=32),
+            eval_batch_size=8,
+            classes=CLASSES,
+            averaged=True,
+            metrics=metrics,
+            scored=Scored(path="val", digest=metrics.pop("scored", "v" * 64), samples=10),
+            sha256={name: package.sha256(entry / name) for name in (WEIGHTS, RAW)},
+            lineage={"run": run, "step": str(step), "data": data, **({"parent": parent} if parent else {})},
+        ).write(entry)
+        return entry
+
+    def register(self, entry: Path, name: str = "tiny", run_id: str | None = None) -> str:
+        return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=run_id)
+
+    def add(self, step: int = 1, name: str = "tiny", **entry: Any) -> str:
+        return self.register(self.entry(step, **entry), name)
+
+    def alias(self, name: str, model: str = "tiny") -> str | None:
+        number = self.client.get_registered_model(model).aliases.get(name)
+        return f"models:/{model}/{number}" if number else None
+
+    def stored(self, uri: str) -> Path:
+        version = registry.find(self.client, uri)
+        location = self.client.get_model_version_download_uri(version.name, str(version.version))
+        return Path(location.removeprefix("file://"))
+
+    def run_of(self, name: str, uuid: str) -> str:
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={"run.uuid": uuid})
+        self.client.set_terminated(run.info.run_id)
+        return run.info.run_id
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Making the tables takes longer than most tests."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    server.connect(f"sqlite:///{path}", create=True)
+    return path
+
+
+@pytest.fixture
+def tiny(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.setenv(copies.VARIABLE, str(tmp_path / "cache"))
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    client = server.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment_id = client.create_experiment("shared", artifact_location=(tmp_path / "artifacts").as_uri())
+    return Registry(tmp_path, client, experiment_id)
+
+
+def edit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+# Versions
+
+
+def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
+    entry = tiny.entry(7, top1=0.5, val_loss=1.5)
+    run_id = tiny.run_of("pretrain", "a" * 32)
+    uri = tiny.register(entry, run_id=run_id)
+    version = registry.resolve(f"{uri.rpartition('/')[0]}@candidate")
+    assert version.uri == uri == "models:/tiny/1"
+    assert version.card == Card.read(entry)
+    assert {name: package.sha256(version.folder / name) for name in (WEIGHTS, RAW)} == version.card.sha256
+    assert version.weights == version.folder / WEIGHTS
+    expected = {
+        "run": "a" * 32,
+        "step": "7",
+        "data": "d" * 64,
+        "metric.top1": "0.5",
+        "good": "true",
+        "model": "pvt_pico",
+    }
+    assert expected.items() <= version.tags.items()
+    digests = {key for key in version.tags if key.startswith("sha256.")}
+    assert digests >= {"sha256.MLmodel", "sha256.served.py", f"sha256.artifacts/{WEIGHTS}", "sha256.requirements.txt"}
+    stored = {path.relative_to(tiny.stored(uri)).as_posix() for path in tiny.stored(uri).rglob("*") if path.is_file()}
+    assert stored == {key.removeprefix("sha256.") for key in digests}
+    assert not [name for name in stored if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
+    assert registry.find(tiny.client, uri).run_id == run_id
+    logged = tiny.client.get_logged_model(version.tags["logged_model"])
+    assert {metric.key: metric.value for metric in logged.metrics or []} == {"top1": 0.5, "val_loss": 1.5}
+    assert sorted(path.name for path in entry.iterdir()) == ["model.json", WEIGHTS, RAW]  # as it was
+
+
+def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry) -> None:
+    uri = tiny.add()
+    model = mlflow.pyfunc.load_model(uri)
+    answer = model.predict(pandas.DataFrame({"image": [package.example(32)]}))
+    assert answer["label"][0] in CLASSES
+    assert (tiny.stored(uri) / "registered_model_meta").exists()  # what MLflow adds
+    assert registry.verify(uri)["ok"]
+    assert not list(registry.resolve(uri).folder.parent.glob("registered_model_meta"))
+
+
+def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
+    entry = tiny.entry(1)
+    assert tiny.register(entry) == tiny.register(entry) == "models:/tiny/1"
+    assert tiny.add(2) == "models:/tiny/2"
+    assert len(tiny.client.search_logged_models([tiny.experiment_id])) == 2
+    assert all(registry.verify(f"models:/tiny/{number}")["ok"] for number in (1, 2))
+
+
+def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
+    entry = tiny.entry(1)
+    key = f"{'a' * 32}.1.{package.sha256(entry / WEIGHTS)[:16]}"
+    half = tiny.client.create_logged_model(tiny.experiment_id, name="model", tags={"entry": key})
+    (tiny.folder / "half").mkdir()
+    (tiny.folder / "half" / WEIGHTS).write_bytes(b"half")
+    tiny.client.log_model_artifacts(half.model_id, str(tiny.folder / "half"))
+    assert tiny.register(entry) == "models:/tiny/1"
+    assert half.model_id not in [each.model_id for each in tiny.client.search_logged_models([tiny.experiment_id])]
+    assert not Path(half.artifact_location.removeprefix("file://")).exists()
+
+
+def test_the_candidate_is_the_newest_good_version(tiny: Registry) -> None:
+    assert tiny.add(1, top1=0.5) == tiny.alias("candidate")
+    tiny.add(2, top1=0.9, val_loss=None)
+    assert tiny.alias("candidate") == "models:/tiny/1"
+    assert tiny.add(3, top1=0.1) == tiny.alias("candidate")
+
+
+def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
+    entry = tiny.entry()
+    expected = package.sha256(entry / RAW)
+    edit(entry / RAW)
+    with pytest.raises(InputError, match=rf"{entry / RAW}: SHA-256 {package.sha256(entry / RAW)}, but .* {expected}"):
+        tiny.register(entry)
+    assert not registry.versions(tiny.client, "tiny")
+
+
+def test_processes_that_register_at_once_lose_nothing(tiny: Registry) -> None:
+    for step in range(1, 5):
+        tiny.entry(step)
+    script = f"""
+import os, sys
+from pathlib import Path
+import mlflow.pyfunc, pandas
+from pipeline.track import registry, served, server
+begin, ready = os.pipe(), os.pipe()
+for step in range(1, 5):  # of one process, because importing takes far longer than registering
+    if os.fork() == 0:
+        client = server.connect({tiny.uri!r})
+        os.write(ready[1], b".")
+        os.close(begin[1])
+        os.read(begin[0], 1)
+        entry = Path({str(tiny.folder)!r}, f"entry-aaaa-{{step}}")
+        uri = registry.register(client, "tiny", entry, experiment_id={tiny.experiment_id!r}, run_id=None)
+        os.write(1, f"{{uri}}\\n".encode())
+        os._exit(0)
+for _ in range(4):
+    assert os.read(ready[0], 1)
+os.close(begin[1])
+sys.exit(any(os.wait()[1] for _ in range(4)))
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert sorted(process.stdout.splitlines()) == [f"models:/tiny/{number}" for number in range(1, 5)]
+    assert tiny.alias("candidate") == "models:/tiny/4"
+    versions = registry.versions(tiny.client, "tiny")
+    assert sorted(version.tags["step"] for version in versions) == ["1", "2", "3", "4"]
+    assert all(registry.verify(registry.uri_of(version))["ok"] for version in versions)
+
+
+def test_pruning_keeps_the_best_the_last_and_what_others_need(tiny: Registry) -> None:
+    for step, loss in enumerate((5.0, 1.0, 3.0, 4.0, 2.0, 6.0, 7.0), 1):
+        tiny.add(step, val_loss=loss)
+    other = tiny.add(1, run="b" * 32, val_loss=9.0)
+    tiny.client.set_registered_model_alias("tiny", "mine", "3")
+    registry.link_child(tiny.client, "models:/tiny/4", "c" * 32, "e" * 32)
+    files = {number: tiny.stored(f"models:/tiny/{number}") for number in range(1, 9)}
+    removed = registry.prune(tiny.client, "tiny", "a" * 32, keep_best=1, metric="val_loss")
+    assert removed == ["models:/tiny/1", "models:/tiny/5", "models:/tiny/6"]
+    left = [registry.uri_of(version) for version in registry.versions(tiny.client, "tiny")]
+    assert left == [*(f"models:/tiny/{number}" for number in (2, 3, 4, 7)), other]
+    assert {number for number, folder in files.items() if not folder.exists()} == {1, 5, 6}
+    assert len(tiny.client.search_logged_models([tiny.experiment_id])) == 5
+    assert tiny.add(8, val_loss=8.0) == "models:/tiny/9"  # a number is never given twice
+
+
+# Digests
+
+FILES = ["MLmodel", "served.py", "requirements.txt", "artifacts/model.json", f"artifacts/{WEIGHTS}", f"artifacts/{RAW}"]
+
+
+def test_a_changed_file_is_refused_by_name_and_digests(tiny: Registry) -> None:
+    uri = tiny.add()
+    registry.resolve(uri)  # a good copy does not hide that the store is damaged
+    for name in FILES:
+        file = tiny.stored(uri) / name
+        before = package.sha256(file)
+        edit(file)
+        told = f"{name} has SHA-256 {package.sha256(file)}, but {before} was registered"
+        with pytest.raises(InputError, match=f"^{uri}: {told}"):
+            registry.resolve(uri)
+        result = registry.verify(uri)
+        assert not result["ok"]
+        assert [row["fault"] for row in result["files"] if row["fault"]] == [told]
+        edit(file)
+    assert registry.verify(uri)["ok"]
+
+
+def test_missing_and_added_files_are_refused(tiny: Registry) -> None:
+    uri = tiny.add()
+    added = tiny.stored(uri) / "artifacts" / "more.pkl"
+    added.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"artifacts/more.pkl has SHA-256 2d71.*, but no such file was registered"):
+        registry.resolve(uri)
+    added.unlink()
+    (tiny.stored(uri) / "artifacts" / RAW).unlink()
+    with pytest.raises(InputError, match=rf"artifacts/{RAW} is missing, [0-9a-f]+ was registered"):
+        registry.resolve(uri)
+    assert not registry.verify(uri)["ok"]
+
+
+def test_a_changed_digest_is_refused(tiny: Registry) -> None:
+    uri = tiny.add()
+    tiny.client.set_model_version_tag("tiny", "1", f"sha256.artifacts/{WEIGHTS}", "0" * 64)
+    with pytest.raises(InputError, match=f"{WEIGHTS} has SHA-256 .*, but {'0' * 64} was registered"):
+        registry.resolve(uri)
+    for tag in registry.find(tiny.client, uri).tags:
+        tiny.client.delete_model_version_tag("tiny", "1", tag)
+    with pytest.raises(InputError, match="has no digests, so it cannot be trusted"):
+        registry.resolve(uri)
+
+
+def test_names_that_do_not_exist_are_told_with_those_that_do(tiny: Registry) -> None:
+    tiny.add()
+    for uri, message in {
+        "models:/tiny/9": r"\(registered models: tiny; of tiny: 1, @candidate\)",
+        "models:/tiny@champion": r"\(registered models: tiny; of tiny: 1, @candidate\)",
+        "models:/tinny/1": r"registered models: tiny",
+        "models:/tiny": "names no version",
+        "tiny": "a registered model is models:/NAME/VERSION",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            registry.resolve(uri)
+
+
+# Copies
+
+
+def test_concurrent_jobs_make_one_copy(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def download(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.2)
+        (folder / "a").write_bytes(b"a")
+
+    digest = {"a": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}
+    with ThreadPoolExecutor() as jobs:
+        tasks = [jobs.submit(copies.obtain, digest, 1, download, refusal, tmp_path) for _ in range(4)]
+    (copy,) = {task.result() for task in tasks}
+    assert (copy / "a").read_bytes() == b"a"
+    assert len(made) == 1
+
+
+def refusal(faults: list[package.Fault]) -> InputError:
+    return InputError(str(faults))
+
+
+def test_a_damaged_copy_is_made_anew(tiny: Registry, capfd: pytest.CaptureFixture[str]) -> None:
+    uri = tiny.add()
+    version = registry.resolve(uri)
+    changed = version.weights.stat().st_mtime_ns
+    assert registry.resolve(uri).weights.stat().st_mtime_ns == changed
+    edit(version.weights)
+    (version.folder / "more").touch()
+    (version.folder / RAW).unlink()
+    assert package.sha256(registry.resolve(uri).weights) == version.card.sha256[WEIGHTS]
+    assert sorted(path.name for path in version.folder.iterdir()) == ["model.json", WEIGHTS, RAW]
+    assert "this copy was damaged on the disk; it is made anew" in capfd.readouterr().err
+
+
+def test_the_group_may_read_copies_whatever_the_umask(tiny: Registry, tmp_path: Path) -> None:
+    uri = tiny.add()
+    for path in tiny.stored(uri).rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    umask = os.umask(0o077)
+    try:
+        registry.resolve(uri, tmp_path / "a" / "b")
+    finally:
+        os.umask(umask)
+    for path in [tmp_path / "a", *(tmp_path / "a").rglob("*")]:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.suffix != ".lock":
+            assert mode & 0o077 == (0o050 if path.is_dir() else 0o040), (path, oct(mode))
+
+
+def test_a_process_killed_while_copying_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from pipeline.track import copies
+def download(folder):
+    (folder / "a").write_bytes(b"half")
+    print("half", flush=True)
+    time.sleep(60)
+copies.obtain({{"a": {"0" * 64!r}}}, 1, download, None, Path({str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"half\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.read_bytes() for path in tmp_path.glob("*.partial/a")] == [b"half"]
+    seen: list[list[Path]] = []
+    with pytest.raises(InputError, match="found=None"):
+        copies.obtain({"a": "0" * 64}, 1, lambda folder: seen.append(list(folder.iterdir())), refusal, tmp_path)
+    assert seen == [[]]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for num_bytes, download in ((10**18, Path.touch), (1, full)):
+        with pytest.raises(ExternalError, match=rf"{tmp_path}: no room for a copy .*PVT_MODEL_CACHE"):
+            copies.obtain({"a": "0" * 64}, num_bytes, download, refusal, tmp_path)
+        assert not list(tmp_path.glob("*.partial"))
+
+
+# Champions
+
+
+def gates(**tree: Any) -> Gates:
+    return Gates.model_validate(tree)
+
+
+def test_a_better_model_is_promoted_and_a_worse_one_refused_with_numbers(tiny: Registry) -> None:
+    first, worse, better = (tiny.add(step, top1=top1) for step, top1 in ((1, 0.8), (2, 0.7), (3, 0.795)))
+    judge = gates(metrics={"top1": {"min": 0.5}}, champion={"top1": 0.01})
+    result = promote.promote(first, judge, why="the first")
+    assert (result["ok"], result["champion"], result["previous"]) == (True, first, None)
+    assert [row["gate"] for row in result["gates"]] == ["digests", "loads", "metrics.top1", "champion.top1"]
+    result = promote.promote(worse, judge)
+    assert (result["ok"], result["champion"]) == (False, first)
+    (failed,) = [row for row in result["gates"] if not row["passed"]]
+    assert (failed["gate"], failed["value"], failed["champion"]) == ("champion.top1", 0.7, 0.8)
+    assert tiny.alias("champion") == first
+    assert promote.promote(better, judge, why="near enough")["previous"] == first
+    assert tiny.alias("champion") == better
+    tags = registry.find(tiny.client, better).tags
+    assert (tags["promoted.why"], tags["promoted.previous"]) == ("near enough", "1")
+    assert json.loads(tags["promoted.gates"])[2]["value"] == 0.795
+    assert "promoted.at" in tags
+    again = promote.promote(better, gates(metrics={"top1": {"min": 2}}))
+    assert (again["ok"], again["note"]) == (True, "is the champion already")
+
+
+def test_rolling_back_goes_all_the_way(tiny: Registry) -> None:
+    for step in (1, 2, 3):
+        tiny.add(step)
+    for number in (1, 2, 3, 1):
+        assert promote.promote(f"models:/tiny/{number}", gates())["ok"]
+    back = [promote.rollback("tiny", why="worse in use") for _ in range(2)]
+    assert [(each["champion"], each["previous"]) for each in back] == [
+        ("models:/tiny/3", "models:/tiny/1"),
+        ("models:/tiny/2", "models:/tiny/3"),
+    ]
+    assert promote.promote("models:/tiny/3", gates())["ok"]
+    champions = [promote.rollback("tiny")["champion"] for _ in range(3)]
+    assert champions == ["models:/tiny/2", "models:/tiny/1", None]
+    assert tiny.alias("champion") is None
+    with pytest.raises(InputError, match="no promotion to undo"):
+        promote.rollback("tiny")
+    moves = promote.history(tiny.client, "tiny")
+    assert [move["to"] for move in moves] == ["1", "2", "3", "1", "3", "2", "3", "2", "1", ""]
+    assert [move["why"] for move in moves if "undoes" in move][:2] == ["worse in use"] * 2
+    assert not registry.prune(tiny.client, "tiny", "a" * 32, keep_best=0, metric="top1")  # it has been champion
+
+
+def test_a_promotion_that_was_noted_and_never_made_is_no_way_back(tiny: Registry) -> None:
+    for step in (1, 2, 3):
+        tiny.add(step)
+    promote.promote("models:/tiny/1", gates())
+    promote.promote("models:/tiny/2", gates())
+    promote.promote("models:/tiny/3", gates())
+    tiny.client.set_registered_model_alias("tiny", "champion", "2")  # as if the last had been killed before that
+    assert promote.rollback("tiny")["champion"] == "models:/tiny/1"
+
+
+@pytest.mark.parametrize(
+    ("tree", "gate"),
+    [
+        ({"metrics": {"top1": {"min": 0.91}}}, "metrics.top1"),
+        ({"metrics": {"val_loss": {"max": 0.4}}}, "metrics.val_loss"),
+        ({"metrics": {"top5": {"min": 0.0}}}, "metrics.top5"),
+        ({"metrics": {"top3": {"min": 0.0}}}, "metrics.top3"),
+        ({"champion": {"val_loss": 0.09}}, "champion.val_loss"),
+    ],
+)
+def test_each_bound_refuses(tiny: Registry, tree: dict[str, Any], gate: str) -> None:
+    promote.promote(tiny.add(1, top1=0.9, val_loss=0.4), gates())
+    result = promote.promote(tiny.add(2, top1=0.9, val_loss=0.5, top5=None), gates(**tree))
+    assert [row["gate"] for row in result["gates"] if not row["passed"]] == [gate]
+    assert promote.promote("models:/tiny/2", gates(metrics={"top1": {"min": 0.9}}, champion={"val_loss": 0.11}))["ok"]
+
+
+def test_models_are_compared_on_the_same_data_alone(tiny: Registry) -> None:
+    promote.promote(tiny.add(1, top1=0.5), gates())
+    uri = tiny.add(2, top1=0.9, scored="w" * 64)
+    result = promote.promote(uri, gates(champion={"top1": 0.0}))
+    assert "not of the same data" in result["gates"][-1]["value"]
+    assert not result["ok"]
+    scored: list[tuple[str, str]] = []
+
+    def score(model: str, data: str) -> dict[str, Any]:
+        """Of the weights' first number, which is another one for each version."""
+        scored.append((model, data))
+        first = next(iter(safetensors.torch.load_file(registry.resolve(model).weights).values())).flatten()[0]
+        return {"top1": float(first)}
+
+    result = promote.promote(uri, gates(champion={"top1": 10.0}, metrics={"top1": {"min": -9}}, data="x"), score=score)
+    assert result["ok"]
+    assert scored == [(uri, "x"), ("models:/tiny/1", "x")]
+    row = result["gates"][-1]
+    assert (row["value"], row["champion"]) == (score(uri, "x")["top1"], score("models:/tiny/1", "x")["top1"])
+
+
+def test_a_damaged_and_a_broken_model_are_not_promoted(tiny: Registry) -> None:
+    uri = tiny.add(1)
+    edit(tiny.stored(uri) / "artifacts" / WEIGHTS)
+    result = promote.promote(uri, gates(metrics={"top1": {"min": 0}}))
+    assert [row["passed"] for row in result["gates"]] == [False] * 3
+    assert "has SHA-256" in result["gates"][0]["value"]
+    for step, state in (
+        (2, weights_of(2) | {"head.weight": torch.full((10, 128), torch.nan)}),
+        (3, {"head.bias": torch.zeros(10)}),
+    ):
+        entry = tiny.entry(step)
+        safetensors.torch.save_file(state, entry / WEIGHTS)
+        card = Card.read(entry)
+        card.model_copy(update={"sha256": {WEIGHTS: package.sha256(entry / WEIGHTS)}}).write(entry)
+        result = promote.promote(tiny.register(entry), gates())
+        assert [(row["gate"], row["passed"]) for row in result["gates"]] == [("digests", True), ("loads", False)]
+    assert tiny.alias("champion") is None
+
+
+# Imports
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> dict[str, Path]:
+    """One model in each layout."""
+    state = weights_of(5)
+    public = pvt.to_public(state)
+    made = {
+        name: tmp_path / file for name, file in (("public", "p.pth"), ("nested", "n.pth"), ("ours", "o.safetensors"))
+    }
+    torch.save(public, made["public"], _use_new_zipfile_serialization=False)
+    torch.save({"model": public, "epoch": 3, "args": argparse.Namespace(lr=1)}, made["nested"])
+    safetensors.torch.save_file(state, made["ours"])
+    theirs = PvtForImageClassification(
+        PvtConfig(
+            image_size=32,
+            hidden_sizes=[32, 64, 96, 128],
+            depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 2, 3, 4],
+            mlp_ratios=[4, 4, 4, 4],
+            num_labels=10,
+        )
+    )
+    theirs.load_state_dict(pvt.to_transformers(state))
+    theirs.save_pretrained(tmp_path / "transformers")
+    return {**made, "transformers": tmp_path / "transformers"}
+
+
+def bring_in(tiny: Registry, source: Path, **options: Any) -> str:
+    return foreign.import_weights(tiny.client, source, "pub", **{"model": "pvt_pico", "image_size": 32, **options})
+
+
+def test_published_weights_become_a_version(tiny: Registry, published: dict[str, Path]) -> None:
+    expected = weights_of(5)
+    for number, source in enumerate(published.values(), 1):
+        uri = bring_in(tiny, source)
+        assert uri == f"models:/pub/{number}"
+        version = registry.resolve(uri)
+        found = safetensors.torch.load_file(version.weights)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert version.card.classes == CLASSES
+        run = tiny.client.get_run(str(registry.find(tiny.client, uri).run_id))
+        file = source / "model.safetensors" if source.is_dir() else source
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["source.sha256"] == package.sha256(file)
+        assert version.tags["source"] == f"{file.name} sha256:{package.sha256(file)}"
+        assert run.data.tags["run.uuid"] == version.tags["run"]
+    assert tiny.alias("candidate", "pub") == "models:/pub/4"
+    assert promote.promote("models:/pub/4", gates())["ok"]
+    assert bring_in(tiny, published["ours"]) == "models:/pub/3"  # again
+    assert tiny.client.get_experiment_by_name("import").artifact_location == (tiny.folder / "artifacts/import").as_uri()  # pyright: ignore[reportOptionalMemberAccess]
+    named = bring_in(tiny, published["ours"], classes=list("abcdefghij"))
+    assert registry.resolve(named).card.classes == list("abcdefghij")
+
+
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_a_file_is_not_run(tiny: Registry, tmp_path: Path) -> None:
+    for zipped in (True, False):
+        torch.save(
+            {"head.weight": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped
+        )
+        with pytest.raises(InputError, match=r"evil.pth: is no file of tensors alone: .*mkdir.*nothing in it was run"):
+            bring_in(tiny, tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)  # what it would have done
+    assert (tmp_path / "ran").exists()
+
+
+def test_weights_that_do_not_fit_are_refused(tiny: Registry, published: dict[str, Path], tmp_path: Path) -> None:
+    def refused(source: Path, message: str, **options: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            bring_in(tiny, source, **options)
+
+    def saved(state: dict[str, torch.Tensor]) -> Path:
+        safetensors.torch.save_file(state, tmp_path / "changed.safetensors")
+        return tmp_path / "changed.safetensors"
+
+    state = weights_of(5)
+    refused(published["public"], "is not a pvt_tiny for 32 px: missing: .* more; ", model="pvt_tiny")
+    refused(published["public"], r"other shapes: stages.0.pos_embed \[1, 64, 32\] instead of", image_size=64)
+    refused(published["public"], "--model pvt_larg cannot be built", model="pvt_larg")
+    refused(published["public"], "head of 10 classes, but 2 names", classes=["a", "b"])
+    refused(saved({k: v for k, v in state.items() if k != "norm.bias"}), "missing: norm.bias")
+    refused(saved({**state, "extra": torch.zeros(1)}), "unknown: extra")
+    refused(saved({**state, "norm.bias": torch.full((128,), torch.inf)}), "not finite: norm.bias")
+    refused(saved({k: v for k, v in state.items() if not k.startswith("head")}), "has no head")
+    public = pvt.to_public(state)
+    torch.save({k: v for k, v in public.items() if k != "cls_token"}, tmp_path / "short.pth")
+    refused(tmp_path / "short.pth", r"short.pth: .* missing keys \['cls_token'\]")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "none.pth")
+    refused(tmp_path / "none.pth", "entries that are no tensors: epoch")
+    (tmp_path / "text.pth").write_text("hello")
+    refused(tmp_path / "text.pth", "text.pth: ")
+    (tmp_path / "text.safetensors").write_text("hello")
+    refused(tmp_path / "text.safetensors", "text.safetensors: cannot be read as weights")
+    refused(tmp_path / "missing.pth", "no such file or folder")
+    refused(tmp_path, "has no config.json")
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    refused(tmp_path / "vit", "model_type is 'vit', but only 'pvt'")
+    assert not registry.versions(tiny.client, "pub")
+
+
+# No pickles
+
+
+def test_a_model_is_used_where_pickles_cannot_be_opened(tiny: Registry) -> None:
+    tiny.add(3)
+    script = f"""
+import importlib, importlib.util, pickle
+def refuse(*arguments, **options):
+    raise AssertionError("a pickle is opened")
+class Refuse:
+    dispatch = {{}}
+    def __init__(self, *arguments, **options):
+        refuse()
+for name in ("pickle", "_pickle", "cloudpickle", "dill"):
+    if importlib.util.find_spec(name):
+        module = importlib.import_module(name)
+        for loader in ("load", "loads", "_load", "_loads"):
+            if hasattr(module, loader):
+                setattr(module, loader, refuse)
+        for loader in ("Unpickler", "_Unpickler"):
+            if hasattr(module, loader):
+                setattr(module, loader, Refuse)
+try:
+    pickle.loads(pickle.dumps(1))
+except AssertionError:
+    pass
+else:
+    raise SystemExit("a pickle could be opened")
+import mlflow.pyfunc, pandas, torch
+torch.load = refuse
+from pipeline.track import package, registry, server
+server.connect({tiny.uri!r})
+version = registry.resolve("models:/tiny@candidate")
+model = mlflow.pyfunc.load_model(str(version.folder.parent))
+print(model.predict(pandas.DataFrame({{"image": [package.example(32)]}})).to_json(orient="records"))
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    (answer,) = json.loads(process.stdout.splitlines()[-1])
+    network = timm.create_model("pvt_pico", num_classes=10, img_size=32).eval()
+    network.load_state_dict(weights_of(3))
+    grey = (torch.full((1, 3, 32, 32), 128 / 255) - torch.tensor(config.Image().mean)[:, None, None]) / torch.tensor(
+        config.Image().std
+    )[:, None, None]
+    with torch.inference_mode():
+        score, label = network(grey).softmax(dim=1).max(dim=1)
+    assert answer["label"] == CLASSES[int(label)]
+    assert answer["score"] == pytest.approx(float(score), rel=1e-5)
+
+
+# Lineage
+
+
+def family(tiny: Registry) -> list[str]:
+    """A model, a child of its second version, and a grandchild; and a child that has made nothing yet."""
+    uris: list[str] = []
+
+    def add(name: str, uuid: str, steps: tuple[int, ...], parent: str | None = None) -> str:
+        run_id = tiny.run_of(f"run-{name}", uuid)
+        entries = [tiny.entry(step, run=uuid, parent=parent, data=uuid * 2, top1=0.5) for step in steps]
+        made = [tiny.register(entry, name, run_id) for entry in entries]
+        if parent:
+            registry.link_child(tiny.client, parent, uuid, run_id)
+        uris.extend(made)
+        return made[-1]
+
+    first = add("base", "a" * 32, (1, 2))
+    child = add("child", "b" * 32, (3,), first)
+    add("grandchild", "c" * 32, (4,), child)
+    registry.link_child(tiny.client, first, "e" * 32, tiny.run_of("run-idle", "e" * 32))
+    return uris
+
+
+def names(node: dict[str, Any]) -> Any:
+    return {f"{node['kind']} {node['name']}": [names(child) for child in node["children"]]}
+
+
+def test_lineage_goes_up_and_down_three_generations(tiny: Registry) -> None:
+    family(tiny)
+    grandchild = {"run run-grandchild": [{"version models:/grandchild/1": []}]}
+    child = {"run run-child": [{"version models:/child/1": [grandchild]}]}
+    base = {"version models:/base/2": [child, {"run run-idle": []}]}
+    (root,) = lineage.lineage("base")["roots"]
+    assert names(root) == {"data data set": [{"run run-base": [{"version models:/base/1": []}, base]}]}
+    assert root["details"] == ["sha256 aaaaaaaaaaaa"]
+    (root,) = lineage.lineage("models:/base@candidate")["roots"]
+    assert names(root) == {"data data set": [{"run run-base": [base]}]}
+    (root,) = lineage.lineage("models:/grandchild/1")["roots"]
+    assert names(root) == {"data data set": [{"run run-base": [{"version models:/base/2": [child]}]}]}
+    assert lineage.text(lineage.lineage("models:/child/1")).splitlines() == [
+        "data data set  (sha256 aaaaaaaaaaaa)",
+        "└─ run run-base  (FINISHED, aaaaaaaaaaaa)",
+        "   └─ version models:/base/2  (@candidate, step 2, top1 0.5)",
+        "      └─ run run-child  (FINISHED, bbbbbbbbbbbb)",
+        "         └─ version models:/child/1  (@candidate, step 3, top1 0.5)",
+        "            └─ run run-grandchild  (FINISHED, cccccccccccc)",
+        "               └─ version models:/grandchild/1  (@candidate, step 4, top1 0.5)",
+    ]
+    tiny.client.delete_model_version("base", "2")
+    (root,) = lineage.lineage("models:/child/1")["roots"]
+    assert (root["name"], root["details"]) == ("models:/base/2", ["removed from the registry"])
+    with pytest.raises(InputError, match="no registered model has this name"):
+        lineage.lineage("nobody")
+
+
+def test_lineage_is_drawn(tiny: Registry, tmp_path: Path) -> None:
+    from PIL import Image
+
+    family(tiny)
+    tree = lineage.lineage("base")
+    lineage.draw(tree, tmp_path / "tree.png")
+    lineage.draw(tree, tmp_path / "tree.svg")
+    with Image.open(tmp_path / "tree.png") as picture:
+        assert picture.width > 2000
+        boxes = {picture.convert("RGB").getpixel((60 + round(2.85 * 160 * column), 44)) for column in range(3)}
+    assert len(boxes) == 3  # a colour for each kind
+    assert "<svg" in (tmp_path / "tree.svg").read_text()
+    with pytest.raises(InputError, match=r"a picture is a .png or an .svg"):
+        lineage.draw(tree, tmp_path / "tree.pdf")
+    with pytest.raises(InputError, match="cannot be written"):
+        lineage.draw(tree, tmp_path / "nowhere" / "tree.png")
+
+
+# The command
+
+
+@pytest.fixture
+def said(
+    tiny: Registry, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Runs the command in this process: its result, and what it told people."""
+
+    def call(*arguments: object) -> tuple[dict[str, Any], str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["registry.py", *map(str, arguments), "--tracking-uri", tiny.uri])
+        with pytest.raises(SystemExit) as ending:
+            command.run(launch_registry.main)
+        out, err = capfd.readouterr()
+        result = json.loads(out.splitlines()[-1])
+        assert ending.value.code == (0 if result.get("ok", True) else 1)
+        return result, err
+
+    return call
+
+
+def test_the_command_tells_people_and_programs(
+    tiny: Registry, said: Callable[..., tuple[dict[str, Any], str]], published: dict[str, Path], tmp_path: Path
+) -> None:
+    tiny.add(1, top1=0.8)
+    tiny.add(2, top1=0.7)
+    (tmp_path / "gates.yaml").write_text("metrics: {top1: {min: 0.75}}\n")
+    result, table = said("list")
+    assert [(row["uri"], row["aliases"]) for row in result["versions"]] == [
+        ("models:/tiny/1", []),
+        ("models:/tiny/2", ["candidate"]),
+    ]
+    assert "top1 0.7  @candidate" in table
+    result, told = said("show", "models:/tiny@candidate")
+    assert result["tags"]["step"] == "2"
+    assert "run" in told
+    result, told = said("promote", "models:/tiny/2", "--gates", tmp_path / "gates.yaml")
+    assert not result["ok"]
+    assert "FAILED  metrics.top1: 0.7 (at least 0.75)" in told
+    result, _ = said("promote", "models:/tiny/1", "--gates", tmp_path / "gates.yaml", "--why", "good")
+    assert result["champion"] == "models:/tiny/1"
+    result, told = said("lineage", "tiny", "--out", tmp_path / "tree.png")
+    assert result["picture"] == str(tmp_path / "tree.png")
+    assert "@champion" in told
+    result, _ = said("rollback", "tiny", "--why", "bad")
+    assert (result["champion"], result["why"]) == (None, "bad")
+    edit(tiny.stored("models:/tiny/1") / "served.py")
+    result, told = said("verify", "models:/tiny/1")
+    assert not result["ok"]
+    assert "served.py has SHA-256" in told
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefghij") + "\n")
+    options = ("--name", "pub", "--model", "pvt_pico", "--image-size", 32, "--classes", tmp_path / "classes.txt")
+    result, _ = said("import", published["public"], *options)
+    assert result["model"] == "models:/pub/1"
+    assert registry.resolve(result["model"]).card.classes == list("abcdefghij")
+
+
+def test_sync_sends_what_a_killed_job_has_left(
+    tiny: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"run: {{name: tiny, root: {tmp_path / 'runs'}}}\nmodel: {{name: pvt_pico}}\ndata: {{train: nowhere}}\n"
+        f"optim: {{lr: 1}}\ntrain: {{length: 1 step, global_batch_size: 48}}\ntracking: {{uri: '{tiny.uri}'}}\n"
+    )
+    record = Record.begin(folder, "tiny", tags={"main_metric": "top1"}, inputs=[])
+    (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.5, "loss": 0.25}\n')
+    Outbox(folder).put({name: tiny.entry(1) / name for name in (WEIGHTS, RAW)}, Card.read(tiny.entry(1)))
+    monkeypatch.setattr(sys, "argv", ["registry.py", "sync", str(folder)])
+
+    def sync() -> dict[str, Any]:
+        with pytest.raises(SystemExit) as ending:
+            command.run(launch_registry.main)
+        assert ending.value.code == 0
+        return json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="its job is at work"):
+            launch_registry.main()
+    result = sync()
+    assert (result["ok"], result["status"], result["left"]) == (True, "KILLED", "")
+    assert "1 versions" in result["sent"]
+    run = tiny.client.get_run(result["run_id"])
+    assert (run.info.status, run.data.metrics["train/loss"]) == ("KILLED", 0.25)
+    assert run.data.tags["run.uuid"] == record.uuid
+    assert registry.find(tiny.client, "models:/tiny/1").run_id == result["run_id"]
+    assert sync()["sent"] == ""
+
+
+def test_the_gates_that_ship_are_valid() -> None:
+    found = config.load_as(Gates, ROOT / "configs/gates/classification.yaml")
+    assert found.metrics
+    assert found.champion
