@@ -218,8 +218,9 @@ def _start_from(settings: Config, world: World, task: Classification, classes: l
         return None
     uri = settings.init.model
     name, alias, _ = uri.partition("@")
-    if alias and (pinned := parent_of(settings.run.folder)) and pinned.startswith(f"{name}/"):
-        uri = pinned  # what the alias meant when this run began
+    begun_with = parent_of(settings.run.folder)
+    if alias and begun_with and begun_with.startswith(f"{name}/"):
+        uri = begun_with  # what the alias meant then
 
     def fetch(uri: str) -> "Version":
         from pipeline.track import registry, server

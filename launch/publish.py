@@ -117,8 +117,9 @@ class Publisher:
             classes=self._training.classes,
             averaged=averaged,
             metrics=finite_or_none(scores_of(checkpoint) or {}),
-            scored=validation
-            and Scored(path=str(settings.data.val), digest=validation.digest, samples=len(validation)),
+            scored=None
+            if validation is None
+            else Scored(path=str(settings.data.val), digest=validation.digest, samples=len(validation)),
             sha256={name: digests[file].sha256 for name, file in weights.items()},
             lineage={
                 "run": self.record.uuid,

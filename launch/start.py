@@ -38,6 +38,6 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     world.stop()
     if stopped and result is None:
         sys.exit(command.REQUEUE)
-    if result and not stopped and settings.handoff:
+    if result and result.get("model") and settings.handoff:
         handoff.begin(settings.run.folder, here.local_size)
     return result

@@ -17,6 +17,7 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pipeline.shards.index import ShardSet
+from pipeline.track import server
 from tests.conftest import write_config
 from tests.ranks import ROOT, free_port
 
@@ -58,7 +59,7 @@ def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     tree["tracking"]["system_metrics"] = True
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     result = result_of(pretrain(folder))
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/runs/mlflow.db")
+    server.connect(f"sqlite:///{folder}/runs/mlflow.db")
     return folder, result
 
 

@@ -203,7 +203,7 @@ def test_the_copy_is_complete(folder: Path) -> None:
     assert run.data.params["mix.cutmix_alpha"] == "1.0"
     inputs = {data.tags[0].value: data.dataset for data in run.inputs.dataset_inputs}
     assert set(inputs) == {"training", "validation"}
-    assert inputs["training"].name == "train"
+    assert inputs["training"].name == "digits/train"
     assert inputs["training"].digest == record.inputs[0].digest[:36]
     assert json.loads(inputs["training"].profile)["sha256"] == record.inputs[0].digest
     assert json.loads(inputs["training"].source) == {"uri": "/data/digits/train"}

@@ -426,7 +426,7 @@ def _dataset_input(data: DataInput) -> DatasetInput:
     scheme = urllib.parse.urlsplit(path).scheme
     kind = "http" if scheme == "https" else scheme or "local"
     dataset = Dataset(
-        name=Path(urllib.parse.urlsplit(path).path).name or path,
+        name="/".join(Path(urllib.parse.urlsplit(path).path).parts[-2:]).strip("/") or path,
         digest=data.digest[:MAX_DATASET_DIGEST_SIZE],
         source_type=kind,
         source=json.dumps({"url" if kind == "http" else "uri": path}),

@@ -18,18 +18,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
 from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.track.card import CARD, Card
 
 ARTIFACTS = "artifacts"
+TOP_K = 5
+"""Labels that a served model answers with, unless it is asked for another number."""
+
 _SERVED = Path(__file__).with_name("served.py")
 _MLMODEL = "MLmodel"
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("binary", "image")]),
-    outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+    outputs=Schema(
+        [
+            ColSpec("string", "label"),
+            ColSpec("double", "score"),
+            ColSpec(Array("string"), "labels"),
+            ColSpec(Array("double"), "scores"),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("top_k", "long", TOP_K)]),
 )
 
 
