@@ -19,7 +19,7 @@ demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $
 	$(BIN)/python launch/registry.py lineage pvt-demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

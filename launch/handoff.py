@@ -30,7 +30,7 @@ from pipeline.config import Config, Handoff
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.card import Card
 from pipeline.track.outbox import Outbox
-from pipeline.track.record import Record, new_uuid
+from pipeline.track.record import MAIN_METRIC, Record, new_uuid
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +143,7 @@ def _require_end(folder: Path) -> None:
 
 def _choose(folder: Path, entry: Handoff) -> tuple[str | None, str]:
     """The run's best registered version that passes the entry's gate; or None and why."""
-    outbox, metric = Outbox(folder), Record.read(folder).tags["main_metric"]
+    outbox, metric = Outbox(folder), Record.read(folder).tags[MAIN_METRIC]
     registered = outbox.registered()
     if not registered:
         raise ExternalError(

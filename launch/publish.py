@@ -10,10 +10,12 @@ All of it goes to the run's folder first. The tracking server gets its copy behi
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from launch import report
 from pipeline import files
 from pipeline.config import Config, dump, fingerprint
 from pipeline.errors import InputError
@@ -21,7 +23,7 @@ from pipeline.feed.preview import preview
 from pipeline.shards.index import Manifest, ShardSet
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
-from pipeline.track.record import DataInput, Record
+from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record
 from pipeline.track.runs import Tracker, code_revision, packages, uncommitted
 from pipeline.train.commit import EMA, MODEL, Commit, score_of, scores_of
 from pipeline.train.meters import finite_or_none
@@ -29,8 +31,6 @@ from pipeline.train.meters import finite_or_none
 RESULT = "result.json"
 HURRY_S = 10.0
 """For the server when a job has been told to stop, or has failed: what is left then goes with the next start."""
-
-PARENT = "parent.version"
 
 
 class Publisher:
@@ -60,7 +60,7 @@ class Publisher:
             "seed": str(settings.run.seed),
             "data.digest": training.digest,
             "data.path": ", ".join(settings.data.train_paths),
-            "main_metric": main_metric,
+            MAIN_METRIC: main_metric,
             **code_revision(),
             **({PARENT: parent} if parent else {}),
         }
@@ -97,6 +97,9 @@ class Publisher:
     def end(self, result: dict[str, Any]) -> None:
         """Tell the server, and write the result down: last of all, so that who finds it has nothing to make up for."""
         stopped = bool(result.get("requeue"))
+        if self._settings.tracking.report and not stopped:
+            self.record.end(self.folder, "FINISHED")  # which the report tells
+            self._report()
         self.tracker.end("KILLED" if stopped else "FINISHED", HURRY_S if stopped else None)
         files.write(self.folder / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
 
@@ -131,6 +134,12 @@ class Publisher:
             },
         )
         return self.outbox.put({name: checkpoint / file for name, file in weights.items()}, card)
+
+    def _report(self) -> None:
+        try:
+            report.write(self.folder, samples=self._settings.tracking.log_samples)
+        except Exception:  # a page about a run that has succeeded
+            print(f"{self.folder}: no report: {traceback.format_exc()}", file=sys.stderr, flush=True)
 
     def _tell_of_trouble(self, attempt: Callable[[], Any]) -> None:
         """A disk that is full costs a version on the way, and not the run."""

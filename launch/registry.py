@@ -3,10 +3,12 @@
 python launch/registry.py list [NAME]                       models, or one's versions
 python launch/registry.py show URI                          what is known of a version
 python launch/registry.py verify URI                        every byte in the store against its digest
+python launch/registry.py fetch URI                         a copy here, every byte checked
 python launch/registry.py lineage URI|NAME [--out FILE]     data set, run, version, and what was made of it
 python launch/registry.py promote URI --gates FILE [--why]  move @champion to it if it passes
 python launch/registry.py rollback NAME [--why TEXT]        undo that
 python launch/registry.py import FILE --name N --model M    published weights as a version
+python launch/registry.py export URI --to T --out FOLDER    for timm, Transformers, onnxruntime, torch.export
 python launch/registry.py sync RUN                          send what the tracking server lacks of a run
 
 URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME.
@@ -99,6 +101,14 @@ def _verify(arguments: Namespace) -> dict[str, Any]:
     for file in result["files"]:
         print(file["fault"] or f"{file['file']} as registered", file=sys.stderr)
     return result
+
+
+def _fetch(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.registry import resolve
+
+    _connect(arguments)
+    version = resolve(arguments.uri)
+    return {"model": version.uri, "path": str(version.folder.parent)}
 
 
 def _lineage_arguments(parser: ArgumentParser) -> None:
@@ -216,6 +226,24 @@ def _classes(arguments: Namespace) -> list[str] | None:
     return names
 
 
+def _export_arguments(parser: ArgumentParser) -> None:
+    _add_uri(parser)
+    parser.add_argument("--to", required=True, help="timm, transformers, safetensors, onnx or torch-export")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to be made; not one with files")
+    parser.add_argument("--data", metavar="DIR", help="packed data set to compare on; default: two photographs")
+
+
+def _export(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track.export import export
+
+    _connect(arguments)
+    result = export(arguments.uri, arguments.to, arguments.out, arguments.data)
+    same = f"{result['same_top1']} of {result['images']} images get the same class"
+    print(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:", file=sys.stderr)
+    print(f"  {result['open']}", file=sys.stderr)
+    return result
+
+
 def _sync_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, which says where it is tracked")
 
@@ -277,10 +305,12 @@ SUBCOMMANDS = {
     "list": Subcommand("list registered versions", _list_arguments, _list),
     "show": Subcommand("print what is known of a version", _add_uri, _show),
     "verify": Subcommand("compare every stored byte of a version with its digest", _add_uri, _verify),
+    "fetch": Subcommand("copy a version here, every byte checked, and print where it is", _add_uri, _fetch),
     "lineage": Subcommand("print where a model comes from and what was made of it", _lineage_arguments, _lineage),
     "promote": Subcommand("make a version @champion if it passes every gate", _promote_arguments, _promote),
     "rollback": Subcommand("undo the last promotion that stands", _rollback_arguments, _rollback),
     "import": Subcommand("register weights that others have published", _import_arguments, _import),
+    "export": Subcommand("write a version for another program, once it computes the same", _export_arguments, _export),
     "sync": Subcommand("send what the tracking server lacks of a run", _sync_arguments, _sync),
 }
 

@@ -364,6 +364,8 @@ class Tracking(Section):
     """Best ones to keep registered, beside the run's last. Those with an alias or a child stay in any case."""
     patience_s: float = Field(default=120.0, gt=0.0)
     """How long the end of a run waits for the server. `launch/registry.py sync` sends what is left then."""
+    report: bool = True
+    """Write report.html at the end of the run. launch/report.py does at any time."""
     log_diff: bool = False
     """Log the uncommitted changes to the code. They can hold secrets."""
     log_samples: bool = False

@@ -30,7 +30,8 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.track import mirror, runs, system
 from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.mirror import Mirror, mask_secrets
+from pipeline.track.masking import mask_secrets
+from pipeline.track.mirror import Mirror
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import DataInput, Record, Status
 from pipeline.track.runs import Tracker

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -41,8 +40,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import config, files
 from pipeline.errors import InputError
 from pipeline.track import server
+from pipeline.track.masking import mask_secrets, mask_urls
 from pipeline.track.outbox import Outbox
-from pipeline.track.record import DataInput, Record, Status
+from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record, Status
 
 NOTE, METRICS, CONFIG = "mlflow.json", "metrics.jsonl", "config.yaml"
 TREES = (CONFIG, "deepspeed.json")
@@ -52,23 +52,14 @@ FILES = (
     "packages.txt",
     "diff.patch",
     "samples.png",
+    "report.html",
     "anomalies.jsonl",
     "quarantine.jsonl",
     "goodput.json",
     METRICS,
 )
-MAIN_METRIC, PARENT = "main_metric", "parent.version"
-"""Tags of the record that are used here, too."""
 LOOK_AGAIN_S = 60.0
 """Least time between two looks for changed files while the run goes on."""
-
-_MASK = "***"
-_SECRET_NAME = re.compile(
-    r"(^|_)(passwords?|passwd|passphrase|secrets?|token|credentials?|api_?key|access_?key|private_?key)(_|$)"
-)
-# Possessive (++) and only from the start of a word: otherwise long words take quadratic time.
-_URL = re.compile(r"(?<![\w+.-])([\w+.-]++://)([^\s\"'<>]*)")
-_ASSIGNMENT = re.compile(r"(?<![\w.-])([\w.-]++)[\"']?\s*+[=:]\s*+(?=\S)")
 
 
 class Place(BaseModel):
@@ -377,39 +368,6 @@ class Mirror:
         return path.relative_to(self.folder).as_posix()
 
 
-def mask_secrets(value: Any) -> Any:
-    """A copy of a tree of mappings, lists and values without what must not be logged: values whose key says secret
-    (password, token, api_key, …), also where a string assigns one (KEY=VALUE), and in URLs the user and the query,
-    which is a signature in those that give access by themselves."""
-    if isinstance(value, dict):
-        return {
-            key: _MASK if _says_secret(str(key)) and item is not None else mask_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [mask_secrets(item) for item in value]
-    if isinstance(value, str):
-        text = _redact_urls(value)
-        for match in _ASSIGNMENT.finditer(text):
-            if _says_secret(match[1]):
-                return text[: match.end()] + _MASK
-        return text
-    return value
-
-
-def _says_secret(name: str) -> bool:
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return bool(_SECRET_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower())))
-
-
-def _redact_urls(text: str) -> str:
-    def one(match: re.Match[str]) -> str:
-        host, slash, path = re.sub(r"^[^/]*@", f"{_MASK}@", match[2]).partition("/")
-        return match[1] + re.sub(r"\?.+", f"?{_MASK}", host + slash + path)
-
-    return _URL.sub(one, text)
-
-
 def _redacted_file(path: Path) -> bytes:
     content = path.read_bytes()
     if path.name == CONFIG:
@@ -418,7 +376,7 @@ def _redacted_file(path: Path) -> bytes:
         return json.dumps(mask_secrets(json.loads(content)), indent=2).encode() + b"\n"
     if path.suffix == ".png":
         return content
-    return _redact_urls(content.decode("latin-1")).encode("latin-1")  # which keeps any bytes as they are
+    return mask_urls(content.decode("latin-1")).encode("latin-1")  # which keeps any bytes as they are
 
 
 def _dataset_input(data: DataInput) -> DatasetInput:

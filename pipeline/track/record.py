@@ -17,6 +17,8 @@ from pipeline import files
 from pipeline.errors import InputError
 
 RECORD = "run.json"
+MAIN_METRIC, PARENT = "main_metric", "parent.version"
+"""Tags that others than MLflow's users read."""
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -1,0 +1,17 @@
+"""A run as one page of HTML that needs no network, and several of them side by side.
+
+    runs/NAME/ ──reading──▶ RunFiles ─┬─▶ page ────▶ report.html
+    checkpoint ──launch/report.py──▶ Examination ─┘
+    several RunFiles ──▶ compare ──▶ compare.html
+
+`markup` makes elements and escapes all that is put into them, `charts` draws numbers over steps, `events` what happened
+when, `classes` what a network takes for what. Everything comes from files, any of which may be missing, cut short or
+still being written.
+"""
+
+from pipeline.track.report.classes import Examination, Picture
+from pipeline.track.report.compare import compare
+from pipeline.track.report.page import page
+from pipeline.track.report.reading import RunFiles
+
+__all__ = ["Examination", "Picture", "RunFiles", "compare", "page"]

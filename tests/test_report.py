@@ -1,0 +1,607 @@
+"""The page of a run: its numbers are the files', its matrix scikit-learn's, and nothing in a folder is in its way."""
+
+import base64
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+import pvt.model
+from launch import report
+from pipeline import config
+from pipeline.errors import InputError
+from pipeline.feed.loader import EvalFeed
+from pipeline.shards.index import ShardSet
+from pipeline.tasks.classify import build_model
+from pipeline.track.outbox import Outbox
+from pipeline.track.report import Examination, Picture, RunFiles, page
+from pipeline.world import World
+from tests.conftest import run_ranks, write_config
+from tests.ranks import ROOT
+
+HOSTILE = """<script>alert(1)</script> &amp; "'水母"""
+SECTIONS = [
+    *("model-versions", "curves", "time", "timeline", "quarantine"),
+    *("classes", "inside-the-network", "system-load", "provenance"),
+]
+
+
+class Node:
+    def __init__(self, tag: str, attributes: dict[str, str | None]) -> None:
+        self.tag, self.attributes = tag, attributes
+        self.children: list[Node | str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+    def walk(self) -> "Iterator[Node]":
+        yield self
+        for child in self.children:
+            if isinstance(child, Node):
+                yield from child.walk()
+
+    def all(self, tag: str, class_: str | None = None) -> "list[Node]":
+        found = [node for node in self.walk() if node.tag == tag]
+        return [node for node in found if class_ is None or class_ in (node.attributes.get("class") or "").split()]
+
+    def section(self, id_: str) -> "Node":
+        (found,) = [node for node in self.all("section") if node.attributes.get("id") == id_]
+        return found
+
+    def table(self, number: int = 0) -> list[list[str]]:
+        rows = self.all("table")[number].all("tr")
+        return [[cell.text for cell in row.children if isinstance(cell, Node)] for row in rows]
+
+    @property
+    def value(self) -> float:
+        """Of the number inside, with all of its digits."""
+        (number,) = self.all("data")
+        return float(number.attributes["value"] or "nan")
+
+
+class Tree(HTMLParser):
+    """Elements as they are nested. Fails where one is closed that is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Node("", {})
+        self._open = [self.root]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        node = Node(tag, dict(attrs))
+        self._open[-1].children.append(node)
+        if tag not in ("meta", "br", "img"):
+            self._open.append(node)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        self._open[-1].children.append(data)
+
+
+def parse(path: Path) -> Node:
+    """Also checks what holds of every page: closed elements, no script, nothing from elsewhere, all sections."""
+    tree = Tree()
+    text = path.read_text()
+    tree.feed(text)
+    tree.close()
+    assert [node.tag for node in tree._open] == [""]
+    ids = [node.attributes["id"] for node in tree.root.walk() if "id" in node.attributes]
+    assert len(ids) == len(set(ids))
+    for node in tree.root.walk():
+        assert node.tag not in ("script", "link", "iframe", "object", "base", "form")
+        assert not [name for name in node.attributes if name.startswith("on")]
+        for name in ("src", "href", "srcset", "xlink:href"):
+            target = node.attributes.get(name)
+            assert target is None or target.startswith(("data:image/png;base64,", "#"))
+            assert target is None or not target.startswith("#") or target[1:] in ids
+        assert "url(" not in (node.attributes.get("style") or "")
+    (style,) = tree.root.all("style")
+    assert "url(" not in style.text
+    assert "@import" not in style.text
+    return tree.root
+
+
+def tiles(page: Node) -> dict[str, float]:
+    return {tile.all("span")[0].text: tile.value for tile in page.all("div", "tile")}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def damage(data: Path, shard: str, row: int) -> str:
+    """Flip a bit of an image; returns the sample's key."""
+    shards = ShardSet(data)
+    number = [each.name for each in shards.manifests[0].shards].index(shard)
+    tar = bytearray((data / f"{shard}.tar").read_bytes())
+    tar[int(shards.index(number)[row]["offset"]) + 60] ^= 1
+    key = shards.key(number, row)
+    (data / f"{shard}.tar").write_bytes(tar)
+    shards.close()
+    return key
+
+
+class Runs:
+    """A run that was rolled back, killed and finished, as it was after the kill and at its end."""
+
+    def __init__(self, digits: Path, folder: Path) -> None:
+        self.data = folder / "data"
+        for part in ("train", "val"):
+            shutil.copytree(digits / part, self.data / part)
+        self.damaged = [damage(self.data / "train", "shard-000000", row) for row in range(30)]
+        self.damaged += [damage(self.data / "val", "shard-000001", 3)]
+        path = write_config(self.data, folder)
+        tree = yaml.safe_load(path.read_text())
+        tree["guard"] = {"window": 8, "rollback_after": 2}
+        tree["data"]["max_bad_fraction"] = 0.5
+        tree["train"] |= {"length": "24 steps", "save_every": "4 steps", "eval_every": "8 steps"}
+        # Nobody is there, so versions wait; they are noted as registered below.
+        tree["tracking"] |= {"uri": "http://127.0.0.1:9", "patience_s": 0.1}
+        path.write_text(yaml.safe_dump(tree))
+        faults = {10: "nan", 11: "nan"}
+        run_ranks(1, "faulty", path, json.dumps({**faults, 19: "kill"}), "run.name=tiny")
+        self.finished, self.killed = folder / "runs" / "tiny", folder / "runs" / "killed"
+        shutil.copytree(self.finished, self.killed)
+        run_ranks(1, "faulty", path, json.dumps(faults), "run.name=tiny")
+        outbox = Outbox(self.finished)
+        for number, entry in enumerate(outbox.waiting(), 1):
+            outbox.note(entry, f"models:/tiny/{number}")
+        self.page = parse(report.write(self.finished))
+        self.page_with_samples = parse(report.write(self.finished, folder / "samples.html", samples=True))
+
+
+@pytest.fixture(scope="module")
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(digits, tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def copy(runs: Runs, tmp_path: Path) -> Path:
+    """The finished run's folder, to be spoilt."""
+    return Path(shutil.copytree(runs.finished, tmp_path / "tiny"))
+
+
+def test_the_head_says_what_the_files_say(runs: Runs) -> None:
+    told, folder = tiles(runs.page), runs.finished
+    metrics = lines(folder / "metrics.jsonl")
+    readings = [line for line in metrics if "loss" in line]
+    scores = [line for line in metrics if "top1" in line]
+    result = json.loads((folder / "result.json").read_text())
+    assert told == {
+        "steps": 24,
+        "best top1": max(line["top1"] for line in scores),
+        "last top1": scores[-1]["top1"],
+        "training loss": readings[-1]["loss"],
+        "gradient norm": readings[-1]["grad_norm"],
+        "validation loss": scores[-1]["val_loss"],
+        "images a second": result["images_per_second"],
+        "effective time": result["ettr"],
+        "restarts": 1,
+        "steps left out": 2,
+        "quarantined": len(lines(folder / "quarantine.jsonl")),
+    }
+    assert runs.page.all("h1")[0].text == "tiny"
+    assert runs.page.all("span", "status")[0].text == "finished"
+    assert [section.attributes["id"] for section in runs.page.all("section")] == SECTIONS
+
+
+def test_versions_come_with_commands_that_name_the_best(runs: Runs) -> None:
+    section = runs.page.section("model-versions")
+    header, *rows = section.table()
+    assert header == ["version", "step", "top1", "top5", "val_loss", "SHA-256"]
+    entries = sorted((runs.finished / "versions").iterdir(), reverse=True)
+    cards = [json.loads((entry / "model.json").read_text()) for entry in entries]
+    uris = [json.loads((entry / "registered.json").read_text())["uri"] for entry in entries]
+    assert [row[0] for row in rows] == uris
+    assert [row[1] for row in rows] == [card["lineage"]["step"] for card in cards]
+    assert [row[-1] for row in rows] == [card["sha256"]["model.safetensors"][:12] for card in cards]
+    best = uris[max(range(len(cards)), key=lambda place: cards[place]["metrics"]["top1"])]
+    assert f"--model {best} --data {runs.data / 'val'}" in section.all("pre")[0].text
+    waiting = parse(report.write(runs.killed, model=False)).section("model-versions")
+    assert {row[0] for row in waiting.table()[1:]} == {"waits to be registered"}
+    assert f"registry.py sync {runs.killed}" in waiting.all("pre")[0].text
+
+
+def test_the_account_of_time_is_that_of_goodput(runs: Runs) -> None:
+    account = json.loads((runs.finished / "goodput.json").read_text())
+    rows = runs.page.section("time").all("tbody")[0].all("tr")
+    told = {row.all("td")[0].text.replace(" ", "_"): row.all("td")[1].value for row in rows}
+    other = told.pop("other")
+    assert told == {name: value for name, value in account["seconds"].items() if value > 0}
+    shares = [row.all("td")[2].value for row in rows]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == sorted(shares, reverse=True)
+    assert other == pytest.approx(max(0.0, account["last"] - account["began"] - sum(told.values())), abs=1e-6)
+
+
+def test_the_timeline_has_all_events(runs: Runs) -> None:
+    section = runs.page.section("timeline")
+    names = [node.text for node in section.all("div", "lane-name") if node.text]
+    kept = len(list((runs.finished / "checkpoints").glob("step-*")))
+    versions = len(list((runs.finished / "versions").iterdir()))
+    assert names[:2] == ["steps done", "starts (2)"]
+    for lane in ("end (1)", "steps left out (2)", "rollbacks (1)", "evaluations (3)"):
+        assert lane in names
+    assert f"checkpoints kept ({kept})" in names
+    assert f"versions ({versions})" in names
+    (rollback,) = [row for row in section.table() if row[2] == "rollbacks"]
+    assert rollback[1] == "12"
+    assert [row[1] for row in section.table() if row[2] == "steps left out"] == ["11", "12"]
+    quarantined = [row[3] for row in section.table() if row[2] == "quarantined"]
+    assert len(quarantined) == len(lines(runs.finished / "quarantine.jsonl"))
+    # The second start lies between the last reading before the kill and the first one after it.
+    times = {line["step"]: line["time"] for line in lines(runs.finished / "metrics.jsonl") if "loss" in line}
+    first, second = RunFiles(runs.finished).starts
+    assert first < times[1] < times[16] <= second < times[17]
+
+
+def test_quarantined_samples_are_listed(runs: Runs) -> None:
+    noted = lines(runs.finished / "quarantine.jsonl")
+    rows = runs.page.section("quarantine").table()[1:]
+    assert [row[:3] for row in rows] == [[line["key"], line["tar"], line["reason"]] for line in noted]
+    assert {row[0] for row in rows} <= set(runs.damaged)
+    assert {row[3] for row in rows} == {str(runs.data / "train"), str(runs.data / "val")}
+
+
+def test_the_matrix_is_scikit_learns_and_the_scores_are_the_runs(runs: Runs) -> None:
+    settings = config.load(runs.finished / "config.yaml")
+    shards = ShardSet(runs.data / "val")
+    network = build_model(settings.model, 32, 10).eval()
+    network.load_state_dict(
+        safetensors.torch.load_file(runs.finished / "checkpoints" / "step-00000024" / "model.safetensors")
+    )
+    truth, guesses = [], []
+    with torch.inference_mode():
+        for batch in EvalFeed(shards, World(), settings.image, batch_size=100):
+            kept = batch.weights > 0
+            truth += batch.targets[kept].tolist()
+            guesses += network(batch.images)[kept].argmax(dim=1).tolist()
+    expected = confusion_matrix(truth, guesses, labels=range(10))
+    section = runs.page.section("classes")
+    rows = section.all("table", "matrix")[0].all("tbody")[0].all("tr")
+    assert [[int(cell.text) for cell in row.all("td")] for row in rows] == expected.tolist()
+    assert sum(map(sum, expected)) == len(shards) - 1  # one is damaged
+    last = [line for line in lines(runs.finished / "metrics.jsonl") if "top1" in line][-1]
+    scores = {row.all("dt")[0].text: row.all("dd")[0] for row in section.all("dl")[0].all("div")}
+    assert {name: scores[name].value for name in ("top1", "top5", "val_loss")} == {
+        name: last[name] for name in ("top1", "top5", "val_loss")
+    }
+    shares = expected.diagonal() / expected.sum(axis=1)
+    worst_first = section.all("table", "classes")[0].all("tbody")[0].all("tr")
+    assert [int(row.all("td")[0].text) for row in worst_first] == np.argsort(shares, kind="stable").tolist()
+    wrong = expected - np.diag(expected.diagonal())
+    pair = section.all("table", "pairs")[0].all("tbody")[0].all("tr")[0].all("td")
+    assert int(pair[2].value) == wrong.max() == wrong[int(pair[0].text), int(pair[1].text)]
+
+
+def images_of(section: Node) -> dict[str, Image.Image]:
+    found = {}
+    for node in section.all("img"):
+        data = (node.attributes["src"] or "").partition(",")[2]
+        found[node.attributes["alt"] or ""] = Image.open(io.BytesIO(base64.b64decode(data)))
+    return found
+
+
+def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_images: Path) -> None:
+    maps = images_of(runs.page.section("inside-the-network"))
+    keys = {alt.partition(" of ")[2] for alt in maps}
+    assert {alt.partition(" of ")[0] for alt in maps} == {f"stage {number}" for number in (1, 2, 3, 4)}
+    assert len(keys) == report.NUM_PICTURES
+    assert [maps[f"stage {number} of {min(keys)}"].width for number in (1, 2, 3, 4)] == [8, 4, 2, 1]
+    section = runs.page_with_samples.section("inside-the-network")
+    shown = images_of(section)
+    assert shown.keys() == maps.keys() | {f"input of {key}" for key in keys}
+    for key in keys:
+        original = np.asarray(Image.open(digit_images / "val" / f"{key}.jpg").convert("RGB"), np.float32)
+        assert np.abs(np.asarray(shown[f"input of {key}"], np.float32) - original).mean() < 2
+    assert report.ATTRIBUTION in section.all("p", "note")[0].text
+
+
+def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> None:
+    note = runs.data / "val" / report.ATTRIBUTION
+    note.write_text(f"UCI digits {HOSTILE}, CC BY 4.0\n")
+    try:
+        with_samples = parse(report.write(runs.finished, tmp_path / "page.html", samples=True))
+    finally:
+        note.unlink()
+    text = with_samples.section("inside-the-network").text
+    assert f"UCI digits {HOSTILE}, CC BY 4.0" in text
+
+
+def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = build_model(config.Model(name="pvt_pico"), 96, 10).eval()
+    images, calls = torch.randn(1, 3, 96, 96), []
+    attend = pvt.model.F.scaled_dot_product_attention
+
+    def recorded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append((q, k))
+        return attend(q, k, v)
+
+    with torch.inference_mode():
+        found = report._class_attention(network, images)
+        monkeypatch.setattr(pvt.model.F, "scaled_dot_product_attention", recorded)
+        network(images)
+    q, k = calls[-1]
+    weights = torch.softmax(torch.einsum("hd,hmd->hm", q[0, :, 0], k[0]) / math.sqrt(q.shape[-1]), dim=-1)
+    assert found is not None
+    np.testing.assert_allclose(found, weights[:, 1:].mean(dim=0).view(3, 3), rtol=1e-5)
+
+
+def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_SAMPLES", 100)
+    section = parse(report.write(runs.finished, tmp_path / "page.html")).section("classes")
+    cells = [[int(cell.text) for cell in row.all("td")] for row in section.all("table", "matrix")[0].all("tr")[1:]]
+    assert 64 <= sum(map(sum, cells)) <= 100
+    assert "of 360 samples, spread over the set" in section.text
+
+
+def test_a_killed_run(runs: Runs, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs.killed, tmp_path / "killed"))
+    fresh = parse(report.write(folder, model=False))
+    assert fresh.all("span", "status")[0].text == "running"
+    assert "about" in fresh.all("div", "tile")[0].text
+    later = RunFiles(folder)
+    later.read_at += 3600
+    (tmp_path / "page.html").write_text(page(later, "not looked at"))
+    silent = parse(tmp_path / "page.html")
+    assert silent.all("span", "status")[0].text == "not heard of"
+    assert "may have been killed" in silent.all("header")[0].text
+    assert "last sign of life" in silent.section("timeline").text
+
+
+def spoil_lines(folder: Path) -> None:
+    for name in ("metrics.jsonl", "anomalies.jsonl", "quarantine.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('[1, 2]\nnull\n{"step": "x", "loss": {}}\n\x00\xff\n{"step": 7, "lo')
+
+
+def spoil_values(folder: Path) -> None:
+    metrics = lines(folder / "metrics.jsonl")
+    for line, value in zip(metrics, [None, math.nan, math.inf, "high", True, [1], 10**400, -math.inf], strict=False):
+        line["loss" if "loss" in line else "top1"] = value
+        line["time"] = value
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics))
+
+
+def spoil_documents(folder: Path) -> None:
+    for name in ("run.json", "goodput.json", "result.json", "deepspeed.json"):
+        (folder / name).write_text('{"cut short": ')
+    (folder / "config.yaml").write_text("a: [1")
+
+
+def spoil_types(folder: Path) -> None:
+    strange = {"tags": [1], "inputs": {"a": 1}, "began_ms": "soon", "ended_ms": 1e300, "name": 7, "status": ["x"]}
+    (folder / "run.json").write_text(json.dumps(strange))
+    strange = {"seconds": [1], "restarts": 1e9, "starts": ["x"], "began": {}, "last": -1e300, "step": None}
+    (folder / "goodput.json").write_text(json.dumps(strange))
+    (folder / "config.yaml").write_text("train: 7\nrun: [1]\ntracking: {log_samples: x}\n")
+    for card in folder.glob("versions/*/model.json"):
+        card.write_text('{"metrics": [1], "sha256": [2]}')
+    (folder / "handoff").mkdir()
+    (folder / "handoff" / "x.json").write_text('{"name": ["a"], "root": 7, "uuid": null}')
+    (folder / "system").mkdir(exist_ok=True)
+    (folder / "system" / "node-0.jsonl").write_text('{"time": "x", "cpu_utilization_percentage": "y"}\n{}\n')
+
+
+def spoil_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != "metrics.jsonl":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "metrics.jsonl").write_text("")
+
+
+def spoil_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+
+def spoil_data(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("data/val", "data/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_lines, spoil_values, spoil_documents, spoil_types, spoil_all, spoil_checkpoints, spoil_data],
+)
+def test_nothing_in_a_folder_is_in_the_way(copy: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(copy)
+    made = parse(report.write(copy))
+    assert [section.attributes["id"] for section in made.all("section")] == SECTIONS
+    if spoil is spoil_lines:
+        assert "metrics.jsonl: 3 lines cannot be read" in made.all("div", "faults")[0].text
+        assert made.section("classes").all("table", "matrix")
+    if spoil in (spoil_documents, spoil_types, spoil_all, spoil_checkpoints, spoil_data):
+        assert "Not known" in made.section("classes").text
+    if spoil is spoil_checkpoints:
+        assert "no whole checkpoint" in made.section("inside-the-network").text
+    if spoil is spoil_data:
+        assert "data/elsewhere" in made.section("classes").text
+
+
+def test_other_validation_data_is_not_scored(runs: Runs, copy: Path) -> None:
+    record = json.loads((copy / "run.json").read_text())
+    record["inputs"][1]["digest"] = "0" * 64
+    (copy / "run.json").write_text(json.dumps(record))
+    assert "is another data set now" in parse(report.write(copy)).section("classes").text
+
+
+def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
+    record = json.loads((copy / "run.json").read_text())
+    record["name"], record["tags"]["note"], record["tags"]["mlflow.source.git.commit"] = HOSTILE, HOSTILE, HOSTILE
+    (copy / "run.json").write_text(json.dumps(record))
+    first = lines(copy / "metrics.jsonl")[0]
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 25, "time": first["time"], HOSTILE: 0.5}) + "\n")
+    with (copy / "quarantine.jsonl").open("a") as file:
+        file.write(json.dumps({"key": HOSTILE, "tar": HOSTILE, "reason": HOSTILE, "data": HOSTILE}) + "\n")
+    with (copy / "anomalies.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "kind": HOSTILE, "message": HOSTILE, "samples": []}) + "\n")
+    picture = Picture(HOSTILE, 0, 1, 0.5, None, [np.ones((2, 2), np.float32)], None)
+    examined = Examination(HOSTILE, 1, HOSTILE, 3, True, [HOSTILE, "b"], np.eye(2, dtype=int), {}, [picture], HOSTILE)
+    (tmp_path / "page.html").write_text(page(RunFiles(copy), examined))
+    made = parse(tmp_path / "page.html")
+    assert made.all("h1")[0].text == made.all("title")[0].text == HOSTILE
+    assert HOSTILE in [cell.text for cell in made.section("classes").all("td")]
+    assert HOSTILE in [cell.text for cell in made.section("quarantine").all("td")]
+    assert HOSTILE in made.section("provenance").text
+    assert any(HOSTILE in (node.attributes.get("title") or "") for node in made.walk())
+
+
+def test_secrets_stay_in_the_folder(copy: Path) -> None:
+    tree = yaml.safe_load((copy / "config.yaml").read_text())
+    tree["engine"]["deepspeed"] = {"api_key": "hush-1"}
+    tree["handoff"] = [{"config": "a.yaml", "set": ["x.token=hush-2"], "gate": {}}]
+    tree["data"]["train"] = [{"path": "https://me:hush-3@host/data?X-Signature=hush-4", "weight": 1.0}]
+    (copy / "config.yaml").write_text(yaml.safe_dump(tree))
+    record = json.loads((copy / "run.json").read_text())
+    record["tags"]["data.path"] = record["inputs"][0]["path"] = "s3://me:hush-5@host/data"
+    (copy / "run.json").write_text(json.dumps(record))
+    with (copy / "quarantine.jsonl").open("a") as file:
+        file.write(json.dumps({"key": "k", "tar": "https://me:hush-6@host/a.tar", "reason": "r", "data": "d"}) + "\n")
+    with (copy / "packages.txt").open("a") as file:
+        file.write("thing @ git+https://me:hush-7@host/thing\n")
+    text = report.write(copy, model=False).read_text()
+    assert "***" in text
+    assert "hush" not in text
+
+
+def test_a_hundred_thousand_readings(copy: Path) -> None:
+    rng = np.random.default_rng(0)
+    loss, began = rng.normal(2, 0.3, 100_000), time.time() - 300_000
+    with (copy / "metrics.jsonl").open("w") as file:
+        for step in range(100_000):
+            line = {"step": step + 1, "time": began + 3 * step, "loss": float(loss[step]), "step_s": 2.9, "lr": 1e-3}
+            line |= {"grad_norm": 1.0, "images_per_second": 400.0, "data_wait_s": 0.1, "ettr": 0.9, "skipped": 0}
+            file.write(json.dumps(line) + "\n")
+    with (copy / "anomalies.jsonl").open("w") as file:
+        for step in range(0, 100_000, 20):
+            file.write(json.dumps({"step": step, "kind": "loss spike", "message": "m", "samples": ["key"] * 64}) + "\n")
+    start = time.perf_counter()
+    made = report.write(copy, model=False)
+    assert time.perf_counter() - start < 10
+    assert made.stat().st_size < 3e6
+    assert tiles(parse(made))["training loss"] == loss[-1]
+    # What is drawn of 166 or 167 readings still shows the least and the greatest of them.
+    band = parse(made).section("curves").all("path", "band")[0].attributes["d"] or ""
+    tops = [float(point.split(" ")[1]) for point in band.strip("MZ").split("L")]
+    assert len(tops) == 1200
+    assert max(tops) - min(tops) == pytest.approx(300 / 1.08, abs=0.2)
+
+
+def test_a_thousand_classes(runs: Runs, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    matrix = np.diag(rng.integers(1, 40, 1000))
+    matrix[7, 900] = 50
+    names = [f"class {number}" for number in range(1000)]
+    examined = Examination("weights", 1, "data", 50_000, False, names, matrix, {"top1": 0.5}, [], None)
+    out = tmp_path / "page.html"
+    out.write_text(page(RunFiles(runs.finished), examined))
+    section = parse(out).section("classes")
+    assert out.stat().st_size < 1e6
+    (picture,) = images_of(section).values()
+    cells = np.asarray(picture)[1::2, 1::2, 3]  # a cell of 4 × 4 classes is 2 × 2 pixels
+    assert cells.shape == (250, 250)
+    assert set(zip(*np.nonzero(cells), strict=True)) == {(1, 225), *((place, place) for place in range(250))}
+    assert [len(table.all("tr")) for table in section.all("table", "classes")] == [21, 21]
+    assert section.all("table", "pairs")[0].all("tr")[1].text.startswith("class 7class 900")
+    assert section.all("table", "classes")[0].all("tr")[1].all("td")[0].text == "class 7"
+
+
+def test_a_comparison(runs: Runs, copy: Path, tmp_path: Path) -> None:
+    text = (
+        (copy / "config.yaml").read_text().replace("name: tiny", "name: other", 1).replace("lr: 0.001", "lr: 0.002", 1)
+    )
+    (copy / "config.yaml").write_text(text)
+    record = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**record, "name": HOSTILE}))
+    metrics = lines(copy / "metrics.jsonl")
+    for line in metrics:
+        if "top1" in line:
+            line["top1"] = 0.999
+    (copy / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics))
+    made = parse(report.write_comparison([runs.finished, copy], tmp_path / "compare.html"))
+    assert made.section("settings-that-differ").table() == [
+        ["setting", "tiny", HOSTILE],
+        ["optim.lr", "0.001", "0.002"],
+    ]
+    rows = {row.all("td")[0].text: row.all("td")[1:] for row in made.section("results").all("tbody")[0].all("tr")}
+    scores = [line["top1"] for line in lines(runs.finished / "metrics.jsonl") if "top1" in line]
+    assert [cell.value for cell in rows["best top1"]] == [max(scores), 0.999]
+    assert [bool(cell.all("span", "best")) for cell in rows["best top1"]] == [False, True]
+    loss = made.section("curves").all("figure")[0]
+    assert [item.text for item in loss.all("li")] == ["tiny", HOSTILE]
+    assert len(loss.all("path", "line")) == 2
+
+
+def test_two_at_once_and_nothing_else_written(runs: Runs, tmp_path: Path) -> None:
+    def snapshot() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in runs.finished.rglob("*")}
+
+    before, out = snapshot(), tmp_path / "page.html"
+    errors: list[BaseException] = []
+
+    def draw() -> None:
+        try:
+            for _ in range(3):
+                report.write(runs.finished, out, model=False)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=draw) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == [out]
+    parse(out)
+    report.write(runs.finished, out)
+    assert snapshot() == before
+
+
+def test_the_command(runs: Runs, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    command = [sys.executable, "launch/report.py", str(runs.finished), "--out", str(out), "--no-model"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["report"] == str(out)
+    assert result["bytes"] == out.stat().st_size
+    assert "--no-model" in parse(out).section("classes").text
+
+
+def test_wrong_use_is_refused(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such folder: give the folder of a run"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds none of run\.json"):
+        report.write(tmp_path)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(InputError, match=r"taken: cannot be written: .*; name another file with --out"):
+        report.write(runs.finished, tmp_path / "taken", model=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
+
+
+def test_importing_it_takes_neither_torch_nor_mlflow() -> None:
+    code = "import sys, launch.report; print({'torch', 'mlflow', 'timm', 'nvidia'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
