@@ -125,7 +125,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, Grid]:
         x, grid = self.patch_embed(x)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            # Not len(x), which torch.export takes for a constant.
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self._pos_embed_on(grid)
         for i, block in enumerate(self.blocks):
             scales = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
@@ -201,7 +202,7 @@ class PyramidVisionTransformer(nn.Module):
     def _run_stages(self, x: Tensor, drop_path: Tensor | None, num_stages: int) -> list[tuple[Tensor, Grid]]:
         """Tokens and grid of each of the first `num_stages` stages."""
         self._check_input_size(*x.shape[-2:])
-        expected = 2 * sum(self.depths), len(x)
+        expected = 2 * sum(self.depths), x.shape[0]
         if drop_path is not None and drop_path.shape != expected:
             raise ValueError(
                 f"drop_path has shape {tuple(drop_path.shape)}; expected {expected}: a row for each entry of "

@@ -178,7 +178,7 @@ def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
 
 def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
     entry = tiny.entry(1)
-    key = f"{'a' * 32}.1.{package.sha256(entry / WEIGHTS)[:16]}"
+    key = config.fingerprint(["tiny", "a" * 32, "1", package.sha256(entry / WEIGHTS)])
     half = tiny.client.create_logged_model(tiny.experiment_id, name="model", tags={"entry": key})
     (tiny.folder / "half").mkdir()
     (tiny.folder / "half" / WEIGHTS).write_bytes(b"half")

@@ -31,6 +31,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 
+from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.retry import redact
 from pipeline.track import copies, package
@@ -235,7 +236,7 @@ def _find_same(client: MlflowClient, name: str, card: Card) -> str | None:
 
 def _create(client: MlflowClient, name: str, entry: Path, card: Card, experiment_id: str, run_id: str | None) -> str:
     """Upload the files, then have them counted, all at once, by creating the version."""
-    key = f"{card.lineage['run']}.{card.lineage['step']}.{card.sha256[WEIGHTS][:16]}"
+    key = fingerprint([name, card.lineage["run"], card.lineage["step"], card.sha256[WEIGHTS]])
     for half_made in client.search_logged_models([experiment_id], filter_string=f"tags.{_ENTRY} = '{key}'"):
         _remove_files(client, half_made.model_id, half_made.artifact_location)
     logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags={_ENTRY: key})

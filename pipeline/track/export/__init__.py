@@ -1,0 +1,131 @@
+"""Registered models in the formats of other programs.
+
+    version ──resolve──▶ Source ──write──▶ .FOLDER.partial ──open by the target's own call──┐
+                           └──our own network──▶ logits of real images ◀──compare──▶ logits ┴─▶ FOLDER
+
+Each target is a module to_NAME.py with what `Target` lists. A folder gets its name after it has been opened and has
+given the same logits; until then it does not exist for anybody.
+"""
+
+import contextlib
+import errno
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from pipeline import files
+from pipeline.errors import ExternalError, InputError
+from pipeline.track import package, registry
+from pipeline.track.export import check
+from pipeline.track.export.source import Source
+
+_MODULES = {
+    "timm": "to_timm",
+    "transformers": "to_transformers",
+    "safetensors": "to_safetensors",
+    "onnx": "to_onnx",
+    "torch-export": "to_torch_export",
+}
+TARGETS = tuple(_MODULES)
+
+
+class Target(Protocol):
+    """What each to_NAME.py has."""
+
+    def write(self, source: Source, folder: Path) -> dict[str, str]:
+        """Fill an empty folder. Returns the sizes of the input that may vary, each with what it may be.
+
+        Raises InputError for a model that the format has no place for.
+        """
+        ...
+
+    def load(self, source: Source, folder: Path) -> check.Opened:
+        """Open what was written as its users do."""
+        ...
+
+    def call(self, source: Source, folder: Path) -> str:
+        """How to open it, as a line of Python to copy."""
+        ...
+
+
+def export(uri: str, to: str, out: Path, data: str | None = None, cache: Path | None = None) -> dict[str, Any]:
+    """Write models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of TARGETS.
+
+    It is compared with the model itself on images of the packed data set `data`, or on photographs that scikit-learn
+    ships. Returns what was written, how near it is, and how to open it.
+    Raises InputError for an unknown target, one whose packages are missing or that cannot hold this model, for a folder
+    that is not empty or cannot be written, and as registry.resolve does; ExternalError where the logits differ.
+    """
+    target = _target(to)
+    with _whole_or_absent(out) as folder:
+        source = Source(registry.resolve(uri, cache))
+        varying = target.write(source, folder)
+        found = check.check(source, target.load(source, folder), varying, check.real_images(data), to)
+        written = [
+            {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": package.sha256(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+    return {
+        "model": source.uri,
+        "to": to,
+        "out": str(out),
+        "files": written,
+        **found._asdict(),
+        "varying": varying,
+        "open": target.call(source, out),
+    }
+
+
+def _target(name: str) -> Target:
+    if name not in _MODULES:
+        raise InputError(f"--to {name}: models are exported to {', '.join(TARGETS)}")
+    try:
+        return cast(Target, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'--to {name}: needs the package {error.name}, which is not installed: pip install "pvt-pipeline[export]"'
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole_or_absent(out: Path) -> Iterator[Path]:
+    """A folder to fill beside `out`, whose name it gets at the end of the block. After an error it is gone."""
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with _explained(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out}: is there already and no empty folder: remove it, or name another")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    try:
+        yield partial
+        with _explained(out):
+            _settle(partial)
+            partial.rename(out)
+            files.sync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Open files to those who may read the folder, as safetensors does not, and make them outlast a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(folder.stat().st_mode & 0o666)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    files.sync_folder(folder)
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExternalError(f"--out {out}: {error.strerror}: make room, or name a folder elsewhere") from error
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}; name a folder that can be") from error

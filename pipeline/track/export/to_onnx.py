@@ -1,0 +1,52 @@
+"""An ONNX graph in fp32, with classes and preprocessing in its metadata and, to read them without ONNX, beside it."""
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import onnxscript  # noqa: F401 - what torch exports with
+import torch
+from torch import Tensor
+from torch.onnx import ONNXProgram
+
+from pipeline import files
+from pipeline.track.export.check import Opened
+from pipeline.track.export.source import INPUT, OUTPUT, PREPROCESSING, Source
+from pipeline.track.export.traced import trace
+
+_FILE = "model.onnx"
+
+
+def write(source: Source, folder: Path) -> dict[str, str]:
+    program = torch.onnx.export(trace(source), input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    assert program is not None
+    _name_axes(program)
+    about = source.describe(source.varying)
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    program.save(folder / _FILE)
+    files.write(folder / PREPROCESSING, json.dumps(about, indent=2).encode() + b"\n")
+    return source.varying
+
+
+def load(source: Source, folder: Path) -> Opened:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(folder / _FILE, options, providers=["CPUExecutionProvider"])
+
+    def logits(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+    return Opened(logits)
+
+
+def call(source: Source, folder: Path) -> str:
+    return f"session = onnxruntime.InferenceSession({str(folder / _FILE)!r})"
+
+
+def _name_axes(program: ONNXProgram) -> None:
+    """As traced.py calls them; torch has numbered them."""
+    shape = program.model.graph.inputs[0].shape
+    assert shape is not None
+    named = zip(shape, ("batch", "channels", "h", "w"), strict=True)
+    # An axis is s7, or 32*s8 for multiples of 32.
+    program.rename_axes({str(axis.value).split("*")[-1]: name for axis, name in named if not isinstance(axis, int)})

@@ -1,0 +1,58 @@
+"""A folder as timm reads it: config.json with the labels and the preprocessing, and the weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+
+from pipeline import files
+from pipeline.track.card import WEIGHTS
+from pipeline.track.export.check import Opened
+from pipeline.track.export.source import Source
+
+
+def write(source: Source, folder: Path) -> dict[str, str]:
+    shutil.copyfile(source.weights, folder / WEIGHTS)
+    files.write(folder / "config.json", json.dumps(_config(source), indent=2).encode() + b"\n")
+    return source.varying
+
+
+def load(source: Source, folder: Path) -> Opened:
+    by_file = timm.create_model(source.card.model.name, checkpoint_path=folder / WEIGHTS, **source.arguments).eval()
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert all(map(torch.equal, by_file.state_dict().values(), by_folder.state_dict().values()))
+    transform: Any = create_transform(**resolve_model_data_config(by_folder))
+    return Opened(by_folder, transform)
+
+
+def call(source: Source, folder: Path) -> str:
+    return f"import pvt, timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
+
+
+def _config(source: Source) -> dict[str, Any]:
+    image, own = source.card.image, cast(dict[str, Any], source.network.pretrained_cfg)
+    size = (3, image.size, image.size)
+    return {
+        "architecture": source.card.model.name,
+        "num_classes": len(source.card.classes),
+        "num_features": source.network.num_features,
+        "label_names": source.card.classes,
+        "model_args": {"img_size": image.size},
+        "pretrained_cfg": {
+            "input_size": size,
+            "fixed_input_size": source.size_divisor is None,
+            "interpolation": image.interpolation,
+            "crop_pct": image.crop_pct,
+            "crop_mode": "center",
+            "mean": image.mean,
+            "std": image.std,
+            "num_classes": len(source.card.classes),
+            "first_conv": own["first_conv"],
+            "classifier": own["classifier"],
+        },
+    }

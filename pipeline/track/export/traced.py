@@ -1,0 +1,59 @@
+"""The network as a graph of tensor operations, with nothing in it of the machine that made it.
+
+For images in any number and, where the network takes several sizes, of any of those.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+from pipeline.track.export.source import Source
+from pvt import PyramidVisionTransformer
+from pvt.model import Grid, Stage, _resize_pos_embed
+
+
+class Graph(nn.Module):
+    """Images alone go in, which are called as in source.INPUT."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)
+
+
+def trace(source: Source) -> ExportedProgram:
+    """Its axes are called batch and, where they vary, d*h and d*w for multiples of d pixels."""
+    network, divisor = source.build(), source.size_divisor
+    height = width = source.card.image.size
+    varying: dict[int, Any] = {0: Dim("batch")}
+    if divisor:
+        _resize_always(network)
+        # Other than in training and not equal, so that nothing is taken for a constant.
+        height, width = height + divisor, width + 2 * divisor
+        varying |= {2: divisor * Dim("h", min=1), 3: divisor * Dim("w", min=1)}
+    graph, example = Graph(network).eval(), (torch.zeros(2, 3, height, width),)
+    try:
+        program = torch.export.export(graph, example, dynamic_shapes=(varying,))
+    except UserError:  # Python code that the quick way of tracing takes for constants
+        program = torch.export.export(graph, example, dynamic_shapes=(varying,), strict=True)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths on this machine
+    return program
+
+
+def _resize_always(network: nn.Module) -> None:
+    """Resize position embeddings also where that changes nothing: a graph cannot choose."""
+    assert isinstance(network, PyramidVisionTransformer)
+    for stage in network.stages:
+        assert isinstance(stage, Stage)
+        stage._pos_embed_on = functools.partial(_resized, stage)
+
+
+def _resized(stage: Stage, grid: Grid) -> Tensor:
+    return _resize_pos_embed(stage.pos_embed, stage.grid, grid)
