@@ -172,6 +172,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", copy, "--env-manager", "local"]
     environment = {
         **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where MLflow looks for uvicorn
         **{name: str(limit) for name, limit in LIMITS.items()},
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": str(ROOT),
