@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+# Standard output ends with our result; the server's pages are found without being told of each run.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # It would copy uv.lock and pyproject.toml of whatever folder the job was started in into each model.
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
 
@@ -24,6 +27,9 @@ from pipeline.shards.retry import redact
 
 # Errors of artifact stores' clients, which are not installed everywhere, are told by name.
 _CLIENTS = {"mlflow", "sqlalchemy", "boto3", "botocore", "azure", "google"}
+# What it does step by step is of no interest in a job's log.
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+
 _SQLITE, _VARIABLE = "sqlite:///", "MLFLOW_TRACKING_URI"
 
 
