@@ -89,6 +89,8 @@ def main() -> dict[str, Any]:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/NAME")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of each job, on this machine (default 1)")
     arguments = parser.parse_args()
+    if arguments.ranks < 1:
+        raise InputError(f"--ranks {arguments.ranks}: at least one")
     return hand_off(arguments.run, arguments.ranks)
 
 
@@ -108,6 +110,16 @@ def begin(folder: Path, ranks: int) -> None:
     print(f"{folder}: hands off to {folder / 'handoff'}", file=sys.stderr, flush=True)
 
 
+def check(settings: Config) -> None:
+    """Raises InputError for an entry that could not be started when the run has ended, which may be weeks from now."""
+    seen: set[str] = set()
+    for entry in settings.handoff:
+        _child(entry, "models:/NAME/1")
+        if _key(entry) in seen:
+            raise InputError(f"handoff: {entry.config} is there twice with the same settings: leave one out")
+        seen.add(_key(entry))
+
+
 def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
     """Start what has to be started, one job after the other.
 
@@ -120,7 +132,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
     with (folder / "handoff" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for entry in settings.handoff:
-            key = config.fingerprint(entry.model_dump(include={"config", "set"}))[:12]
+            key = _key(entry)
             path = folder / "handoff" / f"{key}.json"
             if not path.exists():
                 model, why = _choose(folder, entry)
@@ -165,12 +177,19 @@ def _choose(folder: Path, entry: Handoff) -> tuple[str | None, str]:
 
 
 def _claim(settings: Config, entry: Handoff, model: str, key: str) -> Claim:
-    child = config.load(entry.config, [*entry.set, f"init.model={model}"])
-    name = child.run.name
+    name = _child(entry, model).run.name
     if not _is_named(entry):
         alike = [other for other in settings.handoff if other.config == entry.config and not _is_named(other)]
         name = "-".join([settings.run.name, name, *([key[:4]] if len(alike) > 1 else [])])
     return Claim(uuid=new_uuid(), name=name, root=settings.run.root, model=model, config=entry.config, set=entry.set)
+
+
+def _key(entry: Handoff) -> str:
+    return config.fingerprint(entry.model_dump(include={"config", "set"}))[:12]
+
+
+def _child(entry: Handoff, model: str) -> Config:
+    return config.load(entry.config, [*entry.set, f"init.model={model}"])
 
 
 def _is_named(entry: Handoff) -> bool:

@@ -13,7 +13,7 @@ import psutil
 import safetensors.torch
 import torch
 
-from launch import command
+from launch import command, handoff
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files
@@ -247,6 +247,7 @@ def _start_from(settings: Config, world: World, task: Classification, classes: l
 
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused before the model is made has been looked at."""
+    handoff.check(settings)
     cache = _cache(settings.data)
     training = ShardSet(*settings.data.train_paths, cache=cache)
     validation = ShardSet(settings.data.val, cache=cache) if settings.data.val else None

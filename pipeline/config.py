@@ -24,6 +24,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -421,9 +422,16 @@ class Gates(Section):
 class Init(Section):
     """What a fine-tuning run starts from."""
 
-    model: str = Field(pattern=r"^models:/[^/@]+(/[0-9]+|@.+)$")
+    model: str
     """models:/NAME/VERSION or models:/NAME@ALIAS. Its backbone is taken, and its head where the classes are the
     same."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_registered(cls, value: str) -> str:
+        if not re.fullmatch(r"models:/[^/@]+(/[0-9]+|@.+)", value):
+            raise ValueError("a registered model is models:/NAME/VERSION or models:/NAME@ALIAS")
+        return value
 
 
 class Handoff(Section):

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from launch import handoff
 from launch.handoff import Claim
+from pipeline import config
 from pipeline.errors import InputError
 from pipeline.shards.pack import pack
 from pipeline.track.record import Record
@@ -159,14 +161,14 @@ def _make(path: Path, number: int) -> str:
 
 
 def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refused(jobs: Path, tmp_path: Path) -> None:
-    config = jobs / "parent.yaml"  # any job will do
+    path = jobs / "parent.yaml"  # any job will do
     folder = tmp_path / "runs" / "tiny"
     claim = Claim(uuid="a" * 32, name="tiny", root=str(tmp_path / "runs"), model="models:/m/1", config="", set=[])
     claim.make(tmp_path / "mine" / "claim.json")
     claim.model_copy(update={"uuid": "b" * 32}).make(tmp_path / "other" / "claim.json")
     folder.mkdir(parents=True)
     Record.begin(folder, "tiny", uuid_=claim.uuid, tags={}, inputs=[])
-    job = ["--config", config, "--set", f"run.root={tmp_path / 'runs'}", "--claim"]
+    job = ["--config", path, "--set", f"run.root={tmp_path / 'runs'}", "--claim"]
 
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -175,6 +177,20 @@ def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refus
     (process,) = start(1, "launch/pretrain.py", [*job, tmp_path / "other" / "claim.json"], [tmp_path / "strange"])
     assert process.wait(LIMIT_S) == 2
     assert "is another run's: give the hand-off a run.name" in (tmp_path / "strange.err").read_text()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[{config: nowhere.yaml}]", r"nowhere\.yaml: cannot read the configuration"),
+        ("[{config: CHILD, set: [optim.lrr=1]}]", r"optim\.lrr: no such setting; did you mean optim\.lr\?"),
+        ("[{config: CHILD}, {config: CHILD}]", "is there twice with the same settings"),
+    ],
+)
+def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path, entries: str, message: str) -> None:
+    entries = entries.replace("CHILD", str(jobs / "child.yaml"))
+    with pytest.raises(InputError, match=message):
+        handoff.check(config.load(jobs / "parent.yaml", [f"handoff={entries}"]))
 
 
 def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:
