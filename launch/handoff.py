@@ -135,7 +135,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
             key = _key(entry)
             path = folder / "handoff" / f"{key}.json"
             if not path.exists():
-                model, why = _choose(folder, entry)
+                model, why = _choose(folder, entry, settings.tracking.keep_versions)
                 if model is None:
                     refused.append({"config": entry.config, "why": why})
                     print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
@@ -153,8 +153,8 @@ def _require_end(folder: Path) -> None:
         raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
 
 
-def _choose(folder: Path, entry: Handoff) -> tuple[str | None, str]:
-    """The run's best registered version that passes the entry's gate; or None and why."""
+def _choose(folder: Path, entry: Handoff, keep_best: int) -> tuple[str | None, str]:
+    """The best of the run's versions that stay registered that passes the entry's gate; or None and why."""
     outbox, metric = Outbox(folder), Record.read(folder).tags[MAIN_METRIC]
     registered = outbox.registered()
     if not registered:
@@ -162,8 +162,12 @@ def _choose(folder: Path, entry: Handoff) -> tuple[str | None, str]:
             f"{folder}: none of its versions is registered yet: `python launch/registry.py sync {folder}` does that "
             "once the tracking server can be reached"
         )
-    scores, why = outbox.scores(metric), "no version was scored"
-    for version in sorted(registered, key=lambda each: scores.get(each, float("-inf")), reverse=True):
+    scores, why = outbox.scores(metric), ""
+    by_score = sorted(registered, key=lambda each: scores.get(each, float("-inf")), reverse=True)
+    last = max(registered)
+    for place, version in enumerate(by_score):
+        if place >= keep_best and version != last:
+            continue  # has been removed
         metrics = Card.read(version).metrics
         failed = [
             f"{name} is {metrics.get(name)}, but {bound} is asked for"

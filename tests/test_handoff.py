@@ -20,7 +20,9 @@ from launch.handoff import Claim
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.shards.pack import pack
-from pipeline.track.record import Record
+from pipeline.track.card import WEIGHTS, Card
+from pipeline.track.outbox import Outbox
+from pipeline.track.record import MAIN_METRIC, Record
 from tests.conftest import write_config
 from tests.ranks import ROOT, start
 
@@ -191,6 +193,35 @@ def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path
     entries = entries.replace("CHILD", str(jobs / "child.yaml"))
     with pytest.raises(InputError, match=message):
         handoff.check(config.load(jobs / "parent.yaml", [f"handoff={entries}"]))
+
+
+def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> None:
+    """Of three, with room for the best one and the last: the second, which alone passes the gate, is gone."""
+    Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
+    outbox = Outbox(tmp_path)
+    for step, (top1, val_loss) in enumerate([(0.9, 3.0), (0.8, 1.0), (0.7, 2.0)], 1):
+        weights = tmp_path / "weights"
+        weights.write_bytes(b"%d" % step)
+        card = Card(
+            task="classification",
+            model=config.Model(name="pvt_pico"),
+            image=config.Image(),
+            eval_batch_size=1,
+            classes=["a"],
+            metrics={"top1": top1, "val_loss": val_loss},
+            sha256={WEIGHTS: f"{step:064x}"[::-1]},
+            lineage={"step": str(step)},
+        )
+        outbox.note(outbox.put({WEIGHTS: weights}, card), f"models:/tiny/{step}")
+
+    def chosen(most: float, keep_best: int) -> str | None:
+        gate = {"val_loss": config.Bound(max=most)}
+        return handoff._choose(tmp_path, config.Handoff(config="c.yaml", gate=gate), keep_best)[0]
+
+    assert chosen(1.5, keep_best=1) is None
+    assert chosen(1.5, keep_best=2) == "models:/tiny/2"
+    assert chosen(2.5, keep_best=1) == "models:/tiny/3"
+    assert chosen(3.5, keep_best=1) == "models:/tiny/1"
 
 
 def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:
