@@ -22,9 +22,12 @@ from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
+from pipeline.feed.recipe import require_kind
+from pipeline.shards import ade20k
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
-from pipeline.tasks.classify import Classification, build_model, check_image_sizes, load_pretrained
+from pipeline.tasks.build import AnyTask, build_task, start_from
+from pipeline.tasks.classify import check_image_sizes
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.record import RECORD, Record
 from pipeline.track.system import SystemLoad
@@ -63,7 +66,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         training, validation = command.first_then_all(world, lambda: _check(settings, world))
         if settings.train.deterministic:
             make_deterministic()
-        task = command.first_then_all(world, lambda: _task(settings, len(training.classes)))
+        task = command.first_then_all(world, lambda: _task(settings, training.classes))
         begun = world.from_first(any((folder / "checkpoints").glob("step-*")))
         parent = None if begun else _start_from(settings, world, task, training.classes)
         # Nothing is written before this, and there is little left that can be refused after it.
@@ -147,12 +150,12 @@ def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[
     return result
 
 
-def _task(settings: Config, num_classes: int) -> Classification:
+def _task(settings: Config, classes: list[str]) -> AnyTask:
     torch.manual_seed(settings.run.seed)
-    return Classification(build_model(settings.model, settings.image.size, num_classes), num_classes)
+    return build_task(settings.task, settings.model, settings.image, classes)
 
 
-def _feed(settings: Config, world: World, training: ShardSet, task: Classification, state: State) -> TrainFeed:
+def _feed(settings: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:
     return TrainFeed(
         settings,
         training,
@@ -163,7 +166,7 @@ def _feed(settings: Config, world: World, training: ShardSet, task: Classificati
     )
 
 
-def _retention(settings: Config, schedule: Schedule, task: Classification) -> Retention:
+def _retention(settings: Config, schedule: Schedule, task: AnyTask) -> Retention:
     return Retention(
         last=settings.checkpoint.keep_last,
         best=settings.checkpoint.keep_best,
@@ -186,7 +189,7 @@ def _evaluation(
     settings: Config,
     world: World,
     validation: ShardSet | None,
-    task: Classification,
+    task: AnyTask,
     engine: Engine,
     ema: Ema | None,
 ) -> Callable[[Callable[[], bool]], dict[str, float] | None] | None:
@@ -196,6 +199,7 @@ def _evaluation(
         validation,
         world,
         settings.image,
+        task=settings.task,
         batch_size=settings.evaluate.batch_size,
         num_threads=settings.data.num_threads,
         quarantine=Quarantine(validation, settings.run.folder / QUARANTINE, settings.data.max_bad_fraction),
@@ -209,7 +213,7 @@ def _evaluation(
     return evaluation
 
 
-def _start_from(settings: Config, world: World, task: Classification, classes: list[str]) -> str | None:
+def _start_from(settings: Config, world: World, task: AnyTask, classes: list[str]) -> str | None:
     """Load the weights that init.model names, if it names any; returns the exact version.
 
     Rank 0 has them fetched and checked; the others read its copy, or their node's own where disks are not shared.
@@ -236,8 +240,15 @@ def _start_from(settings: Config, world: World, task: Classification, classes: l
                 f"init.model {pinned} is a {card.model.name}, but model.name is {settings.model.name}: "
                 f"set model.name={card.model.name} or start from another model"
             )
-        keep_head = card.classes == classes
-        load_pretrained(task.model, safetensors.torch.load_file(here / WEIGHTS), pinned, keep_head=keep_head)
+        start_from(
+            task,
+            settings.model,
+            classes,
+            safetensors.torch.load_file(here / WEIGHTS),
+            pinned,
+            source_task=card.task,
+            source_classes=card.classes,
+        )
 
     version = command.first_then_all(world, lambda: fetch(uri) if world.is_first else None)
     folder, pinned = world.from_first((version.folder, version.uri) if version else (Path(), uri))
@@ -249,8 +260,9 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused before the model is made has been looked at."""
     handoff.check(settings)
     cache = _cache(settings.data)
-    training = ShardSet(*settings.data.train_paths, cache=cache)
-    validation = ShardSet(settings.data.val, cache=cache) if settings.data.val else None
+    training = ShardSet(*map(ade20k.root_of, settings.data.train_paths), cache=cache)
+    validation = ShardSet(ade20k.root_of(settings.data.val), cache=cache) if settings.data.val else None
+    require_kind(settings.task, training)
     if validation and validation.classes != training.classes:
         raise InputError(
             f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "
@@ -329,7 +341,7 @@ def _published(
     world: World,
     training: ShardSet,
     validation: ShardSet | None,
-    task: Classification,
+    task: AnyTask,
     claim: Claim | None,
     parent: str | None,
 ) -> Iterator[Publisher | None]:

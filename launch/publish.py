@@ -15,12 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
+import torch
+
 from launch import report
 from pipeline import files
 from pipeline.config import Config, dump, fingerprint
 from pipeline.errors import InputError
 from pipeline.feed.preview import preview
+from pipeline.shards.attribution import attribution
 from pipeline.shards.index import Manifest, ShardSet
+from pipeline.tasks import predictions
+from pipeline.tasks.build import build_task
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record
@@ -29,6 +35,7 @@ from pipeline.train.commit import EMA, MODEL, Commit, score_of, scores_of
 from pipeline.train.meters import finite_or_none
 
 RESULT = "result.json"
+NUM_PREDICTIONS = 8
 HURRY_S = 10.0
 """For the server when a job has been told to stop, or has failed: what is left then goes with the next start."""
 
@@ -85,6 +92,8 @@ class Publisher:
         """Offer the last checkpoint and wait for registration; what the result says of that. `model` is None where the
         server could not be reached."""
         entry = self._offer(step, checkpoint)
+        if self._settings.tracking.log_samples and self._validation:
+            self._draw(checkpoint, self._validation)
         self.tracker.flush()
         registered = self.outbox.registered()
         ending = {"model": registered.get(entry), **finite_or_none(scores_of(checkpoint) or {})}
@@ -113,7 +122,7 @@ class Publisher:
         validation, settings = self._validation, self._settings
         tags = self.record.tags
         card = Card(
-            task="classification",
+            task=settings.task,
             model=settings.model,
             image=settings.image,
             eval_batch_size=settings.evaluate.batch_size,
@@ -134,6 +143,24 @@ class Publisher:
             },
         )
         return self.outbox.put({name: checkpoint / file for name, file in weights.items()}, card)
+
+    def _draw(self, checkpoint: Path, validation: ShardSet) -> None:
+        """Some validation images with what the network says of them."""
+        settings, averaged = self._settings, self._settings.train.ema_decay is not None
+        task = build_task(settings.task, settings.model, settings.image, validation.classes)
+        task.model.load_state_dict(safetensors.torch.load_file(checkpoint / (EMA if averaged else MODEL)))
+        predictions.draw(
+            task,
+            task.model.eval(),
+            validation,
+            settings.task,
+            settings.image,
+            NUM_PREDICTIONS,
+            self.folder / "predictions.png",
+            title=settings.run.name,
+            note=attribution(str(settings.data.val)),
+            device=torch.device("cpu"),
+        )
 
     def _report(self) -> None:
         try:

@@ -238,7 +238,8 @@ def _export(arguments: Namespace) -> dict[str, Any]:
 
     _connect(arguments)
     result = export(arguments.uri, arguments.to, arguments.out, arguments.data)
-    same = f"{result['same_top1']} of {result['images']} images get the same class"
+    what = "images" if result["predictions"] == result["images"] else "places of the maps"
+    same = f"{result['same_top1']} of {result['predictions']} {what} get the same class"
     print(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:", file=sys.stderr)
     print(f"  {result['open']}", file=sys.stderr)
     return result

@@ -1,6 +1,7 @@
 """Make, check and look at data sets.
 
 python launch/shards.py pack --images SOURCE --out DIR     images into shards
+python launch/shards.py pack --ade20k MAPS --out DIR       images with a class for each pixel
 python launch/shards.py index ROOT                         tars that others made, as they are
 python launch/shards.py verify ROOT                        every byte against the manifest
 python launch/shards.py show ROOT                          counts, sizes and a contact sheet
@@ -15,6 +16,8 @@ from typing import Any
 
 from launch import command
 from launch.command import Subcommand
+from pipeline.errors import InputError
+from pipeline.shards import ade20k
 from pipeline.shards.adopt import index
 from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
@@ -34,10 +37,14 @@ def main() -> dict[str, Any]:
 def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--images",
-        required=True,
         metavar="SOURCE",
         help="folder with one sub-folder for each class; .csv or .jsonl list of path and label; "
-        ".parquet file, folder of them or pattern in quotes",
+        ".parquet file, folder of them or pattern in quotes; with --ade20k a folder (default ROOT/images/SPLIT)",
+    )
+    parser.add_argument(
+        "--ade20k",
+        metavar="MAPS",
+        help="ROOT/annotations/SPLIT: folder of label maps; their classes are named in ROOT/objectInfo150.txt",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
@@ -48,10 +55,13 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 
 
 def _pack(arguments: Namespace) -> dict[str, Any]:
+    if not arguments.images and not arguments.ade20k:
+        raise InputError("pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT")
+    classes = _classes(arguments)
     manifest = pack(
-        arguments.images,
+        ade20k.find(arguments.ade20k, arguments.images, classes) if arguments.ade20k else arguments.images,
         arguments.out,
-        classes=_classes(arguments),
+        classes=classes,
         max_side=arguments.max_side,
         quality=arguments.quality,
         samples_per_shard=arguments.samples_per_shard,
@@ -89,7 +99,7 @@ def _index(arguments: Namespace) -> dict[str, Any]:
 
 def _verify_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("root", help="folder or URL of a data set")
-    parser.add_argument("--deep", action="store_true", help="also decode every image")
+    parser.add_argument("--deep", action="store_true", help="also decode every image and annotation")
     _add_workers(parser)
 
 

@@ -141,11 +141,62 @@ class Run(Section):
 
 
 class Model(Section):
+    """The backbone, a timm model, to which the task adds its head."""
+
     name: str
-    """pvt_pico, pvt_tiny, pvt_small, pvt_medium or pvt_large; or another timm model that takes img_size."""
+    """pvt_pico, pvt_tiny, pvt_small, pvt_medium or pvt_large; or any other timm model."""
+    image_size: int | None = Field(default=None, gt=0)
+    """Pixels that the position embeddings of a dense task's backbone are for; they are resized to each image's. None:
+    image.size."""
     drop_rate: Fraction = 0.0
     drop_path_rate: BelowOne = 0.0
     grad_checkpointing: bool = False
+    frozen_stages: int = Field(default=0, ge=0)
+    """So many of its stages, from the stem on, keep the weights that they start from. As many as there are, or more:
+    the whole backbone does, and the task's head alone is trained."""
+
+
+class Classification(Section):
+    """A class for each image."""
+
+    name: Literal["classification"] = "classification"
+
+
+class SemanticFpn(Section):
+    """A class for each pixel: Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", 2019).
+
+    Training sees crops of image.size, evaluation whole images.
+    """
+
+    name: Literal["semantic_fpn"] = "semantic_fpn"
+    channels: int = Field(default=128, gt=0, multiple_of=32)
+    """Of the head."""
+    pyramid_channels: int = Field(default=256, gt=0)
+    dropout: BelowOne = 0.1
+    """Before the head's last layer."""
+    short_side: int | None = Field(default=None, gt=0)
+    """To which images are resized before they are scaled at random and cropped, or seen whole. None: image.size."""
+    long_side: int | None = Field(default=None, gt=0)
+    """An image whose other side would be longer is made smaller. None: four times the short side."""
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    """Training images are scaled by a factor drawn from this range."""
+    max_class_fraction: float = Field(default=0.75, gt=0.0, le=1.0)
+    """A crop in which one class has more of the labelled pixels is drawn again, up to ten times."""
+
+    @field_validator("scale")
+    @classmethod
+    def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("scale is [low, high] with low <= high")
+        return value
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Task = Annotated[Classification | SemanticFpn, Field(discriminator="name"), BeforeValidator(_by_name)]
+"""What is learnt. A name alone stands for the task with its defaults."""
 
 
 class Image(Section):
@@ -259,6 +310,11 @@ class Optim(Section):
     min_lr: float = Field(default=1e-5, ge=0.0)
     warmup_lr: float = Field(default=1e-6, ge=0.0)
     warmup: LengthField = Length(0, "steps")
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """How the rate falls from lr to min_lr over t = 0 … 1 after the warm-up: (1 + cos πt) / 2, or (1 - t) ** power."""
+    power: Positive = 0.9
+    layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Each layer of the backbone learns at the rate of the one above it times this; the head at the full rate."""
     weight_decay: float = Field(default=0.05, ge=0.0)
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0.0)
@@ -370,7 +426,7 @@ class Tracking(Section):
     log_diff: bool = False
     """Log the uncommitted changes to the code. They can hold secrets."""
     log_samples: bool = False
-    """Log a sheet of augmented training images, where their licence allows it."""
+    """Log sheets of augmented training images and of predictions, where their licence allows it."""
 
     @model_validator(mode="after")
     def _is_a_server(self) -> "Tracking":
@@ -445,8 +501,17 @@ class Handoff(Section):
     """What this run's model has to reach, or the job is not started."""
 
 
+_SHARED_BY_TASKS = {
+    "augment": {"hflip", "color_jitter"},
+    "mix": set(),
+    "data": Data.model_fields.keys() - {"copies"},
+}
+"""Settings of these sections that mean something to other tasks than classification, too."""
+
+
 class Config(Section):
     run: Run
+    task: Task = Classification()
     model: Model
     image: Image = Image()
     data: Data
@@ -493,11 +558,37 @@ class Config(Section):
             raise ValueError(f"train.micro_batch_size {micro} is odd, but mix pairs samples: choose an even number")
         return self
 
+    @model_validator(mode="after")
+    def _frozen_is_trained(self) -> "Config":
+        if self.model.frozen_stages and not self.init:
+            raise ValueError(
+                f"model.frozen_stages {self.model.frozen_stages} would keep random weights as they are: "
+                "name what to start from with init.model, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_task(self) -> "Config":
+        if isinstance(self.task, Classification):
+            if self.model.image_size:
+                raise ValueError(f"model.image_size {self.model.image_size}: a classifier has image.size; leave it out")
+            return self
+        for section, shared in _SHARED_BY_TASKS.items():
+            given, fields = getattr(self, section), type(getattr(self, section)).model_fields
+            for field in sorted(fields.keys() - shared):
+                if getattr(given, field) != fields[field].get_default(call_default_factory=True):
+                    raise ValueError(
+                        f"{section}.{field} has no effect with task {self.task.name}, only with classification: leave "
+                        f"it out; the task's own settings are {', '.join(type(self.task).model_fields)}"
+                    )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What decides which samples make which batch, and the shapes of the weights.
 
         A checkpoint records it; resuming with another value is refused unless resume.allow names the key.
         """
+        is_labelled = isinstance(self.task, Classification)
         return {
             "seed": self.run.seed,
             "global_batch_size": self.train.global_batch_size,
@@ -507,6 +598,7 @@ class Config(Section):
             "mixture": [source.weight for source in self.data.train],
             "model": self.model.name,
             "image_size": self.image.size,
+            **({} if is_labelled else {"task": self.task.name, "model_image_size": self.model.image_size}),
         }
 
 
@@ -537,7 +629,9 @@ def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | No
         raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file. `extends: OTHER`, a path from the file's folder, lays it over that other file:
+    mappings key by key, everything else whole. Raises InputError."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -546,7 +640,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
+    if (base := tree.pop("extends", None)) is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"{path}: extends {base!r}; expected the path of one other YAML file")
+    chain = (*extended_by, Path(path).resolve())
+    if (Path(path).parent / base).resolve() in chain:
+        raise InputError(f"{path}: extends {base}, which extends it in turn")
+    return _overlaid(read_yaml(Path(path).parent / base, extended_by=chain), tree)
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _overlaid(below.get(key), value) for key, value in above.items()}}
 
 
 def dump(config: Config) -> str:

@@ -1,6 +1,7 @@
 """A page of pictures with captions, for people to look at."""
 
 import functools
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,15 +16,30 @@ _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 class Sheet:
-    """`count` tiles in rows of `columns`, each a picture, a caption and `num_details` smaller lines."""
+    """`count` tiles in rows of `columns`, each a picture, a caption and `num_details` smaller lines; `note` below."""
 
-    def __init__(self, title: str, about: str, *, columns: int, count: int, num_details: int, tile_px: int = 150):
+    def __init__(
+        self,
+        title: str,
+        about: str,
+        *,
+        columns: int,
+        count: int,
+        num_details: int,
+        tile_px: int = 150,
+        note: str | None = None,
+    ):
         self._columns, self._tile_px = min(columns, count), tile_px
         self._row_px = tile_px + 22 + _LINE_PX * num_details + 6
         width = 2 * _MARGIN_PX + self._columns * (tile_px + _GAP_PX) - _GAP_PX
         height = _MARGIN_PX + _TITLE_PX + -(-count // self._columns) * self._row_px + _MARGIN_PX // 2
-        self._image = Image.new("RGB", (width, height), _PAPER)
+        characters = int((width - 2 * _MARGIN_PX) / _font(10).getlength("n"))
+        lines = [line for part in (note or "").splitlines() for line in textwrap.wrap(part, characters)]
+        note_px = len(lines) * _LINE_PX + (_MARGIN_PX if lines else 0)
+        self._image = Image.new("RGB", (width, height + note_px), _PAPER)
         self._draw = ImageDraw.Draw(self._image)
+        for number, line in enumerate(lines):
+            self._draw.text((_MARGIN_PX, height + _LINE_PX * number), line, _FAINT, _font(10))
         self._draw.text((_MARGIN_PX, _MARGIN_PX - 6), title, _INK, _font(22))
         self._draw.text((_MARGIN_PX, _MARGIN_PX + 26), about, _FAINT, _font(12))
         self._count = 0

@@ -143,7 +143,7 @@ def show(encoded: list[bytes], views: Views, interpolation: str = "bicubic", *, 
         crops = zip(images, views.resized.tolist(), views.corner.tolist(), strict=True)
         images = torch.stack(
             [
-                pixels.resize(image, resized, interpolation)[top : top + views.size, left : left + views.size]
+                pixels.resize(image, resized, interpolation)[top : top + views.canvas[0], left : left + views.canvas[1]]
                 for image, resized, (top, left) in crops
             ]
         )
@@ -228,8 +228,9 @@ def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
     ops = np.array([[Op.ROTATE, Op.EQUALIZE], [Op.SOLARIZE, Op.SHEAR_Y]])
     args = np.array([[20.0, 0], [100, 0.2]], np.float32)
     boxes = np.array([[10, 40, 20, 90], [0, 0, 0, 0]])
-    nought = np.zeros((2, 2), np.int32)
-    views = Views(SIZE, nought, nought, nought, nought, np.array([True, False]), ops, args, boxes, np.zeros(2))
+    nought, full, flip = np.zeros((2, 2), np.int32), np.full((2, 2), SIZE, np.int32), np.array([True, False])
+    nowhere = np.zeros((2, 0, 2), np.int32)
+    views = Views((SIZE, SIZE), nought, nought, nought, nought, full, flip, ops, args, boxes, np.zeros(2), nowhere)
     noise = torch.randn(1 << 16)
     batch, single = torch.empty(2, 3, SIZE, SIZE), torch.empty(2, 3, SIZE, SIZE)
     finisher = pixels.Finisher(IMAGE, torch.device("cpu"), noise)
@@ -251,9 +252,10 @@ def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
 
 
 def test_no_noise_erases_to_zero(squares: list[Image.Image]) -> None:
-    nought = np.zeros((1, 2), np.int32)
+    nought, full, nowhere = np.zeros((1, 2), np.int32), np.full((1, 2), SIZE, np.int32), np.zeros((1, 0, 2), np.int32)
     box, none = np.array([[5, 9, 3, 30]]), np.zeros((0, 1), np.int64)
-    views = Views(SIZE, nought, nought, nought, nought, np.array([False]), none, none, box, np.zeros(1))
+    still = np.array([False])
+    views = Views((SIZE, SIZE), nought, nought, nought, nought, full, still, none, none, box, np.zeros(1), nowhere)
     out = torch.empty(1, 3, SIZE, SIZE)
     pixels.Finisher(IMAGE, torch.device("cpu")).finish(tensors(squares[:1]).permute(0, 2, 3, 1), views, out)
     assert (out[0, :, 5:9, 3:30] == 0).all()

@@ -213,7 +213,7 @@ def write_entry(
     head = torch.randn(weights["head.bias"].shape, generator=torch.Generator().manual_seed(seed))
     safetensors.torch.save_file({**weights, "head.bias": head}, checkpoint)
     card = Card(
-        task="classification",
+        task=config.Classification(),
         model=settings.model,
         image=settings.image,
         eval_batch_size=32,

@@ -38,7 +38,7 @@ def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path)
     [
         ("optim.lrr=1", "optim.lrr: no such setting; did you mean optim.lr?"),
         ("trian.length=1 epoch", "trian: no such setting; did you mean train?"),
-        ("zzz=1", "zzz: no such setting; valid here: run, model,"),
+        ("zzz=1", "zzz: no such setting; valid here: run, task, model,"),
         ("optim.lr=fast", "optim.lr: Input should be a valid number, unable to parse string as a number"),
         ("optim.lr=-1", "optim.lr: Input should be greater than 0 (found -1)"),
         ("data.lanes=1.5", "data.lanes: Input should be a valid integer"),

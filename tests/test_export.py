@@ -4,6 +4,7 @@ python -m tests.test_export      PVT-Large at 224 px to every target, which take
 """
 
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -15,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow.pyfunc
 import numpy as np
 import onnx
 import onnxruntime
+import pandas
 import pytest
 import safetensors.torch
 import timm
@@ -64,7 +67,7 @@ class Models:
         for seed, file in enumerate(weight_files):
             safetensors.torch.save_file(weights(model, image["size"], seed), entry / file)
         Card(
-            task="classification",
+            task=config.Classification(),
             model=config.Model(name=model, drop_path_rate=0.1),
             image=config.Image(**image),
             eval_batch_size=8,
@@ -80,16 +83,25 @@ class Models:
 def weights(model: str, size: int, seed: int) -> dict[str, Tensor]:
     """timm's initial weights make small logits; these are of the size of a trained model's."""
     torch.manual_seed(seed)
-    network: Any = timm.create_model(model, num_classes=10, img_size=size)
+    network: Any = create(model, size)
     state = network.state_dict()
     for tensor in state.values():
         if tensor.ndim == 1:
             tensor.add_(0.01 * torch.randn_like(tensor))
-        if tensor.ndim == 4:
+        if tensor.ndim == 4 and model not in SIZELESS:
             tensor.mul_(0.02)  # variances behind convolutions of the order of eps, so that eps shows
     head = network.pretrained_cfg["classifier"]
     state[f"{head}.weight"].normal_(std=5 / math.sqrt(network.num_features))
     return state
+
+
+SIZELESS = ("resnet10t",)
+"""Networks of convolutions, which are built for no size."""
+
+
+def create(model: str, size: int) -> torch.nn.Module:
+    sizes: dict[str, Any] = {} if model in SIZELESS else {"img_size": size}
+    return timm.create_model(model, num_classes=10, **sizes).eval()
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +148,7 @@ def digit_pixels(source: Source, digits: Path, count: int) -> Tensor:
 
 
 def open_safetensors(folder: Path, size: int) -> Callable[[Tensor], Tensor]:
-    network = timm.create_model(Card.read(folder).model.name, num_classes=10, img_size=size).eval()
+    network = create(Card.read(folder).model.name, size)
     network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     return network
 
@@ -370,6 +382,34 @@ def test_other_architectures_are_exported_but_to_transformers(models: Models, tm
         with torch.inference_mode():
             logits = OPEN[to](tmp_path / to, 32)(pixels)
             torch.testing.assert_close(logits, source.network(pixels), rtol=0, atol=1e-4)
+
+
+def test_networks_that_are_built_for_no_size(models: Models, tmp_path: Path) -> None:
+    uri = models.add("resnet", "resnet10t", size=64, crop_pct=1.0)
+    version = registry.resolve(uri)
+    network = create("resnet10t", 64)
+    network.load_state_dict(safetensors.torch.load_file(version.weights))
+    pixels = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        expected = network(pixels)
+        assert expected.std() > 0.3
+        for to in ("safetensors", "torch-export"):
+            assert export.export(uri, to, tmp_path / to)["varying"] == {"batch": "any"}
+            torch.testing.assert_close(OPEN[to](tmp_path / to, 64)(pixels), expected, rtol=0, atol=1e-4)
+        export.export(uri, "timm", tmp_path / "timm")
+        opened = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+        torch.testing.assert_close(opened(pixels), expected, rtol=0, atol=1e-4)
+    photo = check.real_images(None)[0].resize((64, 64))
+    answer = served_alone(version, photo)
+    expected = network(ours(uri).pixels(photo)[None]).softmax(dim=1)[0]
+    assert answer["scores"] == pytest.approx(expected.sort(descending=True).values[:5].tolist(), abs=1e-5)
+
+
+def served_alone(version: registry.Version, image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    model = mlflow.pyfunc.load_model(str(version.folder.parent))
+    return model.predict(pandas.DataFrame({"image": [buffer.getvalue()]})).iloc[0].to_dict()
 
 
 def test_folders_and_targets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

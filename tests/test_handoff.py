@@ -203,7 +203,7 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
         weights = tmp_path / "weights"
         weights.write_bytes(b"%d" % step)
         card = Card(
-            task="classification",
+            task=config.Classification(),
             model=config.Model(name="pvt_pico"),
             image=config.Image(),
             eval_batch_size=1,

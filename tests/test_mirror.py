@@ -505,7 +505,7 @@ def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
         network = timm.create_model("pvt_pico", num_classes=10, img_size=32)
         safetensors.torch.save_file(network.state_dict(), weights)
         card = Card(
-            task="classification",
+            task=config.Classification(),
             model=settings.model,
             image=settings.image,
             eval_batch_size=64,

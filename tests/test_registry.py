@@ -70,7 +70,7 @@ class Registry:
         for seed, name in enumerate((WEIGHTS, RAW)):
             safetensors.torch.save_file(weights_of(step + 1000 * seed), entry / name)
         Card(
-            task="classification",
+            task=config.Classification(),
             model=config.Model(name="pvt_pico"),
             image=config.Image(size=32),
             eval_batch_size=8,

@@ -20,18 +20,28 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, jaccard_score
 
 import pvt.model
-from launch import report
+from launch import examine, report
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
+from pipeline.palette import colourise
+from pipeline.scenes import layouts
+from pipeline.shards import ade20k
+from pipeline.shards.attribution import ATTRIBUTION
+from pipeline.shards.images import decode, decode_map
 from pipeline.shards.index import ShardSet
+from pipeline.shards.pack import pack
 from pipeline.tasks.classify import build_model
+from pipeline.tasks.segment import predict
+from pipeline.track import package
+from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.outbox import Outbox
 from pipeline.track.report import Examination, Picture, RunFiles, page
 from pipeline.world import World
+from pvt.semantic_fpn import SemanticFpn, backbone
 from tests.conftest import run_ranks, write_config
 from tests.ranks import ROOT
 
@@ -305,7 +315,7 @@ def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_imag
     maps = images_of(runs.page.section("inside-the-network"))
     keys = {alt.partition(" of ")[2] for alt in maps}
     assert {alt.partition(" of ")[0] for alt in maps} == {f"stage {number}" for number in (1, 2, 3, 4)}
-    assert len(keys) == report.NUM_PICTURES
+    assert len(keys) == examine.NUM_PICTURES
     assert [maps[f"stage {number} of {min(keys)}"].width for number in (1, 2, 3, 4)] == [8, 4, 2, 1]
     section = runs.page_with_samples.section("inside-the-network")
     shown = images_of(section)
@@ -313,11 +323,11 @@ def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_imag
     for key in keys:
         original = np.asarray(Image.open(digit_images / "val" / f"{key}.jpg").convert("RGB"), np.float32)
         assert np.abs(np.asarray(shown[f"input of {key}"], np.float32) - original).mean() < 2
-    assert report.ATTRIBUTION in section.all("p", "note")[0].text
+    assert ATTRIBUTION in section.all("p", "note")[0].text
 
 
 def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> None:
-    note = runs.data / "val" / report.ATTRIBUTION
+    note = runs.data / "val" / ATTRIBUTION
     note.write_text(f"UCI digits {HOSTILE}, CC BY 4.0\n")
     try:
         with_samples = parse(report.write(runs.finished, tmp_path / "page.html", samples=True))
@@ -338,7 +348,7 @@ def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) ->
         return attend(q, k, v)
 
     with torch.inference_mode():
-        found = report._class_attention(network, images)
+        found = examine._class_attention(network, images)
         monkeypatch.setattr(pvt.model.F, "scaled_dot_product_attention", recorded)
         network(images)
     q, k = calls[-1]
@@ -348,7 +358,7 @@ def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MOST_SAMPLES", 100)
+    monkeypatch.setattr(examine, "MOST_SAMPLES", 100)
     section = parse(report.write(runs.finished, tmp_path / "page.html")).section("classes")
     cells = [[int(cell.text) for cell in row.all("td")] for row in section.all("table", "matrix")[0].all("tr")[1:]]
     assert 64 <= sum(map(sum, cells)) <= 100
@@ -458,7 +468,9 @@ def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
     with (copy / "anomalies.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "kind": HOSTILE, "message": HOSTILE, "samples": []}) + "\n")
     picture = Picture(HOSTILE, 0, 1, 0.5, None, [np.ones((2, 2), np.float32)], None)
-    examined = Examination(HOSTILE, 1, HOSTILE, 3, True, [HOSTILE, "b"], np.eye(2, dtype=int), {}, [picture], HOSTILE)
+    examined = Examination(
+        HOSTILE, 1, HOSTILE, 3, 2, True, [HOSTILE, "b"], "samples", np.eye(2, dtype=int), {}, [picture], HOSTILE
+    )
     (tmp_path / "page.html").write_text(page(RunFiles(copy), examined))
     made = parse(tmp_path / "page.html")
     assert made.all("h1")[0].text == made.all("title")[0].text == HOSTILE
@@ -514,7 +526,9 @@ def test_a_thousand_classes(runs: Runs, tmp_path: Path) -> None:
     matrix = np.diag(rng.integers(1, 40, 1000))
     matrix[7, 900] = 50
     names = [f"class {number}" for number in range(1000)]
-    examined = Examination("weights", 1, "data", 50_000, False, names, matrix, {"top1": 0.5}, [], None)
+    examined = Examination(
+        "weights", 1, "data", 50_000, 20_000, False, names, "samples", matrix, {"top1": 0.5}, [], None
+    )
     out = tmp_path / "page.html"
     out.write_text(page(RunFiles(runs.finished), examined))
     section = parse(out).section("classes")
@@ -526,6 +540,146 @@ def test_a_thousand_classes(runs: Runs, tmp_path: Path) -> None:
     assert [len(table.all("tr")) for table in section.all("table", "classes")] == [21, 21]
     assert section.all("table", "pairs")[0].all("tr")[1].text.startswith("class 7class 900")
     assert section.all("table", "classes")[0].all("tr")[1].all("td")[0].text == "class 7"
+
+
+class SegmentationRun:
+    """A folder with a version that waits, of a network that tells brightness apart, and validation data."""
+
+    def __init__(self, folder: Path) -> None:
+        layouts.write(folder / "scenes", {"val": 9}, seed=0, side_px=(128, 160))
+        self.folder, self.data = folder / "runs" / "scenes", folder / "data"
+        pack(ade20k.find(folder / "scenes/ade20k/annotations/validation"), self.data)
+        path = folder / "scenes.yaml"
+        tree: dict[str, Any] = {
+            "run": {"name": "scenes", "root": str(folder / "runs")},
+            "task": {"name": "semantic_fpn", "channels": 32, "short_side": 96},
+            "model": {"name": "pvt_pico"},
+            "image": {"size": 64, "interpolation": "bilinear"},
+            "data": {"train": str(self.data), "val": str(self.data), "lanes": 1},
+            "optim": {"lr": 1e-3},
+            "train": {"length": "8 steps", "global_batch_size": 4},
+            "evaluate": {"batch_size": 2},
+        }
+        path.write_text(yaml.safe_dump(tree))
+        (self.data / ATTRIBUTION).write_text("photographs by somebody\n")
+        self.settings = config.load(path)
+        self.shards = ShardSet(self.data)
+        self.network = self._network()
+        safetensors.torch.save_file(self.network.state_dict(), folder / WEIGHTS)
+        card = Card(
+            task=self.settings.task,
+            model=self.settings.model,
+            image=self.settings.image,
+            eval_batch_size=2,
+            classes=self.shards.classes,
+            metrics={"miou": 0.1234, "macc": 0.2, "aacc": 0.3, "val_loss": 1.0},
+            sha256={WEIGHTS: package.sha256(folder / WEIGHTS)},
+            lineage={"run": "a" * 32, "step": "8"},
+        )
+        Outbox(self.folder).put({WEIGHTS: folder / WEIGHTS}, card)
+        (self.folder / "config.yaml").write_text(config.dump(self.settings))
+        scores = {"step": 4, "time": 1.7e9, "miou": 0.1, "macc": 0.2, "aacc": 0.3, "val_loss": 2.0}
+        readings = [{"step": 2, "time": 1.7e9, "loss": 3.0}, scores, {**scores, "step": 8, "miou": 0.1234}]
+        (self.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in readings))
+
+    def _network(self) -> SemanticFpn:
+        """With random weights, and biases by which each class is the best one somewhere."""
+        torch.manual_seed(0)
+        network = SemanticFpn(backbone("pvt_pico", 64), len(self.shards.classes), 32).eval().requires_grad_(False)
+        network.classifier.weight *= 100
+        (batch, *_) = self.batches()
+        bias = -network(batch.images).mean(dim=(0, 2, 3))
+        network.classifier.bias = torch.nn.Parameter(bias, requires_grad=False)
+        return network
+
+    def batches(self) -> EvalFeed:
+        return EvalFeed(self.shards, World(), self.settings.image, task=self.settings.task, batch_size=2)
+
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """True and predicted class of every labelled pixel."""
+        truth, guesses = [], []
+        for batch in self.batches():
+            for logits, target, weight in zip(self.network(batch.images), batch.targets, batch.weights, strict=True):
+                if weight:
+                    labelled = target.labels != 255
+                    truth.append(target.labels[labelled].numpy())
+                    guesses.append(predict(logits, target)[labelled].numpy())
+        return np.concatenate(truth), np.concatenate(guesses)
+
+
+@pytest.fixture(scope="module")
+def segmentation(tmp_path_factory: pytest.TempPathFactory) -> SegmentationRun:
+    return SegmentationRun(tmp_path_factory.mktemp("segmentation"))
+
+
+def test_overlaps_and_confusions_of_pixels_are_scikit_learns(segmentation: SegmentationRun) -> None:
+    made = parse(report.write(segmentation.folder))
+    section, names = made.section("classes"), segmentation.shards.classes
+    truth, guesses = segmentation.pixels()
+    expected = confusion_matrix(truth, guesses, labels=range(len(names)))
+    average: Any = None  # which it takes, but is not annotated to
+    iou: Any = jaccard_score(truth, guesses, labels=range(len(names)), average=average)
+    assert len(np.unique(guesses)) > 5
+    rows = section.all("table", "classes")[0].all("tbody")[0].all("tr")
+    found = {row.all("td")[0].text: [cell.value for cell in row.all("td")[1:4]] for row in rows}
+    pixels = expected.sum(axis=1)
+    assert pixels.min() == 0  # of a class that is not there, and yet seen by the network
+    for label, name in enumerate(names):
+        right = expected[label, label] / pixels[label] if pixels[label] else math.nan
+        assert found[name] == pytest.approx([pixels[label], iou[label], right], nan_ok=True)
+    assert [values[1] for values in found.values()] == sorted(iou)
+    scores = {row.all("dt")[0].text: row.all("dd")[0] for row in section.all("dl")[0].all("div")}
+    assert scores["mIoU"].value == pytest.approx(iou.mean())
+    assert scores["labelled pixels"].value == len(truth)
+    assert scores["samples"].value == 9
+    cells = section.all("table", "matrix")[0].all("tbody")[0].all("tr")
+    shares = 100 * expected / np.maximum(1, pixels)[:, None]
+    told = [[float(cell.text.replace("<1", "0.3")) for cell in row.all("td")] for row in cells]
+    np.testing.assert_allclose(told, shares, atol=0.51)
+    pair = section.all("table", "pairs")[0].all("tbody")[0].all("tr")[0].all("td")
+    wrong = expected - np.diag(expected.diagonal())
+    assert pair[2].value == wrong.max() == wrong[names.index(pair[0].text), names.index(pair[1].text)]
+
+
+def test_a_segmentation_runs_numbers_are_shares_of_its_own_metric(segmentation: SegmentationRun) -> None:
+    made = parse(report.write(segmentation.folder, model=False))
+    assert (tiles(made)["best mIoU"], tiles(made)["last mIoU"]) == (0.1234, 0.1234)
+    assert "12.34 %" in made.all("div", "tiles")[0].text
+    assert "pvt_pico, semantic_fpn, from" in made.all("header")[0].text
+    titles = [figure.all("strong")[0].text for figure in made.section("curves").all("figure")]
+    assert "Overlap and accuracy" in titles
+    assert "Accuracy" not in titles
+    header, row = made.section("model-versions").table()
+    assert dict(zip(header, row, strict=True))["mIoU"] == "12.34 %"
+    assert "top1" not in "".join(node.text for node in made.all("section"))
+
+
+def test_maps_are_shown_only_where_asked(segmentation: SegmentationRun, tmp_path: Path) -> None:
+    section = parse(report.write(segmentation.folder)).section("inside-the-network")
+    assert {alt.partition(" of ")[0] for alt in images_of(section)} == {f"stage {number}" for number in (1, 2, 3, 4)}
+    assert not section.all("ul", "legend")
+    assert "shown with --samples" in section.text
+    section = parse(report.write(segmentation.folder, tmp_path / "page.html", samples=True)).section(
+        "inside-the-network"
+    )
+    shown = images_of(section)
+    keys = {alt.partition(" of ")[2] for alt in shown}
+    assert len(keys) == examine.NUM_PICTURES
+    key, shards = min(keys), segmentation.shards
+    row = [shards.key(0, row) for row in range(len(shards))].index(key)
+    stored = decode_map(shards.read_annotation(0, row))
+    truth = shown[f"truth of {key}"]
+    assert truth.size == stored.shape[::-1]
+    assert truth.tobytes() == colourise(stored - np.uint8(1), len(shards.classes)).tobytes()
+    assert shown[f"prediction of {key}"].size == truth.size
+    image = shown[f"input of {key}"]
+    original = decode(shards.read(0, row)).resize(image.size, Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(image, float) - np.asarray(original, float)).mean() < 3
+    named = [item.text for item in section.all("ul", "legend")[0].all("li")]
+    assert named[-1] == "no label"
+    assert set(named[:-1]) <= set(shards.classes)
+    assert "background" in named
+    assert "photographs by somebody" in section.all("p", "note")[0].text
 
 
 def test_a_comparison(runs: Runs, copy: Path, tmp_path: Path) -> None:

@@ -5,20 +5,15 @@ photographs ──pack──▶ shards ──EvalFeed──▶ network ──▶
 """
 
 import base64
-import contextlib
 import io
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +43,8 @@ from pipeline.shards.pack import pack
 from pipeline.track import package, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.world import World
-from tests.ranks import ROOT, free_port
+from tests.model_server import ModelServer, serving
+from tests.ranks import ROOT
 
 # MLflow's, about its use of pandas.
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
@@ -122,36 +118,10 @@ ZEROS = encoded(Image.new("RGB", (6000, 6000)), "PNG", compress_level=9)  # 0.1 
 
 @dataclass
 class Served:
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    copy: Path
-    start_up_s: float
+    server: ModelServer
     images: list[bytes]
     scores: list[list[float]]
     """Of each image and class, as evaluation computes them."""
-
-    def post(self, body: Any, kind: str = "application/json") -> tuple[int, str]:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/invocations", data, {"Content-Type": kind})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def predictions(self, body: Any, kind: str = "application/json") -> list[dict[str, Any]]:
-        status, answer = self.post(body, kind)
-        assert status == 200, answer
-        return json.loads(answer)["predictions"]
-
-    def get(self, path: str) -> tuple[int, str]:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
-            return answer.status, answer.read().decode()
-
-    @property
-    def worker(self) -> psutil.Process:
-        return psutil.Process(self.process.pid).children()[0]
 
     def check(self, answer: dict[str, Any], number: int, within: float = NEAR) -> None:
         """That this is the answer for image `number`."""
@@ -161,6 +131,12 @@ class Served:
         for label, score in zip(answer["labels"], answer["scores"], strict=True):
             assert score == pytest.approx(scores[CLASSES.index(label)], abs=within)
 
+    def post(self, body: Any, kind: str = "application/json") -> tuple[int, str]:
+        return self.server.post(body, kind)
+
+    def predictions(self, body: Any, kind: str = "application/json") -> list[dict[str, Any]]:
+        return self.server.predictions(body, kind)
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
@@ -168,39 +144,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     network = random_network()
     copy = registered(folder, network)
     images, scores = evaluated(folder, network)
-    port, log = free_port(), folder / "log"
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", copy, "--env-manager", "local"]
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where MLflow looks for uvicorn
-        **{name: str(limit) for name, limit in LIMITS.items()},
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": str(ROOT),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    begin = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-    try:
-        at = Served(f"http://127.0.0.1:{port}", process, log, copy, 0.0, images, scores)
-        while not answers(at):
-            assert process.poll() is None, f"the server ended at once:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() - begin < 90, f"the server does not answer:\n{log.read_text()[-3000:]}"
-            time.sleep(0.1)
-        at.start_up_s = time.monotonic() - begin
-        yield at
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(at: Served) -> bool:
-    with contextlib.suppress(OSError):
-        return at.get("/ping")[0] == 200
-    return False
+    with serving(copy, folder, {name: str(limit) for name, limit in LIMITS.items()}) as server:
+        yield Served(server, images, scores)
 
 
 def random_network() -> torch.nn.Module:
@@ -217,7 +162,7 @@ def registered(folder: Path, network: torch.nn.Module) -> Path:
     entry.mkdir()
     safetensors.torch.save_file(network.state_dict(), entry / WEIGHTS)
     Card(
-        task="classification",
+        task=config.Classification(),
         model=config.Model(name="pvt_pico"),
         image=IMAGE,
         eval_batch_size=8,
@@ -265,17 +210,17 @@ def split(*rows: bytes, **more: Any) -> dict[str, Any]:
 
 
 def test_health(served: Served) -> None:
-    assert served.get("/ping")[0] == served.get("/health")[0] == 200
-    assert served.get("/version") == (200, mlflow.__version__)
-    assert served.start_up_s < 60
-    listening = {at.laddr.ip for at in served.worker.net_connections() if at.status == psutil.CONN_LISTEN}
+    assert served.server.get("/ping")[0] == served.server.get("/health")[0] == 200
+    assert served.server.get("/version") == (200, mlflow.__version__)
+    assert served.server.start_up_s < 60
+    listening = {at.laddr.ip for at in served.server.worker.net_connections() if at.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}
 
 
 def test_200_requests_at_once_are_scored_right(served: Served) -> None:
     rng = np.random.default_rng(1)
     numbers = [rng.integers(0, len(served.images), size).tolist() for size in rng.integers(1, 9, 200)]
-    model = mlflow.pyfunc.load_model(str(served.copy))
+    model = mlflow.pyfunc.load_model(str(served.server.copy))
     alone = [model.predict(pandas.DataFrame({"image": [image]})).iloc[0] for image in served.images]
     assert len({answer["label"] for answer in alone}) >= 3  # else labels could be mixed up unseen
 
@@ -325,9 +270,10 @@ def test_no_rows_are_no_answers(served: Served) -> None:
 
 def test_the_documented_clients_work(served: Served, tmp_path: Path) -> None:
     text = (ROOT / "docs/serving.md").read_text()
+    text = text[: text.index("## Ask for maps")]  # whose client test_segmentation_registry.py runs
     assert text.count("http://127.0.0.1:5001") == 2
     curl, python = re.findall(
-        r"^```(?:sh|python)\n(.+?)^```", text.replace("http://127.0.0.1:5001", served.url), re.M | re.S
+        r"^```(?:sh|python)\n(.+?)^```", text.replace("http://127.0.0.1:5001", served.server.url), re.M | re.S
     )
     (tmp_path / "photo.jpg").write_bytes(served.images[0])
     ran = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True)
@@ -397,12 +343,12 @@ def test_other_content_is_refused(served: Served) -> None:
 
 def test_bombs_cost_neither_memory_nor_time(served: Served) -> None:
     served.predictions(split(GREY))
-    Path(f"/proc/{served.worker.pid}/clear_refs").write_text("5")  # the peak is counted from here
-    before, begin = peak_bytes(served.worker.pid), time.monotonic()
+    Path(f"/proc/{served.server.worker.pid}/clear_refs").write_text("5")  # the peak is counted from here
+    before, begin = peak_bytes(served.server.worker.pid), time.monotonic()
     for bomb in [png(50_000, 50_000), ZEROS, png(2**31 - 1, 2**31 - 1)] * 5:
         assert served.post(split(bomb))[0] == 400
     assert time.monotonic() - begin < 5
-    assert peak_bytes(served.worker.pid) - before < 30 << 20
+    assert peak_bytes(served.server.worker.pid) - before < 30 << 20
 
 
 def peak_bytes(pid: int) -> int:
@@ -416,14 +362,14 @@ def test_the_copy_is_sound_after_it_was_served(served: Served) -> None:
     tags = registry.find(registry.MlflowClient(), "models:/tiny/1").tags
     digests = {key.removeprefix("sha256."): value for key, value in tags.items() if key.startswith("sha256.")}
     assert digests
-    assert package.faults(digests, served.copy) == []
+    assert package.faults(digests, served.server.copy) == []
 
 
 # Without a server
 
 
 def test_the_signature_says_what_goes_in_and_comes_out(served: Served) -> None:
-    signature = Model.load(str(served.copy)).signature
+    signature = Model.load(str(served.server.copy)).signature
     assert signature is not None
     assert [(each.name, str(each.type)) for each in signature.inputs] == [("image", "DataType.binary")]
     assert signature.outputs.input_names() == ["label", "score", "labels", "scores"]
@@ -448,8 +394,8 @@ def test_the_same_in_python(served: Served) -> None:
 
 
 def test_an_error_of_ours_says_nothing_of_this_machine(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
-    model = mlflow.pyfunc.load_model(str(served.copy))
-    model.unwrap_python_model()._network = None  # something that cannot be
+    model = mlflow.pyfunc.load_model(str(served.server.copy))
+    model.unwrap_python_model()._model._network = None  # something that cannot be
     with pytest.raises(MlflowException) as raised:
         model.predict(pandas.DataFrame({"image": [GREY]}))
     assert raised.value.get_http_status_code() == 500
@@ -462,4 +408,4 @@ def test_an_error_of_ours_says_nothing_of_this_machine(served: Served, capfd: py
 def test_a_limit_that_is_none_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PVT_SERVE_MAX_PIXELS", value)
     with pytest.raises(InputError, match=f"PVT_SERVE_MAX_PIXELS={value}: a whole number"):
-        mlflow.pyfunc.load_model(str(served.copy))
+        mlflow.pyfunc.load_model(str(served.server.copy))

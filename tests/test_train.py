@@ -12,10 +12,11 @@ import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.poly_lr import PolyLRScheduler
 from torch.nn import functional
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline.config import Config
+from pipeline.config import Config, Optim
 from pipeline.tasks.classify import Classification
 from pipeline.train.engine import LossScale
 from pipeline.train.loop import Schedule
@@ -30,11 +31,22 @@ def test_the_learning_rate_is_timms_cosine_after_a_linear_warmup() -> None:
     theirs = CosineLRScheduler(
         optimizer, t_initial=90, lr_min=1e-5, warmup_t=10, warmup_lr_init=1e-6, warmup_prefix=True
     )
+    settings = Optim(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6)
     for step in range(100):
         theirs.step(step)
-        ours = lr_at(step, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=100)
+        ours = lr_at(step, settings, warmup_steps=10, total_steps=100)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
-    assert lr_at(100, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
+    assert lr_at(100, settings, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
+
+
+def test_poly_is_timms_too() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    theirs = PolyLRScheduler(optimizer, t_initial=50, power=0.9, lr_min=1e-6)
+    settings = Optim(lr=2e-4, min_lr=1e-6, schedule="poly", power=0.9)
+    for step in range(50):
+        theirs.step(step)
+        ours = lr_at(step, settings, warmup_steps=0, total_steps=50)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
@@ -44,7 +56,7 @@ def test_optimiser_groups_are_timms(name: str) -> None:
     theirs = {
         g["weight_decay"]: g["params"] for g in param_groups_weight_decay(model, 0.05, no_weight_decay_list=spared)
     }
-    for group in parameter_groups(model, 0.05):
+    for group in parameter_groups(model, Optim(lr=1e-3, weight_decay=0.05)):
         assert [id(p) for p in group["params"]] == [id(p) for p in theirs[group["weight_decay"]]]
 
 

@@ -1,15 +1,17 @@
 """What happens to each image, as numbers drawn by key: crop, resize, flip, colour operations, erased box.
 
-    decode window `anchor, shape` ─▶ resize to `resized` ─▶ S × S at `corner` ─▶ flip ─▶ ops ─▶ normalise ─▶ erase
+    decode window `anchor, shape` ─▶ resize to `resized` ─▶ `extent` at `corner` ─▶ flip ─▶ ops ─▶ normalise ─▶ erase
+                                                                                                      ─▶ pad to `canvas`
 
-The window is whole pixels, so that the decoder can skip the rest of the image. Training and evaluation views are of
-this one form. dali.py decodes, pixels.py does the rest. All coordinates are (y, x) in pixels.
+The window is whole pixels, so that the decoder can skip the rest of the image. Training and evaluation views of all
+tasks are of this one form. dali.py decodes, pixels.py does the rest. All coordinates are (y, x) in pixels.
 
 Shapes: n images, P layers of operations.
 """
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ Array = npt.NDArray[Any]
 _ATTEMPTS = 10  # at a random box that fits, as timm and torchvision make
 NOISE = 1 << 22
 """Standard normal draws that erased boxes are filled from, each beginning at an offset of its own."""
+CANVAS_DIVISOR = 32
+"""Of the sides of a canvas for whole images: the coarsest stage's pixels to a token."""
 
 
 class Op(enum.IntEnum):
@@ -51,32 +55,45 @@ _JITTERED = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Parameters of n views of S × S pixels."""
+    """Parameters of n views, on canvases of one size."""
 
-    size: int  # S
+    canvas: tuple[int, int]  # height and width of the network's input
     anchor: Array  # [n, 2] int32, of the window to decode
     shape: Array  # [n, 2] int32
     resized: Array  # [n, 2] int32, what the window is resized to
-    corner: Array  # [n, 2] int32, of the S × S crop of that
+    corner: Array  # [n, 2] int32, of the crop of that
+    extent: Array  # [n, 2] int32, of the crop: the canvas's upper left; what is beside and below it is padding
     flip: Array  # [n] bool, to mirror left to right
     ops: Array  # [P, n] int64 of Op, applied in this order
     args: Array  # [P, n] float32
     erase: Array  # [n, 4] int64: top, bottom, left, right of the erased box, empty where none
     noise: Array  # [n] float64 in [0, 1): where in the noise the box's filling begins
+    elsewhere: Array  # [n, A, 2] int32, anchors to take instead where the first shows what the task does not want
 
     def __getitem__(self, part: slice) -> "Views":
-        return Views(
-            self.size,
-            self.anchor[part],
-            self.shape[part],
-            self.resized[part],
-            self.corner[part],
-            self.flip[part],
-            self.ops[:, part],
-            self.args[:, part],
-            self.erase[part],
-            self.noise[part],
-        )
+        return Views(self.canvas, **{name: value[_at(name, part)] for name, value in self._arrays()})
+
+    @classmethod
+    def joined(cls, views: Sequence["Views"]) -> "Views":
+        """Of one canvas, one behind the other."""
+        columns = zip(*(each._arrays() for each in views), strict=True)
+        return cls(views[0].canvas, **{parts[0][0]: _joined(parts) for parts in columns})
+
+    def _arrays(self) -> list[tuple[str, Array]]:
+        return [(name, getattr(self, name)) for name in _ARRAYS]
+
+
+_ARRAYS = [field.name for field in dataclasses.fields(Views) if field.name != "canvas"]
+_BY_LAYER = ("ops", "args")  # whose first axis is the layers, and the second the images
+
+
+def _at(name: str, part: slice) -> Any:
+    return (slice(None), part) if name in _BY_LAYER else part
+
+
+def _joined(parts: Sequence[tuple[str, Array]]) -> Array:
+    name = parts[0][0]
+    return np.concatenate([value for _, value in parts], axis=1 if name in _BY_LAYER else 0)
 
 
 def training_views(settings: config.Augment, image: config.Image, size: int, key: keys.Key, hw: Array) -> Views:
@@ -90,7 +107,7 @@ def training_views(settings: config.Augment, image: config.Image, size: int, key
         view = dataclasses.replace(view, corner=np.floor(draws[:, :2] * (view.resized - size + 1)).astype(np.int32))
     else:
         window = _random_window(settings, draws[:, :-1].reshape(-1, _ATTEMPTS, 4), hw)
-        view = _plain_views(size, window[:, :2], window[:, 2:], np.full_like(hw, size))
+        view = _plain_views((size, size), window[:, :2], window[:, 2:], np.full_like(hw, size))
     ops, args = _operations(settings, keys.fold(key, 1))
     erase, noise = _erasing(settings, size, keys.fold(key, 2))
     return dataclasses.replace(view, flip=flip, ops=ops, args=args, erase=erase, noise=noise)
@@ -102,18 +119,55 @@ def evaluation_views(image: config.Image, size: int, hw: Array) -> Views:
     return dataclasses.replace(view, corner=np.rint((view.resized - size) / 2).astype(np.int32))
 
 
+def whole_views(task: config.SemanticFpn, image: config.Image, hw: Array) -> Views:
+    """Whole images, resized as the task says, on the smallest canvas that holds them all."""
+    resized = np.maximum(1, np.rint(hw * _fit(task, image, hw))).astype(np.int64)
+    height, width = (-(-resized.max(axis=0) // CANVAS_DIVISOR) * CANVAS_DIVISOR).tolist()
+    return _plain_views((height, width), np.zeros_like(hw), hw, resized)
+
+
+def scaled_crops(
+    settings: config.Augment, task: config.SemanticFpn, image: config.Image, key: keys.Key, hw: Array
+) -> Views:
+    """Images scaled at random, of which crops of image.size are seen; a smaller one is seen whole and padded.
+
+    The window is what the crop shows of the stored image, so that a label map is cut and resized with it.
+    """
+    draws = keys.uniform(key, 2 + 2 * _ATTEMPTS)
+    low, high = task.scale
+    factor = _fit(task, image, hw) * (low + (high - low) * draws[:, 1:2])
+    scaled = np.maximum(1, np.rint(hw * factor))
+    window = np.clip(np.rint(image.size / factor), 1, hw)
+    window = np.where(scaled <= image.size, hw, window)
+    anchors = np.floor(draws[:, 2:].reshape(-1, _ATTEMPTS, 2) * (hw - window + 1)[:, None]).astype(np.int32)
+    view = _plain_views((image.size, image.size), anchors[:, 0], window, np.minimum(scaled, image.size))
+    ops, args = _operations(settings, keys.fold(key, 1))
+    flip = draws[:, 0] < settings.hflip
+    return dataclasses.replace(view, flip=flip, ops=ops, args=args, elsewhere=anchors[:, 1:])
+
+
+def _fit(task: config.SemanticFpn, image: config.Image, hw: Array) -> Array:
+    """The factor, [n, 1], that brings the short side to its size, or the long one if that would be too long."""
+    short = task.short_side or image.size
+    long = task.long_side or 4 * short
+    return np.minimum(short / hw.min(axis=1, keepdims=True), long / hw.max(axis=1, keepdims=True))
+
+
 def _short_side_views(size: int, short_side: int, hw: Array) -> Views:
     hw = hw.astype(np.int64)
-    return _plain_views(size, np.zeros_like(hw), hw, short_side * hw // hw.min(axis=1, keepdims=True))
+    resized = short_side * hw // hw.min(axis=1, keepdims=True)
+    view = _plain_views((size, size), np.zeros_like(hw), hw, resized)
+    return dataclasses.replace(view, extent=np.full_like(view.extent, size))
 
 
-def _plain_views(size: int, anchor: Array, shape: Array, resized: Array) -> Views:
-    """Views without any operation on their pixels."""
+def _plain_views(canvas: tuple[int, int], anchor: Array, shape: Array, resized: Array) -> Views:
+    """Views of all of a resized window, without any operation on its pixels."""
     n = len(anchor)
     anchor, shape, resized = (value.astype(np.int32) for value in (anchor, shape, resized))
-    flip, no_ops = np.zeros(n, bool), np.zeros((0, n), np.int64)
+    flip, no_ops, no_args = np.zeros(n, bool), np.zeros((0, n), np.int64), np.zeros((0, n), np.float32)
     corner, erase = np.zeros((n, 2), np.int32), np.zeros((n, 4), np.int64)
-    return Views(size, anchor, shape, resized, corner, flip, no_ops, no_ops.astype(np.float32), erase, np.zeros(n))
+    noise, elsewhere = np.zeros(n), np.zeros((n, 0, 2), np.int32)
+    return Views(canvas, anchor, shape, resized, corner, resized, flip, no_ops, no_args, erase, noise, elsewhere)
 
 
 def _random_window(settings: config.Augment, attempts: Array, hw: Array) -> Array:

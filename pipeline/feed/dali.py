@@ -1,6 +1,6 @@
 """The DALI graph: encoded bytes and windows in, uint8 images out. One graph for CPU and GPU.
 
-bytes ─▶ decode [anchor, shape] ─▶ resize, crop ─▶ [n, S, S, 3] uint8
+bytes ─▶ decode [anchor, shape] ─▶ resize, crop ─▶ n images [h, w, 3] uint8, h and w as in Views.extent
 
 With `resizes=False` it ends after decoding, with images of any size. The CPU path resizes in pixels.py instead,
 because DALI's resize is 9 times slower there than torch's.
@@ -64,11 +64,14 @@ class Decoder:
         self._pipeline.build()
 
     def next(self) -> Tensor | list[Tensor]:
-        """The next batch: [n, S, S, 3] uint8 on the device, or without resizing n images [h, w, 3] on the host."""
+        """The next batch, uint8: n images [h, w, 3], on the device if they are resized there and else on the host; or,
+        resized and equal in size, all in one tensor [n, h, w, 3]."""
         assert self._pipeline, "closed"
         (output,) = self._pipeline.run()
-        if self._resizes:
+        if self._resizes and output.is_dense_tensor():
             return to_torch_tensor(output.as_tensor(), copy=True)
+        if self._resizes:
+            return [to_torch_tensor(output[i], copy=True) for i in range(len(output))]
         return [torch.from_numpy(np.asarray(output[i])) for i in range(len(output))]
 
     def close(self) -> None:
@@ -81,9 +84,9 @@ def _inputs(encoded: Sequence[Any], views: Views, resizes: bool) -> list[Any]:
         return [encoded, views.anchor, views.shape]
     # The region of the window that the crop shows; resizing it alone gives the crop's pixels.
     scale = views.shape / views.resized
-    start, end = views.corner * scale, (views.corner + views.size) * scale
-    size = np.full((len(encoded), 2), views.size, np.float32)
-    return [encoded, views.anchor, views.shape, start.astype(np.float32), end.astype(np.float32), size]
+    start, end = views.corner * scale, (views.corner + views.extent) * scale
+    region = (value.astype(np.float32) for value in (start, end, views.extent))
+    return [encoded, views.anchor, views.shape, *region]
 
 
 @pipeline_def

@@ -1,6 +1,7 @@
 """Batches on the device: joins order, augmentation parameters, the stream of images, and mixing.
 
-    Order ─▶ Plan (ids, views, blends, masks) ─▶ ImageStream (bytes ─▶ images) ─▶ mix ─▶ MicroBatch
+    Order ─▶ Plan (ids, views, blends, masks) ─▶ ImageStream (bytes ─▶ images, targets) ─▶ mix ─▶ MicroBatch
+                            └──── Recipe: what a task makes of a sample ────┘
 
 A Plan is a pure function of the micro-batch's number, so there is no state but that number.
 """
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline import keys
-from pipeline.config import Config, Image
-from pipeline.feed import augment, mix, pixels
+from pipeline.config import Classification, Config, Image, Task
+from pipeline.feed import mix, pixels
+from pipeline.feed.augment import Views
 from pipeline.feed.order import Order, Samples, deal
 from pipeline.feed.quarantine import Quarantine
+from pipeline.feed.recipe import recipe_of, require_kind
 from pipeline.feed.stream import ImageStream, Plan
 from pipeline.keys import Stream
 from pipeline.shards.index import ShardSet
@@ -33,8 +36,8 @@ _MOST_TRIES = 10_000
 class MicroBatch:
     """What one forward pass consumes; N samples."""
 
-    images: Tensor  # [N, 3, S, S] float32
-    targets: Tensor  # [N, K] float32 soft labels in training, [N] int64 labels in evaluation
+    images: Tensor  # [N, 3, H, W] float32
+    targets: Any  # of the task: for its losses in training, for its metric in evaluation; see recipe.py
     weights: Tensor  # [N] float32: 1, or 0 for a filler that must not count
     drop_path: Tensor | None  # [num_branches, N] float32 factors of the residual branches, or None
     samples: Samples  # where the N images came from
@@ -63,7 +66,10 @@ class TrainFeed:
         self._first_step, self._device = first_step, world.device
         self._image_sizes = _image_sizes(config, self.order.steps_per_epoch)
         self._keep = 1 - np.array(drop_path_rates, np.float64)
-        self._num_classes = len(shards.classes)
+        self._recipe = recipe_of(
+            config.task, config.image, len(shards.classes), config.augment, config.mix.label_smoothing
+        )
+        require_kind(config.task, shards)
         noisy = config.augment.erase_prob > 0 and config.augment.erase_mode == "pixel"
         self._stream = ImageStream(
             self.plan,
@@ -72,6 +78,7 @@ class TrainFeed:
             self._quarantine,
             world,
             config.image,
+            target=self._recipe.training_target if self._recipe.annotated else None,
             noise=pixels.noise(config.run.seed, world.device) if noisy else None,
             batch_size=self.deal.micro_batch_size,
             num_threads=config.data.num_threads,
@@ -89,7 +96,7 @@ class TrainFeed:
         masks = torch.ones(len(self._keep), n, device=device) if self._keep.min(initial=1) < 1 else None
         batch = MicroBatch(
             torch.zeros(n, 3, size, size, device=device),
-            torch.zeros(n, self._num_classes, device=device),
+            self._recipe.blank_batch(n, size, device),
             torch.zeros(n, device=device),
             masks,
             self.order.samples(step, self.deal.lanes).take(np.zeros(n, np.int64)),
@@ -116,9 +123,9 @@ class TrainFeed:
         size = self.image_size(step)
         return Plan(
             samples,
-            records["label"].astype(np.int64),
             weights,
-            augment.training_views(config.augment, config.image, size, key, _height_width(records)),
+            self._recipe.training_views(size, key, _height_width(records)),
+            _labels(records),
             self._blends(step, samples.position // self.order.share, size) if config.mix.active else None,
             self._drop_path(step, samples.position) if self._keep.min(initial=1) < 1 else None,
         )
@@ -162,8 +169,7 @@ class TrainFeed:
 
     def _finish(self, plan: Plan, images: Tensor) -> MicroBatch:
         device = images.device
-        labels = torch.from_numpy(plan.labels).to(device)
-        targets = mix.soft_targets(labels, self._num_classes, self._config.mix.label_smoothing)
+        targets = self._recipe.training_batch(plan.targets, device)
         if plan.blends is not None:
             images, targets = mix.mix_images(images, plan.blends), mix.mix_targets(targets, plan.blends)
         drop_path = None if plan.drop_path is None else torch.from_numpy(plan.drop_path).to(device)
@@ -187,8 +193,13 @@ def _height_width(records: Array) -> Array:
     return np.stack([records["height"], records["width"]], axis=-1).astype(np.int64)
 
 
+def _labels(records: Array) -> Array:
+    return records["label"].astype(np.int64)
+
+
 class EvalFeed:
-    """Every sample of a data set exactly once, over all ranks; a damaged one without weight.
+    """Every sample of a data set exactly once, over all ranks, as `task` (None: classification) sees it; a damaged one
+    without weight.
 
     The data set is cut into batches in its stored order and rank r takes batches r, r + W, …; short and missing ones
     are filled up with weightless samples. A batch's make-up does not depend on the world, nor do its results.
@@ -200,12 +211,15 @@ class EvalFeed:
         world: World,
         image: Image,
         *,
+        task: Task | None = None,
         batch_size: int,
         num_threads: int = 0,
         prefetch: int = 2,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._shards, self._world, self._image = shards, world, image
+        require_kind(task or Classification(), shards)
+        self._recipe = recipe_of(task or Classification(), image, len(shards.classes))
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
         self.num_samples, self.image_size = len(shards), image.size
         self._batch_size = min(batch_size, len(shards))
@@ -221,6 +235,7 @@ class EvalFeed:
             self._quarantine,
             self._world,
             self._image,
+            target=self._target if self._recipe.annotated else None,
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             prefetch=self._prefetch,
@@ -229,10 +244,14 @@ class EvalFeed:
         try:
             for _ in range(self.num_batches):
                 plan, images = stream.next()
-                labels, weights = torch.from_numpy(plan.labels), torch.from_numpy(plan.weights)
-                yield MicroBatch(images, labels.to(images.device), weights.to(images.device), None, plan.samples)
+                targets = self._recipe.evaluation_batch(plan.targets, images.device)
+                weights = torch.from_numpy(plan.weights).to(images.device)
+                yield MicroBatch(images, targets, weights, None, plan.samples)
         finally:
             stream.close()
+
+    def _target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
+        return view, self._recipe.evaluation_target(annotation, view)
 
     def plan(self, number: int) -> Plan:
         """The plan of this rank's batch `number`. Reading ahead may ask beyond the last: those are all fillers."""
@@ -243,8 +262,8 @@ class EvalFeed:
             weights[bad] = 0
             samples = self._samples(place, (samples.id + bad) % len(self._shards))
         records = self._shards.records(samples.shard, samples.row)
-        views = augment.evaluation_views(self._image, self._image.size, _height_width(records))
-        return Plan(samples, records["label"].astype(np.int64), weights, views)
+        views = self._recipe.evaluation_views(_height_width(records))
+        return Plan(samples, weights, views, _labels(records))
 
     def _samples(self, position: Array, sample_id: Array) -> Samples:
         shard = np.searchsorted(self._first_id, sample_id, side="right") - 1

@@ -1,6 +1,6 @@
 """What augment.py decided, done to pixels: resize, flip, operations, normalise, erase. PIL's results, in torch.
 
-uint8 images of any size ─▶ resize ─▶ [n, S, S, 3] uint8 ─▶ finish ─▶ [n, 3, S, S] float32
+uint8 images of any size ─▶ resize, crop ─▶ [n, h, w, 3] uint8 ─▶ finish ─▶ [n, 3, H, W] float32, padded with zeros
 
 The same code runs on CPU threads, an image at a time, and on a GPU, a batch at a time. Operations take images
 [n, 3, H, W] uint8 and arguments [n] float32, and follow Pillow's arithmetic: its rounding and its borders.
@@ -31,13 +31,18 @@ class Finisher:
         self._interpolation = image.interpolation
 
     def finish_window(self, window: Tensor, view: Views, out: Tensor) -> None:
-        """Resize a decoded window [h, w, 3] uint8, crop it and finish it into `out` [1, 3, S, S], as `view` says."""
-        top, left = view.corner[0].tolist()
+        """Resize a decoded window [h, w, 3] uint8, crop it and finish it into `out` [1, 3, H, W], as `view` says."""
+        (top, left), (height, width) = view.corner[0].tolist(), view.extent[0].tolist()
         image = resize(window, view.resized[0].tolist(), self._interpolation)
-        self.finish(image[None, top : top + view.size, left : left + view.size], view, out)
+        self.finish(image[None, top : top + height, left : left + width], view, out)
 
     def finish(self, images: Tensor, views: Views, out: Tensor) -> None:
-        """Flip, augment, normalise and erase `images` [n, S, S, 3] uint8 into `out` [n, 3, S, S] float32."""
+        """Flip, augment, normalise and erase `images` [n, h, w, 3] uint8 into the upper left of `out` [n, 3, H, W]
+        float32; the rest of it becomes zero."""
+        height, width = images.shape[1:3]
+        out[:, :, height:].zero_()
+        out[:, :, :, width:].zero_()
+        out = out[:, :, :height, :width]
         images = images.permute(0, 3, 1, 2).contiguous()
         if len(images) == 1:
             images = images.flip(3) if views.flip[0] else images

@@ -2,6 +2,7 @@
 
 each of some samples:      the original │ its views in epochs 0, 1, 2, …
 where images are mixed:    the first batch, as it is fed
+of images with label maps: the first crops │ their targets
 """
 
 from pathlib import Path
@@ -17,24 +18,31 @@ from pipeline.config import Config
 from pipeline.feed import augment, pixels
 from pipeline.feed.augment import Op, Views
 from pipeline.feed.dali import Decoder
-from pipeline.feed.loader import TrainFeed
+from pipeline.feed.loader import MicroBatch, TrainFeed
 from pipeline.feed.order import Samples
 from pipeline.keys import Stream
+from pipeline.palette import colourise
+from pipeline.shards import ade20k
+from pipeline.shards.attribution import attribution
 from pipeline.shards.images import decode
 from pipeline.shards.index import ShardSet
 from pipeline.sheet import Sheet
 from pipeline.world import World
 
-SAMPLES, VIEWS = 6, 6
+SAMPLES, VIEWS, MAPS = 6, 6, 12
 _CPU = torch.device("cpu")
 _WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
 
 def preview(settings: Config, path: Path) -> dict[str, Any]:
     """Draw a grid of augmented samples into the PNG file `path`."""
-    shards = ShardSet(*settings.data.train_paths)
+    shards = ShardSet(*map(ade20k.root_of, settings.data.train_paths))
     feed = TrainFeed(settings, shards, World())
     (batch, *_) = feed.next()
+    note = attribution(ade20k.root_of(settings.data.train_paths[0]))
+    if shards.annotations:
+        feed.close()
+        return _preview_maps(settings, shards, batch, path, note)
     _, first = np.unique(batch.samples.id, return_index=True)  # with repeated augmentation some are there twice
     samples = batch.samples.take(np.sort(first)[:SAMPLES])
     mixed = batch.images[: VIEWS + 1] if settings.mix.active else batch.images[:0]
@@ -44,7 +52,7 @@ def preview(settings: Config, path: Path) -> dict[str, Any]:
     about = f"seed {settings.run.seed}; each row an image, then its views in epochs 0 to {VIEWS - 1}"
     about += "; last row: a batch as it is fed, mixed" if len(mixed) else ""
     count = columns * rows + len(mixed)
-    sheet = Sheet(settings.run.name, about, columns=columns, count=count, num_details=4)
+    sheet = Sheet(settings.run.name, about, columns=columns, count=count, num_details=4, note=note)
     for number in range(rows):
         shard, row = int(samples.shard[number]), int(samples.row[number])
         original = decode(shards.read(shard, row))
@@ -57,6 +65,20 @@ def preview(settings: Config, path: Path) -> dict[str, Any]:
         sheet.add(_picture(settings, image), "mixed")
     sheet.save(path)
     return {"sheet": str(path), "samples": rows, "views": VIEWS}
+
+
+def _preview_maps(
+    settings: Config, shards: ShardSet, batch: MicroBatch, path: Path, note: str | None
+) -> dict[str, Any]:
+    count = min(len(batch.images), MAPS)
+    about = f"seed {settings.run.seed}; crops of the first batch and, beside each, the classes of its pixels"
+    sheet = Sheet(settings.run.name, about, columns=6, count=2 * count, num_details=0, note=note)
+    for number in range(count):
+        key = shards.key(int(batch.samples.shard[number]), int(batch.samples.row[number]))
+        sheet.add(_picture(settings, batch.images[number]), key)
+        sheet.add(colourise(batch.targets[number].byte().numpy(), len(shards.classes)), "target")
+    sheet.save(path)
+    return {"sheet": str(path), "samples": count, "views": 1}
 
 
 def _views(settings: Config, shards: ShardSet, samples: Samples, number: int) -> tuple[Views, Tensor]:

@@ -1,7 +1,8 @@
 """Carries out plans: reads bytes ahead, decodes, finishes, and replaces what turns out to be damaged.
 
     Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images     on a CPU
-                                                       ─▶ S × S   ─▶ finish (a batch at a time) ─▶ images   on a GPU
+                │                                      ─▶ resized ─▶ finish (a batch at a time) ─▶ images   on a GPU
+                └─▶ annotations ─▶ views, targets
 
 A plan is a pure function of its number and of the quarantine. So a batch that holds a damaged sample is planned
 again, with the sample known, and comes out the same on every replay.
@@ -14,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,19 @@ class Plan:
     """Everything about a micro-batch of N samples but its pixels."""
 
     samples: Samples
-    labels: Array  # [N] int64
     weights: Array  # [N] float32
     views: Views
+    targets: Any  # [N] int64 class labels; or, once annotations are read, a list of what `target` made of them
     blends: Blends | None = None
     drop_path: Array | None = None  # [num_branches, N] float32
+
+
+class _Sample(NamedTuple):
+    """What was read of one."""
+
+    encoded: Array  # [bytes] uint8
+    view: Views
+    target: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,7 @@ class _Reading:
     """A plan whose samples are being read."""
 
     plan: Plan
-    parts: list[concurrent.futures.Future[list[Array | CorruptSampleError]]]
+    parts: list[concurrent.futures.Future[list[_Sample | CorruptSampleError]]]
     num_bad: int  # known when it was planned
 
 
@@ -62,7 +71,7 @@ _Produced = tuple[Plan, Tensor, list[concurrent.futures.Future[None]]]
 
 
 class ImageStream:
-    """Carries out plans `first`, `first + 1`, … in order."""
+    """Carries out plans `first`, `first + 1`, … in order. `target` is called for each sample of annotated data."""
 
     def __init__(
         self,
@@ -73,13 +82,14 @@ class ImageStream:
         world: World,
         image: Image,
         *,
+        target: Callable[[bytes, Views], tuple[Views, Any]] | None = None,
         noise: Tensor | None = None,
         batch_size: int,
         num_threads: int,
         prefetch: int,
         deterministic: bool,
     ) -> None:
-        self._plan, self._shards, self._quarantine, self._image = plan, shards, quarantine, image
+        self._plan, self._shards, self._quarantine, self._target = plan, shards, quarantine, target
         self._on_gpu = world.device.type == "cuda"
         self._finisher = pixels.Finisher(image, world.device, noise)
         threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
@@ -104,7 +114,7 @@ class ImageStream:
         self._decoder = self._new_decoder()
 
     def next(self) -> tuple[Plan, Tensor]:
-        """The next plan and its images, [N, 3, S, S] float32 on the device.
+        """The next plan and its images, [N, 3, H, W] float32 on the device, as large as the plan's canvas.
 
         Raises StoreError when samples cannot be read and TooManyBadSamplesError when too many are damaged.
         """
@@ -129,11 +139,16 @@ class ImageStream:
         plan, _ = self._decoding.popleft()
         self._number += 1
         views = plan.views
-        shape = len(plan.labels), 3, views.size, views.size
-        if isinstance(decoded, Tensor):
-            images = torch.empty(shape, device=decoded.device)
-            self._finisher.finish(decoded, views, images)
+        shape = len(plan.weights), 3, *views.canvas
+        if self._on_gpu:
+            images = torch.empty(shape, device=decoded[0].device)
+            if isinstance(decoded, Tensor):
+                self._finisher.finish(decoded, views, images)
+            else:
+                for i, image in enumerate(decoded):
+                    self._finisher.finish(image[None], views[i : i + 1], images[i : i + 1])
             return plan, images, []
+        assert isinstance(decoded, list), "windows of any size"
         images = self._buffers.take(shape)
         parts = [range(first, first + _TOGETHER) for first in range(0, len(decoded), _TOGETHER)]
         return plan, images, [self._finishers.submit(self._finish, decoded, views, images, part) for part in parts]
@@ -183,35 +198,50 @@ class ImageStream:
             reading = self._reading.pop(number)
             self._start_reading(number + 1)
             if reading.num_bad == len(self._quarantine):
-                encoded = self._collect(reading)
+                samples = self._collect(reading)
                 if reading.num_bad == len(self._quarantine):
-                    return reading.plan, encoded
+                    return self._settled(reading.plan, samples), [sample.encoded for sample in samples]
+
+    def _settled(self, plan: Plan, samples: list[_Sample]) -> Plan:
+        """The plan with what the annotations say."""
+        if self._target is None:
+            return plan
+        views, targets = Views.joined([sample.view for sample in samples]), [sample.target for sample in samples]
+        return dataclasses.replace(plan, views=views, targets=targets)
 
     def _start_reading(self, number: int) -> None:
         if number not in self._reading:
             num_bad, plan = len(self._quarantine), self._plan(number)
-            pairs = list(zip(plan.samples.shard.tolist(), plan.samples.row.tolist(), strict=True))
-            parts = [pairs[first : first + _TOGETHER] for first in range(0, len(pairs), _TOGETHER)]
-            self._reading[number] = _Reading(plan, [self._readers.submit(self._read_part, p) for p in parts], num_bad)
+            places = range(len(plan.weights))
+            parts = [places[first : first + _TOGETHER] for first in range(0, len(places), _TOGETHER)]
+            futures = [self._readers.submit(self._read_part, plan, part) for part in parts]
+            self._reading[number] = _Reading(plan, futures, num_bad)
 
-    def _read_part(self, pairs: list[tuple[int, int]]) -> list[Array | CorruptSampleError]:
-        found: list[Array | CorruptSampleError] = []
-        for shard, row in pairs:
+    def _read_part(self, plan: Plan, part: range) -> list[_Sample | CorruptSampleError]:
+        found: list[_Sample | CorruptSampleError] = []
+        for i in part:
             try:
-                found.append(np.frombuffer(self._shards.read(shard, row), np.uint8))
+                found.append(self._read_sample(plan, i))
             except CorruptSampleError as error:
                 found.append(error)
         return found
 
-    def _collect(self, reading: _Reading) -> list[Array]:
-        """The samples' bytes; a short list where some were damaged, which the quarantine then holds."""
-        encoded = []
+    def _read_sample(self, plan: Plan, i: int) -> _Sample:
+        shard, row = int(plan.samples.shard[i]), int(plan.samples.row[i])
+        encoded, view, target = np.frombuffer(self._shards.read(shard, row), np.uint8), plan.views[i : i + 1], None
+        if self._target:
+            view, target = self._target(self._shards.read_annotation(shard, row), view)
+        return _Sample(encoded, view, target)
+
+    def _collect(self, reading: _Reading) -> list[_Sample]:
+        """What was read; a short list where some samples were damaged, which the quarantine then holds."""
+        samples = []
         for number, found in enumerate(found for part in reading.parts for found in part.result()):
             if isinstance(found, CorruptSampleError):
                 self._put_away(reading.plan, number, str(found))
             else:
-                encoded.append(found)
-        return encoded
+                samples.append(found)
+        return samples
 
     def _put_away(self, plan: Plan, number: int, reason: str) -> None:
         shard, row = plan.samples.shard[number : number + 1], plan.samples.row[number : number + 1]

@@ -79,7 +79,7 @@ def index(
     is_beside = store.is_local and folder.resolve() == Path(store.root).resolve()
     tars = None if is_beside else str(Path(store.root).resolve()) if store.is_local else store.root
     manifest = Manifest.of(classes, [_write_index(result, folder) for result in scans], tars)
-    files.write(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    files.write(folder / MANIFEST, manifest.encode())
     return manifest, faults
 
 

@@ -2,7 +2,8 @@
 
     bytes ──header──▶ format and size, nothing decoded
     bytes ──decode──▶ pixels
-    bytes ──prepare─▶ bytes to pack: the same, or a JPEG no larger than wanted
+    bytes ──decode_map──▶ the classes of pixels
+    bytes ──prepare─▶ bytes to pack: the same, or a JPEG no larger than wanted; prepare_map: its map likewise
 
 Pixels are counted before anything is decoded. EXIF orientation and colour profiles are ignored, as torchvision and
 timm ignore them. Formats beyond those named here are never tried, because PIL hands some of them to other programs.
@@ -15,6 +16,7 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.header import read_size
@@ -25,8 +27,12 @@ QUALITY = 90
 MAX_BYTES = 1 << 28
 """Of an encoded image, which is held in memory."""
 
+IGNORE = 255
+"""In a label map: a pixel that does not count."""
+
 _PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: a JPEG with more pictures behind it, as phones write
 _TRIED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_DEPTH = 24  # where a PNG says how many bits its values have
 _BOMB = f"more than {MAX_PIXELS:,} pixels: taken for a decompression bomb; scale it down"
 
 
@@ -55,6 +61,20 @@ def decode(data: bytes) -> Image.Image:
         return _rgb(image)
 
 
+def decode_map(data: bytes) -> npt.NDArray[np.uint8]:
+    """The values of a label map, [height, width], palette indices as they are. Raises BadImageError."""
+    with _opened(data) as image:
+        _header(image, data)
+        depth = data[_DEPTH] if image.format == "PNG" else 8
+        # PIL spreads grey values of fewer bits over 0 … 255, and has another mode for more.
+        if image.format != "PNG" or image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
+            raise BadImageError(
+                f"a label map is a PNG of 8-bit grey values or palette indices, not a {image.format} "
+                f"of {depth} bits in PIL's mode {image.mode}"
+            )
+        return np.array(image)
+
+
 def prepare(data: bytes, max_side: int | None = None, quality: int | None = None) -> tuple[bytes, Header]:
     """What to pack of an image, once it has been decoded: what does not decode today would stop a run tomorrow.
 
@@ -69,6 +89,41 @@ def prepare(data: bytes, max_side: int | None = None, quality: int | None = None
         head = _header(image, data, way_out="pack with --quality to convert it")
         image.load()
         return data, head
+
+
+def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> bytes:
+    """What to pack of the label map of `image`, which `prepare` has made `packed`.
+
+    The map is checked, and takes the size of the packed image, each pixel its nearest neighbour's value. Raises
+    BadImageError.
+    """
+    labels = decode_map(data)
+    with _opened(image) as opened:
+        width, height = opened.size
+    if labels.shape != (height, width):
+        raise BadImageError(
+            f"{labels.shape[1]} × {labels.shape[0]} pixels, but its image has {width} × {height}: they must be equal"
+        )
+    if wrong := wrong_labels(labels, num_classes):
+        raise BadImageError(wrong)
+    if labels.shape == (packed.height, packed.width):
+        return data
+    buffer = BytesIO()
+    small = Image.fromarray(labels).resize((packed.width, packed.height), Image.Resampling.NEAREST)
+    small.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
+    """What is wrong with the values of a label map, [height, width]."""
+    wrong = (labels > num_classes) & (labels != IGNORE)
+    if not wrong.any():
+        return None
+    y, x = np.argwhere(wrong)[0].tolist()
+    return (
+        f"the value {labels[y, x]} at x {x}, y {y}; a pixel's value is 0, no label; 1 … {num_classes}, a class; "
+        f"or {IGNORE}, to be ignored"
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,11 @@
     ROOT/shard-000000.index.npy     one RECORD a sample, in the order of the tar
 
 With the index a sample is one `pread`; nothing ever scans or extracts a tar in training. ROOT is a folder or a URL.
+
+In an annotated data set the tar holds behind each image what is to be learnt of it, and the index a second place:
+
+    semantic    KEY.jpg, KEY.seg.png    a map of the image's size, 8 bits a pixel: 0 no label, 1 … K the classes in the
+                                        manifest's order, 255 to be ignored
 """
 
 import functools
@@ -46,6 +51,20 @@ RECORD = np.dtype(
     ]
 )
 
+_NUM_FIELDS = len(RECORD.descr)
+
+ANNOTATED_RECORD = np.dtype(
+    [
+        *RECORD.descr,  # the label is 0
+        ("annotation_offset", "<u8"),  # of its first byte in the tar, behind the image
+        ("annotation_size", "<u4"),  # in bytes
+        ("annotation_crc32", "<u4"),
+    ]
+)
+
+Annotations = Literal["semantic"]
+"""What is to be learnt of an image other than its class."""
+
 
 class CorruptSampleError(RuntimeError):
     """A sample's bytes are not those that were indexed, or cannot become an image."""
@@ -83,16 +102,38 @@ class Manifest(BaseModel):
     digest: str
     tars: str | None = None
     """Folder or URL of the tars where they do not lie beside the manifest."""
+    annotations: Annotations | None = None
+    """None: each image has a class, its label."""
 
     @classmethod
-    def of(cls, classes: list[str], shards: list[Shard], tars: str | None = None) -> "Manifest":
-        samples = sum(shard.samples for shard in shards)
-        digest = _digest(classes, shards)
-        return cls(format=FORMAT, classes=classes, shards=shards, samples=samples, digest=digest, tars=tars)
+    def of(
+        cls,
+        classes: list[str],
+        shards: list[Shard],
+        tars: str | None = None,
+        annotations: Annotations | None = None,
+    ) -> "Manifest":
+        return cls(
+            format=FORMAT,
+            classes=classes,
+            shards=shards,
+            samples=sum(shard.samples for shard in shards),
+            digest=_digest(classes, shards, annotations),
+            tars=tars,
+            annotations=annotations,
+        )
+
+    def encode(self) -> bytes:
+        """The text of manifest.json."""
+        # Of labelled images as it was before there were annotations.
+        left_out = None if self.annotations else {"annotations"}
+        return (self.model_dump_json(indent=1, exclude=left_out) + "\n").encode()
 
 
-def _digest(classes: list[str], shards: list[Shard]) -> str:
+def _digest(classes: list[str], shards: list[Shard], annotations: Annotations | None) -> str:
     digest = hashlib.sha256(json.dumps(classes).encode())
+    if annotations:
+        digest.update(f"\n{annotations}".encode())
     for shard in shards:
         fields = shard.name, shard.samples, shard.bytes, shard.sha256, shard.index_bytes, shard.index_sha256
         digest.update("\n{} {} {} {} {} {}".format(*fields).encode())
@@ -118,28 +159,34 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
             reason = f"not a manifest: {error}"
         raise InputError(f"{path}: {reason}; pack the data again") from error
     if manifest.samples != sum(s.samples for s in manifest.shards) or manifest.digest != _digest(
-        manifest.classes, manifest.shards
+        manifest.classes, manifest.shards, manifest.annotations
     ):
         raise InputError(f"{path}: its digest and counts do not match its contents: it was edited; pack the data again")
     return manifest
 
 
 class ShardSet:
-    """Packed data sets, opened: one, or several end to end that have the same classes.
+    """Packed data sets, opened: one, or several end to end that have the same classes and kind of annotations.
 
     A shard is known by its number, a sample by its shard and its row there. Raises InputError for a manifest that
-    cannot be read and for data sets whose classes differ.
+    cannot be read and for data sets whose classes or annotations differ.
     """
 
     def __init__(self, *roots: str | Path, cache: Cache | None = None):
         self._stores = [Store(root, cache) for root in roots]
         self.manifests = [read_manifest(root, store) for root, store in zip(roots, self._stores, strict=True)]
         self.classes = self.manifests[0].classes
+        self.annotations = self.manifests[0].annotations
         for root, manifest in zip(roots, self.manifests, strict=True):
             if manifest.classes != self.classes:
                 raise InputError(
                     f"{root} and {roots[0]} have different classes, so their labels mean different things: "
                     "pack one of them again with --classes-from the other"
+                )
+            if manifest.annotations != self.annotations:
+                raise InputError(
+                    f"{root} has {_named(manifest.annotations)} and {roots[0]} {_named(self.annotations)}: "
+                    "data sets that are read together are of one kind"
                 )
         self._tars = [
             Store(manifest.tars, cache) if manifest.tars else store
@@ -147,7 +194,7 @@ class ShardSet:
         ]
         self._shards = [(part, shard) for part, manifest in enumerate(self.manifests) for shard in manifest.shards]
         self.shard_samples = np.array([shard.samples for _, shard in self._shards], np.int64)
-        # Indices are small (36 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.
+        # Indices are small (32 or 48 bytes a sample) but an epoch visits every shard; the bound keeps memory flat.
         self._index = functools.lru_cache(maxsize=1024)(self._read_index)
 
     def __len__(self) -> int:
@@ -188,8 +235,13 @@ class ShardSet:
         part, entry = self._shards[shard]
         return self._tars[part].url(entry.tar.name)
 
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """RECORD, or ANNOTATED_RECORD of annotated data sets."""
+        return ANNOTATED_RECORD if self.annotations else RECORD
+
     def index(self, shard: int) -> npt.NDArray[np.void]:
-        """The records, [samples] of RECORD, of one shard. Raises InputError, or StoreError where it is remote."""
+        """The records, [samples] of `record`, of one shard. Raises InputError, or StoreError where it is remote."""
         return self._index(shard)
 
     def _read_index(self, shard: int) -> npt.NDArray[np.void]:
@@ -207,8 +259,8 @@ class ShardSet:
         return np.load(BytesIO(data), allow_pickle=False)
 
     def records(self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-        """The records, [n], of samples given by shard number and row, both [n]."""
-        records = np.empty(len(shards), RECORD)
+        """The records, [n] of `record`, of samples given by shard number and row, both [n]."""
+        records = np.empty(len(shards), self.record)
         for shard in np.unique(shards):
             chosen = shards == shard
             records[chosen] = self.index(int(shard))[rows[chosen]]
@@ -220,18 +272,31 @@ class ShardSet:
         Raises CorruptSampleError when its checksum differs from the index, at its origin as well, and StoreError
         when the origin cannot be reached.
         """
+        _, offset, size, _, height, width, crc32 = self.index(shard)[row].item()[:_NUM_FIELDS]
+        data = self._read(shard, offset, size, crc32, "its")
+        if read_size(data) != (height, width):
+            raise CorruptSampleError(f"its header does not say {width} × {height} pixels, as the index does")
+        if height * width > MAX_PIXELS:
+            raise CorruptSampleError(f"{width} × {height} pixels; the limit is {MAX_PIXELS}")
+        return data
+
+    def read_annotation(self, shard: int, row: int) -> bytes:
+        """The annotation of a sample of an annotated data set, as it is in the tar. Raises as `read` does."""
+        assert self.annotations
+        *_, height, width, _, offset, size, crc32 = self.index(shard)[row].item()
+        data = self._read(shard, offset, size, crc32, "its annotation's")
+        if read_size(data) != (height, width):
+            raise CorruptSampleError(f"its map is no PNG of {width} × {height} pixels, as its image is")
+        return data
+
+    def _read(self, shard: int, offset: int, size: int, crc32: int, whose: str) -> bytes:
         part, entry = self._shards[shard]
-        _, offset, size, _, height, width, crc32 = self.index(shard)[row].item()
         data = self._tars[part].pread(entry.tar, offset, size)
         if zlib.crc32(data) != crc32:
             # The cache or the wire may be to blame.
             data = self._tars[part].pread_origin(entry.tar, offset, size)
             if zlib.crc32(data) != crc32:
-                raise CorruptSampleError("its bytes do not match their checksum")
-        if read_size(data) != (height, width):
-            raise CorruptSampleError(f"its header does not say {width} × {height} pixels, as the index does")
-        if height * width > MAX_PIXELS:
-            raise CorruptSampleError(f"{width} × {height} pixels; the limit is {MAX_PIXELS}")
+                raise CorruptSampleError(f"{whose} bytes do not match their checksum")
         return data
 
     def key(self, shard: int, row: int) -> str:
@@ -255,6 +320,10 @@ class ShardSet:
     def close(self) -> None:
         for store in {*self._stores, *self._tars}:
             store.close()
+
+
+def _named(annotations: Annotations | None) -> str:
+    return f"{annotations} annotations" if annotations else "labelled images"
 
 
 def key_and_extension(name: str) -> tuple[str, str]:

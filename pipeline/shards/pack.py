@@ -3,6 +3,8 @@
     Listing ──seeded shuffle──▶ tasks of one shard each ──workers: read, check, scale, write, hash──▶ shard-000000.tar …
                                                                                    + .index.npy + manifest.json
 
+Annotated images (see ade20k.py) have their annotations checked, scaled and written with them.
+
 The same input gives the same bytes, with any number of workers. The output folder appears whole, by one rename. Until
 then all is kept in .OUT.partial beside it, where the same command finds its finished shards after an interruption:
 
@@ -35,10 +37,10 @@ import PIL
 from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards import images, parquet, sources
+from pipeline.shards import attribution, images, parquet, sources
 from pipeline.shards.faults import BadSource, first_few, write_skipped
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import MANIFEST, RECORD, Manifest, Shard
+from pipeline.shards.index import ANNOTATED_RECORD, MANIFEST, RECORD, Manifest, Shard
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.sources import Entry, Listing, Table
 from pipeline.shards.tar import padded
@@ -58,7 +60,7 @@ class _Options:
 
 
 def pack(
-    source: str | Path,
+    source: str | Path | Listing,
     out: Path,
     *,
     classes: list[str] | None = None,
@@ -69,18 +71,19 @@ def pack(
     skip_bad: bool = False,
     workers: int = 1,
 ) -> Manifest:
-    """Pack the images that `sources.find` lists for `source` into the folder `out`, and return the manifest.
+    """Pack the images of `source` into the folder `out`, and return the manifest.
 
-    `classes` fixes the class map (a validation split takes the training split's). Images with a side longer than
-    `max_side` pixels are scaled down and become JPEGs of `quality`; with either, formats other than JPEG and PNG are
-    converted too. `skip_bad` leaves out images that cannot be used and lists them in skipped.jsonl.
+    `source` is a listing, or what `sources.find` makes one of, where `classes` fixes the class map (a validation split
+    takes the training split's). Images with a side longer than `max_side` pixels are scaled down and become JPEGs of
+    `quality`; with either, formats other than JPEG and PNG are converted too. `skip_bad` leaves out images that cannot
+    be used and lists them in skipped.jsonl. An ATTRIBUTION.txt of the images goes with them.
 
     Raises InputError for anything wrong with the input, and then leaves nothing behind. Whatever else ends it, what is
     done is kept for the next attempt.
     """
     out = out.resolve()
     _refuse_full(out)
-    listing = sources.find(source, classes)
+    listing = source if isinstance(source, Listing) else sources.find(source, classes)
     bad = list(listing.bad)
     _refuse_bad(bad, skip_bad)
     options = _Options(max_side, quality, samples_per_shard, seed)
@@ -98,11 +101,14 @@ def pack(
             _refuse_bad(bad, skip_bad)
             shards += [done.shard] if done.shard else []
         if not shards:
-            raise InputError(f"{source}: not one image can be packed:\n{first_few(bad)}")
+            raise InputError(f"{out}: not one image can be packed:\n{first_few(bad)}")
         data = folder / "data"
         write_skipped(data, bad)
-        manifest = Manifest.of(listing.classes, shards)
-        files.write(data / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        place = listing.tables[0].path if listing.tables else listing.entries[0].place
+        if credit := attribution.above(place):
+            files.write(data / attribution.ATTRIBUTION, f"{credit}\n".encode())
+        manifest = Manifest.of(listing.classes, shards, annotations=listing.annotations)
+        files.write(data / MANIFEST, manifest.encode())
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
         data.rename(out)
     return manifest
@@ -177,6 +183,7 @@ class _Task:
     """Position of the first entry in the shuffled order."""
     spilled: list[Path]
     """Where the images are if they come from Parquet files."""
+    num_classes: int
     options: _Options
 
     @property
@@ -220,7 +227,8 @@ def _plan(
 ) -> Iterator[_Task]:
     for number, first in enumerate(range(0, len(order), options.samples_per_shard)):
         chosen = order[first : first + options.samples_per_shard]
-        yield _Task(folder, number, [listing.entries[i] for i in chosen], first, spilled, options)
+        entries = [listing.entries[i] for i in chosen]
+        yield _Task(folder, number, entries, first, spilled, len(listing.classes), options)
 
 
 def _pack_shard(task: _Task) -> _Done:
@@ -233,7 +241,8 @@ def _pack_shard(task: _Task) -> _Done:
     with _HashedFile(tar) as file:
         records, bad = _write_tar(task, file)
     buffer = BytesIO()
-    np.save(buffer, np.array(records, RECORD), allow_pickle=False)
+    record_type = ANNOTATED_RECORD if task.entries[0].annotation else RECORD
+    np.save(buffer, np.array(records, record_type), allow_pickle=False)
     with _HashedFile(index) as index_file:
         index_file.write(buffer.getvalue())
     shard = None
@@ -272,30 +281,41 @@ def _earlier(task: _Task, record: Path) -> _Done | None:
 
 
 def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]], list[BadSource]]:
-    """Write the task's images, each with its .cls, and return a RECORD's fields for each; and the images left out."""
+    """Write the task's images, each with its .cls or annotation, and return a record's fields for each; and the images
+    left out."""
     spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries)) if task.spilled else None
     records, bad = [], []
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for row, entry in enumerate(task.entries):
+            place, annotation = entry.place, None
             try:
-                data = spilled[row] if spilled else _read(entry.place)
-                data, head = images.prepare(data, task.options.max_side, task.options.quality)
+                image = spilled[row] if spilled else _read(place)
+                data, head = images.prepare(image, task.options.max_side, task.options.quality)
+                if entry.annotation:
+                    place = entry.annotation
+                    annotation = images.prepare_map(_read(place), image, head, task.num_classes)
             except BadImageError as error:
-                bad.append(BadSource(entry.place, entry.key, str(error)))
+                bad.append(BadSource(place, entry.key, str(error)))
             else:
                 header = tar.offset
-                _add(tar, f"{entry.key}.{head.extension}", data)
-                offset = tar.offset - padded(len(data))
-                records.append((header, offset, len(data), entry.label, head.height, head.width, zlib.crc32(data)))
-                _add(tar, f"{entry.key}.cls", str(entry.label).encode())
+                offset = _add(tar, f"{entry.key}.{head.extension}", data)
+                record = header, offset, len(data), entry.label, head.height, head.width, zlib.crc32(data)
+                if annotation is None:
+                    _add(tar, f"{entry.key}.cls", str(entry.label).encode())
+                else:
+                    offset = _add(tar, f"{entry.key}.seg.png", annotation)
+                    record += offset, len(annotation), zlib.crc32(annotation)
+                records.append(record)
             advance()
     return records, bad
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Write a member; where its first byte is."""
     member = tarfile.TarInfo(name)  # owner, mode and time are the same for all
     member.size = len(data)
     tar.addfile(member, BytesIO(data))
+    return tar.offset - padded(len(data))
 
 
 def _read(path: str) -> bytes:

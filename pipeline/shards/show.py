@@ -3,7 +3,8 @@
     indices ──▶ counts and percentiles ──▶ summary ──▶ text
     some random samples ──▶ contact sheet
 
-Sizes are read from the indices, so only the pictures of the sheet are opened.
+Sizes are read from the indices, so only the pictures of the sheet are opened; and some random maps, where classes are
+of pixels.
 """
 
 import tempfile
@@ -12,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipeline import keys
+from pipeline.palette import colourise
 from pipeline.shards import images
+from pipeline.shards.attribution import attribution
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.store import Cache
 from pipeline.sheet import Sheet
 
 COLUMNS, ROWS = 8, 5
+MAP_COLUMNS, MAP_ROWS, MAP_TILE_PX = 4, 6, 320
+NUM_MAPS = 500
+"""Whose pixels are counted; all, where there are no more."""
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 _CACHE_BYTES = 64 << 20  # for the indices of a remote data set; of its shards only some samples are wanted
@@ -33,14 +40,15 @@ def show(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
-        summary = _summary(shards)
-        picture = _draw_sheet(shards, Path(root).absolute().name, seed)
+        summary = _summary(shards, seed)
+        draw = _draw_maps if shards.annotations else _draw_sheet
+        picture = draw(shards, Path(root).absolute().name, seed, attribution(root))
         shards.close()
     picture.save(sheet)
     return {"data": str(root), **summary, "sheet": str(sheet)}
 
 
-def _summary(shards: ShardSet) -> dict[str, Any]:
+def _summary(shards: ShardSet, seed: int) -> dict[str, Any]:
     counts = np.zeros(len(shards.classes), np.int64)
     sizes = np.empty((3, len(shards)), np.uint32)  # short side, long side, bytes
     start = 0
@@ -50,21 +58,60 @@ def _summary(shards: ShardSet) -> dict[str, Any]:
         sides = records["height"], records["width"]
         sizes[:, start : start + samples] = np.minimum(*sides), np.maximum(*sides), records["size"]
         start += samples
-    by_count = np.argsort(-counts, kind="stable").tolist()
-    named = [(shards.classes[label], int(counts[label])) for label in by_count]
+    balance = _pixel_balance(shards, seed) if shards.annotations else _sample_balance(shards.classes, counts)
     return {
         "samples": len(shards),
         "shards": len(shards.shard_samples),
         "classes": len(shards.classes),
         "bytes": int(sizes[2].sum(dtype=np.int64)),
         "digest": shards.digest,
-        "samples_per_class": {"min": named[-1][1], "median": float(np.median(counts)), "max": named[0][1]},
-        "largest_classes": dict(named[:5]),
-        "smallest_classes": dict(named[::-1][:5]),
+        **balance,
         "short_side_px": _percentiles(sizes[0]),
         "long_side_px": _percentiles(sizes[1]),
         "image_bytes": _percentiles(sizes[2]),
     }
+
+
+def _sample_balance(classes: list[str], counts: npt.NDArray[np.int64]) -> dict[str, Any]:
+    named = _by_size(classes, counts)
+    return {
+        "samples_per_class": {"min": named[-1][1], "median": float(np.median(counts)), "max": named[0][1]},
+        "largest_classes": dict(named[:5]),
+        "smallest_classes": dict(named[::-1][:5]),
+    }
+
+
+def _pixel_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
+    """Of `maps_read` random maps: which part of the pixels has a class, and each class's part of these."""
+    counts, num_pixels, num_maps = np.zeros(256, np.int64), 0, 0
+    for shard, row in sorted(_choose(shards, seed, NUM_MAPS)):
+        if (labels := _labels(shards, shard, row)) is not None:
+            counts += np.bincount(labels.ravel(), minlength=256)
+            num_pixels += labels.size
+            num_maps += 1
+    counts = counts[1 : len(shards.classes) + 1]
+    shares = counts / max(counts.sum(), 1)
+    named = _by_size(shards.classes, shares)
+    return {
+        "annotations": shards.annotations,
+        "maps_read": num_maps,
+        "labelled_share": float(counts.sum() / max(num_pixels, 1)),
+        "pixel_share_per_class": {"min": named[-1][1], "median": float(np.median(shares)), "max": named[0][1]},
+        "largest_classes": dict(named[:5]),
+        "smallest_classes": dict(named[::-1][:5]),
+    }
+
+
+def _by_size(classes: list[str], sizes: npt.NDArray[Any]) -> list[tuple[str, Any]]:
+    return [(classes[label], sizes[label].item()) for label in np.argsort(-sizes, kind="stable").tolist()]
+
+
+def _labels(shards: ShardSet, shard: int, row: int) -> npt.NDArray[np.uint8] | None:
+    """A sample's map as it is stored, [height, width]; None where it is damaged."""
+    try:
+        return images.decode_map(shards.read_annotation(shard, row))
+    except (CorruptSampleError, BadImageError):
+        return None
 
 
 def _percentiles(values: npt.NDArray[np.uint32]) -> dict[str, int]:
@@ -74,14 +121,11 @@ def _percentiles(values: npt.NDArray[np.uint32]) -> dict[str, int]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as text of a few lines."""
-    balance = summary["samples_per_class"]
     lines = [
         f"{summary['data']}: {summary['samples']:,} samples of {summary['classes']:,} classes "
         f"in {summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB of images",
         "",
-        f"samples per class   min {balance['min']:,}   median {balance['median']:,g}   max {balance['max']:,}",
-        *_class_lines("largest", summary["largest_classes"]),
-        *_class_lines("smallest", summary["smallest_classes"]),
+        *(_pixel_lines(summary) if "annotations" in summary else _sample_lines(summary)),
         "",
         " " * 12 + "".join(f"{'min' if p == 0 else 'max' if p == 100 else f'{p} %':>9}" for p in PERCENTILES),
     ]
@@ -90,29 +134,84 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _class_lines(title: str, classes: dict[str, int]) -> list[str]:
-    return [f"  {title if row == 0 else '':10}{count:9,}  {name}" for row, (name, count) in enumerate(classes.items())]
+def _sample_lines(summary: dict[str, Any]) -> list[str]:
+    balance = summary["samples_per_class"]
+    return [
+        f"samples per class   min {balance['min']:,}   median {balance['median']:,g}   max {balance['max']:,}",
+        *_class_lines("largest", summary["largest_classes"], ","),
+        *_class_lines("smallest", summary["smallest_classes"], ","),
+    ]
 
 
-def _draw_sheet(shards: ShardSet, name: str, seed: int) -> Sheet:
-    chosen = _choose(shards, seed)
+def _pixel_lines(summary: dict[str, Any]) -> list[str]:
+    balance = summary["pixel_share_per_class"]
+    return [
+        f"{summary['labelled_share']:.1%} of the pixels of {summary['maps_read']:,} maps have a class; of these",
+        f"pixels per class   min {balance['min']:.3%}   median {balance['median']:.3%}   max {balance['max']:.3%}",
+        *_class_lines("largest", summary["largest_classes"], ".3%"),
+        *_class_lines("smallest", summary["smallest_classes"], ".3%"),
+    ]
+
+
+def _class_lines(title: str, classes: dict[str, Any], form: str) -> list[str]:
+    return [
+        f"  {title if row == 0 else '':10}{size:9{form}}  {name}" for row, (name, size) in enumerate(classes.items())
+    ]
+
+
+def _draw_sheet(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
+    chosen = _choose(shards, seed, COLUMNS * ROWS)
     about = f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes"
-    sheet = Sheet(name, about, columns=COLUMNS, count=len(chosen), num_details=1)
+    sheet = Sheet(name, about, columns=COLUMNS, count=len(chosen), num_details=1, note=note)
     for shard, row in chosen:
         record = shards.index(shard)[row]
-        try:
-            picture = images.decode(shards.read(shard, row))
-        except (CorruptSampleError, BadImageError):
-            picture = None
         size = f"class {record['label']} · {record['width']} × {record['height']}"
-        sheet.add(picture, shards.classes[record["label"]], size)
+        sheet.add(_picture(shards, shard, row), shards.classes[record["label"]], size)
     return sheet
 
 
-def _choose(shards: ShardSet, seed: int) -> list[tuple[int, int]]:
+def _draw_maps(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
+    """Each image with its map below or beside it, and the classes that most of its pixels have."""
+    chosen = _choose(shards, seed, MAP_COLUMNS * MAP_ROWS)
+    about = (
+        f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes of pixels"
+    )
+    sheet = Sheet(name, about, columns=MAP_COLUMNS, count=len(chosen), num_details=1, tile_px=MAP_TILE_PX, note=note)
+    for shard, row in chosen:
+        record = shards.index(shard)[row]
+        picture, labels = _picture(shards, shard, row), _labels(shards, shard, row)
+        size = f"{record['width']} × {record['height']}"
+        if picture is None or labels is None:
+            sheet.add(None, "", size)
+            continue
+        counts = np.bincount(labels.ravel(), minlength=256)[1 : len(shards.classes) + 1]
+        largest = [label for label in np.argsort(-counts, kind="stable")[:5].tolist() if counts[label]]
+        caption = ", ".join(f"{shards.classes[label]} {counts[label] / labels.size:.0%}" for label in largest)
+        sheet.add(_beside(picture, colourise(labels - 1, len(shards.classes))), caption, size)
+    return sheet
+
+
+def _picture(shards: ShardSet, shard: int, row: int) -> Image.Image | None:
+    """None where it is damaged."""
+    try:
+        return images.decode(shards.read(shard, row))
+    except (CorruptSampleError, BadImageError):
+        return None
+
+
+def _beside(one: Image.Image, other: Image.Image) -> Image.Image:
+    """Two pictures of one size as one, the second to the right of a high one, or below a wide one."""
+    step = (one.width, 0) if one.height > one.width else (0, one.height)
+    both = Image.new("RGB", (one.width + step[0], one.height + step[1]))
+    both.paste(one)
+    both.paste(other, step)
+    return both
+
+
+def _choose(shards: ShardSet, seed: int, count: int) -> list[tuple[int, int]]:
     """Shard and row of random samples, those of a class side by side."""
     generator = keys.generator(keys.key(seed, keys.Stream.SHOW))
-    samples = generator.choice(len(shards), min(len(shards), COLUMNS * ROWS), replace=False)
+    samples = generator.choice(len(shards), min(len(shards), count), replace=False)
     ends = np.cumsum(shards.shard_samples)
     numbers = np.searchsorted(ends, samples, side="right")
     rows = samples - (ends - shards.shard_samples)[numbers]

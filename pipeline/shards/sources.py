@@ -2,7 +2,8 @@
 
     DIR/CLASS/**/NAME.jpg                 ┐
     LIST.csv, LIST.jsonl: path, label     ├──▶ Listing: classes, entries sorted by key, digest
-    FILE.parquet, DIR/*.parquet           ┘
+    FILE.parquet, DIR/*.parquet           │
+    annotations and images: ade20k.py     ┘
 
 Images are not opened here, only listed, so that a mistake is told before hours of work. An image takes some 400 bytes
 of memory.
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,6 +28,7 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.faults import BadSource
+from pipeline.shards.index import Annotations
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """Files that are taken for images in a tree."""
@@ -39,6 +41,8 @@ class Entry(NamedTuple):
     place: str
     """Path of its file; of a Parquet row, file and row for messages."""
     label: int
+    annotation: str | None = None
+    """Path of what is packed with the image in place of its label."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +52,11 @@ class Listing:
     digest: str
     """Of the entries and of their files' sizes and times."""
     bad: list[BadSource]
-    """Files that are not there, and rows without a class."""
+    """Files that are not there, rows without a class, images and annotations without each other."""
     tables: list["Table"] = dataclasses.field(default_factory=list)
     """Parquet files that the entries are rows of."""
+    annotations: Annotations | None = None
+    """What kind they are of, where each entry has one."""
 
 
 class Table(NamedTuple):
@@ -98,9 +104,9 @@ def _from_tree(images: Path, classes: list[str] | None) -> Listing:
     entries, left_out = [], []
     for name in folders:
         count, folder = len(entries), str(images / name)
-        for path in _files(folder):
+        for path in files_below(folder):
             if path.rpartition(".")[2].lower() in EXTENSIONS:
-                entries.append(Entry(_key(name + path.removeprefix(folder)), path, labels[name]))
+                entries.append(Entry(key_of(name + path.removeprefix(folder)), path, labels[name]))
             else:
                 left_out.append(path)
         if len(entries) == count:
@@ -111,10 +117,10 @@ def _from_tree(images: Path, classes: list[str] | None) -> Listing:
     left_out += [entry.path for entry in os.scandir(images) if not entry.is_dir()]
     if left_out:
         print(f"left out {len(left_out)} files that are no class's images: {left_out[0]} …", file=sys.stderr)
-    return _listing(classes, entries)
+    return listing(classes, entries)
 
 
-def _files(folder: str) -> Iterator[str]:
+def files_below(folder: str) -> Iterator[str]:
     """Every file below a folder, links followed."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -182,10 +188,10 @@ def _from_list(path: Path, classes: list[str] | None) -> Listing:
     places = [os.path.normpath(folder / row.path) for row in rows]
     shared = os.path.commonpath({Path(place).parent for place in places})
     entries = [
-        Entry(_key(os.path.relpath(place, shared)), place, positions[row.label])
+        Entry(key_of(os.path.relpath(place, shared)), place, positions[row.label])
         for place, row in zip(places, rows, strict=True)
     ]
-    return _listing(classes, entries)
+    return listing(classes, entries)
 
 
 def number_classes(labels: set[str], classes: list[str] | None, where: str) -> tuple[list[str], dict[str, int]]:
@@ -228,7 +234,7 @@ def _from_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
     shared = os.path.commonpath({path.parent for path in paths})
     entries, bad, tables = [], [], []
     for path, column in zip(paths, labels, strict=True):
-        folder = _key(os.path.relpath(path, shared))
+        folder = key_of(os.path.relpath(path, shared))
         rows = [row for row, label in enumerate(column) if label is not None]
         entries += [Entry(f"{folder}/{row:08d}", f"{path} row {row}", positions[str(column[row])]) for row in rows]
         bad += [
@@ -241,7 +247,9 @@ def _from_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
     return Listing(classes, entries, digest, bad, tables)
 
 
-def _listing(classes: list[str], entries: list[Entry]) -> Listing:
+def listing(
+    classes: list[str], entries: list[Entry], bad: Sequence[BadSource] = (), annotations: Annotations | None = None
+) -> Listing:
     """Of images in files of their own: sorted by key, which must differ, and without those that are not there."""
     entries.sort()
     for one, other in itertools.pairwise(entries):
@@ -249,14 +257,15 @@ def _listing(classes: list[str], entries: list[Entry]) -> Listing:
             raise InputError(
                 f"{one.place} and {other.place} would both be {one.key!r} in the shards: rename or remove one of them"
             )
-    there, bad, stats = [], [], []
+    there, missing, stats = [], [], []
     for entry in entries:
         try:
-            stats.append((entry.place, Path(entry.place).stat()))
+            for place in filter(None, (entry.place, entry.annotation)):
+                stats.append((place, Path(place).stat()))
             there.append(entry)
         except OSError as error:
-            bad.append(BadSource(entry.place, entry.key, f"cannot be read: {error.strerror}"))
-    return Listing(classes, there, _digest(classes, stats, there), bad)
+            missing.append(BadSource(str(error.filename), entry.key, f"cannot be read: {error.strerror}"))
+    return Listing(classes, there, _digest(classes, stats, there), [*bad, *missing], annotations=annotations)
 
 
 def _digest(classes: list[str], stats: Iterable[tuple[str, os.stat_result]], entries: list[Entry]) -> str:
@@ -268,7 +277,8 @@ def _digest(classes: list[str], stats: Iterable[tuple[str, os.stat_result]], ent
     return digest.hexdigest()
 
 
-def _key(path: str) -> str:
+def key_of(path: str) -> str:
+    """The key of a file by its path below the data set's folder."""
     # WebDataset ends a sample's key at the first dot of its name.
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{name.rpartition('.')[0] or name}".replace(".", "_")

@@ -1,6 +1,6 @@
-"""Compare a data set with its manifest, byte for byte, and with `deep` decode every image.
+"""Compare a data set with its manifest, byte for byte, and with `deep` decode every image and annotation.
 
-    shard ──read once, in order──▶ CRC-32 of each sample, SHA-256 of the whole ──▶ faults
+    shard ──read once, in order──▶ CRC-32 of each part of a sample, SHA-256 of the whole ──▶ faults
 
 A missing or unreadable shard is a fault like others.
 """
@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.shards import images
 from pipeline.shards.faults import Fault
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import MAX_PIXELS, RECORD, ShardSet, key_and_extension
+from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, ShardSet, key_and_extension
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.store import Blob, Store, StoreError
 from pipeline.shards.tar import Reader, TarError, members
@@ -28,7 +28,7 @@ from pipeline.shards.tar import Reader, TarError, members
 def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[Fault]:
     """Everything that is wrong with the shards below `root`, a folder or URL; empty when all is well.
 
-    `deep` also decodes every image. Raises InputError when the manifest itself cannot be read.
+    `deep` also decodes every image and annotation. Raises InputError when the manifest itself cannot be read.
     """
     _open.cache_clear()  # of an earlier call, since which the files may have been replaced
     shards = _open(str(root))
@@ -55,19 +55,23 @@ def _verify_shard(task: tuple[str, int, bool]) -> list[Fault]:
     tar = manifest.shards[number].tar
     try:
         records = shards.index(number)
-        if wrong := _wrong_records(records, manifest.shards[number].samples, len(manifest.classes)):
+        if wrong := _wrong_records(records, shards.record, manifest.shards[number].samples, len(manifest.classes)):
             return [Fault(tar.name, None, f"its index is wrong: {wrong}; index the data set again")]
         with _tars(manifest.tars or root).open(tar.name) as stream:
-            return list(_compare(stream, records, tar, deep))
+            return list(_compare(stream, records, tar, len(manifest.classes), deep))
     except (InputError, StoreError, OSError) as error:
         return [Fault(tar.name, None, str(error))]
 
 
-def _wrong_records(records: npt.NDArray[np.void], samples: int, classes: int) -> str | None:
+def _wrong_records(records: npt.NDArray[np.void], record: np.dtype[np.void], samples: int, classes: int) -> str | None:
     """What contradicts itself in an index, whoever made it."""
-    if records.dtype != RECORD or records.shape != (samples,):
+    if records.dtype != record or records.shape != (samples,):
         return f"it holds {records.shape} of {records.dtype}, not {samples} records"
     begin, end = records["header"], records["offset"] + records["size"]
+    if record == ANNOTATED_RECORD:
+        if (records["annotation_offset"] < end).any():
+            return "annotations before their images"
+        end = records["annotation_offset"] + records["annotation_size"]
     if (records["offset"] < begin).any() or (begin[1:] < end[:-1]).any():
         return "samples overlap"
     if ((records["label"] < 0) | (records["label"] >= classes)).any():
@@ -77,17 +81,26 @@ def _wrong_records(records: npt.NDArray[np.void], samples: int, classes: int) ->
     return None
 
 
-def _compare(stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, deep: bool) -> Iterator[Fault]:
+def _compare(
+    stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, num_classes: int, deep: bool
+) -> Iterator[Fault]:
     reader, is_damaged = Reader(stream), False
     for row, record in enumerate(records):
         try:
             reader.skip(int(record["header"]) - reader.position)
             header = reader.take(int(record["offset"]) - reader.position)
             data = reader.take(int(record["size"]))
+            annotation = None
+            if records.dtype == ANNOTATED_RECORD:
+                reader.skip(int(record["annotation_offset"]) - reader.position)
+                annotation = reader.take(int(record["annotation_size"]))
         except TarError as error:
             yield Fault(tar.name, None, f"{error}: the last {len(records) - row} samples are lost")
             break
-        if reason := _wrong_sample(data, record, deep):
+        reason = _wrong_image(data, record, deep)
+        if annotation is not None and not reason:
+            reason = _wrong_annotation(annotation, record, num_classes, deep)
+        if reason:
             is_damaged = True
             yield Fault(tar.name, _key(header, row), reason)
         advance()
@@ -105,7 +118,7 @@ def _key(header: bytes, row: int) -> str:
         return f"row {row}"
 
 
-def _wrong_sample(data: bytes, record: np.void, deep: bool) -> str | None:
+def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
     if zlib.crc32(data) != record["crc32"]:
         return "its image does not match its checksum"
     if deep:
@@ -115,4 +128,20 @@ def _wrong_sample(data: bytes, record: np.void, deep: bool) -> str | None:
             return str(error)
         if (height, width) != (record["height"], record["width"]):
             return f"has {width} × {height} pixels, but the index says {record['width']} × {record['height']}"
+    return None
+
+
+def _wrong_annotation(data: bytes, record: np.void, num_classes: int, deep: bool) -> str | None:
+    if zlib.crc32(data) != record["annotation_crc32"]:
+        return "its annotation does not match its checksum"
+    if deep:
+        try:
+            labels = images.decode_map(data)
+        except BadImageError as error:
+            return f"its annotation: {error}"
+        height, width = labels.shape
+        if (height, width) != (record["height"], record["width"]):
+            return f"its map has {width} × {height} pixels, but its image {record['width']} × {record['height']}"
+        if wrong := images.wrong_labels(labels, num_classes):
+            return f"its map has {wrong}"
     return None

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import pvt  # noqa: F401 - registers its models with timm
 from pipeline import config
 from pipeline.errors import InputError
+from pipeline.tasks.layers import layers
 from pipeline.world import World
+from pvt.create import create_model
 
 
 def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Module:
@@ -26,19 +27,17 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
         raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
     try:
-        network = timm.create_model(
+        network = create_model(
             model.name,
+            image_size,
             num_classes=num_classes,
-            img_size=image_size,
             drop_rate=model.drop_rate,
             drop_path_rate=model.drop_path_rate,
         )
-    except TypeError as error:
-        raise InputError(f"model.name {model.name!r} cannot be built here, it takes no img_size: {error}") from error
     except (ValueError, AssertionError) as error:
         raise InputError(f"model.name {model.name!r} with image.size {image_size}: {error}") from error
     if model.grad_checkpointing:
-        network.set_grad_checkpointing()  # pyright: ignore[reportCallIssue] - timm's, not torch's
+        network.set_grad_checkpointing()
     return network
 
 
@@ -99,6 +98,10 @@ class Classification:
         self.model = model
         self.chance_loss = math.log(num_classes) if num_classes and num_classes > 1 else None
         self.drop_path_rates: tuple[float, ...] = getattr(model, "drop_path_rates", ())
+
+    @property
+    def depths(self) -> dict[str, int]:
+        return layers(self.model)
 
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:
         logits = model(images) if drop_path is None else model(images, drop_path=drop_path)

@@ -24,7 +24,7 @@ class Card(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    task: Literal["classification"]
+    task: config.Task
     model: config.Model
     image: config.Image
     eval_batch_size: int

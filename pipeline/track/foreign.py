@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor
 
-import pvt  # noqa: F401 - registers its models with timm
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.shards.retry import redact
@@ -33,6 +31,7 @@ from pipeline.track import package, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.runs import code_revision
 from pvt.convert import from_any
+from pvt.create import create_model
 
 EXPERIMENT = "import"
 _HEAD = "head.weight"
@@ -70,7 +69,7 @@ def import_weights(
         entry = Path(folder)
         safetensors.torch.save_file(tensors, entry / WEIGHTS)
         card = Card(
-            task="classification",
+            task=config.Classification(),
             **settings,
             eval_batch_size=config.Evaluate().batch_size,
             classes=classes,
@@ -143,10 +142,9 @@ def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) ->
         raise InputError(f"{file}: has no head ({_HEAD}): a classifier is needed; there are {_some(tensors)}")
     try:
         with torch.device("meta"):
-            network = timm.create_model(model, num_classes=len(tensors[_HEAD]), img_size=image_size)
+            expected = create_model(model, image_size, num_classes=len(tensors[_HEAD])).state_dict()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(f"--model {model} cannot be built for {image_size} px: {error}") from error
-    expected = network.state_dict()
     faults = {
         "missing": [key for key in expected if key not in tensors],
         "unknown": [key for key in tensors if key not in expected],

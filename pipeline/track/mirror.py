@@ -52,6 +52,7 @@ FILES = (
     "packages.txt",
     "diff.patch",
     "samples.png",
+    "predictions.png",
     "report.html",
     "anomalies.jsonl",
     "quarantine.jsonl",

@@ -22,6 +22,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
 from PIL import Image
 
+from pipeline import config
 from pipeline.errors import InputError
 from pipeline.track.card import CARD, Card
 
@@ -31,8 +32,9 @@ TOP_K = 5
 
 _SERVED = Path(__file__).with_name("served.py")
 _MLMODEL = "MLmodel"
-_SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("binary", "image")]),
+_IMAGES = Schema([ColSpec("binary", "image")])
+_CLASSES = ModelSignature(
+    inputs=_IMAGES,
     outputs=Schema(
         [
             ColSpec("string", "label"),
@@ -42,6 +44,17 @@ _SIGNATURE = ModelSignature(
         ]
     ),
     params=ParamSchema([ParamSpec("top_k", "long", TOP_K)]),
+)
+_MAPS = ModelSignature(
+    inputs=_IMAGES,
+    outputs=Schema(
+        [
+            ColSpec("string", "mask"),  # base64: of bytes MLflow's server makes lines of 76 letters
+            ColSpec(Array("string"), "labels"),
+            ColSpec(Array("long"), "values"),
+            ColSpec(Array("double"), "shares"),
+        ]
+    ),
 )
 
 
@@ -78,7 +91,7 @@ def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
             python_model=str(_SERVED),
             artifacts={name: str(path) for name, path in empty.items()},
             mlflow_model=model,
-            signature=_SIGNATURE,
+            signature=_MAPS if isinstance(card.task, config.SemanticFpn) else _CLASSES,
             input_example=pandas.DataFrame({"image": [example(card.image.size)]}),
             pip_requirements=_requirements(),
         )
@@ -144,5 +157,8 @@ def _link(source: Path, target: Path) -> None:
 
 def _requirements() -> list[str]:
     """What served.py needs beside this project, which is not looked up by name: any package could own it."""
-    packages = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "timm", "torch")
+    packages = (
+        *("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml"),
+        *("safetensors", "timm", "torch", "torchvision"),
+    )
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

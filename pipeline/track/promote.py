@@ -18,7 +18,6 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import Bound, Gates
 from pipeline.errors import InputError
 from pipeline.track import package, registry, server
-from pipeline.track.card import CARD, WEIGHTS
 from pipeline.track.registry import CHAMPION, PROMOTED, SCORED, Version, metric_of, uri_of, worth
 
 MOVE = "champion."
@@ -148,25 +147,26 @@ def _digests(pinned: str) -> Row:
 
 def _loads(pinned: str) -> Row:
     try:
-        answer = _answer(registry.resolve(pinned))
+        label, score, of_what = _answer(registry.resolve(pinned))
     except (InputError, RuntimeError) as error:  # torch's, for weights that are not the architecture's
         return {"gate": "loads", "value": str(error), "passed": False}
-    value = f"{answer['label']} with a probability of {answer['score']:.4g} for the input example"
-    return {"gate": "loads", "value": value, "passed": math.isfinite(answer["score"])}
+    value = f"{label} with a {of_what} of {score:.4g} for the input example"
+    return {"gate": "loads", "value": value, "passed": math.isfinite(score)}
 
 
-def _answer(version: Version) -> dict[str, Any]:
-    """As the served model gives it, by the code of this checkout."""
-    import pandas
-    from mlflow.pyfunc.model import PythonModelContext
+def _answer(version: Version) -> tuple[str, float, str]:
+    """As the served model gives it, by the code of this checkout: the first label, its number, and what that is."""
+    import torch
 
-    from pipeline.track.served import Classifier
+    from pipeline.track.served import answering
 
-    files = {name: str(version.folder / name) for name in (CARD, WEIGHTS)}
-    context, model = PythonModelContext(files, {}), Classifier()
-    model.load_context(context)
-    images = pandas.DataFrame({"image": [package.example(version.card.image.size)]})
-    return model.predict(context, images).iloc[0].to_dict()
+    example = package.example(version.card.image.size)
+    with torch.inference_mode():
+        model = answering(version.card, version.weights)
+        (answer,) = model.answers([model.view(example)], {})
+    if "scores" in answer:
+        return answer["labels"][0], answer["scores"][0], "probability"
+    return answer["labels"][0], answer["shares"][0], "share of the pixels"
 
 
 def _metrics(version: ModelVersion, gates: Gates, score: Scorer | None) -> Metrics:

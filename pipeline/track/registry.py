@@ -175,6 +175,17 @@ def find(client: MlflowClient, uri: str) -> ModelVersion:
         raise InputError(f"{uri}: {error.message}{_known(client, name)}") from error
 
 
+def attach(uri: str, file: Path) -> None:
+    """Put a file with the run that made the version, under predictions/. Raises InputError for a version of no run;
+    Unreachable."""
+    client = MlflowClient()
+    version = find(client, uri)
+    if not version.run_id:
+        raise InputError(f"{uri}: was not made by a run, so there is none to attach {file} to")
+    with reaching(f"{uri}: its run"):
+        client.log_artifact(version.run_id, str(file), "predictions")
+
+
 def link_child(client: MlflowClient, parent_uri: str, child_uuid: str, child_run_id: str) -> None:
     """Note on the parent's version and on the run that made it which run was started from it."""
     version = find(client, parent_uri)
@@ -275,7 +286,7 @@ def _tags(card: Card, staged: Path) -> dict[str, str]:
         **{f"{METRIC}{name}": repr(value) for name, value in metrics.items()},
         **({SCORED: card.scored.digest} if card.scored else {}),
         "good": str(good).lower(),
-        "task": card.task,
+        "task": card.task.name,
         "model": card.model.name,
         "image_size": str(card.image.size),
         "num_classes": str(len(card.classes)),

@@ -43,7 +43,12 @@ from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, LossScale
 from pipeline.world import World
 
-SHAPES_WEIGHTS = ("model", "image_size", "num_classes")  # entries of the identity that no resume.allow can bridge
+SHAPES_WEIGHTS = (
+    "model",
+    "image_size",
+    "num_classes",
+    "task",
+)  # entries of the identity that no resume.allow can bridge
 
 
 @dataclasses.dataclass

@@ -115,10 +115,11 @@ class Engine:
         self._parameters = dict(trainable(self._model))
         self._skeleton = copy.deepcopy(task.model).to("meta")  # to be run with other weights
         self._buffers = dict(self._model.named_buffers())
+        self._statistics = _batch_statistics(self._model)
         self._has_moments = False
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._model, config.optim.weight_decay),
+            parameter_groups(self._model, config.optim, task.depths if config.optim.layer_decay else None),
             lr=0.0,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -171,6 +172,7 @@ class Engine:
         if not applied:
             for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+        self._share_statistics()
         overflow = False
         if self.loss_scale and go_on:
             overflow = not applied and self.loss_scale.value > self.loss_scale.floor
@@ -185,6 +187,15 @@ class Engine:
         seed = keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank)
         torch.manual_seed(keys.torch_seed(seed))
 
+    def _share_statistics(self) -> None:
+        """Batch norms collect statistics of their own rank's samples; all go on with the first rank's, which are those
+        that are evaluated and saved."""
+        if self._statistics and self._world.size > 1:
+            first = torch.cat([buffer.flatten() for buffer in self._statistics]) * self._world.is_first
+            shared = self._world.sum(first).split([buffer.numel() for buffer in self._statistics])
+            for buffer, values in zip(self._statistics, shared, strict=True):
+                buffer.copy_(values.view_as(buffer))
+
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Add a micro-batch's gradients. After the last one `_update` has to follow."""
         if self.loss_scale and self._stage == 0:
@@ -198,7 +209,7 @@ class Engine:
     def _update(self, lr: float) -> tuple[bool, float]:
         """Clip and apply the gradients. Returns whether they were applied and their norm before clipping."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         if self._stage == 0:
             applied, norm = self._clip()
             self._engine.step()
@@ -406,6 +417,12 @@ class Engine:
             state["step"].zero_()
         for buffer, before in zip(self._model.buffers(), buffers, strict=True):
             buffer.copy_(before)
+
+
+def _batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of the network's batch norms."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
 
 
 class _Timer:

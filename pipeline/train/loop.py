@@ -152,14 +152,7 @@ class Trainer:
             began = time.perf_counter()
         self.watch.at(step, "forward")
         self._regime = batch[0].images.shape[-1]
-        self._lr = lr_at(
-            step,
-            peak=self.config.optim.lr,
-            floor=self.config.optim.min_lr,
-            start=self.config.optim.warmup_lr,
-            warmup_steps=self.schedule.warmup,
-            total_steps=self.schedule.total,
-        )
+        self._lr = lr_at(step, self.config.optim, warmup_steps=self.schedule.warmup, total_steps=self.schedule.total)
         outcome = self.engine.step(batch, step=step, lr=self._lr, exchange=self._exchange)
         if self._in_trouble:
             self._give_up("could not read its data", self._trouble)

@@ -3,6 +3,7 @@
 The train room knows neither a task's head nor MLflow; `launch` joins them through these protocols.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +25,28 @@ class Metric(Protocol):
 class Task(Protocol):
     """What differs between jobs: the network, its loss, its metric."""
 
-    model: nn.Module
-    drop_path_rates: tuple[float, ...]
-    """Of each residual branch, where the network takes its drop-path masks from outside; else empty."""
-    main_metric: str
-    """Which of the metric's results tells the better checkpoint: the higher one."""
-    chance_loss: float | None
-    """Of a network that has learnt nothing; None where no such number is known."""
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Of each residual branch, where the network takes its drop-path masks from outside; else empty."""
+        ...
+
+    @property
+    def main_metric(self) -> str:
+        """Which of the metric's results tells the better checkpoint: the higher one."""
+        ...
+
+    @property
+    def chance_loss(self) -> float | None:
+        """Of a network that has learnt nothing; None where no such number is known."""
+        ...
+
+    @property
+    def depths(self) -> Mapping[str, int]:
+        """Layer of each of the backbone's parameters by name, from the stem's 0 on, for optim.layer_decay."""
+        ...
 
     def losses(self, model: nn.Module, images: Tensor, targets: Any, drop_path: Tensor | None) -> Tensor:
         """The loss of each sample, [N] float32. Called under autocast."""

@@ -1,4 +1,5 @@
-"""Whole runs of launch/pretrain.py, driven from outside: started rank by rank, watched through their files, killed.
+"""Whole runs of launch/pretrain.py or finetune.py, driven from outside: started rank by rank, watched through their
+files, killed.
 
 write_config ──▶ Job ──start──▶ Attempt, a process a rank ──▶ metrics.jsonl  checkpoints/  trace/ ──▶ differences
                                    ▲ step, saving()               │
@@ -71,6 +72,7 @@ class Job:
     name: str
     ranks: int
     overrides: tuple[str, ...] = ()
+    target: str = "launch/pretrain.py"
 
     @property
     def folder(self) -> Path:
@@ -110,7 +112,7 @@ class Attempt:
         self._logs = [logs / f"{job.name}-{number:03d}-rank-{rank}" for rank in range(job.ranks)]
         settings = [f"run.name={job.name}", *job.overrides]
         arguments = ["--config", job.config, *(part for setting in settings for part in ("--set", setting))]
-        self.processes: list[Rank] = start(job.ranks, "launch/pretrain.py", arguments, self._logs)
+        self.processes: list[Rank] = start(job.ranks, job.target, arguments, self._logs)
 
     def __enter__(self) -> "Attempt":
         return self
@@ -238,14 +240,14 @@ def trace_differences(ours: Path, reference: Path) -> list[str]:
     ]
 
 
-def metrics_differences(ours: Path, reference: Path, steps: int) -> list[str]:
+def metrics_differences(ours: Path, reference: Path, steps: int, scores: tuple[str, ...] = SCORES) -> list[str]:
     """Every step has to be there once, with the reference's numbers; and every evaluation."""
     lines, expected = ([json.loads(line) for line in path.read_text().splitlines()] for path in (ours, reference))
     differences = []
     logged = [line["step"] for line in lines if "loss" in line]
     if logged != list(range(1, steps + 1)):
         differences.append(f"{ours}: the steps are {logged}")
-    for kind, names in (("loss", STEP_NUMBERS), ("top1", SCORES)):
+    for kind, names in (("loss", STEP_NUMBERS), (scores[1], scores)):
         here, there = ([tuple(line[n] for n in names) for line in file if kind in line] for file in (lines, expected))
         assert there, f"{reference} holds no line with {kind}"
         if here != there:

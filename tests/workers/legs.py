@@ -64,7 +64,7 @@ def main() -> None:
             found.restore(engine, ema)
         losses = {}
         while state.step < int(last_step):
-            lr = lr_at(state.step, peak=1e-3, floor=1e-5, start=1e-6, warmup_steps=4, total_steps=20)
+            lr = lr_at(state.step, settings.optim, warmup_steps=4, total_steps=20)
             outcome = engine.step(feed.next(), step=state.step, lr=lr)
             if outcome.applied:
                 ema.update()

@@ -28,7 +28,7 @@ def fresh_task(settings: Config) -> Classification:
 
 
 def learning_rate(settings: Config, step: int) -> float:
-    return lr_at(step, peak=settings.optim.lr, floor=1e-5, start=1e-6, warmup_steps=10, total_steps=50)
+    return lr_at(step, settings.optim, warmup_steps=10, total_steps=50)
 
 
 def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[str, Tensor], list[float]]:
@@ -37,7 +37,7 @@ def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[
     whole = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": None})})
     feed = TrainFeed(whole, shards, World(), drop_path_rates=task.drop_path_rates)
     optimizer = torch.optim.AdamW(
-        parameter_groups(task.model, settings.optim.weight_decay), betas=settings.optim.betas, eps=settings.optim.eps
+        parameter_groups(task.model, settings.optim), betas=settings.optim.betas, eps=settings.optim.eps
     )
     losses = []
     for step in range(steps):

@@ -3,6 +3,8 @@
 images ──ours──▶ pixels ──┬─▶ our network ─▶ logits ─┐
    │                      └─▶ the export  ─▶ logits ─┴─▶ largest difference
    └──────the export's own preprocessing──▶ pixels
+
+Networks for whole images get them in their own sizes, alone and several on one canvas.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.images import BadImageError, decode
@@ -22,7 +25,8 @@ TOLERANCE = 1e-4
 """Of logits, absolute."""
 PIXEL_TOLERANCE = 3.0
 """In grey levels of 255. Implementations of a resize round differently, twice; on photographs up to 2 were seen."""
-MOST_IMAGES = 256
+MOST_IMAGES, MOST_WHOLE_IMAGES = 256, 16
+"""The latter, for networks that give each pixel a class, are larger and cost more."""
 _BATCH_SIZE = 16
 
 
@@ -30,15 +34,17 @@ class Opened(NamedTuple):
     """An export as its users have it."""
 
     logits: Callable[[Tensor], Tensor]
-    """[B, 3, height, width] to [B, classes]."""
+    """[B, 3, height, width] to [B, classes], or to [B, classes, height / 4, width / 4]."""
     pixels: Callable[[Image.Image], Tensor] | None = None
     """An RGB image to [3, size, size], where the format has preprocessing of its own."""
 
 
 class Found(NamedTuple):
     images: int
+    predictions: int
+    """As many, or the places of their maps."""
     same_top1: int
-    """For how many of them the best class is the same."""
+    """For how many predictions the best class is the same."""
     logit_difference: float
     """The largest."""
     pixel_difference: float | None
@@ -46,8 +52,8 @@ class Found(NamedTuple):
     and for interpolation "nearest"."""
 
 
-def real_images(data: str | None) -> list[Image.Image]:
-    """At most MOST_IMAGES from all over a packed data set; without one, two photographs and their halves.
+def real_images(data: str | None, most: int = MOST_IMAGES) -> list[Image.Image]:
+    """At most `most` from all over a packed data set; without one, two photographs and their halves.
 
     Raises InputError for what is no packed data set, and for damaged samples.
     """
@@ -55,7 +61,7 @@ def real_images(data: str | None) -> list[Image.Image]:
         return [part for photograph in _photographs() for part in (photograph, *_halves(photograph))]
     shards = ShardSet(data)
     ends = np.cumsum(shards.shard_samples)
-    places = np.linspace(0, len(shards) - 1, min(len(shards), MOST_IMAGES)).astype(int)
+    places = np.linspace(0, len(shards) - 1, min(len(shards), most)).astype(int)
     images = []
     for place, shard in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
         row = int(place - ends[shard] + shards.shard_samples[shard])
@@ -72,38 +78,49 @@ def real_images(data: str | None) -> list[Image.Image]:
 
 def check(source: Source, opened: Opened, varying: dict[str, str], images: list[Image.Image], to: str) -> Found:
     """Raises ExternalError where logits or pixels differ by more than they may."""
-    same, difference = 0, 0.0
+    predictions, same, difference = 0, 0, 0.0
     with torch.inference_mode():
         for batch in _batches(source, images):
-            worst, equal = _compare(source, opened, batch)
-            difference, same = max(difference, worst), same + equal
+            worst, equal, compared = _compare(source, opened, batch)
+            difference, same, predictions = max(difference, worst), same + equal, predictions + compared
         if "height" in varying:
-            worst, _ = _compare(source, opened, _larger(source, images[:2]))
+            worst, *_ = _compare(source, opened, _larger(source, images[:2]))
             difference = max(difference, worst)
     _refuse_above(TOLERANCE, difference, f"{source.uri}: its export to {to} gives other logits")
     levels = _largest_levels(source, opened.pixels, images)
     _refuse_above(PIXEL_TOLERANCE, levels or 0.0, f"{source.uri}: its export to {to} prepares images otherwise")
-    return Found(len(images), same, difference, levels)
+    return Found(len(images), predictions, same, difference, levels)
 
 
 def _batches(source: Source, images: list[Image.Image]) -> list[Tensor]:
-    """One image, then many at a time."""
-    pixels = torch.stack([source.pixels(image) for image in images])
-    return [batch for batch in (pixels[:1], *pixels[1:].split(_BATCH_SIZE)) if len(batch)]
+    """One image, then many at a time; of whole images each one alone."""
+    pixels = [source.pixels(image) for image in images]
+    if source.is_dense:
+        return [whole[None] for whole in pixels]
+    batches = torch.stack(pixels)
+    return [batch for batch in (batches[:1], *batches[1:].split(_BATCH_SIZE)) if len(batch)]
 
 
 def _larger(source: Source, images: list[Image.Image]) -> Tensor:
-    """Images that are larger than those of training and not square."""
+    """Images that are larger than those of training and not square; or whole ones on a canvas that holds both."""
     size, divisor = source.card.image.size, source.size_divisor
     assert divisor
+    if source.is_dense:
+        return _on_one_canvas([source.pixels(image) for image in images])
     return torch.stack([source.pixels(image, size + 2 * divisor)[..., : size + divisor] for image in images])
 
 
-def _compare(source: Source, opened: Opened, batch: Tensor) -> tuple[float, int]:
-    """The largest difference of logits, and how many images get the same best class."""
+def _on_one_canvas(pixels: list[Tensor]) -> Tensor:
+    height, width = (max(each.shape[axis] for each in pixels) for axis in (1, 2))
+    return torch.stack([pad(each, (0, width - each.shape[2], 0, height - each.shape[1])) for each in pixels])
+
+
+def _compare(source: Source, opened: Opened, batch: Tensor) -> tuple[float, int, int]:
+    """The largest difference of logits, for how many predictions the best class is the same, and their number."""
     ours, theirs = source.network(batch), opened.logits(batch)
     difference = (ours - theirs).abs().max().nan_to_num(torch.inf)
-    return difference.item(), int((ours.argmax(1) == theirs.argmax(1)).sum())
+    equal = ours.argmax(1) == theirs.argmax(1)
+    return difference.item(), int(equal.sum()), equal.numel()
 
 
 def _largest_levels(

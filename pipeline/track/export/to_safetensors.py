@@ -3,9 +3,7 @@
 import shutil
 from pathlib import Path
 
-import safetensors.torch
-import timm
-
+from pipeline.track import network
 from pipeline.track.card import CARD, WEIGHTS
 from pipeline.track.export.check import Opened
 from pipeline.track.export.source import Source
@@ -18,9 +16,7 @@ def write(source: Source, folder: Path) -> dict[str, str]:
 
 
 def load(source: Source, folder: Path) -> Opened:
-    network = timm.create_model(source.card.model.name, **source.arguments).eval()
-    network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
-    return Opened(network)
+    return Opened(network.load(source.card, folder / WEIGHTS))
 
 
 def call(source: Source, folder: Path) -> str:

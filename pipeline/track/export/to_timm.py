@@ -1,5 +1,6 @@
 """A folder as timm reads it: config.json with the labels and the preprocessing, and the weights."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,13 +18,19 @@ from pipeline.track.export.source import Source
 
 
 def write(source: Source, folder: Path) -> dict[str, str]:
+    source.require_classifier("timm")
     shutil.copyfile(source.weights, folder / WEIGHTS)
     files.write(folder / "config.json", json.dumps(_config(source), indent=2).encode() + b"\n")
     return source.varying
 
 
 def load(source: Source, folder: Path) -> Opened:
-    by_file = timm.create_model(source.card.model.name, checkpoint_path=folder / WEIGHTS, **source.arguments).eval()
+    by_file = timm.create_model(
+        source.card.model.name,
+        checkpoint_path=folder / WEIGHTS,
+        num_classes=len(source.card.classes),
+        **_arguments(source),
+    ).eval()
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert all(map(torch.equal, by_file.state_dict().values(), by_folder.state_dict().values()))
     transform: Any = create_transform(**resolve_model_data_config(by_folder))
@@ -42,10 +49,10 @@ def _config(source: Source) -> dict[str, Any]:
         "num_classes": len(source.card.classes),
         "num_features": source.network.num_features,
         "label_names": source.card.classes,
-        "model_args": {"img_size": image.size},
+        "model_args": _arguments(source),
         "pretrained_cfg": {
             "input_size": size,
-            "fixed_input_size": source.size_divisor is None,
+            "fixed_input_size": bool(own.get("fixed_input_size")),
             "interpolation": image.interpolation,
             "crop_pct": image.crop_pct,
             "crop_mode": "center",
@@ -56,3 +63,9 @@ def _config(source: Source) -> dict[str, Any]:
             "classifier": own["classifier"],
         },
     }
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    """Networks of convolutions alone are built for no size."""
+    takes_size = "img_size" in inspect.signature(type(source.network)).parameters
+    return {"img_size": source.card.image.size} if takes_size else {}

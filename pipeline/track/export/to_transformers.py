@@ -34,6 +34,7 @@ _RESAMPLE = {
 
 
 def write(source: Source, folder: Path) -> dict[str, str]:
+    source.require_classifier("transformers")
     network = source.build()
     if not isinstance(network, PyramidVisionTransformer):
         raise InputError(

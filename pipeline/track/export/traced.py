@@ -12,7 +12,6 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from pipeline.track.export.source import Source
-from pvt import PyramidVisionTransformer
 from pvt.model import Grid, Stage, _resize_pos_embed
 
 
@@ -49,10 +48,9 @@ def trace(source: Source) -> ExportedProgram:
 
 def _resize_always(network: nn.Module) -> None:
     """Resize position embeddings also where that changes nothing: a graph cannot choose."""
-    assert isinstance(network, PyramidVisionTransformer)
-    for stage in network.stages:
-        assert isinstance(stage, Stage)
-        stage._pos_embed_on = functools.partial(_resized, stage)
+    for stage in network.modules():
+        if isinstance(stage, Stage):
+            stage._pos_embed_on = functools.partial(_resized, stage)
 
 
 def _resized(stage: Stage, grid: Grid) -> Tensor:

@@ -1,12 +1,17 @@
-"""What a network takes for what: the confusion matrix, its worst and best classes, and pictures of its inside."""
+"""What a network takes for what: the confusion matrix, its worst and best classes, and pictures of its inside.
+
+A classifier takes samples for something, a segmentation network pixels: `Examination.counted` says which are counted.
+"""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.palette import colourise, palette
 from pipeline.track.report.markup import Html, absent, join, number, picture, table, tag
 
 MOST_COUNTED = 20
@@ -15,8 +20,8 @@ MOST_CELLS = 250
 """Rows of that picture; of more classes, neighbours are added up."""
 MOST_LISTED = 20
 
-_INPUT_PX = 160
-"""Side of an input's picture; larger ones are scaled down to it."""
+_INPUT_PX, _SCENE_PX = 160, 320
+"""Sides of an input's picture; larger ones are scaled down to it."""
 
 # Viridis, which reads alike to the colour-blind and in grey, at five places.
 _VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
@@ -44,6 +49,22 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scene:
+    """One validation image whose pixels the network tells apart."""
+
+    key: str
+    right: float
+    """Share of its labelled pixels; nan where there is none."""
+    image: npt.NDArray[np.uint8] | None
+    """[H, W, 3], as the network sees it; None where sample pictures were not asked for, as the next two."""
+    truth: npt.NDArray[np.uint8] | None
+    """[h, w] of classes from 0; beyond the last, pixels without a label."""
+    prediction: npt.NDArray[np.uint8] | None
+    maps: list[Map]
+    """[H, W] of each stage."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Examination:
     """What a network does with validation data."""
 
@@ -52,26 +73,25 @@ class Examination:
     step: int
     data: str
     total: int
-    """Samples of the data set; the matrix holds those that were looked at."""
+    """Samples of the data set."""
+    looked_at: int
     is_whole: bool
     """Whether all of them were looked at, but for damaged ones."""
     classes: list[str]
+    counted: Literal["samples", "pixels"]
+    """In the matrix."""
     confusion: Counts
     """[K, K]: rows are the true classes, columns what they were taken for."""
     scores: dict[str, float]
-    pictures: list[Picture]
+    pictures: list[Picture] | list[Scene]
     attribution: str | None
     """What has to be said of the pictures."""
-
-    @property
-    def samples(self) -> int:
-        return int(self.confusion.sum())
 
 
 def confusion(found: Examination) -> Html:
     count = len(found.classes)
     if count <= MOST_COUNTED:
-        return _counts(found.confusion, found.classes)
+        return _counts(found.confusion, found.classes, found.counted)
     cells = -(-count // -(-count // MOST_CELLS))
     every = -(-count // cells)
     about = f"Each cell adds up {every} × {every} neighbouring classes." if every > 1 else ""
@@ -87,21 +107,41 @@ def confusion(found: Examination) -> Html:
 
 
 def class_tables(found: Examination) -> Html:
-    matrix = found.confusion
-    seen = np.flatnonzero(matrix.sum(axis=1))
-    share = np.array([matrix[row, row] / matrix[row].sum() for row in seen])
-    order = seen[np.lexsort((seen, share))].tolist()
+    """The classes that were seen, by the share that was right; of pixels by intersection over union."""
+    rank = overlaps(found.confusion) if found.counted == "pixels" else _rights(found.confusion)
+    seen = np.flatnonzero(np.isfinite(rank))
+    order = seen[np.lexsort((seen, rank[seen]))].tolist()
+    draw = _overlap_table if found.counted == "pixels" else _class_table
     if not order:
         return absent("No sample was looked at.")
     if len(order) <= MOST_LISTED:
-        return join(tag("h3", "Classes, worst first"), _class_table(found, order))
+        return join(tag("h3", "Classes, worst first"), draw(found, order))
     worst, best = order[:MOST_LISTED], order[::-1][:MOST_LISTED]
-    return tag(
-        "div",
-        tag("div", tag("h3", f"Worst {MOST_LISTED} classes"), _class_table(found, worst)),
-        tag("div", tag("h3", f"Best {MOST_LISTED} classes"), _class_table(found, best)),
-        class_="two",
+    every = draw(found, seen.tolist()) if found.counted == "pixels" else None
+    return join(
+        tag(
+            "div",
+            tag("div", tag("h3", f"Worst {MOST_LISTED} classes"), draw(found, worst)),
+            tag("div", tag("h3", f"Best {MOST_LISTED} classes"), draw(found, best)),
+            class_="two",
+        ),
+        tag("details", tag("summary", f"All {len(seen)} classes"), every) if every else None,
     )
+
+
+def overlaps(confusion: Counts) -> npt.NDArray[np.float64]:
+    """Intersection over union of each class, [K]; nan for one that is neither there nor predicted."""
+    both = confusion.diagonal()
+    return _ratio(both, confusion.sum(axis=0) + confusion.sum(axis=1) - both)
+
+
+def _rights(confusion: Counts) -> npt.NDArray[np.float64]:
+    """Which share of each class was taken for it, [K]; nan for one that is not there."""
+    return _ratio(confusion.diagonal(), confusion.sum(axis=1))
+
+
+def _ratio(part: Counts, whole: Counts) -> npt.NDArray[np.float64]:
+    return np.where(whole > 0, part / np.maximum(1, whole), np.nan)
 
 
 def confused_pairs(found: Examination) -> Html:
@@ -118,18 +158,60 @@ def confused_pairs(found: Examination) -> Html:
         truth, guess = divmod(place, len(found.classes))
         count, of = int(flat[place]), int(found.confusion[truth].sum())
         rows.append((found.classes[truth], found.classes[guess], number(count), number(count / of, percent=True)))
-    return table(("class", "taken for", "samples", "of the class"), rows, class_="pairs")
+    return table(("class", "taken for", found.counted, "of the class"), rows, class_="pairs")
 
 
-def inside(pictures: Sequence[Picture], classes: Sequence[str]) -> Html:
-    """A row for each image: its stages' maps, where the class token looks, and the image itself where allowed."""
-    if not pictures:
+def inside(found: Examination) -> Html:
+    """A row for each image: its stages' maps, where the class token looks, and the image itself where allowed, with
+    its map of classes where there is one."""
+    if not found.pictures:
         return absent("The network does not show its stages' maps.")
     rows = []
-    for each in pictures:
-        tiles = _tiles(each)
-        rows.append(tag("div", _about(each, classes), *tiles, class_="inside", style=f"--tiles:{len(tiles)}"))
-    return tag("div", rows, class_="insides")
+    for each in found.pictures:
+        if isinstance(each, Scene):
+            rows.append(_scene(each, len(found.classes)))
+        else:
+            rows.append(_row(_about(each, found.classes), _tiles(each)))
+    return join(tag("div", rows, class_="insides"), _legend(found))
+
+
+def _row(about: Html | None, tiles: Sequence[Html]) -> Html:
+    return tag("div", about, *tiles, class_="inside", style=f"--tiles:{len(tiles)}")
+
+
+def _scene(each: Scene, num_classes: int) -> Html:
+    about = tag("p", tag("strong", number(each.right, percent=True)), " of its pixels right", class_="picture-about")
+    key = tag("p", tag("small", each.key), class_="picture-about")
+    shown = []
+    if each.image is not None:
+        shown.append(("input", _smaller(Image.fromarray(each.image), Image.Resampling.BICUBIC), each.image.shape))
+    for name, labels in (("truth", each.truth), ("prediction", each.prediction)):
+        if labels is not None:
+            shown.append((name, _smaller(colourise(labels, num_classes), Image.Resampling.NEAREST), labels.shape))
+    stages = [_stage(number, values) for number, values in enumerate(each.maps)]
+    large, small = (
+        [_tile(name, image, shape, each.key, "map whole") for name, image, shape in tiles] for tiles in (shown, stages)
+    )
+    return tag("div", about, key, _row(None, large) if large else None, _row(None, small), class_="scene")
+
+
+def _legend(found: Examination) -> Html | None:
+    """The colours of the classes on the maps that are shown, the largest first."""
+    counts = np.zeros(len(found.classes), np.int64)
+    for each in found.pictures:
+        if isinstance(each, Scene):
+            for labels in (each.truth, each.prediction):
+                if labels is not None:
+                    counts += np.bincount(labels.ravel(), minlength=256)[: len(counts)]
+    shown = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    if not shown:
+        return None
+    colours = palette(len(counts))
+    items = [
+        tag("li", tag("i", class_="key", style="--c:#" + bytes(colours[label]).hex()), found.classes[label])
+        for label in shown
+    ]
+    return tag("ul", items, tag("li", tag("i", class_="key", style="--c:#000"), "no label"), class_="legend")
 
 
 def _about(each: Picture, classes: Sequence[str]) -> Html:
@@ -147,21 +229,28 @@ def _about(each: Picture, classes: Sequence[str]) -> Html:
 
 
 def _tiles(each: Picture) -> list[Html]:
-    named = [(f"stage {number + 1}", _heat(values), values.shape) for number, values in enumerate(each.maps)]
+    tiles = [_tile(*_stage(number, values), each.key) for number, values in enumerate(each.maps)]
     if each.attention is not None:
-        named.append(("attention", _heat(each.attention), each.attention.shape))
+        tiles.append(_tile("attention", _heat(each.attention), each.attention.shape, each.key))
     if each.image is not None:
         image = Image.fromarray(each.image)
         image.thumbnail((_INPUT_PX, _INPUT_PX))
-        named.insert(0, ("input", image, each.image.shape))
-    return [
-        tag(
-            "figure",
-            picture(image, f"{name} of {each.key}", "map"),
-            tag("figcaption", name, tag("br"), tag("small", f"{shape[0]} × {shape[1]}")),
-        )
-        for name, image, shape in named
-    ]
+        tiles.insert(0, _tile("input", image, each.image.shape, each.key))
+    return tiles
+
+
+def _stage(number: int, values: Map) -> tuple[str, Image.Image, tuple[int, ...]]:
+    return f"stage {number + 1}", _heat(values), values.shape
+
+
+def _tile(name: str, image: Image.Image, shape: tuple[int, ...], key: str, class_: str = "map") -> Html:
+    size = tag("small", f"{shape[0]} × {shape[1]}")
+    return tag("figure", picture(image, f"{name} of {key}", class_), tag("figcaption", name, tag("br"), size))
+
+
+def _smaller(image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+    image.thumbnail((_SCENE_PX, _SCENE_PX), resampling)
+    return image
 
 
 def _class_table(found: Examination, classes: Sequence[int]) -> Html:
@@ -169,18 +258,35 @@ def _class_table(found: Examination, classes: Sequence[int]) -> Html:
     for label in classes:
         row = found.confusion[label]
         samples, right = int(row.sum()), int(row[label])
-        others = row.copy()
-        others[label] = 0
-        guess = int(others.argmax())
-        mostly = f"{found.classes[guess]} ({int(others[guess])})" if others[guess] else "–"
+        guess, count = _mostly(row, label)
+        mostly = f"{found.classes[guess]} ({count})" if count else "–"
         rows.append(
             (found.classes[label], number(samples), number(right), number(right / samples, percent=True), mostly)
         )
     return table(("class", "samples", "right", "share", "most often taken for"), rows, class_="classes")
 
 
-def _counts(matrix: Counts, classes: Sequence[str]) -> Html:
-    """A table whose cells are tinted by their share of the row."""
+def _overlap_table(found: Examination, classes: Sequence[int]) -> Html:
+    iou, right = overlaps(found.confusion), _rights(found.confusion)
+    rows = []
+    for label in classes:
+        pixels = int(found.confusion[label].sum())
+        guess, count = _mostly(found.confusion[label], label)
+        mostly = f"{found.classes[guess]} ({count / pixels:.1%})" if count else "–"
+        shares = (number(float(share[label]), percent=True) for share in (iou, right))
+        rows.append((found.classes[label], number(pixels), *shares, mostly))
+    return table(("class", "pixels", "IoU", "of its pixels right", "most often taken for"), rows, class_="classes")
+
+
+def _mostly(row: Counts, label: int) -> tuple[int, int]:
+    """Which other class it is taken for most often, and how often."""
+    others = row.copy()
+    others[label] = 0
+    return int(others.argmax()), int(others.max())
+
+
+def _counts(matrix: Counts, classes: Sequence[str], counted: str) -> Html:
+    """A table whose cells are tinted by their share of the row; pixels, of which there are millions, are per cents."""
     short_names = all(len(name) <= 3 for name in classes)
     heads = [
         tag("th", name if short_names else str(number), title=name, scope="col") for number, name in enumerate(classes)
@@ -191,7 +297,7 @@ def _counts(matrix: Counts, classes: Sequence[str]) -> Html:
         cells = [
             tag(
                 "td",
-                int(count) if count else tag("span", "0", class_="nought"),
+                _cell(int(count), total, counted) if count else tag("span", "0", class_="nought"),
                 style=f"--share:{(int(count) / total) ** 0.5:.3f}" if count else None,
                 class_=("full" if count > 0.4 * total else "part") if count else None,
                 title=f"{name} taken for {classes[guess]}: {int(count)} of {total}",
@@ -201,6 +307,13 @@ def _counts(matrix: Counts, classes: Sequence[str]) -> Html:
         rows.append(tag("tr", tag("th", name if short_names else f"{label} {name}", scope="row"), *cells))
     head = tag("thead", tag("tr", tag("th", "true ↓ taken for →", class_="corner"), *heads))
     return tag("table", head, tag("tbody", rows), class_="matrix")
+
+
+def _cell(count: int, total: int, counted: str) -> str:
+    if counted == "samples":
+        return str(count)
+    share = 100 * count / total
+    return f"{share:.0f}" if share >= 0.5 else "<1"
 
 
 def _matrix(matrix: Counts, every: int) -> Image.Image:

@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.track.report.charts import Line, chart
 from pipeline.track.report.markup import Child, Html, absent, duration, join, number, section, table, tag
-from pipeline.track.report.page import STATUS, document, ettr_of, is_share, known_count
+from pipeline.track.report.metrics import is_share, name_of
+from pipeline.track.report.page import STATUS, document, ettr_of, known_count
 from pipeline.track.report.reading import RunFiles, as_number
 
 _CURVES = {
@@ -45,9 +46,9 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
         found = [run.validation.get(name) for run in runs]
         bests = [curve.best(lowest=lowest) if curve else None for curve in found]
         best = [each[0] if each else None for each in bests]
-        rows.append(_row(f"best {name}", best, lowest=lowest, percent=is_share(name)))
+        rows.append(_row(f"best {name_of(name)}", best, lowest=lowest, percent=is_share(name)))
         last = [curve.last if curve else None for curve in found]
-        rows.append(_row(f"last {name}", last, lowest=lowest, percent=is_share(name)))
+        rows.append(_row(f"last {name_of(name)}", last, lowest=lowest, percent=is_share(name)))
     losses = [run.training["loss"].last if "loss" in run.training else None for run in runs]
     rows.append(_row("last training loss", losses))
     rates = [as_number(run.result.get("images_per_second")) for run in runs]
@@ -85,7 +86,7 @@ def _wall_time(run: RunFiles) -> str:
 def _curves(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
     scores = [name for run in runs for name in run.validation if name not in ("val_loss", "bad_samples")]
     charts = []
-    for name, title in {**_CURVES, **{name: name for name in scores}}.items():
+    for name, title in {**_CURVES, **{name: name_of(name) for name in scores}}.items():
         lines, styles = [], []
         for style, (run, label) in enumerate(zip(runs, labels, strict=True)):
             curve = run.training.get(name) or run.validation.get(name)

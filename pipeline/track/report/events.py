@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.track.report.charts import HEIGHT, WIDTH, Axis, Mark, nice, time_unit, x_labels
 from pipeline.track.report.markup import Html, absent, duration, join, moment, short, table, tag
+from pipeline.track.report.metrics import name_of
 from pipeline.track.report.reading import RunFiles, as_number
 
 MOST_MARKS = 400
@@ -84,7 +85,7 @@ def _results(run: RunFiles) -> list[Event]:
     if curve := run.validation.get(run.main_metric):
         for step, time, value in zip(curve.steps, curve.times, curve.values, strict=True):
             at = float(time) if np.isfinite(time) else None
-            found.append(Event("evaluation", int(step), at, f"{run.main_metric} {short(float(value))}"))
+            found.append(Event("evaluation", int(step), at, f"{name_of(run.main_metric)} {short(float(value))}"))
     for step, folder in run.checkpoints.items():
         try:
             time = (folder / "COMMIT.json").stat().st_mtime

@@ -29,6 +29,7 @@ from pipeline.track.report.markup import (
     table,
     tag,
 )
+from pipeline.track.report.metrics import CHARTS, is_share, name_of
 from pipeline.track.report.reading import Document, RunFiles, as_number, mapping
 from pipeline.track.report.style import CSS
 
@@ -129,7 +130,9 @@ def _pill(run: RunFiles) -> Html:
 
 def _sentence(run: RunFiles) -> str:
     began, sign = run.began, run.last_sign
-    parts = [f"{run.get('model', 'name') or 'Model not known'}, from {moment(began)}"]
+    task = run.get("task", "name")
+    named = [run.get("model", "name") or "Model not known", None if task == "classification" else task]
+    parts = [*(str(each) for each in named if each), f"from {moment(began)}"]
     if began is not None and sign is not None:
         parts.append(
             f"{duration(sign - began)} until {'its end' if run.record.get('ended_ms') else 'its last sign of life'}"
@@ -158,10 +161,10 @@ def _tiles(run: RunFiles) -> list[Html]:
         percent = is_share(metric)
         best = curve.best(lowest=metric.endswith("loss"))
         if best:
-            tiles.append(tile(f"best {metric}", number(best[0], percent=percent), f"at step {best[1]:,.0f}"))
+            tiles.append(tile(f"best {name_of(metric)}", number(best[0], percent=percent), f"at step {best[1]:,.0f}"))
         last = curve.finite
         at = f"at step {last.steps[-1]:,.0f}" if len(last.steps) else None
-        tiles.append(tile(f"last {metric}", number(curve.last, percent=percent), at))
+        tiles.append(tile(f"last {name_of(metric)}", number(curve.last, percent=percent), at))
     for name, title in (("loss", "training loss"), ("grad_norm", "gradient norm")):
         if curve := run.training.get(name):
             tiles.append(tile(title, number(curve.last), "last reading"))
@@ -217,7 +220,7 @@ def _versions(run: RunFiles) -> list[Html]:
         rows.append(
             [version.uri or "waits to be registered", number(version.step), *scores, tag("code", version.sha256[:12])]
         )
-    return [table(["version", "step", *names, "SHA-256"], rows), *_commands(run)]
+    return [table(["version", "step", *map(name_of, names), "SHA-256"], rows), *_commands(run)]
 
 
 def _commands(run: RunFiles) -> list[Html]:
@@ -282,16 +285,16 @@ def _chart(title: str, run: RunFiles, names: list[tuple[str, str]], **options: A
 
 
 def _metric_charts(run: RunFiles, marks: list[Mark]) -> list[Html]:
-    """top1 and top5 in one chart, any other metric in one of its own."""
+    """Metrics that belong together in one chart, any other in one of its own."""
     names = [name for name in run.validation if name not in ("val_loss", "bad_samples")]
-    accuracy = [name for name in ("top1", "top5") if name in names]
-    others = [name for name in names if name not in accuracy]
-    together = (
-        [_chart("Accuracy", run, [(name, name) for name in accuracy], percent=True, marks=marks)] if accuracy else []
-    )
-    if not names and run.training:
-        together = [chart("Accuracy", [])]
-    return [*together, *(_chart(name, run, [(name, name)], marks=marks) for name in others)]
+    charts = []
+    for title, together in CHARTS.items():
+        shown = [(name, name_of(name)) for name in together if name in names]
+        if shown:
+            charts.append(_chart(title, run, shown, percent=True, marks=marks))
+        elif not names and run.training and run.main_metric in together:
+            charts.append(chart(title, []))
+    return [*charts, *(_chart(name, run, [(name, name)], marks=marks) for name in names if not is_share(name))]
 
 
 def _clip(run: RunFiles) -> str | None:
@@ -372,26 +375,26 @@ def _data_named(run: RunFiles, digest: Any) -> str:
 def _examination(examined: Examination | str) -> list[Html]:
     if isinstance(examined, str):
         return [section("Classes", absent(examined)), section("Inside the network", absent(examined))]
-    left_out = examined.total - examined.samples
+    left_out = examined.total - examined.looked_at
     if not examined.is_whole:
-        part = f"{examined.samples:,} of {examined.total:,} samples, spread over the set"
+        part = f"{examined.looked_at:,} of {examined.total:,} samples, spread over the set"
     else:
         part = f"all {examined.total:,} samples" + (f" but {left_out:,} damaged" if left_out else "")
-    scores = [(name, number(value, percent=is_share(name))) for name, value in examined.scores.items()]
-    told = facts([("weights", examined.source), ("samples", number(examined.samples)), *scores])
+    dense = examined.counted == "pixels"
+    pixels = number(int(examined.confusion.sum())) if dense else None
+    scores = [(name_of(name), number(value, percent=is_share(name))) for name, value in examined.scores.items()]
+    told = facts(
+        [("weights", examined.source), ("samples", number(examined.looked_at)), ("labelled pixels", pixels), *scores]
+    )
     about = f"Computed for this page: {examined.source} on {part} of {examined.data}."
-    hidden = "" if any(each.image is not None for each in examined.pictures) else " The input is shown with --samples."
-    inside = [
-        classes.inside(examined.pictures, examined.classes),
-        tag("p", "The pictures' source: ", examined.attribution, class_="note") if examined.attribution else None,
-    ]
+    cells = "Per cent of the true class's pixels." if dense else None
     return [
         section(
             "Classes",
             told,
             tag(
                 "div",
-                tag("div", tag("h3", "Confusion matrix"), classes.confusion(examined)),
+                tag("div", tag("h3", "Confusion matrix"), classes.confusion(examined), _note(cells)),
                 tag("div", tag("h3", "Most confused"), classes.confused_pairs(examined)),
                 class_="two",
             ),
@@ -400,11 +403,25 @@ def _examination(examined: Examination | str) -> list[Html]:
         ),
         section(
             "Inside the network",
-            *inside,
-            about="The length of each place's feature vector after each stage, and where the class token of the last "
-            f"block looks, mean of its heads. Yellow is most, each picture by itself.{hidden}",
+            classes.inside(examined),
+            _note("The pictures' source: ", examined.attribution) if examined.attribution else None,
+            about=_inside_about(examined),
         ),
     ]
+
+
+def _inside_about(examined: Examination) -> str:
+    hidden = not any(each.image is not None for each in examined.pictures)
+    told = "The length of each place's feature vector after each stage"
+    if examined.counted == "pixels":
+        more = " Image, truth and prediction are shown with --samples."
+        return f"{told}. Yellow is most, each picture by itself.{more if hidden else ''}"
+    told += ", and where the class token of the last block looks, mean of its heads"
+    return f"{told}. Yellow is most, each picture by itself.{' The input is shown with --samples.' if hidden else ''}"
+
+
+def _note(*children: Child) -> Html | None:
+    return tag("p", *children, class_="note") if any(children) else None
 
 
 def _sheet(run: RunFiles) -> list[Html]:
@@ -516,9 +533,9 @@ def _children(run: RunFiles) -> Html:
     rows = []
     for child in run.children:
         score = as_number(child.result.get(run.main_metric))
-        told = (
-            join(f"{run.main_metric} ", number(score, percent=is_share(run.main_metric))) if np.isfinite(score) else "–"
-        )
+        told = "–"
+        if np.isfinite(score):
+            told = join(f"{name_of(run.main_metric)} ", number(score, percent=is_share(run.main_metric)))
         version = child.result.get("model")
         rows.append(
             (
@@ -559,10 +576,6 @@ def ettr_of(run: RunFiles) -> float | None:
 def known_count(value: Any) -> float | None:
     found = as_number(value)
     return found if np.isfinite(found) else None
-
-
-def is_share(metric: str) -> bool:
-    return metric in ("top1", "top5")
 
 
 def _plain(name: str) -> str:

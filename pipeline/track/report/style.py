@@ -133,11 +133,13 @@ svg .band.s7 { fill: var(--s7); }
   display: block; }
 .insides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 600px), 1fr));
   gap: 1.6rem 2.5rem; }
-.inside { display: grid; grid-template-columns: repeat(var(--tiles), minmax(0, 112px)); gap: 0.5rem;
+.inside { display: grid; grid-template-columns: repeat(var(--tiles), minmax(0, var(--tile, 112px))); gap: 0.5rem;
   align-content: start; }
 .picture-about { grid-column: 1 / -1; margin: 0; }
 .inside figcaption { font-size: 0.78rem; text-align: center; line-height: 1.3; }
 .map { width: 100%; aspect-ratio: 1; image-rendering: pixelated; border-radius: 4px; display: block; }
+.map.whole { aspect-ratio: auto; }
+.scene .inside + .inside { margin-top: 0.6rem; } .scene .inside:has(+ .inside) { --tile: 190px; }
 .sheet { max-width: 100%; border-radius: 6px; }
 footer { margin-top: 3rem; color: var(--faint); font-size: 0.84rem; border-top: 1px solid var(--rule);
   padding-top: 0.8rem; }

@@ -1,0 +1,269 @@
+"""What a run's network does with its validation data, for the run's report.
+
+checkpoints/ or versions/ ──newest whole weights──▶ network ─┬─▶ some samples: what its stages see, maps of classes
+data.val ──the run's own evaluation───────────▶ batches ─────┴─▶ scores, and what is taken for what
+"""
+
+import contextlib
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pipeline import config
+from pipeline.config import Config
+from pipeline.errors import ExternalError, InputError
+from pipeline.feed.loader import EvalFeed, MicroBatch
+from pipeline.feed.recipe import IGNORED
+from pipeline.shards import ade20k
+from pipeline.shards.attribution import ATTRIBUTION, attribution
+from pipeline.shards.index import ShardSet
+from pipeline.tasks import segment
+from pipeline.tasks.build import AnyTask, build_task
+from pipeline.tasks.segment import SegmentationMetric
+from pipeline.track.card import WEIGHTS, Card
+from pipeline.track.record import Record
+from pipeline.track.report import Examination, Picture, Scene
+from pipeline.track.report.classes import Counts, Map
+from pipeline.train.commit import EMA, MODEL, Commit, commit_fault, step_of
+from pipeline.world import World
+from pvt import PyramidVisionTransformer
+from pvt.semantic_fpn import SemanticFpn
+
+MOST_SAMPLES = 20_000
+BUDGET_S = 30.0
+"""What running the network may take, about, going by how long it takes for some images."""
+NUM_PICTURES = 6
+
+
+def examine(folder: Path, *, samples: bool) -> Examination:
+    """`samples`: with images of the data set. Raises InputError, ExternalError or OSError where it cannot be told."""
+    settings = config.load(folder / "config.yaml")
+    path = settings.data.val
+    if path is None:
+        raise InputError("the run has no validation data: data.val is not set")
+    source, step, weights = _newest_weights(folder)
+    root = ade20k.root_of(path)
+    shards = ShardSet(root)
+    try:
+        _require_same_data(folder, shards, path)
+        found = _Run(settings, shards, weights)
+        with torch.inference_mode():
+            pictures, seconds_each = found.look_inside(samples)
+            most = min(MOST_SAMPLES, max(32, int(BUDGET_S / seconds_each)))
+            looked_at, confusion, scores = found.score(most)
+        return Examination(
+            source=source,
+            step=step,
+            data=path,
+            total=len(shards),
+            looked_at=looked_at,
+            is_whole=most >= len(shards),
+            classes=shards.classes,
+            counted="pixels" if found.is_dense else "samples",
+            confusion=confusion,
+            scores=scores,
+            pictures=pictures,
+            attribution=_attribution(root) if samples else None,
+        )
+    finally:
+        shards.close()
+
+
+class _Run:
+    """A run's network and the data that it is examined with."""
+
+    def __init__(self, settings: Config, shards: ShardSet, weights: Path) -> None:
+        self._settings, self._shards = settings, shards
+        self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        self._task: AnyTask = build_task(settings.task, settings.model, settings.image, shards.classes)
+        self._task.model.load_state_dict(safetensors.torch.load_file(weights))
+        self._network: nn.Module = self._task.model.to(self._device).eval()
+        self.is_dense = isinstance(self._network, SemanticFpn)
+
+    def look_inside(self, samples: bool) -> tuple[list[Picture] | list[Scene], float]:
+        """Some samples from all over the data set, and about how many seconds one takes."""
+        picture = self._scene if self.is_dense else self._picture
+        stride = max(1, len(self._shards) // NUM_PICTURES)
+        pictures: list[Any] = []
+        seconds = [BUDGET_S]
+        for batch in self._batches(stride, 1):
+            if batch.weights[0] and len(pictures) < NUM_PICTURES:
+                began = time.perf_counter()
+                outputs = self._network(batch.images).float()
+                self._task.metric().update(outputs, batch.targets, batch.weights)
+                seconds.append(time.perf_counter() - began)
+                pictures.append(picture(batch, outputs[0], samples))
+        each_s = (
+            min(seconds) if self.is_dense else _seconds_each(self._network, self._settings.image.size, self._device)
+        )
+        return pictures, each_s
+
+    def score(self, most: int) -> tuple[int, Counts, dict[str, float]]:
+        """Number of samples, [K, K] of true class and what it was taken for, and the scores, of at most `most` samples:
+        all of them as the run evaluates them, or small batches from all over the data set."""
+        every = -(-len(self._shards) // most)
+        size = self._settings.evaluate.batch_size
+        metric, count, looked_at = self._task.metric(), len(self._shards.classes), 0
+        cells = np.zeros(count * count, np.int64)
+        for batch in self._batches(every, size if every == 1 else min(32, size, most)):
+            outputs = self._network(batch.images).float()
+            metric.update(outputs, batch.targets, batch.weights)
+            kept = batch.weights > 0
+            looked_at += int(kept.sum())
+            if not self.is_dense:
+                pairs = batch.targets[kept] * count + outputs.argmax(dim=1)[kept]
+                cells += np.bincount(pairs.cpu().numpy(), minlength=count * count)
+        if isinstance(metric, SegmentationMetric) and metric.confusion is not None:
+            cells = metric.confusion.cpu().numpy()
+        return looked_at, cells.reshape(count, count), metric.result(World())
+
+    def _batches(self, every: int, size: int) -> EvalFeed:
+        """Each `every`-th batch, as the first of so many ranks would take them."""
+        world, settings = World(size=every, device=self._device), self._settings
+        return EvalFeed(self._shards, world, settings.image, task=settings.task, batch_size=size)
+
+    def _picture(self, batch: MicroBatch, logits: Tensor, samples: bool) -> Picture:
+        probabilities = logits.softmax(dim=0).cpu()
+        return Picture(
+            key=self._key(batch),
+            label=int(batch.targets[0]),
+            prediction=int(probabilities.argmax()),
+            probability=float(probabilities.max()),
+            image=self._image(batch) if samples else None,
+            maps=_stage_maps(self._network, batch.images),
+            attention=_class_attention(self._network, batch.images),
+        )
+
+    def _scene(self, batch: MicroBatch, logits: Tensor, samples: bool) -> Scene:
+        target = batch.targets[0]
+        truth, prediction = target.labels.cpu().numpy(), segment.predict(logits, target).byte().cpu().numpy()
+        height, width = target.extent
+        labelled = truth != IGNORED
+        maps = _stage_maps(self._network, batch.images)
+        canvas = batch.images.shape[-2:]
+        return Scene(
+            key=self._key(batch),
+            right=float((truth == prediction)[labelled].mean()) if labelled.any() else float("nan"),
+            image=self._image(batch)[:height, :width] if samples else None,
+            truth=truth if samples else None,
+            prediction=prediction if samples else None,
+            maps=[_cut(stage, height / canvas[0], width / canvas[1]) for stage in maps],
+        )
+
+    def _key(self, batch: MicroBatch) -> str:
+        return self._shards.key(int(batch.samples.shard[0]), int(batch.samples.row[0]))
+
+    def _image(self, batch: MicroBatch) -> Any:
+        """[H, W, 3] uint8, of the network's input."""
+        mean, std = (
+            torch.tensor(each)[:, None, None] for each in (self._settings.image.mean, self._settings.image.std)
+        )
+        image = 255 * (batch.images[0].float().cpu() * std + mean)
+        return image.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+_CPU = torch.device("cpu")
+
+
+def _newest_weights(folder: Path) -> tuple[str, int, Path]:
+    """What it is, its step and its file: that of the newest checkpoint, or of a version that waits to be registered,
+    whose bytes are those that were written. The moving average, where one is kept."""
+    for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+        with contextlib.suppress(OSError, InputError):  # removed this instant, or of a newer format
+            if commit_fault(checkpoint) is None:
+                files = Commit.read(checkpoint).files
+                name = EMA if EMA in files else MODEL
+                if _digest(checkpoint / name) == files[name].sha256:
+                    average = ", moving average" if name == EMA else ""
+                    return f"checkpoint {checkpoint.name}{average}", step_of(checkpoint), checkpoint / name
+                print(f"{checkpoint / name} is damaged and passed over", file=sys.stderr, flush=True)
+    return _waiting_weights(folder)
+
+
+def _waiting_weights(folder: Path) -> tuple[str, int, Path]:
+    for entry in sorted((folder / "versions").glob("step-*"), reverse=True):
+        with contextlib.suppress(OSError, ValidationError):
+            card = Card.read(entry)
+            if _digest(entry / WEIGHTS) == card.sha256[WEIGHTS]:
+                return f"version {entry.name}", int(card.lineage["step"]), entry / WEIGHTS
+    raise InputError(f"{folder}: no whole checkpoint is in checkpoints/, nor weights in versions/")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_same_data(folder: Path, shards: ShardSet, path: str) -> None:
+    with contextlib.suppress(InputError):  # without a record there is nothing to compare with
+        known = [each.digest for each in Record.read(folder).inputs if each.context == "validation"]
+        if known and shards.digest not in known:
+            raise _OtherDataError(
+                f"{path} is another data set now ({shards.digest[:12]}) than in the run ({known[0][:12]})"
+            )
+
+
+class _OtherDataError(ExternalError):
+    """The validation data has changed since."""
+
+
+def _seconds_each(network: nn.Module, size: int, device: torch.device) -> float:
+    """What the network takes for an image, in a batch if it is quick."""
+    each_s = BUDGET_S
+    for count in (1, 1, 32):  # the first time is slower
+        began = time.perf_counter()
+        network(torch.zeros(count, 3, size, size, device=device)).cpu()
+        each_s = (time.perf_counter() - began) / count
+        if each_s > 0.1:
+            break
+    return each_s
+
+
+def _stage_maps(network: nn.Module, images: Tensor) -> list[Map]:
+    """[H, W] of each of four stages, or of four layers as far apart as can be: the length of each place's features."""
+    backbone: Any = network.backbone if isinstance(network, SemanticFpn) else network
+    if not hasattr(backbone, "forward_intermediates"):
+        return []
+    maps: Any = backbone.forward_intermediates(images, intermediates_only=True)
+    chosen = [maps[round(place * (len(maps) - 1) / 3)] for place in range(4)] if len(maps) > 4 else maps
+    return [stage[0].float().norm(dim=0).cpu().numpy() for stage in chosen]
+
+
+def _cut(values: Map, height: float, width: float) -> Map:
+    """The part of a map that is not padding, given as fractions of its sides."""
+    return values[: max(1, round(height * values.shape[0])), : max(1, round(width * values.shape[1]))]
+
+
+def _class_attention(network: nn.Module, images: Tensor) -> Map | None:
+    """[H, W]: how the class token of PVT's last block weighs the places of the last stage, mean over heads. None
+    where there is but one place."""
+    if not isinstance(network, PyramidVisionTransformer):
+        return None
+    attention: Any = network.stages[-1].blocks[-1].attn  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    seen: list[tuple[Tensor, tuple[int, int]]] = []
+    hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    try:
+        network(images)
+    finally:
+        hook.remove()
+    ((tokens, grid),) = seen
+    if max(grid) == 1:  # a single place gets all
+        return None
+    q = attention.q(tokens[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [1, heads, 1, D]
+    k = attention.kv(tokens).unflatten(-1, (2, attention.num_heads, -1))[:, :, 0].transpose(1, 2)  # [1, heads, N, D]
+    weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)[0, :, 0, 1:]  # [heads, H*W]
+    return weights.float().mean(dim=0).unflatten(0, grid).cpu().numpy()
+
+
+def _attribution(root: str | Path) -> str:
+    return attribution(root) or (
+        f"{root}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before passing this page on."
+    )

@@ -1,0 +1,211 @@
+"""How a task's samples become what its network takes: the part of the feed that tasks choose.
+
+header of an image ──views──▶ which part of it is seen, how large, on which canvas
+annotation, view   ──target─▶ what the network is to say of that part; the view, where the annotation decides it
+targets of a batch ──────────▶ what the loss or the metric is given
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline import config, keys
+from pipeline.errors import InputError
+from pipeline.feed import augment, mix
+from pipeline.feed.augment import Views
+from pipeline.shards.images import BadImageError, decode_map
+from pipeline.shards.index import CorruptSampleError, ShardSet
+
+Array = npt.NDArray[Any]
+
+IGNORED = 255
+"""Of a label map: pixels that no class is known of."""
+
+
+class Recipe(Protocol):
+    """Of n samples with heights and widths `hw` [n, 2]. Annotations are the bytes at rest."""
+
+    annotated: bool
+    """Whether its data sets have annotations, or class labels alone."""
+
+    def training_views(self, size: int, key: keys.Key, hw: Array) -> Views: ...
+
+    def evaluation_views(self, hw: Array) -> Views: ...
+
+    def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
+        """One sample's, and its view, which the annotation may have changed. Raises CorruptSampleError."""
+        ...
+
+    def evaluation_target(self, annotation: bytes, view: Views) -> Any:
+        """One sample's. Raises CorruptSampleError."""
+        ...
+
+    def training_batch(self, targets: Any, device: torch.device) -> Any:
+        """For the loss, of `training_target`s, or of class labels [n] where there are no annotations."""
+        ...
+
+    def evaluation_batch(self, targets: Any, device: torch.device) -> Any:
+        """For the metric, of `evaluation_target`s or of class labels."""
+        ...
+
+    def blank_batch(self, n: int, size: int, device: torch.device) -> Any:
+        """For the loss, of samples that do not count."""
+        ...
+
+
+class Labels:
+    """Classification: random crops and soft labels in training, a central crop and class labels in evaluation."""
+
+    annotated = False
+
+    def __init__(
+        self,
+        image: config.Image,
+        num_classes: int,
+        settings: config.Augment | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self._image, self._num_classes = image, num_classes
+        self._augment, self._label_smoothing = settings or config.Augment(), label_smoothing
+
+    def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
+        return augment.training_views(self._augment, self._image, size, key, hw)
+
+    def evaluation_views(self, hw: Array) -> Views:
+        return augment.evaluation_views(self._image, self._image.size, hw)
+
+    def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
+        raise NotImplementedError("labelled images have no annotations")
+
+    def evaluation_target(self, annotation: bytes, view: Views) -> Any:
+        raise NotImplementedError("labelled images have no annotations")
+
+    def training_batch(self, targets: Array, device: torch.device) -> Tensor:
+        """[n, K] float32."""
+        labels = torch.from_numpy(targets).to(device)
+        return mix.soft_targets(labels, self._num_classes, self._label_smoothing)
+
+    def evaluation_batch(self, targets: Array, device: torch.device) -> Tensor:
+        """[n] int64."""
+        return torch.from_numpy(targets).to(device)
+
+    def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
+        return torch.zeros(n, self._num_classes, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskTarget:
+    """What an evaluated image shows, at its own resolution."""
+
+    labels: Tensor
+    """[h, w] uint8: classes from 0, or IGNORED."""
+    extent: tuple[int, int]
+    """Height and width in pixels of the canvas that the image fills, from the upper left."""
+
+
+class Masks:
+    """Semantic segmentation: random crops of images and label maps in training, whole images in evaluation.
+
+    At rest a map holds 0 where nothing is labelled, c + 1 for class c, and IGNORED.
+    """
+
+    annotated = True
+
+    def __init__(
+        self,
+        task: config.SemanticFpn,
+        image: config.Image,
+        num_classes: int,
+        settings: config.Augment | None = None,
+    ) -> None:
+        self._task, self._image, self._num_classes = task, image, num_classes
+        self._augment = settings or config.Augment()
+
+    def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
+        return augment.scaled_crops(self._augment, self._task, self._image, key, hw)
+
+    def evaluation_views(self, hw: Array) -> Views:
+        return augment.whole_views(self._task, self._image, hw)
+
+    def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Tensor]:
+        """[S, S] uint8. Of the crops that the view allows, the first that is not nearly all of one class, or the
+        last."""
+        labels = self._labels(annotation)
+        height, width = view.shape[0].tolist()
+        crop = labels
+        for anchor in (view.anchor, *view.elsewhere.swapaxes(0, 1)):
+            view = dataclasses.replace(view, anchor=anchor)
+            top, left = anchor[0].tolist()
+            crop = labels[top : top + height, left : left + width]
+            if self._is_varied(crop):
+                break
+        target = np.full(view.canvas, IGNORED, np.uint8)
+        seen = _nearest(crop, *view.extent[0].tolist())
+        target[: len(seen), : seen.shape[1]] = seen[:, ::-1] if view.flip[0] else seen
+        return view, torch.from_numpy(target)
+
+    def evaluation_target(self, annotation: bytes, view: Views) -> MaskTarget:
+        height, width = view.extent[0].tolist()
+        return MaskTarget(torch.from_numpy(self._labels(annotation)), (height, width))
+
+    def training_batch(self, targets: list[Tensor], device: torch.device) -> Tensor:
+        """[n, S, S] int64."""
+        return torch.stack(targets).to(device).long()
+
+    def evaluation_batch(self, targets: list[MaskTarget], device: torch.device) -> list[MaskTarget]:
+        return [MaskTarget(target.labels.to(device), target.extent) for target in targets]
+
+    def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
+        return torch.full((n, size, size), IGNORED, device=device)
+
+    def _labels(self, annotation: bytes) -> npt.NDArray[np.uint8]:
+        try:
+            stored = decode_map(annotation)
+        except BadImageError as error:
+            raise CorruptSampleError(f"its label map: {error}") from error
+        labels = stored - np.uint8(1)  # 0 becomes IGNORED
+        labels[stored == IGNORED] = IGNORED
+        if ((labels >= self._num_classes) & (labels != IGNORED)).any():
+            raise CorruptSampleError(
+                f"its label map has class {stored[stored != IGNORED].max()} of {self._num_classes}"
+            )
+        return labels
+
+    def _is_varied(self, crop: npt.NDArray[np.uint8]) -> bool:
+        counts = np.bincount(crop.ravel(), minlength=IGNORED + 1)[:IGNORED]
+        return bool(np.count_nonzero(counts) > 1 and counts.max() <= self._task.max_class_fraction * counts.sum())
+
+
+def _nearest(labels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Each pixel of [height, width] takes the label at its centre."""
+    rows = (np.arange(height) + 0.5) * labels.shape[0] // height
+    columns = (np.arange(width) + 0.5) * labels.shape[1] // width
+    return labels[np.ix_(rows.astype(np.int64), columns.astype(np.int64))]
+
+
+def recipe_of(
+    task: config.Task,
+    image: config.Image,
+    num_classes: int,
+    settings: config.Augment | None = None,
+    label_smoothing: float = 0.0,
+) -> Recipe:
+    """Evaluation needs no more than a task, its images and the number of its classes."""
+    if isinstance(task, config.SemanticFpn):
+        return Masks(task, image, num_classes, settings)
+    return Labels(image, num_classes, settings, label_smoothing)
+
+
+def require_kind(task: config.Task, shards: ShardSet) -> None:
+    """Raise InputError for data of another kind than the task's."""
+    needed = "semantic" if isinstance(task, config.SemanticFpn) else None
+    if shards.annotations != needed:
+        kinds = {None: "labelled images", "semantic": "images with label maps"}
+        raise InputError(
+            f"{shards.url(0)}: its data set holds {kinds[shards.annotations]}, but task {task.name} needs "
+            f"{kinds[needed]}: set task, or name other data"
+        )

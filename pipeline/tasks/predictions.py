@@ -1,0 +1,89 @@
+"""Pictures of what a network says of samples from all over a data set."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline import config
+from pipeline.errors import InputError
+from pipeline.feed.loader import EvalFeed
+from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.palette import colourise
+from pipeline.shards.images import decode
+from pipeline.shards.index import ShardSet
+from pipeline.sheet import Sheet
+from pipeline.tasks import segment
+from pipeline.tasks.build import AnyTask
+from pipeline.tasks.segment import Segmentation
+from pipeline.world import World
+
+_COLUMNS, _TILE_PX = 6, 220
+
+Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
+
+
+def draw(
+    task: AnyTask,
+    network: nn.Module,
+    shards: ShardSet,
+    settings: config.Task,
+    image: config.Image,
+    count: int,
+    path: Path,
+    *,
+    title: str,
+    note: str | None,
+    device: torch.device,
+) -> None:
+    """Draw `count` predictions into the PNG `path`. Segmentation: a row of image, truth and prediction each.
+    `note` has to be said of the images."""
+    rows: list[list[Tile]] = []
+    # Every so many-th sample, as the first of so many ranks would take them.
+    stride = World(size=max(1, len(shards) // count), device=device)
+    with torch.inference_mode():
+        for batch in EvalFeed(shards, stride, image, task=settings, batch_size=1):
+            if len(rows) == count:
+                break
+            if batch.weights[0]:
+                shard, row = int(batch.samples.shard[0]), int(batch.samples.row[0])
+                original, key = decode(shards.read(shard, row)), shards.key(shard, row)
+                output = network(batch.images)[0].float()
+                if isinstance(task, Segmentation):
+                    rows.append(_maps(original, key, output, batch.targets[0], shards.classes))
+                else:
+                    rows.append(_label(original, key, output, int(batch.targets[0]), shards.classes))
+    if not rows:
+        raise InputError(f"{shards.url(0)}: has no sample that is whole, to be drawn")
+    columns = len(rows[0]) if len(rows[0]) > 1 else _COLUMNS
+    tiles = [tile for row in rows for tile in row]
+    about = f"{len(rows)} of {len(shards)} samples"
+    sheet = Sheet(title, about, columns=columns, count=len(tiles), num_details=1, tile_px=_TILE_PX, note=note)
+    for picture, caption, detail in tiles:
+        sheet.add(picture, caption, detail)
+    sheet.save(path)
+
+
+def _label(original: Image.Image, key: str, logits: Tensor, label: int, classes: list[str]) -> list[Tile]:
+    probability, best = logits.softmax(dim=0).max(dim=0)
+    verdict = "right" if best == label else f"is {classes[label]}"
+    return [(original, f"{classes[int(best)]} {probability:.0%}, {verdict}", key)]
+
+
+def _maps(original: Image.Image, key: str, logits: Tensor, target: MaskTarget, classes: list[str]) -> list[Tile]:
+    truth, predicted = target.labels.cpu(), segment.predict(logits, target).byte().cpu()
+    labelled = truth != IGNORED
+    right = (truth == predicted)[labelled].double().mean().item()
+    number = len(classes)
+    return [
+        (original, key, f"{original.width} × {original.height}"),
+        (colourise(truth.numpy(), number), "truth", _named(truth, classes)),
+        (colourise(predicted.numpy(), number), f"prediction, {right:.1%} of pixels right", _named(predicted, classes)),
+    ]
+
+
+def _named(labels: Tensor, classes: list[str]) -> str:
+    """The classes of a map, most pixels first."""
+    counts = torch.bincount(labels[labels != IGNORED].long(), minlength=len(classes))
+    return ", ".join(classes[i] for i in counts.argsort(descending=True).tolist() if counts[i])

@@ -1,0 +1,186 @@
+"""Semantic segmentation with Semantic FPN: a class for each pixel.
+
+    crops ──network──▶ logits at stride 4 ──x4──▶ cross-entropy of each pixel ──▶ loss of each crop
+    whole images, padded ──network──▶ logits ──x4, cut to the image, resized to its own size──▶ classes ──▶ confusion
+
+N images, K classes; the network's input is H x W, the canvas; an image's own size is h x w.
+"""
+
+import difflib
+from collections.abc import Mapping
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline import config
+from pipeline.errors import InputError
+from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.tasks.classify import load_pretrained
+from pipeline.tasks.layers import layers
+from pipeline.world import World
+from pvt.model import STRIDES
+from pvt.semantic_fpn import PREFIX, SemanticFpn, backbone
+
+
+def build_model(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> SemanticFpn:
+    """The network that a configuration names, freshly initialised from torch's current seed.
+
+    Raises InputError for a name that timm does not know, a model that is no pyramid or takes one size alone, and an
+    image size that it is not built for.
+    """
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3)
+        raise InputError(f"model.name {settings.name!r} is no timm model; near: {', '.join(near) or 'none'}")
+    if settings.drop_rate:
+        raise InputError(
+            f"model.drop_rate {settings.drop_rate} is of a classifier's head, which Semantic FPN has not: "
+            "leave it out and set task.dropout"
+        )
+    try:
+        _check_canvases(settings, task, image_size, num_classes)
+        network = _build(settings, task, image_size, num_classes)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(f"model.name {settings.name!r} for {image_size} px: {error}") from error
+    if settings.grad_checkpointing:
+        network.set_grad_checkpointing()
+    return network
+
+
+def _build(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> SemanticFpn:
+    network = backbone(settings.name, image_size, settings.drop_path_rate)
+    return SemanticFpn(network, num_classes, task.channels, task.dropout, task.pyramid_channels)
+
+
+def _check_canvases(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> None:
+    """Raise ValueError unless the network takes canvases of other sizes, too. It is run without memory for its
+    weights or its results."""
+    with torch.device("meta"), torch.inference_mode():
+        network = _build(settings, task, image_size, num_classes).eval()
+        height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
+        try:
+            network(torch.empty(1, 3, height, width))
+        except (ValueError, AssertionError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"whole images are evaluated at sizes of their own, but it does not take {height}x{width}: {error}"
+            ) from error
+
+
+def load_backbone(network: SemanticFpn, settings: config.Model, weights: Mapping[str, Tensor], source: str) -> None:
+    """Start the backbone from the weights of a classifier of `settings.name`, whatever its classes.
+
+    Position embeddings are resized where sizes differ. Raises InputError where the tensors are not those of this
+    architecture; `source` is named in it. The weights of a whole SemanticFpn are for classify.load_pretrained.
+    """
+    with torch.device("meta"):
+        classifier: nn.Module = timm.create_model(settings.name)
+    beyond = classifier.state_dict().keys() - network.backbone.state_dict().keys()
+    of_backbone = {f"{PREFIX}{name}": tensor for name, tensor in weights.items() if name not in beyond}
+    rest = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(PREFIX)}
+    load_pretrained(network, {**of_backbone, **rest}, source, keep_head=True)
+
+
+class Segmentation:
+    """Cross-entropy of each pixel; mIoU, mAcc, aAcc and the loss as metrics."""
+
+    main_metric = "miou"
+    chance_loss = None  # depends on how many pixels are labelled
+
+    def __init__(self, model: SemanticFpn, classes: list[str]) -> None:
+        assert model.num_classes == len(classes)
+        self.model = model
+        self.classes = classes
+        self.drop_path_rates = model.drop_path_rates
+
+    @property
+    def depths(self) -> dict[str, int]:
+        return layers(self.model.backbone, PREFIX)
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:
+        """Of images [N, 3, H, W] with targets [N, H, W]: [N], see `pixel_loss`."""
+        logits = model(images) if drop_path is None else model(images, drop_path=drop_path)
+        height, width = targets.shape[-2:]
+        return pixel_loss(_to_canvas(logits)[..., :height, :width], targets)
+
+    def metric(self) -> "SegmentationMetric":
+        return SegmentationMetric(len(self.classes))
+
+
+class SegmentationMetric:
+    """Counts pixels by true and predicted class, in integers. Images are scored at their own size."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion: Tensor | None = None
+        """[K, K] int64, of this rank: row the true class, column the predicted one."""
+        self._sums = torch.zeros(2, dtype=torch.float64)  # images, loss
+
+    def update(self, outputs: Tensor, targets: list[MaskTarget], weights: Tensor) -> None:
+        """`outputs`: logits [N, K, H/4, W/4]. Of an image without weight, the target is not looked at."""
+        confusion = torch.zeros(self.num_classes**2, dtype=torch.int64, device=outputs.device)
+        for logits, target, weight in zip(outputs, targets, weights.tolist(), strict=True):
+            if not weight:
+                continue
+            scores = _to_image(logits, target)
+            truth = target.labels.to(scores.device).long()
+            self._sums += torch.stack([torch.ones(()), pixel_loss(scores[None], truth[None])[0].cpu()])
+            labelled = truth != IGNORED
+            pairs = truth[labelled] * self.num_classes + scores.argmax(dim=0)[labelled]
+            confusion += torch.bincount(pairs, minlength=self.num_classes**2)
+        confusion = confusion.view(self.num_classes, self.num_classes)
+        self.confusion = confusion if self.confusion is None else self.confusion + confusion
+
+    def result(self, world: World) -> dict[str, float]:
+        own = torch.zeros(self.num_classes**2) if self.confusion is None else self.confusion.flatten()
+        # float64 holds counts of pixels up to 9e15 exactly, and not every backend sums integers.
+        message = torch.cat([own.double(), self._sums.to(own.device)]).to(world.device)
+        *counts, images, loss = world.sum(message).tolist()
+        confusion = torch.tensor(counts, dtype=torch.float64).view(self.num_classes, self.num_classes)
+        if not confusion.any():
+            raise InputError(
+                "data.val has no labelled pixel: a score needs label maps with other values than 0 and 255"
+            )
+        return {
+            "miou": class_ious(confusion).nanmean().item(),
+            "macc": (confusion.diag() / confusion.sum(dim=1)).nanmean().item(),
+            "aacc": (confusion.diag().sum() / confusion.sum()).item(),
+            "val_loss": loss / images,
+        }
+
+
+def class_ious(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, [K] float64, of `SegmentationMetric.confusion`. NaN for a class that is
+    neither there nor predicted."""
+    confusion = confusion.double()
+    intersection = confusion.diag()
+    return intersection / (confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
+
+
+def predict(logits: Tensor, target: MaskTarget) -> Tensor:
+    """One image's logits [K, H/4, W/4] -> classes [h, w] int64, at the size of the target's labels."""
+    return _to_image(logits, target).argmax(dim=0)
+
+
+def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, [N] float32: of each image the sum over its labelled pixels divided by the number of all.
+
+    So a crop with few labelled pixels weighs little, as in the published code's average over a batch. Logits
+    [N, K, H, W] float32, targets [N, H, W] of classes or IGNORED.
+    """
+    # A list of pixels, because on CUDA the kernel for maps is not deterministic.
+    pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # [N*H*W, K]
+    losses = functional.cross_entropy(pixels, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape[0], -1).mean(dim=1)
+
+
+def _to_canvas(logits: Tensor) -> Tensor:
+    """Logits [N, K, H/4, W/4] -> [N, K, H, W] float32."""
+    return functional.interpolate(logits.float(), scale_factor=STRIDES[0], mode="bilinear", align_corners=False)
+
+
+def _to_image(logits: Tensor, target: MaskTarget) -> Tensor:
+    """One image's logits [K, H/4, W/4] -> [K, h, w] float32, without the canvas around it."""
+    height, width = target.extent
+    seen = _to_canvas(logits[None])[..., :height, :width]
+    return functional.interpolate(seen, size=target.labels.shape, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,319 @@
+"""From a registered classifier to a registered segmenter: trained, killed, scored, drawn, started from."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from pipeline import config
+from pipeline.scenes import layouts
+from pipeline.shards import ade20k
+from pipeline.shards.pack import pack
+from pipeline.tasks import classify
+from pipeline.track import package, registry, server
+from pipeline.track.card import WEIGHTS, Card
+from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
+from tests.conftest import write_config
+from tests.ranks import start
+
+STEPS = 12
+SCORES = ("step", "miou", "macc", "aacc", "val_loss")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/train and DIR/val, packed."""
+    folder = tmp_path_factory.mktemp("scenes")
+    layouts.write(folder, {"train": 32, "val": 10}, side_px=(128, 150))
+    for split, name in (("train", "training"), ("val", "validation")):
+        pack(ade20k.find(folder / "ade20k/annotations" / name), folder / split, samples_per_shard=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs whose registry holds models:/pico/1, a classifier of ten classes at 32 px."""
+    folder = tmp_path_factory.mktemp("root")
+    client = server.connect(f"sqlite:///{folder / 'mlflow.db'}", create=True)
+    torch.manual_seed(1)
+    network = classify.build_model(config.Model(name="pvt_pico"), 32, 10)
+    entry = folder / "entry"
+    entry.mkdir()
+    safetensors.torch.save_file(network.state_dict(), entry / WEIGHTS)
+    Card(
+        task=config.Classification(),
+        model=config.Model(name="pvt_pico"),
+        image=config.Image(size=32),
+        eval_batch_size=8,
+        classes=[str(digit) for digit in range(10)],
+        metrics={},
+        sha256={WEIGHTS: package.sha256(entry / WEIGHTS)},
+        lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
+    ).write(entry)
+    experiment = server.find_experiment(client, "pretrain")
+    registry.register(client, "pico", entry, experiment_id=experiment, run_id=None)
+    return folder
+
+
+def configuration(scenes: Path, root: Path, name: str = "segment", **sections: Any) -> Path:
+    tree: dict[str, Any] = yaml.safe_load(write_config(scenes, root).read_text())
+    tree |= {"augment": {"color_jitter": 0.4}, "mix": {}, "init": {"model": "models:/pico/1"}}
+    tree["run"] = {"name": name, "root": str(root)}
+    tree["task"] = {"name": "semantic_fpn", "channels": 32, "pyramid_channels": 32, "dropout": 0.1, "short_side": 96}
+    tree["model"] |= {"image_size": 32}
+    tree["image"] |= {"size": 64, "interpolation": "bilinear"}
+    tree["data"] |= {"lanes": 4, "shuffle_window": 8}
+    tree["optim"] |= {"schedule": "poly", "min_lr": 0.0, "layer_decay": 0.9}
+    tree["train"] |= {
+        "length": f"{STEPS} steps",
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "save_every": "4 steps",
+        "eval_every": "6 steps",
+        "ema_decay": 0.9,
+    }
+    tree["evaluate"] = {"batch_size": 2}
+    tree["debug"] = {"trace_samples": True}
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(scenes: Path, root: Path) -> Job:
+    """A run on two ranks that nobody disturbed, registered as models:/segment/1."""
+    path = configuration(scenes, root, tracking={"log_samples": True})
+    job = Job(path, "segment", ranks=2, target="launch/finetune.py")
+    job.finish()
+    return job
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def result_of(job: Job) -> dict[str, Any]:
+    return json.loads((job.folder / "result.json").read_text())
+
+
+def command(target: str, *arguments: object, log: Path, expected: int = 0) -> tuple[dict[str, Any], str]:
+    """The result and the messages of a command on one rank."""
+    (process,) = start(1, target, arguments, [log])
+    told = log.with_suffix(".err")
+    assert process.wait(120) == expected, told.read_text()
+    lines = log.with_suffix(".out").read_text().splitlines()
+    return {} if expected else json.loads(lines[-1]), told.read_text()
+
+
+def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
+    killed = Job(configuration(scenes, root, "killed"), "killed", ranks=2, target="launch/finetune.py")
+    with killed.start() as attempt:
+        assert attempt.wait_until(lambda: attempt.step >= 6 and killed.newest_step() >= 4, 120)
+        attempt.kill(range(2), signal.SIGKILL)
+        attempt.wait(60)
+    assert killed.newest_step() in (4, 8)
+    again = killed.finish()
+    assert again.resumed_at in (4, 8)
+    last = f"checkpoints/step-{STEPS:08d}"
+    assert checkpoint_differences(killed.folder / last, trained.folder / last) == []
+    assert trace_differences(killed.folder / "trace", trained.folder / "trace") == []
+    ours, reference = killed.folder / "metrics.jsonl", trained.folder / "metrics.jsonl"
+    assert metrics_differences(ours, reference, STEPS, SCORES) == []
+
+
+def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path, trained: Job) -> None:
+    def seen(job: Job) -> dict[tuple[int, int], tuple[str, str, str]]:
+        lines = [line for path in job.folder.glob("trace/*.jsonl") for line in lines_of(path)]
+        return {
+            (line["step"], sample["position"]): (sample["key"], sample["pixels"], sample["label"])
+            for line in lines
+            for sample in line["samples"]
+            if sample["weight"]
+        }
+
+    single = Job(configuration(scenes, root, "single"), "single", ranks=1, target="launch/finetune.py")
+    single.finish()
+    assert len(seen(single)) == STEPS * 8
+    assert seen(single) == seen(trained)
+    ours, theirs = (lines_of(job.folder / "metrics.jsonl")[0] for job in (single, trained))
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)  # dropout in the head differs, bf16 rounds
+
+
+def test_the_backbone_is_the_registered_one(scenes: Path, root: Path) -> None:
+    # At a learning rate of nothing, what is registered is what training started from.
+    path = configuration(
+        scenes, root, "still", optim={"lr": 1e-30, "warmup": "0 steps"}, train={"length": "1 steps", "ema_decay": None}
+    )
+    Job(path, "still", ranks=1, target="launch/finetune.py").finish()
+    given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
+    made = safetensors.torch.load_file(root / "still/checkpoints/step-00000001/model.safetensors")
+    shared = {name: tensor for name, tensor in made.items() if name.startswith("backbone.")}
+    assert given.keys() - {name.removeprefix("backbone.") for name in shared} == {
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+    for name, tensor in shared.items():
+        torch.testing.assert_close(tensor, given[name.removeprefix("backbone.")], rtol=0, atol=1e-20)
+
+
+def test_frozen_stages_keep_their_weights(scenes: Path, root: Path, trained: Job) -> None:
+    path = configuration(
+        scenes, root, "frozen", model={"frozen_stages": 2}, optim={"layer_decay": None, "warmup": "0 steps"}
+    )
+    job = Job(
+        path, "frozen", ranks=1, overrides=("train.length=3 steps", "train.ema_decay=null"), target=trained.target
+    )
+    job.finish()
+    given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
+    made = safetensors.torch.load_file(job.checkpoints / "step-00000003/model.safetensors")
+    moved = {
+        name.split(".")[2]
+        for name, tensor in made.items()
+        if name.startswith("backbone.stages.") and not torch.equal(tensor, given[name.removeprefix("backbone.")])
+    }
+    assert moved == {"2", "3"}
+
+
+def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job) -> None:
+    server.connect(f"sqlite:///{root / 'mlflow.db'}")
+    version = registry.resolve("models:/segment@candidate")
+    assert version.card.task == config.load(trained.folder / "config.yaml").task
+    assert version.card.classes == list(layouts.CLASSES)
+    assert version.card.lineage["parent"] == version.tags["parent"] == "models:/pico/1"
+    assert version.tags["task"] == "semantic_fpn"
+    result = result_of(trained)
+    assert version.card.metrics == {name: result[name] for name in version.card.metrics}
+    assert set(SCORES[1:]) <= version.card.metrics.keys()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_scores_as_it_did_in_training(scenes: Path, root: Path, trained: Job, ranks: int) -> None:
+    result = result_of(trained)
+    arguments = [
+        "--model",
+        "models:/segment/1",
+        "--data",
+        scenes / "val",
+        "--tracking-uri",
+        f"sqlite:///{root}/mlflow.db",
+    ]
+    if ranks == 1:
+        found, _ = command("launch/evaluate.py", *arguments, log=root / "log")
+    else:
+        logs = [root / f"evaluate-{rank}" for rank in range(ranks)]
+        for process in start(ranks, "launch/evaluate.py", arguments, logs):
+            assert process.wait(120) == 0
+        found = json.loads(logs[0].with_suffix(".out").read_text().splitlines()[-1])
+    assert {name: found[name] for name in SCORES[1:]} == pytest.approx(
+        {name: result[name] for name in SCORES[1:]}, abs=1e-9
+    )
+
+
+def test_predictions_are_drawn_and_logged(scenes: Path, root: Path, trained: Job) -> None:
+    for name in ("predictions.png", "samples.png"):
+        with Image.open(trained.folder / name) as picture:
+            assert picture.width > 600
+    sheet = root / "drawn.png"
+    data = scenes / "ade20k/annotations/validation"  # unpacked
+    uri = f"sqlite:///{root}/mlflow.db"
+    found, _ = command(
+        "launch/evaluate.py",
+        *("--model", "models:/segment/1", "--data", data, "--tracking-uri", uri),
+        *("--draw", 3, "--out", sheet, "--log"),
+        log=root / "log",
+    )
+    assert found["drawing"] == str(sheet)
+    with Image.open(sheet) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 1000, "photographs are in it"
+    client = MlflowClient(uri)
+    version = client.get_model_version("segment", "1")
+    assert version.run_id
+    logged = {file.path for file in client.list_artifacts(version.run_id, "predictions")}
+    assert logged == {"predictions/drawn.png"}
+
+
+def test_a_segmenter_is_started_from_with_its_head(scenes: Path, root: Path, trained: Job) -> None:
+    path = configuration(
+        scenes,
+        root,
+        "further",
+        init={"model": "models:/segment/1"},
+        optim={"lr": 1e-30, "warmup": "0 steps"},
+        train={"length": "1 steps", "ema_decay": None},
+    )
+    Job(path, "further", ranks=1, target="launch/finetune.py").finish()
+    uri = f"sqlite:///{root}/mlflow.db"
+    server.connect(uri)
+    given = safetensors.torch.load_file(registry.resolve("models:/segment/1").weights)
+    made = safetensors.torch.load_file(root / "further/checkpoints/step-00000001/model.safetensors")
+    torch.testing.assert_close(made, given, rtol=0, atol=1e-20)
+
+
+def test_what_does_not_fit_is_refused_by_name(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
+    uri = f"sqlite:///{root}/mlflow.db"
+    _, told = command(
+        "launch/evaluate.py",
+        *("--model", "models:/segment/1", "--data", digits / "val", "--tracking-uri", uri),
+        log=root / "log",
+        expected=2,
+    )
+    assert "holds labelled images, but task semantic_fpn needs images with label maps" in told
+    path = configuration(scenes, root, "wide")
+    finetune = ("launch/finetune.py", "--config", path, "--set")
+    _, told = command(*finetune, "model.name=pvt_tiny", log=root / "log", expected=2)
+    assert "init.model models:/pico/1 is a pvt_pico, but model.name is pvt_tiny" in told
+    _, told = command(*finetune, "model.name=vit_tiny_patch16_224", log=root / "log", expected=2)
+    assert "strides" in told
+    _, told = command(*finetune, "mix.mixup_alpha=0.5", log=root / "log", expected=2)
+    assert "mix.mixup_alpha has no effect with task semantic_fpn" in told
+    _, told = command(*finetune, "task=classification", "--set", "model.image_size=null", log=root / "log", expected=2)
+    assert "holds images with label maps, but task classification needs labelled images" in told
+    other = root / "other"
+    shutil.copytree(scenes / "ade20k", other)
+    names = (other / ade20k.CLASSES).read_text().replace("nine", "ten")
+    (other / ade20k.CLASSES).write_text(names)
+    _, told = command(
+        "launch/evaluate.py",
+        *("--model", "models:/segment/1", "--data", other / "annotations/validation", "--tracking-uri", uri),
+        log=root / "log",
+        expected=2,
+    )
+    assert "was trained on 11: background, zero" in told
+    assert not (root / "wide").exists()
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_features_are_probed(digits: Path, root: Path, kind: str) -> None:
+    uri = f"sqlite:///{root}/mlflow.db"
+    found, _ = command(
+        "launch/evaluate.py",
+        *("--model", "models:/pico/1", "--data", digits / "val", "--train", digits / "train"),
+        *("--probe", kind, "--tracking-uri", uri),
+        log=root / "log",
+    )
+    assert found["samples"] == 360
+    assert found["top1"] > 0.7  # of random features: a tenth would be chance
+
+
+def test_a_probe_needs_what_it_is_fitted_to(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
+    arguments = ("--model", "models:/pico/1", "--data", digits / "val", "--tracking-uri", f"sqlite:///{root}/mlflow.db")
+    _, told = command("launch/evaluate.py", *arguments, "--probe", "knn", log=root / "log", expected=2)
+    assert "--probe and --train belong together" in told
+    _, told = command(
+        "launch/evaluate.py", *arguments, "--probe", "knn", "--train", scenes / "train", log=root / "log", expected=2
+    )
+    assert "holds images with label maps" in told
