@@ -1,4 +1,5 @@
 # make demo    train a small model on real images, end to end
+# make scenes  after it: fine-tune it to segmentation of digits on photographs
 # make test    all tests
 # make lint    style, types and import floors
 # make setup   only what those need: .venv with everything in it
@@ -10,13 +11,21 @@ BIN := .venv/bin
 RANKS ?= 2
 DATA := runs/data
 
-.PHONY: demo test lint setup peers
+.PHONY: demo scenes test lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
 	$(BIN)/python launch/handoff.py runs/demo --ranks $(RANKS)
 	$(BIN)/python launch/evaluate.py --model models:/pvt-demo@candidate --data $(DATA)/digits/val
 	$(BIN)/python launch/registry.py lineage pvt-demo
+
+scenes: setup $(foreach split,train val,$(DATA)/scene-digits/$(split)/manifest.json)
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scene-digits.yaml \
+		--set init.model=models:/pvt-demo@candidate
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scenes.yaml \
+		--set init.model=models:/scene-digits@candidate
+	$(BIN)/python launch/evaluate.py --model models:/scenes@candidate \
+		--data $(DATA)/scenes/ade20k/annotations/validation --draw 8 --out runs/scenes.png
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -48,6 +57,13 @@ $(DATA)/digits/images: | setup
 
 $(DATA)/new-digits/images: | setup
 	$(BIN)/python launch/digits.py --out $@ --classes 7-9
+
+$(DATA)/scenes: | setup
+	$(BIN)/python launch/scenes.py --out $@ --train 1500 --sides 128-192 --classes 0-2
+
+$(DATA)/scene-digits/images: | $(DATA)/scenes
+	mkdir -p $(@D)
+	ln -s ../scenes/crops $@
 
 $(DATA)/%/train/manifest.json: | $(DATA)/%/images
 	$(BIN)/python launch/shards.py pack --images $(DATA)/$*/images/train --out $(@D)

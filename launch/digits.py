@@ -26,7 +26,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
     arguments = parser.parse_args()
-    out, classes = arguments.out, _classes(arguments.classes)
+    out, classes = arguments.out, digit_range(arguments.classes)
     digits: Any = load_digits()
     counts = {"train": 0, "val": 0}
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -41,7 +41,7 @@ def main() -> dict[str, Any]:
     return {"images": str(out), **counts}
 
 
-def _classes(text: str) -> range:
+def digit_range(text: str) -> range:
     found = re.fullmatch(r"([0-9])-([0-9])", text)
     if not found or found[1] > found[2]:
         raise InputError(f"--classes {text}: expected A-B with digits A <= B, such as 0-6")

@@ -1,6 +1,7 @@
-"""Write scenes of handwritten digits on photographs, in the layouts of ADE20K and COCO, to learn dense tasks from.
+"""Write scenes of handwritten digits on photographs, in the layouts of ADE20K and COCO, to learn dense tasks from; and
+their digits one by one, to pretrain on.
 
-python launch/scenes.py --out DIR [--train 400] [--val 100] [--seed 0] [--sides 160-320]
+python launch/scenes.py --out DIR [--train 400] [--val 100] [--seed 0] [--sides 160-320] [--classes 0-9]
 
 Digits are scikit-learn's scans, from 16 to 200 pixels large; photographs are those that scikit-learn and scikit-image
 bring with them, so nothing is downloaded. DIR/ATTRIBUTION.txt names their authors and licences: keep it with the
@@ -16,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from launch import command
+from launch.digits import digit_range
 from pipeline.errors import InputError
 from pipeline.scenes import layouts
 from pipeline.scenes.photographs import Split
@@ -30,13 +32,15 @@ def main() -> dict[str, Any]:
     parser.add_argument("--val", type=_count, default=100, metavar="N", help="scenes to evaluate on (default 100)")
     parser.add_argument("--seed", type=_count, default=0, help="default 0")
     parser.add_argument("--sides", default="160-320", metavar="A-B", help="of scenes, in pixels (default 160-320)")
+    parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
     arguments = parser.parse_args()
+    classes = digit_range(arguments.classes)
     out, sides = arguments.out, _sides(arguments.sides)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
-        instances = layouts.write(out, counts, arguments.seed, sides, bar.update)
+        instances = layouts.write(out, counts, arguments.seed, sides, classes, bar.update)
     return {"out": str(out), **counts, "instances": instances}
 
 

@@ -195,6 +195,8 @@ def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+TASKS: dict[str, type[Section]] = {"classification": Classification, "semantic_fpn": SemanticFpn}
+
 Task = Annotated[Classification | SemanticFpn, Field(discriminator="name"), BeforeValidator(_by_name)]
 """What is learnt. A name alone stands for the task with its defaults."""
 
@@ -683,9 +685,11 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> No
 
 def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
+    names = _fields_at(kind, path[:-1])
+    if path[:1] == ["task"] and path[1:2] and path[1] in TASKS:  # which of them it was, says pydantic
+        del path[1]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        names = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         valid = f"; valid here: {', '.join(names)}" if names else ""
         hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else valid
@@ -700,7 +704,9 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
 
 def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
     for name in path:
-        annotation = section.model_fields[name].annotation
+        if name == "task":
+            continue
+        annotation = TASKS.get(name) or section.model_fields[name].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation

@@ -9,6 +9,7 @@ import yaml
 from pipeline import config
 from pipeline.config import Config, Length
 from pipeline.errors import InputError
+from tests.conftest import write_config
 
 Make = Callable[..., Config]
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -60,6 +61,13 @@ def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path)
         ("optim.lr", "expected KEY=VALUE"),
         ("optim.lr=[1", "the value is not valid YAML"),
         ("run.name.x=1", "run"),
+        ("task=segment", "task: Input tag 'segment' found using 'name' does not match"),
+        ("task={name: semantic_fpn, chanels: 64}", "task.chanels: no such setting; did you mean task.channels?"),
+        ("task={name: semantic_fpn, channels: 70}", "task.channels: Input should be a multiple of 32 (found 70)"),
+        ("task={name: semantic_fpn, scale: [2, 1]}", "task.scale: scale is [low, high] with low <= high"),
+        ("task=semantic_fpn", "augment.crop_scale has no effect with task semantic_fpn"),
+        ("model.image_size=64", "a classifier has image.size"),
+        ("model.frozen_stages=2", "model.frozen_stages 2 would keep random weights as they are"),
     ],
 )
 def test_mistakes_are_named(settings: Make, override: str, message: str) -> None:
@@ -105,3 +113,25 @@ def test_a_length_in_any_unit(text: str, steps: int) -> None:
 def test_resume_has_a_short_form(settings: Make) -> None:
     assert settings("resume=never").resume.source == "never"
     assert settings("resume.allow=[data]").resume.allow == ["data"]
+
+
+def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Path) -> None:
+    below = write_config(digits, tmp_path)
+    above = tmp_path / "above.yaml"
+    above.write_text(f"extends: {below.name}\nrun: {{name: above}}\nimage: {{mean: [0, 0, 0]}}\nmix: {{}}\n")
+    expected = config.load(below, ["run.name=above", "image.mean=[0, 0, 0]"])
+    assert config.load(above) == expected
+    (tmp_path / "top.yaml").write_text("extends: above.yaml\nrun: {seed: 5}\n")
+    assert config.load(tmp_path / "top.yaml") == config.load(
+        below, ["run.name=above", "image.mean=[0, 0, 0]", "run.seed=5"]
+    )
+
+
+def test_a_file_extends_one_file_and_never_itself(tmp_path: Path) -> None:
+    (tmp_path / "seven.yaml").write_text("extends: 7\n")
+    with pytest.raises(InputError, match="extends 7; expected the path of one other YAML file"):
+        config.load(tmp_path / "seven.yaml")
+    (tmp_path / "one.yaml").write_text("extends: two.yaml\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
+    with pytest.raises(InputError, match=r"two\.yaml: extends one\.yaml, which extends it in turn"):
+        config.load(tmp_path / "one.yaml")

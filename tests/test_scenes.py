@@ -14,9 +14,12 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
 from pipeline.scenes import layouts, photographs
-from pipeline.scenes.compose import Split, compose, scans
+from pipeline.scenes.compose import NAMES, compose, scans
 from pipeline.scenes.outline import polygons, rle
+from pipeline.scenes.photographs import Split
 from pipeline.shards import ade20k
+from pipeline.shards.attribution import ATTRIBUTION
+from pipeline.shards.images import decode_map
 from pipeline.shards.pack import pack
 from tests.ranks import ROOT
 
@@ -199,7 +202,7 @@ def test_every_photograph_is_credited(scenes: Path) -> None:
 def test_they_pack_as_ade20k(scenes: Path, tmp_path: Path) -> None:
     manifest = pack(ade20k.find(scenes / "ade20k/annotations/validation"), tmp_path / "packed")
     assert manifest.samples == VAL
-    assert manifest.classes == list(layouts.CLASSES)
+    assert manifest.classes == [layouts.BACKGROUND, *NAMES]
 
 
 def test_the_table_of_classes_counts(scenes: Path) -> None:
@@ -208,7 +211,7 @@ def test_the_table_of_classes_counts(scenes: Path) -> None:
     total = sum((values > 0).sum() for values in maps)
     for value, line in enumerate(lines[1:], 1):
         index, ratio, train, _, name = line.split("\t")
-        assert (int(index), name) == (value, layouts.CLASSES[value - 1])
+        assert (int(index), name) == (value, (layouts.BACKGROUND, *NAMES)[value - 1])
         assert int(train) == sum((values == value).any() for values in maps)
         assert float(ratio) == pytest.approx(sum((values == value).sum() for values in maps) / total, abs=1e-4)
 
@@ -227,3 +230,33 @@ def test_wrong_usage_is_told(tmp_path: Path, arguments: list[str], message: str)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_digits_are_cut_out_one_by_one(scenes: Path, tmp_path: Path) -> None:
+    table = json.loads((scenes / "coco/annotations/instances_val.json").read_text())
+    names = {category["id"]: category["name"] for category in table["categories"]}
+    sizes: dict[str, list[tuple[float, float]]] = {name: [] for name in names.values()}
+    for annotation in table["annotations"]:
+        if not annotation["iscrowd"]:
+            sizes[names[annotation["category_id"]]].append(tuple(annotation["bbox"][2:]))
+    for name, boxes in sizes.items():
+        crops = sorted((scenes / "crops/val" / name).glob("*.jpg"))
+        assert len(crops) == len(boxes)
+        for crop, (width, height) in zip(crops, boxes, strict=True):
+            with Image.open(crop) as picture:
+                assert picture.width >= width - 1
+                assert picture.height >= height - 1
+    manifest = pack(scenes / "crops/val", tmp_path / "packed")
+    assert manifest.classes == sorted(name for name, boxes in sizes.items() if boxes)
+    assert (tmp_path / "packed" / ATTRIBUTION).read_text() == (scenes / ATTRIBUTION).read_text()
+
+
+def test_scenes_of_some_digits_alone(tmp_path: Path) -> None:
+    layouts.write(tmp_path, {"train": 12, "val": 3}, side_px=(128, 160), digits=range(3, 6))
+    maps = [decode_map(path.read_bytes()) for path in tmp_path.glob("ade20k/annotations/*/*.png")]
+    assert {*np.unique(np.concatenate([each.ravel() for each in maps])).tolist()} == {0, 1, 2, 3, 4}
+    manifest = pack(ade20k.find(tmp_path / "ade20k/annotations/training"), tmp_path / "packed")
+    assert manifest.classes == ["background", "three", "four", "five"]
+    table = json.loads((tmp_path / "coco/annotations/instances_train.json").read_text())
+    assert [category["name"] for category in table["categories"]] == ["three", "four", "five"]
+    assert {path.name for path in tmp_path.glob("crops/train/*")} == {"three", "four", "five"}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import config
 from pipeline.scenes import layouts
+from pipeline.scenes.compose import NAMES
 from pipeline.shards import ade20k
 from pipeline.shards.pack import pack
 from pipeline.tasks import classify
@@ -191,7 +192,7 @@ def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job
     server.connect(f"sqlite:///{root / 'mlflow.db'}")
     version = registry.resolve("models:/segment@candidate")
     assert version.card.task == config.load(trained.folder / "config.yaml").task
-    assert version.card.classes == list(layouts.CLASSES)
+    assert version.card.classes == [layouts.BACKGROUND, *NAMES]
     assert version.card.lineage["parent"] == version.tags["parent"] == "models:/pico/1"
     assert version.tags["task"] == "semantic_fpn"
     result = result_of(trained)

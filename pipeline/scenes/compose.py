@@ -19,6 +19,8 @@ from pipeline.scenes.photographs import PHOTOGRAPHS, Photograph, Split
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+ALL_DIGITS = range(10)
+
 SCENE_PX = 160, 320
 """Least and most of a scene's sides."""
 MAX_DIGITS = 8
@@ -72,11 +74,13 @@ class Scene:
     image: npt.NDArray[np.uint8]
     """RGB, [height, width, 3]."""
     classes: npt.NDArray[np.uint8]
-    """[height, width]: 0 on the rim of strokes, which belongs to nobody; 1 background; 2 + digit."""
+    """[height, width]: 0 on the rim of strokes, which belongs to nobody; 1 background; from 2 on the digits."""
     instances: list[Instance]
 
 
-def compose(seed: int, split: Split, number: int, side_px: tuple[int, int] = SCENE_PX) -> Scene:
+def compose(
+    seed: int, split: Split, number: int, side_px: tuple[int, int] = SCENE_PX, digits: range = ALL_DIGITS
+) -> Scene:
     """Scene `number` of a split, which does not depend on how many there are."""
     rng = np.random.default_rng([seed, ("train", "val").index(split), number])
     height, width = (int(side) for side in rng.integers(*side_px, 2, endpoint=True))
@@ -84,12 +88,12 @@ def compose(seed: int, split: Split, number: int, side_px: tuple[int, int] = SCE
     image = _background(rng, photograph.pixels(split), height, width).astype(np.float32)
     classes = np.ones((height, width), np.uint8)
     owner = np.zeros((height, width), np.int32)
-    strokes = _visible(_place(rng, split, height, width), (height, width))
+    strokes = _visible(_place(rng, split, height, width, digits), (height, width))
     for number, stroke in enumerate(strokes, 1):
         _paint(rng, image[stroke.window], stroke)
         rim = np.asarray(Image.fromarray(stroke.mask).convert("L").filter(ImageFilter.MaxFilter(3))) > 0
         classes[stroke.window][rim] = 0
-        classes[stroke.window][stroke.mask] = 2 + stroke.digit
+        classes[stroke.window][stroke.mask] = 2 + stroke.digit - digits.start
         owner[stroke.window][stroke.mask] = number
     return Scene(photograph, image.round().astype(np.uint8), classes, _instances(strokes, owner))
 
@@ -108,20 +112,20 @@ def _background(
     return np.asarray(Image.fromarray(np.ascontiguousarray(cut)).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _place(rng: np.random.Generator, split: Split, height: int, width: int) -> list[Stroke]:
+def _place(rng: np.random.Generator, split: Split, height: int, width: int, digits: range) -> list[Stroke]:
     """The lowest first."""
     strokes = []
     kind = rng.random()
     if kind < _EMPTY:
         return []
     if kind > 1 - _CROWDED:
-        strokes += _crowd(rng, split, height, width)
+        strokes += _crowd(rng, split, height, width, digits)
     room = min(height, width) - 4
     taken = np.zeros((height, width), bool)
     for _ in range(rng.integers(1, MAX_DIGITS, endpoint=True)):
         low, high = _SIDES_PX[rng.choice(3, p=_SIZE_SHARES)]
         side = min(round(np.exp(rng.uniform(np.log(low), np.log(high)))), room)
-        opacity, digit = _stroke(rng, split, side)
+        opacity, digit = _stroke(rng, split, side, digits)
         opacity = opacity[:height, :width]  # a turned scan may be larger
         spare = height - opacity.shape[0] + 1, width - opacity.shape[1] + 1
         corners = rng.integers(spare, size=(_TRIES, 2)).tolist()
@@ -132,27 +136,27 @@ def _place(rng: np.random.Generator, split: Split, height: int, width: int) -> l
     return strokes
 
 
-def _crowd(rng: np.random.Generator, split: Split, height: int, width: int) -> list[Stroke]:
+def _crowd(rng: np.random.Generator, split: Split, height: int, width: int, digits: range) -> list[Stroke]:
     """Tiny digits of one kind, side by side in rows."""
-    digit = int(rng.integers(10))
+    digit = int(rng.integers(digits.start, digits.stop))
     pitch = _CROWD_SIDE_PX[1]
     rows, columns = int(rng.integers(2, 5)), int(rng.integers(3, 8))
     top = int(rng.integers(height - rows * pitch - _CROWD_SPARE_PX))
     left = int(rng.integers(width - columns * pitch - _CROWD_SPARE_PX))
     strokes = []
     for cell in range(rows * columns):
-        opacity, _ = _stroke(rng, split, int(rng.integers(*_CROWD_SIDE_PX)), digit, turn_degrees=0.0)
+        opacity, _ = _stroke(rng, split, int(rng.integers(*_CROWD_SIDE_PX)), range(digit, digit + 1), turn_degrees=0.0)
         y, x = top + cell // columns * pitch, left + cell % columns * pitch
         strokes.append(Stroke(opacity, y, x, digit, group=1))
     return strokes
 
 
 def _stroke(
-    rng: np.random.Generator, split: Split, side: int, digit: int | None = None, turn_degrees: float = _TURN_DEGREES
+    rng: np.random.Generator, split: Split, side: int, digits: range, turn_degrees: float = _TURN_DEGREES
 ) -> tuple[npt.NDArray[np.float32], int]:
     """A scan made `side` pixels large and turned, as opacity cut to the stroke; and which digit it is."""
     pictures, labels = scans(split)
-    choices = np.arange(len(labels)) if digit is None else np.flatnonzero(labels == digit)
+    choices = np.flatnonzero((labels >= digits.start) & (labels < digits.stop))
     chosen = choices[rng.integers(len(choices))]
     scan = Image.fromarray(np.pad(pictures[chosen], 1))
     large = scan.resize((side * 10 // 8, side * 10 // 8), Image.Resampling.BICUBIC)

@@ -18,4 +18,4 @@ def attribution(root: str | Path) -> str | None:
 
 def above(image: str | Path) -> str | None:
     """The text in the image's folder or the nearest one above it that has one."""
-    return next(filter(None, map(attribution, Path(image).absolute().parents[:_LEVELS])), None)
+    return next(filter(None, map(attribution, Path(image).resolve().parents[:_LEVELS])), None)
