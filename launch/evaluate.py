@@ -186,7 +186,7 @@ def _draw(arguments: argparse.Namespace, here: World) -> Path:
         arguments.draw,
         path,
         title=pinned,
-        note=attribution(arguments.data),
+        note=attribution(ade20k.root_of(arguments.data)),
         device=here.device,
     )
     if arguments.log:

@@ -23,6 +23,7 @@ from pipeline import files
 from pipeline.config import Config, dump, fingerprint
 from pipeline.errors import InputError
 from pipeline.feed.preview import preview
+from pipeline.shards import ade20k
 from pipeline.shards.attribution import attribution
 from pipeline.shards.index import Manifest, ShardSet
 from pipeline.tasks import predictions
@@ -158,7 +159,7 @@ class Publisher:
             NUM_PREDICTIONS,
             self.folder / "predictions.png",
             title=settings.run.name,
-            note=attribution(str(settings.data.val)),
+            note=attribution(ade20k.root_of(str(settings.data.val))),
             device=torch.device("cpu"),
         )
 

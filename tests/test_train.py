@@ -139,3 +139,18 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert abs(line.pop("time") - time.time()) < 60
     assert line == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_layers_learn_at_rates_of_their_own_and_ranks_share_batch_norms(
+    digits: Path, tmp_path: Path, stage: int
+) -> None:
+    (report,) = run_ranks(2, "layered", write_config(digits, tmp_path), stage)
+    top = max(report["depths"].values())
+    assert top > 3
+    has_gradient = {name: moved for name, moved in report["moved"].items() if moved}  # branches begin as nothing
+    assert len(has_gradient) > len(report["moved"]) / 2
+    for name, moved in has_gradient.items():
+        assert moved == pytest.approx(1e-3 * 0.5 ** (top - report["depths"][name]), rel=0.01), name
+    assert report["spread"] == 0.0
+    assert report["size"] > 0.01

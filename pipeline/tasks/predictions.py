@@ -19,7 +19,7 @@ from pipeline.tasks.build import AnyTask
 from pipeline.tasks.segment import Segmentation
 from pipeline.world import World
 
-_COLUMNS, _TILE_PX = 6, 220
+_COLUMNS, _TILE_PX = 6, 200
 
 Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
 
@@ -56,7 +56,7 @@ def draw(
                     rows.append(_label(original, key, output, int(batch.targets[0]), shards.classes))
     if not rows:
         raise InputError(f"{shards.url(0)}: has no sample that is whole, to be drawn")
-    columns = len(rows[0]) if len(rows[0]) > 1 else _COLUMNS
+    columns = _COLUMNS if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
     tiles = [tile for row in rows for tile in row]
     about = f"{len(rows)} of {len(shards)} samples"
     sheet = Sheet(title, about, columns=columns, count=len(tiles), num_details=1, tile_px=_TILE_PX, note=note)
