@@ -238,7 +238,7 @@ def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, 
         ("engine.deepspeed.bf16.enabled=true", 1, "engine.deepspeed.bf16: the precision is set by engine.precision"),
         ("engine.deepspeed.zero_optimisation.stage=3", 1, "zero_optimisation: not a key that is passed on"),
         ("engine.deepspeed.zero_optimization.overlap_com=true", 1, "zero_optimization.overlap_com: Extra inputs"),
-        ("model.name=resnet18", 1, "model.name 'resnet18' cannot be built here, it takes no img_size"),
+        ("model.name=vgg11", 1, "model.name 'vgg11' cannot be built here"),
         ("train.length=0 steps", 1, "train.length 0 steps is less than one step"),
         (
             "engine.deepspeed.zero_optimization.offload_optimizer.device=nvme",

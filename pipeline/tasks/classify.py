@@ -34,6 +34,8 @@ def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Mo
             drop_rate=model.drop_rate,
             drop_path_rate=model.drop_path_rate,
         )
+    except TypeError as error:  # a setting that the architecture has not
+        raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
     except (ValueError, AssertionError) as error:
         raise InputError(f"model.name {model.name!r} with image.size {image_size}: {error}") from error
     if model.grad_checkpointing:
