@@ -20,7 +20,8 @@ from pipeline.scenes.compose import NAMES
 from pipeline.shards import ade20k
 from pipeline.shards.pack import pack
 from pipeline.tasks import classify
-from pipeline.track import package, registry, server
+from pipeline.tasks.build import build_task
+from pipeline.track import network, package, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
@@ -46,10 +47,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root")
     client = server.connect(f"sqlite:///{folder / 'mlflow.db'}", create=True)
     torch.manual_seed(1)
-    network = classify.build_model(config.Model(name="pvt_pico"), 32, 10)
+    classifier = classify.build_model(config.Model(name="pvt_pico"), 32, 10)
     entry = folder / "entry"
     entry.mkdir()
-    safetensors.torch.save_file(network.state_dict(), entry / WEIGHTS)
+    safetensors.torch.save_file(classifier.state_dict(), entry / WEIGHTS)
     Card(
         task=config.Classification(),
         model=config.Model(name="pvt_pico"),
@@ -198,6 +199,12 @@ def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job
     result = result_of(trained)
     assert version.card.metrics == {name: result[name] for name in version.card.metrics}
     assert set(SCORES[1:]) <= version.card.metrics.keys()
+    # What serves and exports it is what evaluates it.
+    card = version.card
+    evaluated = build_task(card.task, card.model, card.image, card.classes).model.eval()
+    evaluated.load_state_dict(safetensors.torch.load_file(version.weights))
+    images = torch.rand(2, 3, 96, 64)
+    torch.testing.assert_close(network.load(card, version.weights)(images), evaluated(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

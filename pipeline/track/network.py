@@ -20,7 +20,7 @@ def build(card: Card) -> nn.Module:
     name, task, num_classes = card.model.name, card.task, len(card.classes)
     if isinstance(task, config.SemanticFpn):
         pyramid = backbone(name, card.model.image_size or card.image.size)
-        return SemanticFpn(pyramid, num_classes, task.channels, task.dropout)
+        return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
     return create_model(name, card.image.size, num_classes=num_classes)
 
 
