@@ -7,6 +7,7 @@
 All of it goes to the run's folder first. The tracking server gets its copy behind training, or later.
 """
 
+import functools
 import json
 import math
 import sys
@@ -94,7 +95,7 @@ class Publisher:
         server could not be reached."""
         entry = self._offer(step, checkpoint)
         if self._settings.tracking.log_samples and self._validation:
-            self._draw(checkpoint, self._validation)
+            self._for_people("predictions", functools.partial(self._draw, checkpoint, self._validation))
         self.tracker.flush()
         registered = self.outbox.registered()
         ending = {"model": registered.get(entry), **finite_or_none(scores_of(checkpoint) or {})}
@@ -109,7 +110,8 @@ class Publisher:
         stopped = bool(result.get("requeue"))
         if self._settings.tracking.report and not stopped:
             self.record.end(self.folder, "FINISHED")  # which the report tells
-            self._report()
+            samples = self._settings.tracking.log_samples
+            self._for_people("report", lambda: report.write(self.folder, samples=samples))
         self.tracker.end("KILLED" if stopped else "FINISHED", HURRY_S if stopped else None)
         files.write(self.folder / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
 
@@ -163,11 +165,12 @@ class Publisher:
             device=torch.device("cpu"),
         )
 
-    def _report(self) -> None:
+    def _for_people(self, what: str, make: Callable[[], object]) -> None:
+        """Something to look at, of a run that has succeeded: what goes wrong with it is told, and no more."""
         try:
-            report.write(self.folder, samples=self._settings.tracking.log_samples)
-        except Exception:  # a page about a run that has succeeded
-            print(f"{self.folder}: no report: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            make()
+        except Exception:
+            print(f"{self.folder}: no {what}: {traceback.format_exc()}", file=sys.stderr, flush=True)
 
     def _tell_of_trouble(self, attempt: Callable[[], Any]) -> None:
         """A disk that is full costs a version on the way, and not the run."""
