@@ -152,6 +152,21 @@ def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)  # dropout in the head differs, bf16 rounds
 
 
+def test_zero_3_trains_the_same(scenes: Path, root: Path, trained: Job) -> None:
+    path = configuration(scenes, root, "sharded", model={"frozen_stages": 1}, engine={"zero_stage": 3})
+    sharded = Job(path, "sharded", ranks=2, target=trained.target)
+    sharded.finish()
+    whole = Job(configuration(scenes, root, "whole", model={"frozen_stages": 1}), "whole", 2, target=trained.target)
+    whole.finish()
+    losses = [
+        [line["loss"] for line in lines_of(job.folder / "metrics.jsonl") if "loss" in line] for job in (sharded, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    made = safetensors.torch.load_file(sharded.checkpoints / f"step-{STEPS:08d}/model.safetensors")
+    given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
+    assert torch.equal(made["backbone.stages.0.pos_embed"], given["stages.0.pos_embed"])
+
+
 def test_the_backbone_is_the_registered_one(scenes: Path, root: Path) -> None:
     # At a learning rate of nothing, what is registered is what training started from.
     path = configuration(
