@@ -382,7 +382,8 @@ class Guard(Section):
 
 class Evaluate(Section):
     batch_size: int = Field(default=256, gt=0)
-    """Samples of one forward pass. Part of what makes an evaluation repeatable to the last bit."""
+    """Samples of one forward pass. Part of what makes an evaluation repeatable to the last bit. Of whole images the
+    default is 1: in a batch, all are padded to the largest."""
 
 
 class Engine(Section):
@@ -530,6 +531,14 @@ class Config(Section):
     handoff: tuple[Handoff, ...] = ()
     init: Init | None = None
     debug: Debug = Debug()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_images_one_by_one(cls, tree: Any) -> Any:
+        task = _by_name(tree.get("task")) if isinstance(tree, dict) else None
+        if not isinstance(task, dict) or task.get("name") == "classification" or "evaluate" in tree:
+            return tree
+        return {**tree, "evaluate": {"batch_size": 1}}
 
     @model_validator(mode="after")
     def _length_is_absolute(self) -> "Config":

@@ -135,3 +135,10 @@ def test_a_file_extends_one_file_and_never_itself(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
     with pytest.raises(InputError, match=r"two\.yaml: extends one\.yaml, which extends it in turn"):
         config.load(tmp_path / "one.yaml")
+
+
+def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(settings: Make) -> None:
+    dense = ["task=semantic_fpn", "augment={}", "mix={}"]
+    assert settings().evaluate.batch_size == 256
+    assert settings(*dense).evaluate.batch_size == 1
+    assert settings(*dense, "evaluate.batch_size=4").evaluate.batch_size == 4
