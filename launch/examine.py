@@ -50,7 +50,7 @@ def examine(folder: Path, *, samples: bool) -> Examination:
     if path is None:
         raise InputError("the run has no validation data: data.val is not set")
     source, step, weights = _newest_weights(folder)
-    root = ade20k.root_of(path)
+    root = ade20k.root_of(path, settings.data.cache)
     shards = ShardSet(root)
     try:
         _require_same_data(folder, shards, path)

@@ -260,8 +260,10 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused before the model is made has been looked at."""
     handoff.check(settings)
     cache = _cache(settings.data)
-    training = ShardSet(*map(ade20k.root_of, settings.data.train_paths), cache=cache)
-    validation = ShardSet(ade20k.root_of(settings.data.val), cache=cache) if settings.data.val else None
+    roots = [ade20k.root_of(path, settings.data.cache) for path in settings.data.train_paths]
+    training = ShardSet(*roots, cache=cache)
+    val = settings.data.val and ade20k.root_of(settings.data.val, settings.data.cache)
+    validation = ShardSet(val, cache=cache) if val else None
     require_kind(settings.task, training)
     if validation and validation.classes != training.classes:
         raise InputError(

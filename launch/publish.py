@@ -161,7 +161,7 @@ class Publisher:
             NUM_PREDICTIONS,
             self.folder / "predictions.png",
             title=settings.run.name,
-            note=attribution(ade20k.root_of(str(settings.data.val))),
+            note=attribution(ade20k.root_of(str(settings.data.val), settings.data.cache)),
             device=torch.device("cpu"),
         )
 

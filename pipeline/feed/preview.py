@@ -36,10 +36,11 @@ _WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
 def preview(settings: Config, path: Path) -> dict[str, Any]:
     """Draw a grid of augmented samples into the PNG file `path`."""
-    shards = ShardSet(*map(ade20k.root_of, settings.data.train_paths))
+    roots = [ade20k.root_of(path, settings.data.cache) for path in settings.data.train_paths]
+    shards = ShardSet(*roots)
     feed = TrainFeed(settings, shards, World())
     (batch, *_) = feed.next()
-    note = attribution(ade20k.root_of(settings.data.train_paths[0]))
+    note = attribution(roots[0])
     if shards.annotations:
         feed.close()
         return _preview_maps(settings, shards, batch, path, note)

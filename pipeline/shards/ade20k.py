@@ -35,9 +35,9 @@ def is_ade20k(path: str | Path) -> bool:
     return "://" not in str(path) and Path(path).parent.name == ANNOTATIONS and not (Path(path) / MANIFEST).exists()
 
 
-def root_of(path: str | Path) -> str | Path:
-    """Of the packed data set that a setting names; label maps in this layout are packed for it."""
-    return packed(path) if is_ade20k(path) else path
+def root_of(path: str | Path, cache: str | None = None) -> str | Path:
+    """Of the packed data set that a setting names; label maps in this layout are packed for it, into `cache`."""
+    return packed(path, Path(cache) if cache else None) if is_ade20k(path) else path
 
 
 def packed(path: str | Path, cache: Path | None = None, classes: list[str] | None = None) -> Path:
