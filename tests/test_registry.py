@@ -32,7 +32,8 @@ from launch import registry as launch_registry
 from pipeline import config
 from pipeline.config import Gates
 from pipeline.errors import ExternalError, InputError
-from pipeline.track import copies, foreign, lineage, package, promote, registry, server
+from pipeline.tasks.build import build_task, start_from
+from pipeline.track import copies, foreign, lineage, network, package, promote, registry, server
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import Record
@@ -570,6 +571,21 @@ def test_published_weights_become_a_version(tiny: Registry, published: dict[str,
     assert tiny.client.get_experiment_by_name("import").artifact_location == (tiny.folder / "artifacts/import").as_uri()  # pyright: ignore[reportOptionalMemberAccess]
     named = bring_in(tiny, published["ours"], classes=list("abcdefghij"))
     assert registry.resolve(named).card.classes == list("abcdefghij")
+
+
+def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_path: Path) -> None:
+    published = timm.create_model("resnet10t", num_classes=10).eval()
+    torch.save(published.state_dict(), tmp_path / "r.pth")
+    version = registry.resolve(bring_in(tiny, tmp_path / "r.pth", model="resnet10t", image_size=64))
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(network.load(version.card, version.weights)(images), published(images), rtol=0, atol=0)
+    task, card = config.SemanticFpn(channels=32, pyramid_channels=32), version.card
+    dense = build_task(task, card.model, card.image, ["a", "b"])
+    weights = safetensors.torch.load_file(version.weights)
+    start_from(dense, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes)
+    for name, tensor in dense.model.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(tensor, weights[name.removeprefix("backbone.")]), name
 
 
 class Malicious:

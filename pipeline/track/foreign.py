@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor
@@ -34,7 +35,6 @@ from pvt.convert import from_any
 from pvt.create import create_model
 
 EXPERIMENT = "import"
-_HEAD = "head.weight"
 _NAMED = 5
 """Tensors that a message names."""
 
@@ -56,7 +56,7 @@ def import_weights(
     """
     file = _file_in(source)
     tensors = _fit(read(file), file, model, image_size)
-    num_classes = len(tensors[_HEAD])
+    num_classes = len(tensors[_head(model)])
     classes = classes or [str(index) for index in range(num_classes)]
     if len(classes) != num_classes:
         raise InputError(f"{file}: has a head of {num_classes} classes, but {len(classes)} names were given")
@@ -138,11 +138,12 @@ def _file_in(source: Path) -> Path:
 
 def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) -> dict[str, Tensor]:
     """The tensors in fp32, once they are those of the architecture, each with its shape."""
-    if _HEAD not in tensors:
-        raise InputError(f"{file}: has no head ({_HEAD}): a classifier is needed; there are {_some(tensors)}")
+    head = _head(model)
+    if head not in tensors:
+        raise InputError(f"{file}: has no head ({head}): a classifier is needed; there are {_some(tensors)}")
     try:
         with torch.device("meta"):
-            expected = create_model(model, image_size, num_classes=len(tensors[_HEAD])).state_dict()
+            expected = create_model(model, image_size, num_classes=len(tensors[head])).state_dict()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise InputError(f"--model {model} cannot be built for {image_size} px: {error}") from error
     faults = {
@@ -159,6 +160,12 @@ def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) ->
         found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
         raise InputError(f"{file}: is not a {model} for {image_size} px: {found}: check --model and --image-size")
     return {key: tensors[key].to(expected[key].dtype).contiguous() for key in expected}
+
+
+def _head(model: str) -> str:
+    """The name of the classifier's weight."""
+    described = timm.get_pretrained_cfg(model)
+    return f"{described.classifier if described and isinstance(described.classifier, str) else 'head'}.weight"
 
 
 def _register(client: MlflowClient, name: str, entry: Path, source: dict[str, str], uuid: str) -> str:
