@@ -54,11 +54,23 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
         database.parent.mkdir(parents=True, exist_ok=True)
         with database.with_name(f".{database.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if not database.exists():
+                _create(database)
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
             return client
     except MlflowException as error:
         raise InputError(f"tracking server {redact(uri)}: {redact(error.message)}") from error
+
+
+def _create(database: Path) -> None:
+    """Under another name until its tables are whole: a process that ends in between would leave a database that nobody
+    can open."""
+    partial = database.with_name(f".{database.name}.partial")
+    for left in database.parent.glob(f"{partial.name}*"):
+        left.unlink()
+    MlflowClient(f"{_SQLITE}{partial}").search_experiments(max_results=1)
+    partial.rename(database)
 
 
 def _use(uri: str) -> None:
