@@ -721,3 +721,18 @@ def test_a_monitor_that_fails_is_left_out(
     lines = (folder / "system/node-0.jsonl").read_text().splitlines()
     assert len(lines) > 2
     assert all("cpu_utilization_percentage" in line for line in lines)
+
+
+def test_a_database_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    code = f"from pipeline.track import server; server.connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".mlflow.db.partial").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() < 0
+    assert not (tmp_path / "mlflow.db").exists()
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db", create=True)
+    assert client.create_experiment("works")
+    assert not (tmp_path / ".mlflow.db.partial").exists()
