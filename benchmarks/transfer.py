@@ -1,11 +1,12 @@
 """Is fine-tuning a registered model better than training from scratch, at equal steps?
 
-python -m benchmarks.transfer --config configs/finetune/scenes.yaml --model models:/scene-digits@candidate --metric miou
+python -m benchmarks.transfer --config configs/finetune/scenes.yaml --model models:/scene-digits@candidate
     [--seeds 3] [--ranks 2] [--set KEY=VALUE]
 
     for each seed:  the model's backbone, before any step │ fine-tuned │ the same configuration from random weights
 
-Prints a table of the task's main metric to standard error. The runs are left in runs/transfer/.
+Prints a table of the task's main metric to standard error. The runs are left in runs/transfer/, in a folder for each
+configuration and model; one that has finished is not run again.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from launch import command
 from pipeline import config
 from pipeline.errors import ExternalError
 from pipeline.track import server
+from pipeline.track.record import MAIN_METRIC, Record
 
 STARTS = ("before", "fine-tuned", "from scratch")
 _STILL = ("train.length=1 steps", "optim.warmup=0 steps", "optim.lr=1e-12")
@@ -29,33 +31,38 @@ def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.transfer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, metavar="FILE", help="of a fine-tuning run")
     parser.add_argument("--model", required=True, metavar="URI", help="what fine-tuning starts from")
-    parser.add_argument("--metric", required=True, help="the task's main metric: top1, miou")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     arguments = parser.parse_args()
-    name = config.load(arguments.config, arguments.set).run.name
+    if min(arguments.seeds, arguments.ranks) < 1:
+        parser.error("--seeds and --ranks are at least 1")
+    settings = config.load(arguments.config, arguments.set)
+    name, about = settings.run.name, [settings.model_dump(mode="json"), arguments.model, arguments.ranks]
+    root = Path("runs/transfer") / f"{name}-{config.fingerprint(about)[:8]}"
     scores: dict[str, list[float]] = {start: [] for start in STARTS}
-    print(f"{name}: {arguments.metric}\n| seed | {' | '.join(STARTS)} |\n|---|---|---|---|", file=sys.stderr)
+    print(f"{name}\n| seed | {' | '.join(STARTS)} |\n|---|---|---|---|", file=sys.stderr)
+    metric = ""
     for seed in range(arguments.seeds):
         for start in STARTS:
-            run = f"{name}-{start.replace(' ', '-')}-{seed}"
-            result = _run(arguments, start, run, seed)
-            scores[start].append(result[arguments.metric])
+            folder = root / f"{name}-{start.replace(' ', '-')}-{seed}"
+            result = _run(arguments, start, folder, seed)
+            metric = Record.read(folder).tags[MAIN_METRIC]
+            scores[start].append(result[metric])
         row = " | ".join(f"{scores[start][-1]:.4f}" for start in STARTS)
         print(f"| {seed} | {row} |", file=sys.stderr, flush=True)
     means = {start: statistics.mean(values) for start, values in scores.items()}
     better = sum(ours > theirs for ours, theirs in zip(scores["fine-tuned"], scores["from scratch"], strict=True))
-    return {"config": arguments.config, "metric": arguments.metric, "scores": scores, "means": means, "better": better}
+    return {"config": arguments.config, "metric": metric, "scores": scores, "means": means, "better": better}
 
 
-def _run(arguments: argparse.Namespace, start: str, run: str, seed: int) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, start: str, folder: Path, seed: int) -> dict[str, Any]:
     """The result of a run; of one that has finished before, what it was."""
     settings = [
         *arguments.set,
         f"run.seed={seed}",
-        f"run.name={run}",
-        "run.root=runs/transfer",
+        f"run.name={folder.name}",
+        f"run.root={folder.parent}",
         f"tracking.uri={server.tracking_uri(None)}",
         "tracking.report=false",
         "tracking.log_samples=false",
@@ -75,9 +82,9 @@ def _run(arguments: argparse.Namespace, start: str, run: str, seed: int) -> dict
     process = subprocess.run(
         [*starter, *(part for setting in settings for part in ("--set", setting))], capture_output=True, text=True
     )
-    path = Path("runs/transfer") / run / "result.json"
+    path = folder / "result.json"
     if process.returncode or not path.exists():
-        raise ExternalError(f"{run} failed: {process.stderr[-2000:]}")
+        raise ExternalError(f"{folder} failed: {process.stderr[-2000:]}")
     return json.loads(path.read_text())
 
 

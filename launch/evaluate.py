@@ -9,9 +9,8 @@ model's. Several ranks share the work: deepspeed launch/evaluate.py …
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -21,15 +20,23 @@ from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
 from pipeline.feed.recipe import require_kind
 from pipeline.shards import ade20k
-from pipeline.shards.attribution import attribution
 from pipeline.shards.index import ShardSet
 from pipeline.tasks import predictions, probe
-from pipeline.tasks.build import AnyTask, build_task
+from pipeline.tasks.build import AnyTask, build_trained
 from pipeline.tasks.classify import Classification, ClassificationMetric
 from pipeline.track import registry, server
 from pipeline.track.card import Card
 from pipeline.train.evaluate import evaluate
 from pipeline.world import World
+
+
+class Opened(NamedTuple):
+    uri: str
+    """With the version's number."""
+    data: str
+    card: Card
+    task: AnyTask
+    shards: ShardSet
 
 
 def main() -> dict[str, Any] | None:
@@ -58,9 +65,10 @@ def main() -> dict[str, Any] | None:
             arguments.model, arguments.data, arguments.train, arguments.probe, arguments.tracking_uri, here, arguments.k
         )
     else:
-        result = score(arguments.model, arguments.data, arguments.tracking_uri, here)
-    if result and arguments.draw:
-        result["drawing"] = str(_draw(arguments, here))
+        opened = open_all(arguments.model, arguments.data, arguments.tracking_uri, here)
+        result = score(opened, here)
+        if result and arguments.draw:
+            result["drawing"] = str(_draw(opened, arguments.draw, arguments.out, arguments.log))
     world.stop()
     return result
 
@@ -68,40 +76,53 @@ def main() -> dict[str, Any] | None:
 def _check(arguments: argparse.Namespace) -> None:
     if bool(arguments.probe) != bool(arguments.train):
         raise InputError("--probe and --train belong together: what to fit, and the data set to fit it to")
+    if arguments.probe and arguments.draw:
+        raise InputError("--draw shows what the model predicts, and --probe asks its features only: give one of them")
     if arguments.draw is not None and arguments.draw < 1:
         raise InputError(f"--draw {arguments.draw}: a number of at least 1 was expected")
     if arguments.k < 1:
         raise InputError(f"--k {arguments.k}: a number of at least 1 was expected")
     if (arguments.out or arguments.log) and not arguments.draw:
         raise InputError("--out and --log are for a drawing: give --draw N, too")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise InputError(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it")
 
 
-def score(uri: str, data: str, tracking_uri: str, here: World) -> dict[str, Any] | None:
+def open_all(uri: str, data: str, tracking_uri: str, here: World) -> Opened:
+    """A registered model on this rank's device, in evaluation mode, and a data set of its classes.
+
+    Raises InputError where one of them cannot be read or they do not fit.
+    """
+    opened = command.first_then_all(here, lambda: _open(uri, data, tracking_uri))
+    opened.task.model.to(here.device)
+    return opened
+
+
+def score(opened: Opened, here: World) -> dict[str, Any] | None:
     """Evaluate as the training run did: the registered weights in fp32, its batches, its view of each image."""
-    shards, card, task, pinned = command.first_then_all(here, lambda: _open(uri, data, tracking_uri))
-    network = task.model.to(here.device).eval()
+    uri, data, card, task, shards = opened
     batches = EvalFeed(shards, here, card.image, task=card.task, batch_size=card.eval_batch_size)
     with torch.inference_mode():
-        scores = evaluate(network, batches, task.metric(), here)
+        scores = evaluate(task.model, batches, task.metric(), here)
     if not here.is_first:
         return None
     assert scores is not None  # nothing told it to give up
-    return {"model": pinned, "data": data, "digest": shards.digest, "samples": len(shards), **scores}
+    return {"model": uri, "data": data, "digest": shards.digest, "samples": len(shards), **scores}
 
 
 def probed(
     uri: str, data: str, train: str, kind: str, tracking_uri: str, here: World, k: int = 20
 ) -> dict[str, Any] | None:
     """Score k nearest neighbours, or a linear classifier, on the features of the registered classifier's backbone."""
-    fitted, shards, card, network, pinned = command.first_then_all(
+    pinned, card, task, fitted, shards = command.first_then_all(
         here, lambda: _open_for_probe(uri, data, train, tracking_uri)
     )
-    network = network.to(here.device).eval()
+    network = task.model.to(here.device)
     (train_x, train_y, _), (x, y, weights) = (_features(network, card, each, here) for each in (fitted, shards))
     if not here.is_first:
         return None
     if kind == "knn":
-        scores = probe.knn(train_x, train_y, x, len(shards.classes), k=min(k, len(train_x)))
+        scores = probe.knn(train_x, train_y, x, len(shards.classes), k=k)
     else:
         scores = probe.linear_probe(train_x, train_y, x, len(shards.classes))
     metric = ClassificationMetric()
@@ -110,6 +131,7 @@ def probed(
     return {
         "model": pinned,
         "probe": kind,
+        **({"k": k} if kind == "knn" else {}),
         "train": train,
         "data": data,
         "digest": shards.digest,
@@ -134,7 +156,7 @@ def _features(network: torch.nn.Module, card: Card, shards: ShardSet, here: Worl
 
 def _open_for_probe(
     uri: str, data: str, train: str, tracking_uri: str
-) -> tuple[ShardSet, ShardSet, Card, torch.nn.Module, str]:
+) -> tuple[str, Card, Classification, ShardSet, ShardSet]:
     server.connect(tracking_uri)
     fitted, shards = ShardSet(train), ShardSet(data)
     for each in (fitted, shards):
@@ -148,10 +170,10 @@ def _open_for_probe(
     task = _task(version)
     if not isinstance(task, Classification):
         raise InputError(f"--probe {version.uri}: is a {version.card.task.name}; features are those of a classifier")
-    return fitted, shards, version.card, task.model, version.uri
+    return version.uri, version.card, task, fitted, shards
 
 
-def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, AnyTask, str]:
+def _open(uri: str, data: str, tracking_uri: str) -> Opened:
     server.connect(tracking_uri)
     shards = ShardSet(ade20k.root_of(data))
     version = registry.resolve(uri)
@@ -162,35 +184,20 @@ def _open(uri: str, data: str, tracking_uri: str) -> tuple[ShardSet, Card, AnyTa
             f"{data} has the classes {_some(shards.classes)} but {version.uri} was trained on "
             f"{_some(card.classes)}: pack the data with --classes-from of the training data"
         )
-    return shards, card, _task(version), version.uri
+    return Opened(version.uri, data, card, _task(version), shards)
 
 
 def _task(version: registry.Version) -> AnyTask:
     card = version.card
-    task = build_task(card.task, card.model, card.image, card.classes)
-    task.model.load_state_dict(safetensors.torch.load_file(version.weights))
-    return task
+    return build_trained(card.task, card.model, card.image, card.classes, version.weights)
 
 
-def _draw(arguments: argparse.Namespace, here: World) -> Path:
-    shards, card, task, pinned = _open(arguments.model, arguments.data, arguments.tracking_uri)
-    name, number = pinned.removeprefix("models:/").split("/")
-    path = arguments.out or Path(f"{name}-{number}.png")
-    network = task.model.to(here.device).eval()
-    predictions.draw(
-        task,
-        network,
-        shards,
-        card.task,
-        card.image,
-        arguments.draw,
-        path,
-        title=pinned,
-        note=attribution(ade20k.root_of(arguments.data)),
-        device=here.device,
-    )
-    if arguments.log:
-        registry.attach(pinned, path)
+def _draw(opened: Opened, count: int, out: Path | None, log: bool) -> Path:
+    name, number = opened.uri.removeprefix("models:/").split("/")
+    path = out or Path(f"{name}-{number}.png")
+    predictions.draw(opened.task, opened.shards, opened.card, count, path, opened.uri)
+    if log:
+        registry.attach(opened.uri, path)
     return path
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -21,12 +20,12 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, MicroBatch
-from pipeline.feed.recipe import IGNORED
 from pipeline.shards import ade20k
-from pipeline.shards.attribution import ATTRIBUTION, attribution
+from pipeline.shards.attribution import ATTRIBUTION
+from pipeline.shards.images import IGNORED
 from pipeline.shards.index import ShardSet
 from pipeline.tasks import segment
-from pipeline.tasks.build import AnyTask, build_task
+from pipeline.tasks.build import build_trained
 from pipeline.tasks.segment import SegmentationMetric
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.record import Record
@@ -71,7 +70,7 @@ def examine(folder: Path, *, samples: bool) -> Examination:
             confusion=confusion,
             scores=scores,
             pictures=pictures,
-            attribution=_attribution(root) if samples else None,
+            attribution=_attribution(shards, root) if samples else None,
         )
     finally:
         shards.close()
@@ -83,9 +82,8 @@ class _Run:
     def __init__(self, settings: Config, shards: ShardSet, weights: Path) -> None:
         self._settings, self._shards = settings, shards
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self._task: AnyTask = build_task(settings.task, settings.model, settings.image, shards.classes)
-        self._task.model.load_state_dict(safetensors.torch.load_file(weights))
-        self._network: nn.Module = self._task.model.to(self._device).eval()
+        self._task = build_trained(settings.task, settings.model, settings.image, shards.classes, weights)
+        self._network: nn.Module = self._task.model.to(self._device)
         self.is_dense = isinstance(self._network, SemanticFpn)
 
     def look_inside(self, samples: bool) -> tuple[list[Picture] | list[Scene], float]:
@@ -263,7 +261,7 @@ def _class_attention(network: nn.Module, images: Tensor) -> Map | None:
     return weights.float().mean(dim=0).unflatten(0, grid).cpu().numpy()
 
 
-def _attribution(root: str | Path) -> str:
-    return attribution(root) or (
+def _attribution(shards: ShardSet, root: str | Path) -> str:
+    return shards.attribution or (
         f"{root}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before passing this page on."
     )

@@ -264,7 +264,8 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     training = ShardSet(*roots, cache=cache)
     val = settings.data.val and ade20k.root_of(settings.data.val, settings.data.cache)
     validation = ShardSet(val, cache=cache) if val else None
-    require_kind(settings.task, training)
+    for shards in filter(None, (training, validation)):
+        require_kind(settings.task, shards)
     if validation and validation.classes != training.classes:
         raise InputError(
             f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "

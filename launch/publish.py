@@ -16,19 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
-import torch
-
 from launch import report
 from pipeline import files
 from pipeline.config import Config, dump, fingerprint
 from pipeline.errors import InputError
 from pipeline.feed.preview import preview
-from pipeline.shards import ade20k
-from pipeline.shards.attribution import attribution
 from pipeline.shards.index import Manifest, ShardSet
 from pipeline.tasks import predictions
-from pipeline.tasks.build import build_task
+from pipeline.tasks.build import build_trained
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record
@@ -150,20 +145,10 @@ class Publisher:
     def _draw(self, checkpoint: Path, validation: ShardSet) -> None:
         """Some validation images with what the network says of them."""
         settings, averaged = self._settings, self._settings.train.ema_decay is not None
-        task = build_task(settings.task, settings.model, settings.image, validation.classes)
-        task.model.load_state_dict(safetensors.torch.load_file(checkpoint / (EMA if averaged else MODEL)))
-        predictions.draw(
-            task,
-            task.model.eval(),
-            validation,
-            settings.task,
-            settings.image,
-            NUM_PREDICTIONS,
-            self.folder / "predictions.png",
-            title=settings.run.name,
-            note=attribution(ade20k.root_of(str(settings.data.val), settings.data.cache)),
-            device=torch.device("cpu"),
-        )
+        weights = checkpoint / (EMA if averaged else MODEL)
+        task = build_trained(settings.task, settings.model, settings.image, validation.classes, weights)
+        picture = self.folder / "predictions.png"
+        predictions.draw(task, validation, settings, NUM_PREDICTIONS, picture, settings.run.name)
 
     def _for_people(self, what: str, make: Callable[[], object]) -> None:
         """Something to look at, of a run that has succeeded: what goes wrong with it is told, and no more."""

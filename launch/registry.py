@@ -148,8 +148,11 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         from pipeline import world
 
         here = world.start()
-        scorer = lambda model, data: evaluate.score(model, data, tracking_uri, here) or {}  # noqa: E731
-        result = promote(arguments.uri, gates, score=scorer, why=arguments.why)
+
+        def score(model: str, data: str) -> dict[str, Any]:
+            return evaluate.score(evaluate.open_all(model, data, tracking_uri, here), here) or {}
+
+        result = promote(arguments.uri, gates, score=score, why=arguments.why)
         world.stop()
     for row in result["gates"]:
         print(_gate(row), file=sys.stderr)

@@ -10,6 +10,7 @@ pictures. The same arguments give the same bytes.
 
 import argparse
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def main() -> dict[str, Any]:
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
-        instances = layouts.write(out, counts, arguments.seed, sides, classes, bar.update)
+        partial = out.with_name(f"{out.name}.partial")  # what was cut short must not look finished
+        shutil.rmtree(partial, ignore_errors=True)
+        instances = layouts.write(partial, counts, arguments.seed, sides, classes, bar.update)
+    partial.replace(out)
     return {"out": str(out), **counts, "instances": instances}
 
 

@@ -183,6 +183,11 @@ class SemanticFpn(Section):
     max_class_fraction: float = Field(default=0.75, gt=0.0, le=1.0)
     """A crop in which one class has more of the labelled pixels is drawn again, up to ten times."""
 
+    def sides(self, image: "Image") -> tuple[int, int]:
+        """To which short side whole images are resized, and the longest that the other one may get, in pixels."""
+        short = self.short_side or image.size
+        return short, self.long_side or 4 * short
+
     @field_validator("scale")
     @classmethod
     def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:

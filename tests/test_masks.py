@@ -15,10 +15,11 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.feed import augment
 from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
-from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.feed.recipe import MaskTarget
 from pipeline.keys import Stream
 from pipeline.palette import palette
 from pipeline.shards import ade20k
+from pipeline.shards.images import IGNORED
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.world import World

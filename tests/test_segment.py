@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.feed.recipe import MaskTarget
+from pipeline.shards.images import IGNORED
 from pipeline.tasks.classify import load_pretrained
 from pipeline.tasks.segment import Segmentation, SegmentationMetric, build_model, class_ious, load_backbone, predict
 from pipeline.world import World

@@ -18,14 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import config, keys
+from pvt.model import STRIDES
 
 Array = npt.NDArray[Any]
 
 _ATTEMPTS = 10  # at a random box that fits, as timm and torchvision make
 NOISE = 1 << 22
 """Standard normal draws that erased boxes are filled from, each beginning at an offset of its own."""
-CANVAS_DIVISOR = 32
-"""Of the sides of a canvas for whole images: the coarsest stage's pixels to a token."""
 
 
 class Op(enum.IntEnum):
@@ -120,9 +119,10 @@ def evaluation_views(image: config.Image, size: int, hw: Array) -> Views:
 
 
 def whole_views(task: config.SemanticFpn, image: config.Image, hw: Array) -> Views:
-    """Whole images, resized as the task says, on the smallest canvas that holds them all."""
+    """Whole images, resized as the task says, on the smallest canvas that holds them all, in whole
+    tokens of the coarsest stage."""
     resized = np.maximum(1, np.rint(hw * _fit(task, image, hw))).astype(np.int64)
-    height, width = (-(-resized.max(axis=0) // CANVAS_DIVISOR) * CANVAS_DIVISOR).tolist()
+    height, width = (-(-resized.max(axis=0) // STRIDES[-1]) * STRIDES[-1]).tolist()
     return _plain_views((height, width), np.zeros_like(hw), hw, resized)
 
 
@@ -148,8 +148,7 @@ def scaled_crops(
 
 def _fit(task: config.SemanticFpn, image: config.Image, hw: Array) -> Array:
     """The factor, [n, 1], that brings the short side to its size, or the long one if that would be too long."""
-    short = task.short_side or image.size
-    long = task.long_side or 4 * short
+    short, long = task.sides(image)
     return np.minimum(short / hw.min(axis=1, keepdims=True), long / hw.max(axis=1, keepdims=True))
 
 

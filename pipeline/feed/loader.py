@@ -18,7 +18,6 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.config import Classification, Config, Image, Task
 from pipeline.feed import mix, pixels
-from pipeline.feed.augment import Views
 from pipeline.feed.order import Order, Samples, deal
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.recipe import recipe_of, require_kind
@@ -78,7 +77,7 @@ class TrainFeed:
             self._quarantine,
             world,
             config.image,
-            target=self._recipe.training_target if self._recipe.annotated else None,
+            target=self._recipe.training_target,
             noise=pixels.noise(config.run.seed, world.device) if noisy else None,
             batch_size=self.deal.micro_batch_size,
             num_threads=config.data.num_threads,
@@ -235,7 +234,7 @@ class EvalFeed:
             self._quarantine,
             self._world,
             self._image,
-            target=self._target if self._recipe.annotated else None,
+            target=self._recipe.evaluation_target,
             batch_size=self._batch_size,
             num_threads=self._num_threads,
             prefetch=self._prefetch,
@@ -249,9 +248,6 @@ class EvalFeed:
                 yield MicroBatch(images, targets, weights, None, plan.samples)
         finally:
             stream.close()
-
-    def _target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
-        return view, self._recipe.evaluation_target(annotation, view)
 
     def plan(self, number: int) -> Plan:
         """The plan of this rank's batch `number`. Reading ahead may ask beyond the last: those are all fillers."""

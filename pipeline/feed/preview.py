@@ -23,7 +23,6 @@ from pipeline.feed.order import Samples
 from pipeline.keys import Stream
 from pipeline.palette import colourise
 from pipeline.shards import ade20k
-from pipeline.shards.attribution import attribution
 from pipeline.shards.images import decode
 from pipeline.shards.index import ShardSet
 from pipeline.sheet import Sheet
@@ -40,7 +39,7 @@ def preview(settings: Config, path: Path) -> dict[str, Any]:
     shards = ShardSet(*roots)
     feed = TrainFeed(settings, shards, World())
     (batch, *_) = feed.next()
-    note = attribution(roots[0])
+    note = shards.attribution
     if shards.annotations:
         feed.close()
         return _preview_maps(settings, shards, batch, path, note)

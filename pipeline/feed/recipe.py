@@ -6,6 +6,7 @@ targets of a batch ──────────▶ what the loss or the metric
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,39 +18,37 @@ from pipeline import config, keys
 from pipeline.errors import InputError
 from pipeline.feed import augment, mix
 from pipeline.feed.augment import Views
-from pipeline.shards.images import BadImageError, decode_map
+from pipeline.shards.images import IGNORED, BadImageError, decode_map, wrong_labels
 from pipeline.shards.index import CorruptSampleError, ShardSet
 
 Array = npt.NDArray[Any]
 
-IGNORED = 255
-"""Of a label map: pixels that no class is known of."""
+Target = Callable[[bytes, Views], tuple[Views, Any]]
+"""From one sample's annotation, its bytes at rest, and its view to the view, which the annotation may have changed, and
+what the network is to say of it. Raises CorruptSampleError."""
 
 
 class Recipe(Protocol):
-    """Of n samples with heights and widths `hw` [n, 2]. Annotations are the bytes at rest."""
+    """Of n samples with heights and widths `hw` [n, 2]."""
 
-    annotated: bool
-    """Whether its data sets have annotations, or class labels alone."""
+    @property
+    def training_target(self) -> Target | None:
+        """None where samples have class labels and no annotations."""
+        ...
+
+    @property
+    def evaluation_target(self) -> Target | None: ...
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views: ...
 
     def evaluation_views(self, hw: Array) -> Views: ...
 
-    def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
-        """One sample's, and its view, which the annotation may have changed. Raises CorruptSampleError."""
-        ...
-
-    def evaluation_target(self, annotation: bytes, view: Views) -> Any:
-        """One sample's. Raises CorruptSampleError."""
-        ...
-
     def training_batch(self, targets: Any, device: torch.device) -> Any:
-        """For the loss, of `training_target`s, or of class labels [n] where there are no annotations."""
+        """For the loss, of what `training_target` made of the samples, or of class labels [n]."""
         ...
 
     def evaluation_batch(self, targets: Any, device: torch.device) -> Any:
-        """For the metric, of `evaluation_target`s or of class labels."""
+        """For the metric, of what `evaluation_target` made, or of class labels."""
         ...
 
     def blank_batch(self, n: int, size: int, device: torch.device) -> Any:
@@ -60,7 +59,7 @@ class Recipe(Protocol):
 class Labels:
     """Classification: random crops and soft labels in training, a central crop and class labels in evaluation."""
 
-    annotated = False
+    training_target = evaluation_target = None
 
     def __init__(
         self,
@@ -77,12 +76,6 @@ class Labels:
 
     def evaluation_views(self, hw: Array) -> Views:
         return augment.evaluation_views(self._image, self._image.size, hw)
-
-    def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Any]:
-        raise NotImplementedError("labelled images have no annotations")
-
-    def evaluation_target(self, annotation: bytes, view: Views) -> Any:
-        raise NotImplementedError("labelled images have no annotations")
 
     def training_batch(self, targets: Array, device: torch.device) -> Tensor:
         """[n, K] float32."""
@@ -112,8 +105,6 @@ class Masks:
 
     At rest a map holds 0 where nothing is labelled, c + 1 for class c, and IGNORED.
     """
-
-    annotated = True
 
     def __init__(
         self,
@@ -148,9 +139,9 @@ class Masks:
         target[: len(seen), : seen.shape[1]] = seen[:, ::-1] if view.flip[0] else seen
         return view, torch.from_numpy(target)
 
-    def evaluation_target(self, annotation: bytes, view: Views) -> MaskTarget:
+    def evaluation_target(self, annotation: bytes, view: Views) -> tuple[Views, MaskTarget]:
         height, width = view.extent[0].tolist()
-        return MaskTarget(torch.from_numpy(self._labels(annotation)), (height, width))
+        return view, MaskTarget(torch.from_numpy(self._labels(annotation)), (height, width))
 
     def training_batch(self, targets: list[Tensor], device: torch.device) -> Tensor:
         """[n, S, S] int64."""
@@ -167,12 +158,10 @@ class Masks:
             stored = decode_map(annotation)
         except BadImageError as error:
             raise CorruptSampleError(f"its label map: {error}") from error
+        if wrong := wrong_labels(stored, self._num_classes):
+            raise CorruptSampleError(f"its label map has {wrong}")
         labels = stored - np.uint8(1)  # 0 becomes IGNORED
         labels[stored == IGNORED] = IGNORED
-        if ((labels >= self._num_classes) & (labels != IGNORED)).any():
-            raise CorruptSampleError(
-                f"its label map has class {stored[stored != IGNORED].max()} of {self._num_classes}"
-            )
         return labels
 
     def _is_varied(self, crop: npt.NDArray[np.uint8]) -> bool:

@@ -29,6 +29,7 @@ from pipeline.feed.dali import Batch, Decoder
 from pipeline.feed.mix import Blends
 from pipeline.feed.order import Samples
 from pipeline.feed.quarantine import Quarantine
+from pipeline.feed.recipe import Target
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.world import World
 
@@ -82,7 +83,7 @@ class ImageStream:
         world: World,
         image: Image,
         *,
-        target: Callable[[bytes, Views], tuple[Views, Any]] | None = None,
+        target: Target | None = None,
         noise: Tensor | None = None,
         batch_size: int,
         num_threads: int,

@@ -8,14 +8,13 @@ ATTRIBUTION = "ATTRIBUTION.txt"
 _LEVELS = 4  # from DIR/ade20k/images/training up to DIR
 
 
-def attribution(root: str | Path) -> str | None:
-    """The text of a local data set's, if it has one."""
-    try:
-        return (Path(root) / ATTRIBUTION).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-
-
 def above(image: str | Path) -> str | None:
     """The text in the image's folder or the nearest one above it that has one."""
-    return next(filter(None, map(attribution, Path(image).resolve().parents[:_LEVELS])), None)
+    for folder in Path(image).resolve().parents[:_LEVELS]:
+        try:
+            text = (folder / ATTRIBUTION).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            continue
+        if text:
+            return text
+    return None

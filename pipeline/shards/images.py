@@ -27,7 +27,7 @@ QUALITY = 90
 MAX_BYTES = 1 << 28
 """Of an encoded image, which is held in memory."""
 
-IGNORE = 255
+IGNORED = 255
 """In a label map: a pixel that does not count."""
 
 _PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: a JPEG with more pictures behind it, as phones write
@@ -116,13 +116,13 @@ def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> 
 
 def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
     """What is wrong with the values of a label map, [height, width]."""
-    wrong = (labels > num_classes) & (labels != IGNORE)
+    wrong = (labels > num_classes) & (labels != IGNORED)
     if not wrong.any():
         return None
     y, x = np.argwhere(wrong)[0].tolist()
     return (
         f"the value {labels[y, x]} at x {x}, y {y}; a pixel's value is 0, no label; 1 … {num_classes}, a class; "
-        f"or {IGNORE}, to be ignored"
+        f"or {IGNORED}, to be ignored"
     )
 
 

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
+from pipeline.shards.attribution import ATTRIBUTION
 from pipeline.shards.header import read_size
 from pipeline.shards.store import Blob, Cache, Store, StoreError
 
@@ -165,6 +166,13 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
     return manifest
 
 
+def _attribution(store: Store) -> str | None:
+    try:
+        return store.read(ATTRIBUTION).decode(errors="replace").strip()
+    except OSError:
+        return None
+
+
 class ShardSet:
     """Packed data sets, opened: one, or several end to end that have the same classes and kind of annotations.
 
@@ -215,6 +223,11 @@ class ShardSet:
         """Of the data set; of several, of their digests in order."""
         digests = [manifest.digest for manifest in self.manifests]
         return digests[0] if len(digests) == 1 else fingerprint(digests)
+
+    @property
+    def attribution(self) -> str | None:
+        """What has to be said wherever its pictures are shown, if anything has."""
+        return "\n".join(dict.fromkeys(filter(None, map(_attribution, self._stores)))) or None
 
     def check(self) -> None:
         """Compare every local shard's size with the manifest. Raises InputError.

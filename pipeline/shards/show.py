@@ -18,7 +18,6 @@ from PIL import Image
 from pipeline import keys
 from pipeline.palette import colourise
 from pipeline.shards import images
-from pipeline.shards.attribution import attribution
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.store import Cache
@@ -42,7 +41,7 @@ def show(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
         summary = _summary(shards, seed)
         draw = _draw_maps if shards.annotations else _draw_sheet
-        picture = draw(shards, Path(root).absolute().name, seed, attribution(root))
+        picture = draw(shards, Path(root).absolute().name, seed, shards.attribution)
         shards.close()
     picture.save(sheet)
     return {"data": str(root), **summary, "sheet": str(sheet)}

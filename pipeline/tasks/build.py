@@ -1,7 +1,9 @@
 """The task that a configuration, or a registered model, names."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import safetensors.torch
 from torch import Tensor
 
 from pipeline import config
@@ -17,11 +19,21 @@ AnyTask = Classification | Segmentation
 def build_task(task: config.Task, model: config.Model, image: config.Image, classes: list[str]) -> AnyTask:
     """With a network freshly initialised from torch's current seed. Raises InputError for one that cannot be built."""
     if isinstance(task, config.SemanticFpn):
-        built = Segmentation(segment.build_model(model, task, model.image_size or image.size, len(classes)), classes)
+        built = Segmentation(segment.build_model(model, task, image.size, len(classes)), classes)
         freeze(built.model.backbone, model.frozen_stages)
     else:
         built = Classification(classify.build_model(model, image.size, len(classes)), len(classes))
         freeze(built.model, model.frozen_stages)
+    return built
+
+
+def build_trained(
+    task: config.Task, model: config.Model, image: config.Image, classes: list[str], weights: Path
+) -> AnyTask:
+    """With the weights of a safetensors file, in evaluation mode."""
+    built = build_task(task, model, image, classes)
+    built.model.load_state_dict(safetensors.torch.load_file(weights))
+    built.model.eval()
     return built
 
 

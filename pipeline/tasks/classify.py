@@ -1,62 +1,39 @@
 """Image classification: the pretraining task, and the first of the fine-tuning tasks."""
 
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import config
+from pipeline import config, network
 from pipeline.errors import InputError
 from pipeline.tasks.layers import layers
 from pipeline.world import World
-from pvt.create import create_model
 
 
 def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Module:
-    """The classifier that a configuration names, freshly initialised from torch's current seed.
-
-    Raises InputError for a name that timm does not know and a size that the model does not take.
-    """
-    if not timm.is_model(model.name):
-        near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
-        raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
-    try:
-        network = create_model(
-            model.name,
-            image_size,
-            num_classes=num_classes,
-            drop_rate=model.drop_rate,
-            drop_path_rate=model.drop_path_rate,
-        )
-    except TypeError as error:  # a setting that the architecture has not
-        raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"model.name {model.name!r} with image.size {image_size}: {error}") from error
-    if model.grad_checkpointing:
-        network.set_grad_checkpointing()
-    return network
+    """The classifier that a configuration names. Raises InputError as network.build does."""
+    return network.build(config.Classification(), model, image_size, num_classes)
 
 
-def load_pretrained(network: nn.Module, weights: Mapping[str, Tensor], source: str, *, keep_head: bool) -> None:
+def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, keep_head: bool) -> None:
     """Start from the weights of a model that was trained on other data, with a fresh head unless it fits.
 
     Position embeddings are resized to the network's image size where the architecture knows how. Raises InputError
     where the tensors are not those of this architecture; `source` is named in it.
     """
-    own: dict[str, Tensor] = network.state_dict()
-    filter_fn = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    own: dict[str, Tensor] = model.state_dict()
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        weights = dict(filter_fn(weights, network) if filter_fn else weights)
+        weights = dict(filter_fn(weights, model) if filter_fn else weights)
     except ValueError as error:
-        raise InputError(f"{source}: not weights of model.name {type(network).__name__}: {error}") from error
+        raise InputError(f"{source}: not weights of model.name {type(model).__name__}: {error}") from error
     if not keep_head:
-        heads: Any = network.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        heads: Any = model.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         of_head = tuple(f"{head}." for head in heads)
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(of_head)}
@@ -73,7 +50,7 @@ def load_pretrained(network: nn.Module, weights: Mapping[str, Tensor], source: s
     if faults:
         some = "; ".join(sorted(faults)[:3])
         raise InputError(f"{source} does not fit the model: {some} ({len(faults)} in all): choose its model.name")
-    network.load_state_dict(weights)
+    model.load_state_dict(weights)
 
 
 def check_image_sizes(model: config.Model, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:
@@ -82,10 +59,10 @@ def check_image_sizes(model: config.Model, image_size: int, num_classes: int, si
     The network, built for `image_size`, is run without memory for its weights or its results.
     """
     with torch.device("meta"), torch.inference_mode():
-        network = build_model(model, image_size, num_classes).eval()
+        built = build_model(model, image_size, num_classes).eval()
         for size in sizes:
             try:
-                network(torch.empty(1, 3, size, size))
+                built(torch.empty(1, 3, size, size))
             except (ValueError, AssertionError, RuntimeError) as error:
                 raise InputError(f"augment.image_size: {model.name} does not take {size}: {error}") from error
 

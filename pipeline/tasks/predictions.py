@@ -1,17 +1,18 @@
 """Pictures of what a network says of samples from all over a data set."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
-from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.feed.recipe import MaskTarget
 from pipeline.palette import colourise
-from pipeline.shards.images import decode
+from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
 from pipeline.sheet import Sheet
 from pipeline.tasks import segment
@@ -24,32 +25,31 @@ _COLUMNS, _TILE_PX = 6, 200
 Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
 
 
-def draw(
-    task: AnyTask,
-    network: nn.Module,
-    shards: ShardSet,
-    settings: config.Task,
-    image: config.Image,
-    count: int,
-    path: Path,
-    *,
-    title: str,
-    note: str | None,
-    device: torch.device,
-) -> None:
-    """Draw `count` predictions into the PNG `path`. Segmentation: a row of image, truth and prediction each.
-    `note` has to be said of the images."""
+class Settings(Protocol):
+    """A run's, or a registered model's card."""
+
+    @property
+    def task(self) -> config.Task: ...
+
+    @property
+    def image(self) -> config.Image: ...
+
+
+def draw(task: AnyTask, shards: ShardSet, settings: Settings, count: int, path: Path, title: str) -> None:
+    """Draw `count` predictions of a trained network into the PNG `path`. Segmentation: a row of image, truth and
+    prediction each. Raises InputError where no sample is whole or the file cannot be written."""
     rows: list[list[Tile]] = []
+    device = next(task.model.parameters()).device
     # Every so many-th sample, as the first of so many ranks would take them.
     stride = World(size=max(1, len(shards) // count), device=device)
     with torch.inference_mode():
-        for batch in EvalFeed(shards, stride, image, task=settings, batch_size=1):
+        for batch in EvalFeed(shards, stride, settings.image, task=settings.task, batch_size=1):
             if len(rows) == count:
                 break
             if batch.weights[0]:
                 shard, row = int(batch.samples.shard[0]), int(batch.samples.row[0])
                 original, key = decode(shards.read(shard, row)), shards.key(shard, row)
-                output = network(batch.images)[0].float()
+                output = task.model(batch.images)[0].float()
                 if isinstance(task, Segmentation):
                     rows.append(_maps(original, key, output, batch.targets[0], shards.classes))
                 else:
@@ -59,7 +59,9 @@ def draw(
     columns = _COLUMNS if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
     tiles = [tile for row in rows for tile in row]
     about = f"{len(rows)} of {len(shards)} samples"
-    sheet = Sheet(title, about, columns=columns, count=len(tiles), num_details=1, tile_px=_TILE_PX, note=note)
+    sheet = Sheet(
+        title, about, columns=columns, count=len(tiles), num_details=1, tile_px=_TILE_PX, note=shards.attribution
+    )
     for picture, caption, detail in tiles:
         sheet.add(picture, caption, detail)
     sheet.save(path)

@@ -6,7 +6,6 @@
 N images, K classes; the network's input is H x W, the canvas; an image's own size is h x w.
 """
 
-import difflib
 from collections.abc import Mapping
 
 import timm
@@ -14,60 +13,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import config
+from pipeline import config, network
 from pipeline.errors import InputError
-from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.feed.recipe import MaskTarget
+from pipeline.shards.images import IGNORED
 from pipeline.tasks.classify import load_pretrained
 from pipeline.tasks.layers import layers
 from pipeline.world import World
 from pvt.model import STRIDES
-from pvt.semantic_fpn import PREFIX, SemanticFpn, backbone
+from pvt.semantic_fpn import PREFIX, SemanticFpn
 
 
 def build_model(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> SemanticFpn:
-    """The network that a configuration names, freshly initialised from torch's current seed.
-
-    Raises InputError for a name that timm does not know, a model that is no pyramid or takes one size alone, and an
-    image size that it is not built for.
-    """
-    if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3)
-        raise InputError(f"model.name {settings.name!r} is no timm model; near: {', '.join(near) or 'none'}")
+    """The network that a configuration names. Raises InputError as network.build does, and for a backbone that is no
+    pyramid or takes one size alone."""
     if settings.drop_rate:
         raise InputError(
             f"model.drop_rate {settings.drop_rate} is of a classifier's head, which Semantic FPN has not: "
             "leave it out and set task.dropout"
         )
-    try:
-        _check_canvases(settings, task, image_size, num_classes)
-        network = _build(settings, task, image_size, num_classes)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise InputError(f"model.name {settings.name!r} for {image_size} px: {error}") from error
-    if settings.grad_checkpointing:
-        network.set_grad_checkpointing()
-    return network
-
-
-def _build(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> SemanticFpn:
-    network = backbone(settings.name, image_size, settings.drop_path_rate)
-    return SemanticFpn(network, num_classes, task.channels, task.dropout, task.pyramid_channels)
-
-
-def _check_canvases(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> None:
-    """Raise ValueError unless the network takes canvases of other sizes, too. It is run without memory for its
-    weights or its results."""
     with torch.device("meta"), torch.inference_mode():
-        network = _build(settings, task, image_size, num_classes).eval()
-        height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
-        try:
-            network(torch.empty(1, 3, height, width))
-        except (ValueError, AssertionError, RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"whole images are evaluated at sizes of their own, but it does not take {height}x{width}: {error}"
-            ) from error
+        _check_canvases(network.build(task, settings, image_size, num_classes).eval(), settings.name, image_size)
+    return network.build(task, settings, image_size, num_classes)
 
 
-def load_backbone(network: SemanticFpn, settings: config.Model, weights: Mapping[str, Tensor], source: str) -> None:
+def _check_canvases(model: SemanticFpn, name: str, image_size: int) -> None:
+    """Raise InputError unless the network, on the meta device, takes canvases of other sizes, too."""
+    height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
+    try:
+        model(torch.empty(1, 3, height, width))
+    except (ValueError, AssertionError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"model.name {name!r}: whole images are evaluated at sizes of their own, but it does not take "
+            f"{height}x{width}: {error}"
+        ) from error
+
+
+def load_backbone(model: SemanticFpn, settings: config.Model, weights: Mapping[str, Tensor], source: str) -> None:
     """Start the backbone from the weights of a classifier of `settings.name`, whatever its classes.
 
     Position embeddings are resized where sizes differ. Raises InputError where the tensors are not those of this
@@ -75,10 +57,10 @@ def load_backbone(network: SemanticFpn, settings: config.Model, weights: Mapping
     """
     with torch.device("meta"):
         classifier: nn.Module = timm.create_model(settings.name)
-    beyond = classifier.state_dict().keys() - network.backbone.state_dict().keys()
+    beyond = classifier.state_dict().keys() - model.backbone.state_dict().keys()
     of_backbone = {f"{PREFIX}{name}": tensor for name, tensor in weights.items() if name not in beyond}
-    rest = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(PREFIX)}
-    load_pretrained(network, {**of_backbone, **rest}, source, keep_head=True)
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX)}
+    load_pretrained(model, {**of_backbone, **rest}, source, keep_head=True)
 
 
 class Segmentation:

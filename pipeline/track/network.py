@@ -1,31 +1,16 @@
-"""The network that a card describes: the one place where this room makes it.
-
-card ──build──▶ network, freshly initialised ──load: weights of the card's files──▶ network in evaluation mode
-"""
+"""The network of a registered model."""
 
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
-from torch import nn
 
-from pipeline import config
+from pipeline.network import build
 from pipeline.track.card import Card
-from pvt.create import create_model
-from pvt.semantic_fpn import SemanticFpn, backbone
 
 
-def build(card: Card) -> nn.Module:
-    """With fresh weights, in training mode. From images [B, 3, H, W] it makes logits: for classification [B, K], for
-    semantic_fpn [B, K, H / 4, W / 4]."""
-    name, task, num_classes = card.model.name, card.task, len(card.classes)
-    if isinstance(task, config.SemanticFpn):
-        pyramid = backbone(name, card.model.image_size or card.image.size)
-        return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
-    return create_model(name, card.image.size, num_classes=num_classes)
-
-
-def load(card: Card, weights: Path) -> nn.Module:
+def load(card: Card, weights: Path) -> Any:
     """In fp32 and evaluation mode. Raises RuntimeError for weights that are not this network's."""
-    network = build(card).eval().requires_grad_(False)
+    network = build(card.task, card.model, card.image.size, len(card.classes)).eval().requires_grad_(False)
     network.load_state_dict(safetensors.torch.load_file(weights))
     return network

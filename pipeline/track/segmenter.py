@@ -27,8 +27,9 @@ from pipeline.palette import palette
 from pipeline.shards import images
 from pipeline.track import network
 from pipeline.track.card import Card
+from pvt.model import STRIDES
 
-CANVAS_DIVISOR = 32
+CANVAS_DIVISOR = STRIDES[-1]
 """Sides of the network's input are multiples of this, in pixels."""
 
 
@@ -85,16 +86,10 @@ class Segmenter:
 def fit(card: Card, height: int, width: int) -> tuple[int, int]:
     """To which height and width evaluation resizes an image: its short side to the task's, unless the long one would
     get too long."""
-    short, long = sides(card)
+    assert isinstance(card.task, config.SemanticFpn)
+    short, long = card.task.sides(card.image)
     factor = min(short / min(height, width), long / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def sides(card: Card) -> tuple[int, int]:
-    """To which short side images are resized, and the longest that the other one may get, in pixels."""
-    assert isinstance(card.task, config.SemanticFpn)
-    short = card.task.short_side or card.image.size
-    return short, card.task.long_side or 4 * short
 
 
 def shown(card: Card, image: Image.Image) -> Image.Image:

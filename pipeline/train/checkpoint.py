@@ -43,12 +43,8 @@ from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, LossScale
 from pipeline.world import World
 
-SHAPES_WEIGHTS = (
-    "model",
-    "image_size",
-    "num_classes",
-    "task",
-)  # entries of the identity that no resume.allow can bridge
+# Entries of the identity that no resume.allow can bridge.
+SHAPES_WEIGHTS = ("model", "model_image_size", "image_size", "num_classes", "task")
 
 
 @dataclasses.dataclass

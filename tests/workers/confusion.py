@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline import world
-from pipeline.feed.recipe import IGNORED, MaskTarget
+from pipeline.feed.recipe import MaskTarget
+from pipeline.shards.images import IGNORED
 from pipeline.tasks.segment import SegmentationMetric
 
 NUM_CLASSES, NUM_IMAGES, BATCH = 7, 9, 2

@@ -11,7 +11,7 @@ from pipeline import config
 from pipeline.errors import InputError
 from pipeline.track import network
 from pipeline.track.registry import Version
-from pipeline.track.segmenter import CANVAS_DIVISOR, pixels, shown, sides
+from pipeline.track.segmenter import CANVAS_DIVISOR, pixels, shown
 from pvt import PyramidVisionTransformer
 from pvt.semantic_fpn import SemanticFpn
 
@@ -105,7 +105,8 @@ class Source:
         return {"resize_short_side_px": self.short_side, "center_crop_px": self.card.image.size}, {}
 
     def _whole_image(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        short, long = sides(self.card)
+        assert isinstance(self.card.task, config.SemanticFpn)
+        short, long = self.card.task.sides(self.card.image)
         before = {
             "resize_short_side_px": short,
             "unless_long_side_exceeds_px": long,

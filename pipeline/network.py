@@ -1,0 +1,45 @@
+"""The network that a task and a model's settings describe: the one place where it is made."""
+
+import difflib
+from typing import Any
+
+import timm
+
+from pipeline import config
+from pipeline.errors import InputError
+from pvt.create import create_model
+from pvt.semantic_fpn import SemanticFpn, backbone
+
+
+def build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+    """Freshly initialised from torch's current seed, in training mode, for images of `image_size` pixels.
+
+    From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]. Raises
+    InputError for a name that timm does not know, and a size or a setting that the model does not take.
+    """
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
+        raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
+    try:
+        network = _build(task, model, image_size, num_classes)
+    except TypeError as error:  # a setting that the architecture has not
+        raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
+    except (ValueError, AssertionError) as error:
+        size = model.image_size or image_size
+        raise InputError(f"model.name {model.name!r} for {size} px: {error}") from error
+    if model.grad_checkpointing:
+        network.set_grad_checkpointing()
+    return network
+
+
+def _build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+    if isinstance(task, config.SemanticFpn):
+        pyramid = backbone(model.name, model.image_size or image_size, model.drop_path_rate)
+        return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
+    return create_model(
+        model.name,
+        image_size,
+        num_classes=num_classes,
+        drop_rate=model.drop_rate,
+        drop_path_rate=model.drop_path_rate,
+    )
