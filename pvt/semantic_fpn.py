@@ -17,37 +17,29 @@ Shapes: N images of H x W pixels, K classes.
 """
 
 import functools
-import sys
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from pvt.create import create_model
+from pvt.dense import NUM_MAPS, PREFIX, DenseNetwork, backbone, checkpoint_filter_fn
 from pvt.model import STRIDES
 
-__all__ = ["SemanticFpn", "backbone", "checkpoint_filter_fn"]
+__all__ = ["PREFIX", "SemanticFpn", "backbone", "checkpoint_filter_fn"]
 
 PYRAMID_CHANNELS = 256
 NUM_GROUPS = 32  # of the head's GroupNorm
-NUM_MAPS = len(STRIDES)
-PREFIX = "backbone."  # of its tensors' names
 
 
-class SemanticFpn(nn.Module):
+class SemanticFpn(DenseNetwork):
     """Backbone, feature pyramid and head: images [N, 3, H, W] -> logits [N, K, ceil(H / 4), ceil(W / 4)].
 
-    `backbone` is what this module's function of that name makes: its maps of strides 4, 8, 16, 32 and nothing beyond.
     `channels` of the head, a multiple of 32; `dropout` drops whole channels before its last layer.
 
     Images of any size: up to the next multiple of `size_divisor` they are padded with zeros at the bottom and right.
     """
 
-    pretrained_cfg = {"classifier": "classifier"}  # where timm's models tell which layer is about the classes
+    pretrained_cfg = {"classifier": "classifier"}
 
     def __init__(
         self,
@@ -57,11 +49,8 @@ class SemanticFpn(nn.Module):
         dropout: float = 0.1,
         pyramid_channels: int = PYRAMID_CHANNELS,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.backbone = backbone
-        widths = [info["num_chs"] for info in _maps(backbone, type(backbone).__name__)]
-        self.pyramid = FeaturePyramidNetwork(widths, pyramid_channels)
+        super().__init__(backbone, num_classes)
+        self.pyramid = FeaturePyramidNetwork(self.widths, pyramid_channels)
         # At least one convolution a level, and one before each doubling.
         self.branches = nn.ModuleList(_branch(pyramid_channels, channels, doublings) for doublings in range(NUM_MAPS))
         self.dropout = nn.Dropout2d(dropout)
@@ -69,49 +58,17 @@ class SemanticFpn(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)  # pyright: ignore[reportArgumentType] - it has one
 
-    @property
-    def drop_path_rates(self) -> tuple[float, ...]:
-        """Of the backbone's residual branches, where it takes its masks from outside; else empty."""
-        return getattr(self.backbone, "drop_path_rates", ())
-
-    @property
-    def size_divisor(self) -> int:
-        """Pixels that both sides of the backbone's input are a multiple of."""
-        return getattr(self.backbone, "size_divisor", STRIDES[-1])
-
     def forward(self, images: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        """`drop_path`: multipliers [len(drop_path_rates), N], see PyramidVisionTransformer."""
-        height, width = images.shape[-2:]
-        below, right = -height % self.size_divisor, -width % self.size_divisor
-        if below or right:
-            images = F.pad(images, (0, right, 0, below))
-        masks = {} if drop_path is None else {"drop_path": drop_path}
-        maps: list[Tensor] = self._timm.forward_intermediates(
-            images, indices=NUM_MAPS, intermediates_only=True, **masks
-        )
-        logits = self.decode(maps)
-        if below or right:
-            logits = logits[..., : -(-height // STRIDES[0]), : -(-width // STRIDES[0])]
-        return logits
+        """`drop_path`: see DenseNetwork.maps."""
+        logits = self.decode(self.maps(images, drop_path))
+        height, width = (-(-side // STRIDES[0]) for side in images.shape[-2:])
+        return logits if logits.shape[-2:] == (height, width) else logits[..., :height, :width]
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """The backbone's maps, finest first -> logits [N, K, h, w], with h, w of the finest map."""
         levels = self.pyramid({str(stride): level for stride, level in zip(STRIDES, maps, strict=True)}).values()
         merged = [branch(level) for branch, level in zip(self.branches, levels, strict=True)]
         return self.classifier(self.dropout(functools.reduce(torch.add, merged)))
-
-    def no_weight_decay(self) -> set[str]:
-        """The backbone's choice."""
-        return {f"{PREFIX}{name}" for name in getattr(self.backbone, "no_weight_decay", set)()}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
-        self._timm.set_grad_checkpointing(enable)
-
-    @property
-    def _timm(self) -> Any:
-        """The backbone, for timm's methods, which type checkers do not know of a module."""
-        return self.backbone
 
 
 def _branch(in_channels: int, channels: int, num_doublings: int) -> nn.Sequential:
@@ -125,40 +82,3 @@ def _branch(in_channels: int, channels: int, num_doublings: int) -> nn.Sequentia
             layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
         in_channels = channels
     return nn.Sequential(*layers)
-
-
-def backbone(name: str, image_size: int, drop_path_rate: float = 0.0, **kwargs: Any) -> nn.Module:
-    """A timm model for its maps of strides 4, 8, 16, 32 alone: without head, and without what comes after the maps.
-
-    `image_size` (pixels) is for models that are built for one, as by position embeddings. Raises ValueError for a
-    model without such maps and a size that it does not take.
-    """
-    # None is what timm leaves out: some models know no drop path.
-    network = create_model(name, image_size, num_classes=0, drop_path_rate=drop_path_rate or None, **kwargs)
-    _maps(network, name)
-    network.prune_intermediate_layers(NUM_MAPS, prune_norm=True, prune_head=True)
-    return network
-
-
-def _maps(network: Any, name: str) -> list[dict[str, Any]]:
-    """timm's description of the last four maps. Raises ValueError unless these are at strides 4, 8, 16, 32."""
-    info = getattr(network, "feature_info", [])
-    maps = list(info.info if isinstance(info, FeatureInfo) else info)
-    strides = [entry["reduction"] for entry in maps]
-    needed = list(STRIDES)
-    if strides[-NUM_MAPS:] != needed or not hasattr(network, "forward_intermediates"):
-        raise ValueError(
-            f"{name} gives maps at strides {strides}, and Semantic FPN needs {needed}: choose a pyramid such as "
-            "pvt_small, resnet50 or convnext_tiny"
-        )
-    return maps[-NUM_MAPS:]
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SemanticFpn) -> dict[str, Any]:
-    """A checkpoint of this network, with its backbone's part as the backbone's architecture filters its own."""
-    part = {name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(PREFIX)}
-    rest = {name: tensor for name, tensor in state_dict.items() if not name.startswith(PREFIX)}
-    filter_fn = getattr(sys.modules[type(model.backbone).__module__], "checkpoint_filter_fn", None)
-    if filter_fn:
-        part = filter_fn(part, model.backbone)
-    return {**{f"{PREFIX}{name}": tensor for name, tensor in part.items()}, **rest}
