@@ -2,6 +2,7 @@
 
 python launch/shards.py pack --images SOURCE --out DIR     images into shards
 python launch/shards.py pack --ade20k MAPS --out DIR       images with a class for each pixel
+python launch/shards.py pack --coco FILE.json --out DIR    images with boxes and masks of objects
 python launch/shards.py index ROOT                         tars that others made, as they are
 python launch/shards.py verify ROOT                        every byte against the manifest
 python launch/shards.py show ROOT                          counts, sizes and a contact sheet
@@ -17,13 +18,14 @@ from typing import Any
 from launch import command
 from launch.command import Subcommand
 from pipeline.errors import InputError
-from pipeline.shards import ade20k
+from pipeline.shards import ade20k, coco
 from pipeline.shards.adopt import index
 from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.parallel import cores
 from pipeline.shards.show import show, table
+from pipeline.shards.sources import Listing
 from pipeline.shards.verify import verify
 
 LISTED = 20
@@ -39,13 +41,15 @@ def _pack_arguments(parser: ArgumentParser) -> None:
         "--images",
         metavar="SOURCE",
         help="folder with one sub-folder for each class; .csv or .jsonl list of path and label; "
-        ".parquet file, folder of them or pattern in quotes; with --ade20k a folder (default ROOT/images/SPLIT)",
+        ".parquet file, folder of them or pattern in quotes; with --ade20k or --coco a folder "
+        "(default ROOT/images/SPLIT or ROOT/SPLIT)",
     )
     parser.add_argument(
         "--ade20k",
         metavar="MAPS",
         help="ROOT/annotations/SPLIT: folder of label maps; their classes are named in ROOT/objectInfo150.txt",
     )
+    parser.add_argument("--coco", metavar="FILE.json", help="ROOT/annotations/instances_SPLIT.json: boxes and masks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
     parser.add_argument("--max-side", type=_positive, metavar="PX", help="scale images with a longer side down")
@@ -55,11 +59,9 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 
 
 def _pack(arguments: Namespace) -> dict[str, Any]:
-    if not arguments.images and not arguments.ade20k:
-        raise InputError("pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT")
     classes = _classes(arguments)
     manifest = pack(
-        ade20k.find(arguments.ade20k, arguments.images, classes) if arguments.ade20k else arguments.images,
+        _source(arguments, classes),
         arguments.out,
         classes=classes,
         max_side=arguments.max_side,
@@ -70,6 +72,21 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         workers=arguments.workers,
     )
     return {"data": str(arguments.out), **_counts(manifest), **_skipped(read_skipped(arguments.out))}
+
+
+def _source(arguments: Namespace, classes: list[str] | None) -> str | Listing:
+    if arguments.ade20k and arguments.coco:
+        raise InputError("pack: --ade20k and --coco name data sets of different kinds: give one of them")
+    if arguments.ade20k:
+        return ade20k.find(arguments.ade20k, arguments.images, classes)
+    if arguments.coco:
+        return coco.find(arguments.coco, arguments.images, classes)
+    if arguments.images:
+        return arguments.images
+    raise InputError(
+        "pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT, "
+        "or --coco ROOT/annotations/instances_SPLIT.json"
+    )
 
 
 def _index_arguments(parser: ArgumentParser) -> None:

@@ -22,10 +22,19 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.palette import colourise, palette
-from pipeline.shards import ade20k, images
+from pipeline.shards import ade20k, images, layouts
 from pipeline.shards.faults import read_skipped
 from pipeline.shards.images import BadImageError, decode_map
-from pipeline.shards.index import ANNOTATED_RECORD, CorruptSampleError, Manifest, Shard, ShardSet, read_manifest
+from pipeline.shards.index import (
+    ANNOTATED_RECORD,
+    EXTENSIONS,
+    Annotations,
+    CorruptSampleError,
+    Manifest,
+    Shard,
+    ShardSet,
+    read_manifest,
+)
 from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
 from pipeline.shards.store import Cache
@@ -363,11 +372,11 @@ def test_a_damaged_map_is_not_read_and_is_found(ade: Path, tmp_path: Path) -> No
     assert not verify(tmp_path / "out", deep=True)
 
 
-def write_set(folder: Path, image: bytes, annotation: bytes, **changes: int) -> Path:
+def write_set(folder: Path, image: bytes, annotation: bytes, kind: Annotations = "semantic", **changes: int) -> Path:
     """A data set of one sample whose digests and checksums are right, whatever the sample is."""
     folder.mkdir()
     with tarfile.open(folder / "shard-000000.tar", "w") as tar:
-        for name, data in (("a.jpg", image), ("a.seg.png", annotation)):
+        for name, data in (("a.jpg", image), (f"a.{EXTENSIONS[kind]}", annotation)):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, BytesIO(data))
@@ -381,7 +390,7 @@ def write_set(folder: Path, image: bytes, annotation: bytes, **changes: int) -> 
     np.save(folder / "shard-000000.index.npy", record)
     tar, index = (folder / f"shard-000000.{part}" for part in ("tar", "index.npy"))
     digests = [(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in (tar, index)]
-    manifest = Manifest.of(CLASSES, [Shard("shard-000000", 1, *digests[0], *digests[1])], annotations="semantic")
+    manifest = Manifest.of(CLASSES, [Shard("shard-000000", 1, *digests[0], *digests[1])], annotations=kind)
     (folder / "manifest.json").write_bytes(manifest.encode())
     return folder
 
@@ -421,7 +430,7 @@ def test_an_index_that_contradicts_itself_is_found(tmp_path: Path) -> None:
 
 def pack_in_background(ade: Path, cache: Path) -> subprocess.Popen[str]:
     script = (
-        "import sys; from pathlib import Path; from pipeline.shards.ade20k import packed; "
+        "import sys; from pathlib import Path; from pipeline.shards.layouts import packed; "
         "print(packed(sys.argv[1], Path(sys.argv[2])))"
     )
     arguments = [sys.executable, "-c", script, str(maps(ade)), str(cache)]
@@ -437,13 +446,13 @@ def test_a_folder_is_packed_once(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     assert listing(root) == listing(tmp_path / "out")
     before = root.stat()
-    assert ade20k.packed(maps(ade), tmp_path / "cache") == root
+    assert layouts.packed(maps(ade), tmp_path / "cache") == root
     assert os.path.samestat(before, root.stat())
 
 
 @pytest.mark.parametrize("change", ["content", "name", "removed", "classes"])
 def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str) -> None:
-    first = ade20k.packed(maps(ade), tmp_path / "cache")
+    first = layouts.packed(maps(ade), tmp_path / "cache")
     before = listing(first)
     picture, labels = paths(ade, 2)
     if change == "content":
@@ -456,7 +465,7 @@ def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str)
         labels.unlink()
     else:
         (ade / "objectInfo150.txt").write_text(TABLE.replace("wall", "fence"))
-    second = ade20k.packed(maps(ade), tmp_path / "cache")
+    second = layouts.packed(maps(ade), tmp_path / "cache")
     assert second != first
     assert read_manifest(second).digest != read_manifest(first).digest
     assert listing(first) == before
@@ -468,7 +477,7 @@ def test_a_killed_packing_is_taken_up(ade: Path, tmp_path: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    root = ade20k.packed(maps(ade), tmp_path / "cache")
+    root = layouts.packed(maps(ade), tmp_path / "cache")
     assert not verify(root, deep=True)
     assert not list((tmp_path / "cache").glob(".ade20k-*"))
 
@@ -477,13 +486,13 @@ def test_a_bad_folder_is_refused_and_leaves_nothing(ade: Path, tmp_path: Path) -
     with_value(*paths(ade, 3))
     for _ in range(2):
         with pytest.raises(InputError, match="the value 4 at x 9, y 7"):
-            ade20k.packed(maps(ade), tmp_path / "cache")
+            layouts.packed(maps(ade), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_the_default_cache_is_a_private_folder(ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    root = ade20k.packed(maps(ade))
+    root = layouts.packed(maps(ade))
     assert root.parent == tmp_path / f"pvt-shards-{os.getuid()}"
     assert root.parent.stat().st_mode & 0o077 == 0
 

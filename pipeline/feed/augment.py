@@ -78,6 +78,19 @@ class Views:
         columns = zip(*(each._arrays() for each in views), strict=True)
         return cls(views[0].canvas, **{parts[0][0]: _joined(parts) for parts in columns})
 
+    def nearest(self) -> tuple[Array, Array]:
+        """Of one view: the stored image's rows, [h], and columns, [w], that lie at the centres of what is seen.
+
+        For maps of the image, which `map[rows][:, columns]` cuts, resizes and flips as the view does.
+        """
+        rows, columns = (
+            ((np.arange(extent) + corner + 0.5) * shape // resized).astype(np.int64) + anchor
+            for extent, corner, shape, resized, anchor in zip(
+                self.extent[0], self.corner[0], self.shape[0], self.resized[0], self.anchor[0], strict=True
+            )
+        )
+        return rows, columns[::-1] if self.flip[0] else columns
+
     def _arrays(self) -> list[tuple[str, Array]]:
         return [(name, getattr(self, name)) for name in _ARRAYS]
 
@@ -118,12 +131,23 @@ def evaluation_views(image: config.Image, size: int, hw: Array) -> Views:
     return dataclasses.replace(view, corner=np.rint((view.resized - size) / 2).astype(np.int32))
 
 
-def whole_views(task: config.SemanticFpn, image: config.Image, hw: Array) -> Views:
-    """Whole images, resized as the task says, on the smallest canvas that holds them all, in whole
-    tokens of the coarsest stage."""
-    resized = np.maximum(1, np.rint(hw * _fit(task, image, hw))).astype(np.int64)
-    height, width = (-(-resized.max(axis=0) // STRIDES[-1]) * STRIDES[-1]).tolist()
-    return _plain_views((height, width), np.zeros_like(hw), hw, resized)
+def whole_views(task: config.SemanticFpn | config.Detection, image: config.Image, hw: Array) -> Views:
+    """Whole images, resized as the task says."""
+    return _padded_views(np.zeros_like(hw), hw, _fit(*task.sides(image), hw))
+
+
+def detection_views(
+    settings: config.Augment, task: config.Detection, image: config.Image, key: keys.Key, hw: Array
+) -> Views:
+    """Whole images or, by chance, windows of them, resized to a short side that is drawn, as DETR's authors do."""
+    draws = keys.uniform(key, 8)
+    short, long = task.sides(image)
+    anchor, window = _sized_window(task, draws[:, 3:], hw)
+    cropped = draws[:, 1:2] < task.crop_prob
+    anchor, window = np.where(cropped, anchor, 0), np.where(cropped, window, hw)
+    view = _padded_views(anchor, window, _fit(_choice(task.train_short_sides or (short,), draws[:, 2:3]), long, window))
+    ops, args = _operations(settings, keys.fold(key, 1))
+    return dataclasses.replace(view, flip=draws[:, 0] < settings.hflip, ops=ops, args=args)
 
 
 def scaled_crops(
@@ -135,7 +159,7 @@ def scaled_crops(
     """
     draws = keys.uniform(key, 2 + 2 * _ATTEMPTS)
     low, high = task.scale
-    factor = _fit(task, image, hw) * (low + (high - low) * draws[:, 1:2])
+    factor = _fit(*task.sides(image), hw) * (low + (high - low) * draws[:, 1:2])
     scaled = np.maximum(1, np.rint(hw * factor))
     window = np.clip(np.rint(image.size / factor), 1, hw)
     window = np.where(scaled <= image.size, hw, window)
@@ -146,10 +170,38 @@ def scaled_crops(
     return dataclasses.replace(view, flip=flip, ops=ops, args=args, elsewhere=anchors[:, 1:])
 
 
-def _fit(task: config.SemanticFpn, image: config.Image, hw: Array) -> Array:
-    """The factor, [n, 1], that brings the short side to its size, or the long one if that would be too long."""
-    short, long = task.sides(image)
+def _fit(short: int | Array, long: int, hw: Array) -> Array:
+    """The factor, [n, 1], that brings the short side to `short`, or the long one to `long` if it would be longer."""
     return np.minimum(short / hw.min(axis=1, keepdims=True), long / hw.max(axis=1, keepdims=True))
+
+
+def _choice(options: tuple[int, ...], draws: Array) -> Array:
+    """One of the options for each uniform draw."""
+    return np.array(options)[(draws * len(options)).astype(np.int64)]
+
+
+def _sized_window(task: config.Detection, draws: Array, hw: Array) -> tuple[Array, Array]:
+    """Where windows begin and their sizes, both [n, 2], in pixels of the stored images, from `draws` [n, 5].
+
+    Drawn in the image resized to one of crop_short_sides: each side by itself, uniform in crop_sides as far as the
+    image reaches, and then the place.
+    """
+    factor = _choice(task.crop_short_sides, draws[:, :1]) / hw.min(axis=1, keepdims=True)
+    resized = np.maximum(1, np.rint(hw * factor))
+    low, high = (np.minimum(side, resized) for side in task.crop_sides)
+    size = low + np.floor(draws[:, 1:3] * (high - low + 1))
+    corner = np.floor(draws[:, 3:] * (resized - size + 1))
+    anchor, end = np.rint(corner * hw / resized), np.rint((corner + size) * hw / resized)
+    window = np.maximum(1, end - anchor)  # an image may be made larger, and its window be less than a pixel
+    return np.minimum(anchor, hw - window), window
+
+
+def _padded_views(anchor: Array, shape: Array, factor: Array) -> Views:
+    """Windows resized by `factor`, on the smallest canvas that holds them all, in whole tokens of the coarsest
+    stage."""
+    resized = np.maximum(1, np.rint(shape * factor)).astype(np.int64)
+    height, width = (-(-resized.max(axis=0) // STRIDES[-1]) * STRIDES[-1]).tolist()
+    return _plain_views((height, width), anchor, shape, resized)
 
 
 def _short_side_views(size: int, short_side: int, hw: Array) -> Views:

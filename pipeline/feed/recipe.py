@@ -18,6 +18,7 @@ from pipeline import config, keys
 from pipeline.errors import InputError
 from pipeline.feed import augment, mix
 from pipeline.feed.augment import Views
+from pipeline.feed.objects import Boxes, require_masks
 from pipeline.shards.images import IGNORED, BadImageError, decode_map, wrong_labels
 from pipeline.shards.index import CorruptSampleError, ShardSet
 
@@ -127,16 +128,14 @@ class Masks:
         last."""
         labels = self._labels(annotation)
         height, width = view.shape[0].tolist()
-        crop = labels
         for anchor in (view.anchor, *view.elsewhere.swapaxes(0, 1)):
             view = dataclasses.replace(view, anchor=anchor)
             top, left = anchor[0].tolist()
-            crop = labels[top : top + height, left : left + width]
-            if self._is_varied(crop):
+            if self._is_varied(labels[top : top + height, left : left + width]):
                 break
         target = np.full(view.canvas, IGNORED, np.uint8)
-        seen = _nearest(crop, *view.extent[0].tolist())
-        target[: len(seen), : seen.shape[1]] = seen[:, ::-1] if view.flip[0] else seen
+        rows, columns = view.nearest()
+        target[: len(rows), : len(columns)] = labels[rows][:, columns]
         return view, torch.from_numpy(target)
 
     def evaluation_target(self, annotation: bytes, view: Views) -> tuple[Views, MaskTarget]:
@@ -169,13 +168,6 @@ class Masks:
         return bool(np.count_nonzero(counts) > 1 and counts.max() <= self._task.max_class_fraction * counts.sum())
 
 
-def _nearest(labels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Each pixel of [height, width] takes the label at its centre."""
-    rows = (np.arange(height) + 0.5) * labels.shape[0] // height
-    columns = (np.arange(width) + 0.5) * labels.shape[1] // width
-    return labels[np.ix_(rows.astype(np.int64), columns.astype(np.int64))]
-
-
 def recipe_of(
     task: config.Task,
     image: config.Image,
@@ -186,15 +178,23 @@ def recipe_of(
     """Evaluation needs no more than a task, its images and the number of its classes."""
     if isinstance(task, config.SemanticFpn):
         return Masks(task, image, num_classes, settings)
+    if isinstance(task, config.Detection):
+        return Boxes(task, image, num_classes, settings)
     return Labels(image, num_classes, settings, label_smoothing)
 
 
 def require_kind(task: config.Task, shards: ShardSet) -> None:
     """Raise InputError for data of another kind than the task's."""
-    needed = "semantic" if isinstance(task, config.SemanticFpn) else None
+    needed = None
+    if isinstance(task, config.SemanticFpn):
+        needed = "semantic"
+    elif isinstance(task, config.Detection):
+        needed = "objects"
     if shards.annotations != needed:
-        kinds = {None: "labelled images", "semantic": "images with label maps"}
+        kinds = {None: "labelled images", "semantic": "images with label maps", "objects": "images with objects"}
         raise InputError(
             f"{shards.url(0)}: its data set holds {kinds[shards.annotations]}, but task {task.name} needs "
             f"{kinds[needed]}: set task, or name other data"
         )
+    if isinstance(task, config.MaskRcnn):
+        require_masks(shards)

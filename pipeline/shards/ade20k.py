@@ -5,23 +5,16 @@
     ROOT/annotations/SPLIT/NAME.png  ┴──find──▶ Listing ──pack──▶ shards
 
 A map has 8 bits: 0 no label, 1 … K the classes, 255 to be ignored.
-
-`packed` does both for a run that is given such a folder, once, and keeps the shards in the cache's folder.
 """
 
-import fcntl
 import itertools
 import os
 import sys
 from pathlib import Path
 
-from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards.cache import Cache
 from pipeline.shards.faults import BadSource
-from pipeline.shards.index import FORMAT, MANIFEST
-from pipeline.shards.pack import pack
-from pipeline.shards.parallel import cores
+from pipeline.shards.index import MANIFEST
 from pipeline.shards.sources import EXTENSIONS, Entry, Listing, files_below, key_of, listing
 
 ANNOTATIONS, IMAGES = "annotations", "images"
@@ -33,28 +26,6 @@ MAX_CLASSES = 254
 def is_ade20k(path: str | Path) -> bool:
     """Whether `path` means ROOT/annotations/SPLIT, and not a packed data set."""
     return "://" not in str(path) and Path(path).parent.name == ANNOTATIONS and not (Path(path) / MANIFEST).exists()
-
-
-def root_of(path: str | Path, cache: str | None = None) -> str | Path:
-    """Of the packed data set that a setting names; label maps in this layout are packed for it, into `cache`."""
-    return packed(path, Path(cache) if cache else None) if is_ade20k(path) else path
-
-
-def packed(path: str | Path, cache: Path | None = None, classes: list[str] | None = None) -> Path:
-    """The data set that ROOT/annotations/SPLIT becomes, packed on first use in `cache`, None meaning where remote
-    shards are kept by default.
-
-    A change of any file's name, size or time makes another data set. Of several processes one packs and the others
-    wait; what an interrupted one has done is taken up. Raises InputError where anything in the folder is wrong.
-    """
-    found = find(path, classes=classes)
-    out = Cache.default(cache, budget_bytes=0).folder / f"ade20k-{fingerprint([FORMAT, found.digest])[:16]}"
-    with out.with_name(f"{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (out / MANIFEST).exists():
-            print(f"{path}: packing it into {out}, once", file=sys.stderr)
-            pack(found, out, workers=cores())
-    return out
 
 
 def find(annotations: str | Path, images: str | Path | None = None, classes: list[str] | None = None) -> Listing:

@@ -54,6 +54,12 @@ def header(data: bytes) -> Header:
         return _header(image, data)
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """Height and width in pixels of an image of any format that packing takes. Raises BadImageError."""
+    with _opened(data) as image:
+        return image.height, image.width
+
+
 def decode(data: bytes) -> Image.Image:
     """A JPEG or PNG as RGB. Raises BadImageError."""
     with _opened(data) as image:
@@ -98,8 +104,7 @@ def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> 
     BadImageError.
     """
     labels = decode_map(data)
-    with _opened(image) as opened:
-        width, height = opened.size
+    height, width = size(image)
     if labels.shape != (height, width):
         raise BadImageError(
             f"{labels.shape[1]} × {labels.shape[0]} pixels, but its image has {width} × {height}: they must be equal"

@@ -10,6 +10,7 @@ In an annotated data set the tar holds behind each image what is to be learnt of
 
     semantic    KEY.jpg, KEY.seg.png    a map of the image's size, 8 bits a pixel: 0 no label, 1 … K the classes in the
                                         manifest's order, 255 to be ignored
+    objects     KEY.jpg, KEY.json       boxes and masks of single objects, see objects.py
 """
 
 import functools
@@ -63,8 +64,11 @@ ANNOTATED_RECORD = np.dtype(
     ]
 )
 
-Annotations = Literal["semantic"]
+Annotations = Literal["semantic", "objects"]
 """What is to be learnt of an image other than its class."""
+
+EXTENSIONS: dict[Annotations | None, str] = {None: "cls", "semantic": "seg.png", "objects": "json"}
+"""Of the member behind each image's: its class where there are no annotations."""
 
 
 class CorruptSampleError(RuntimeError):
@@ -298,7 +302,7 @@ class ShardSet:
         assert self.annotations
         *_, height, width, _, offset, size, crc32 = self.index(shard)[row].item()
         data = self._read(shard, offset, size, crc32, "its annotation's")
-        if read_size(data) != (height, width):
+        if self.annotations == "semantic" and read_size(data) != (height, width):
             raise CorruptSampleError(f"its map is no PNG of {width} × {height} pixels, as its image is")
         return data
 

@@ -3,7 +3,7 @@
     Listing ──seeded shuffle──▶ tasks of one shard each ──workers: read, check, scale, write, hash──▶ shard-000000.tar …
                                                                                    + .index.npy + manifest.json
 
-Annotated images (see ade20k.py) have their annotations checked, scaled and written with them.
+Annotated images (see ade20k.py, coco.py) have their annotations checked, scaled and written with them.
 
 The same input gives the same bytes, with any number of workers. The output folder appears whole, by one rename. Until
 then all is kept in .OUT.partial beside it, where the same command finds its finished shards after an interruption:
@@ -37,10 +37,19 @@ import PIL
 from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards import attribution, images, parquet, sources
+from pipeline.shards import attribution, images, objects, parquet, sources
 from pipeline.shards.faults import BadSource, first_few, write_skipped
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import ANNOTATED_RECORD, MANIFEST, RECORD, Manifest, Shard
+from pipeline.shards.index import (
+    ANNOTATED_RECORD,
+    EXTENSIONS,
+    MANIFEST,
+    RECORD,
+    Annotations,
+    Manifest,
+    Shard,
+)
+from pipeline.shards.objects import BadObjectsError
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.sources import Entry, Listing, Table
 from pipeline.shards.tar import padded
@@ -184,6 +193,7 @@ class _Task:
     spilled: list[Path]
     """Where the images are if they come from Parquet files."""
     num_classes: int
+    annotations: Annotations | None
     options: _Options
 
     @property
@@ -228,7 +238,7 @@ def _plan(
     for number, first in enumerate(range(0, len(order), options.samples_per_shard)):
         chosen = order[first : first + options.samples_per_shard]
         entries = [listing.entries[i] for i in chosen]
-        yield _Task(folder, number, entries, first, spilled, len(listing.classes), options)
+        yield _Task(folder, number, entries, first, spilled, len(listing.classes), listing.annotations, options)
 
 
 def _pack_shard(task: _Task) -> _Done:
@@ -241,7 +251,7 @@ def _pack_shard(task: _Task) -> _Done:
     with _HashedFile(tar) as file:
         records, bad = _write_tar(task, file)
     buffer = BytesIO()
-    record_type = ANNOTATED_RECORD if task.entries[0].annotation else RECORD
+    record_type = ANNOTATED_RECORD if task.annotations else RECORD
     np.save(buffer, np.array(records, record_type), allow_pickle=False)
     with _HashedFile(index) as index_file:
         index_file.write(buffer.getvalue())
@@ -291,19 +301,20 @@ def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]],
             try:
                 image = spilled[row] if spilled else _read(place)
                 data, head = images.prepare(image, task.options.max_side, task.options.quality)
-                if entry.annotation:
+                if isinstance(entry.annotation, str):
                     place = entry.annotation
                     annotation = images.prepare_map(_read(place), image, head, task.num_classes)
-            except BadImageError as error:
+                elif entry.annotation:
+                    annotation = objects.prepare(entry.annotation, images.size(image), head, task.num_classes)
+            except (BadImageError, BadObjectsError) as error:
                 bad.append(BadSource(place, entry.key, str(error)))
             else:
                 header = tar.offset
                 offset = _add(tar, f"{entry.key}.{head.extension}", data)
                 record = header, offset, len(data), entry.label, head.height, head.width, zlib.crc32(data)
-                if annotation is None:
-                    _add(tar, f"{entry.key}.cls", str(entry.label).encode())
-                else:
-                    offset = _add(tar, f"{entry.key}.seg.png", annotation)
+                behind = str(entry.label).encode() if annotation is None else annotation
+                offset = _add(tar, f"{entry.key}.{EXTENSIONS[task.annotations]}", behind)
+                if annotation is not None:
                     record += offset, len(annotation), zlib.crc32(annotation)
                 records.append(record)
             advance()

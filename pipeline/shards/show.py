@@ -3,11 +3,12 @@
     indices ──▶ counts and percentiles ──▶ summary ──▶ text
     some random samples ──▶ contact sheet
 
-Sizes are read from the indices, so only the pictures of the sheet are opened; and some random maps, where classes are
-of pixels.
+Sizes are read from the indices, so only the pictures of the sheet are opened; and some random annotations, where
+classes are of pixels or objects.
 """
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline import keys
+from pipeline.boxes import draw_boxes
 from pipeline.palette import colourise
-from pipeline.shards import images
+from pipeline.shards import images, objects
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.objects import Annotated, BadObjectsError
 from pipeline.shards.store import Cache
 from pipeline.sheet import Sheet
 
 COLUMNS, ROWS = 8, 5
 MAP_COLUMNS, MAP_ROWS, MAP_TILE_PX = 4, 6, 320
-NUM_MAPS = 500
-"""Whose pixels are counted; all, where there are no more."""
+NUM_MAPS, NUM_ANNOTATED = 500, 2000
+"""Maps whose pixels, and images whose objects are counted; all, where there are no more."""
+SMALL_PX, MEDIUM_PX = 32**2, 96**2
+"""Areas below which COCO calls an object small, and medium."""
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
 _CACHE_BYTES = 64 << 20  # for the indices of a remote data set; of its shards only some samples are wanted
@@ -40,7 +45,7 @@ def show(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
         summary = _summary(shards, seed)
-        draw = _draw_maps if shards.annotations else _draw_sheet
+        draw = {None: _draw_sheet, "semantic": _draw_maps, "objects": _draw_objects}[shards.annotations]
         picture = draw(shards, Path(root).absolute().name, seed, shards.attribution)
         shards.close()
     picture.save(sheet)
@@ -57,7 +62,10 @@ def _summary(shards: ShardSet, seed: int) -> dict[str, Any]:
         sides = records["height"], records["width"]
         sizes[:, start : start + samples] = np.minimum(*sides), np.maximum(*sides), records["size"]
         start += samples
-    balance = _pixel_balance(shards, seed) if shards.annotations else _sample_balance(shards.classes, counts)
+    if shards.annotations is None:
+        balance = _sample_balance(shards.classes, counts)
+    else:
+        balance = {"semantic": _pixel_balance, "objects": _object_balance}[shards.annotations](shards, seed)
     return {
         "samples": len(shards),
         "shards": len(shards.shard_samples),
@@ -101,6 +109,33 @@ def _pixel_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
     }
 
 
+def _object_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
+    """Of the objects of `images_read` random images, without crowds: how many of which class and size."""
+    read = [_objects(shards, shard, row) for shard, row in sorted(_choose(shards, seed, NUM_ANNOTATED))]
+    found = [annotated.annotations for annotated in read if annotated]
+    single = [[entry for entry in annotations if not entry["iscrowd"]] for annotations in found]
+    labels = np.array([entry["label"] for entries in single for entry in entries], np.int64)
+    areas = np.array([entry["area"] for entries in single for entry in entries], np.float64)
+    per_image = np.array([len(entries) for entries in single] or [0])
+    sizes = np.bincount(np.digitize(areas, (SMALL_PX, MEDIUM_PX)), minlength=3).tolist()
+    named = _by_size(shards.classes, np.bincount(labels, minlength=len(shards.classes)))
+    return {
+        "annotations": shards.annotations,
+        "images_read": len(found),
+        "objects": len(labels),
+        "objects_with_mask": sum("segmentation" in entry for entries in single for entry in entries),
+        "crowds": sum(map(len, found)) - len(labels),
+        "objects_per_image": {
+            "min": int(per_image.min()),
+            "mean": float(per_image.mean()),
+            "max": int(per_image.max()),
+        },
+        "objects_by_size": dict(zip(("small", "medium", "large"), sizes, strict=True)),
+        "largest_classes": dict(named[:5]),
+        "smallest_classes": dict(named[::-1][:5]),
+    }
+
+
 def _by_size(classes: list[str], sizes: npt.NDArray[Any]) -> list[tuple[str, Any]]:
     return [(classes[label], sizes[label].item()) for label in np.argsort(-sizes, kind="stable").tolist()]
 
@@ -110,6 +145,14 @@ def _labels(shards: ShardSet, shard: int, row: int) -> npt.NDArray[np.uint8] | N
     try:
         return images.decode_map(shards.read_annotation(shard, row))
     except (CorruptSampleError, BadImageError):
+        return None
+
+
+def _objects(shards: ShardSet, shard: int, row: int) -> Annotated | None:
+    """What is known of a sample's objects; None where it is damaged."""
+    try:
+        return objects.decode(shards.read_annotation(shard, row), len(shards.classes))
+    except (CorruptSampleError, BadObjectsError):
         return None
 
 
@@ -124,7 +167,7 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['data']}: {summary['samples']:,} samples of {summary['classes']:,} classes "
         f"in {summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB of images",
         "",
-        *(_pixel_lines(summary) if "annotations" in summary else _sample_lines(summary)),
+        *_BALANCE_LINES[summary.get("annotations")](summary),
         "",
         " " * 12 + "".join(f"{'min' if p == 0 else 'max' if p == 100 else f'{p} %':>9}" for p in PERCENTILES),
     ]
@@ -150,6 +193,22 @@ def _pixel_lines(summary: dict[str, Any]) -> list[str]:
         *_class_lines("largest", summary["largest_classes"], ".3%"),
         *_class_lines("smallest", summary["smallest_classes"], ".3%"),
     ]
+
+
+def _object_lines(summary: dict[str, Any]) -> list[str]:
+    each, sizes, count = summary["objects_per_image"], summary["objects_by_size"], max(summary["objects"], 1)
+    shares = "   ".join(f"{name} {number:,} ({number / count:.0%})" for name, number in sizes.items())
+    return [
+        f"{summary['objects']:,} objects in {summary['images_read']:,} images, "
+        f"{summary['objects_with_mask']:,} of them with masks; {summary['crowds']:,} crowds beside them",
+        f"objects an image   min {each['min']:,}   mean {each['mean']:.1f}   max {each['max']:,}",
+        f"by COCO's sizes    {shares}",
+        *_class_lines("largest", summary["largest_classes"], ","),
+        *_class_lines("smallest", summary["smallest_classes"], ","),
+    ]
+
+
+_BALANCE_LINES = {None: _sample_lines, "semantic": _pixel_lines, "objects": _object_lines}
 
 
 def _class_lines(title: str, classes: dict[str, Any], form: str) -> list[str]:
@@ -188,6 +247,37 @@ def _draw_maps(shards: ShardSet, name: str, seed: int, note: str | None) -> Shee
         caption = ", ".join(f"{shards.classes[label]} {counts[label] / labels.size:.0%}" for label in largest)
         sheet.add(_beside(picture, colourise(labels - 1, len(shards.classes))), caption, size)
     return sheet
+
+
+def _draw_objects(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
+    """Each image with its boxes, and its masks where it has any."""
+    chosen = _choose(shards, seed, MAP_COLUMNS * MAP_ROWS)
+    about = (
+        f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes of objects"
+    )
+    sheet = Sheet(name, about, columns=MAP_COLUMNS, count=len(chosen), num_details=1, tile_px=MAP_TILE_PX, note=note)
+    for shard, row in chosen:
+        record = shards.index(shard)[row]
+        picture, annotated = _picture(shards, shard, row), _objects(shards, shard, row)
+        size = f"{record['width']} × {record['height']}"
+        if picture is None or annotated is None:
+            sheet.add(None, "", size)
+            continue
+        counts = Counter((entry["label"], entry["iscrowd"]) for entry in annotated.annotations)
+        caption = ", ".join(
+            f"{count} {'crowds of ' if crowd else ''}{shards.classes[label]}"
+            for (label, crowd), count in counts.most_common()
+        )
+        sheet.add(draw_annotated(picture, annotated, shards.classes, MAP_TILE_PX), caption or "no objects", size)
+    return sheet
+
+
+def draw_annotated(picture: Image.Image, annotated: Annotated, classes: list[str], side_px: int) -> Image.Image:
+    """A copy of a stored image, its longer side `side_px`, with its objects and crowds, small ones on top."""
+    entries, size = sorted(annotated.annotations, key=lambda entry: entry["area"]), (annotated.height, annotated.width)
+    boxes, labels = [entry["bbox"] for entry in entries], [entry["label"] for entry in entries]
+    masks = (objects.mask(entry, *size) if "segmentation" in entry else np.zeros(size, np.uint8) for entry in entries)
+    return draw_boxes(picture, boxes, labels, None, masks, classes, side_px=side_px)
 
 
 def _picture(shards: ShardSet, shard: int, row: int) -> Image.Image | None:

@@ -3,7 +3,8 @@
     DIR/CLASS/**/NAME.jpg                 ┐
     LIST.csv, LIST.jsonl: path, label     ├──▶ Listing: classes, entries sorted by key, digest
     FILE.parquet, DIR/*.parquet           │
-    annotations and images: ade20k.py     ┘
+    annotations and images: ade20k.py,    ┘
+                            coco.py
 
 Images are not opened here, only listed, so that a mistake is told before hours of work. An image takes some 400 bytes
 of memory.
@@ -41,8 +42,8 @@ class Entry(NamedTuple):
     place: str
     """Path of its file; of a Parquet row, file and row for messages."""
     label: int
-    annotation: str | None = None
-    """Path of what is packed with the image in place of its label."""
+    annotation: str | bytes | None = None
+    """What is packed with the image in place of its label: the path of its map, or its objects."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +261,9 @@ def listing(
     there, missing, stats = [], [], []
     for entry in entries:
         try:
-            for place in filter(None, (entry.place, entry.annotation)):
-                stats.append((place, Path(place).stat()))
+            for place in (entry.place, entry.annotation):
+                if isinstance(place, str):
+                    stats.append((place, Path(place).stat()))
             there.append(entry)
         except OSError as error:
             missing.append(BadSource(str(error.filename), entry.key, f"cannot be read: {error.strerror}"))

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.shards import images
+from pipeline.shards import images, objects
 from pipeline.shards.faults import Fault
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, ShardSet, key_and_extension
+from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, Manifest, ShardSet, key_and_extension
+from pipeline.shards.objects import BadObjectsError
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.store import Blob, Store, StoreError
 from pipeline.shards.tar import Reader, TarError, members
@@ -58,7 +59,7 @@ def _verify_shard(task: tuple[str, int, bool]) -> list[Fault]:
         if wrong := _wrong_records(records, shards.record, manifest.shards[number].samples, len(manifest.classes)):
             return [Fault(tar.name, None, f"its index is wrong: {wrong}; index the data set again")]
         with _tars(manifest.tars or root).open(tar.name) as stream:
-            return list(_compare(stream, records, tar, len(manifest.classes), deep))
+            return list(_compare(stream, records, tar, manifest, deep))
     except (InputError, StoreError, OSError) as error:
         return [Fault(tar.name, None, str(error))]
 
@@ -82,7 +83,7 @@ def _wrong_records(records: npt.NDArray[np.void], record: np.dtype[np.void], sam
 
 
 def _compare(
-    stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, num_classes: int, deep: bool
+    stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, manifest: Manifest, deep: bool
 ) -> Iterator[Fault]:
     reader, is_damaged = Reader(stream), False
     for row, record in enumerate(records):
@@ -99,7 +100,7 @@ def _compare(
             break
         reason = _wrong_image(data, record, deep)
         if annotation is not None and not reason:
-            reason = _wrong_annotation(annotation, record, num_classes, deep)
+            reason = _wrong_annotation(annotation, record, manifest, deep)
         if reason:
             is_damaged = True
             yield Fault(tar.name, _key(header, row), reason)
@@ -131,17 +132,32 @@ def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
     return None
 
 
-def _wrong_annotation(data: bytes, record: np.void, num_classes: int, deep: bool) -> str | None:
+def _wrong_annotation(data: bytes, record: np.void, manifest: Manifest, deep: bool) -> str | None:
     if zlib.crc32(data) != record["annotation_crc32"]:
         return "its annotation does not match its checksum"
-    if deep:
-        try:
-            labels = images.decode_map(data)
-        except BadImageError as error:
-            return f"its annotation: {error}"
-        height, width = labels.shape
-        if (height, width) != (record["height"], record["width"]):
-            return f"its map has {width} × {height} pixels, but its image {record['width']} × {record['height']}"
-        if wrong := images.wrong_labels(labels, num_classes):
-            return f"its map has {wrong}"
-    return None
+    if not deep:
+        return None
+    wrong_kind = _wrong_map if manifest.annotations == "semantic" else _wrong_objects
+    try:
+        return wrong_kind(data, record, len(manifest.classes))
+    except (BadImageError, BadObjectsError) as error:
+        return f"its annotation: {error}"
+
+
+def _wrong_map(data: bytes, record: np.void, num_classes: int) -> str | None:
+    labels = images.decode_map(data)
+    if wrong := _wrong_size("its map has", labels.shape, record):
+        return wrong
+    wrong = images.wrong_labels(labels, num_classes)
+    return f"its map has {wrong}" if wrong else None
+
+
+def _wrong_objects(data: bytes, record: np.void, num_classes: int) -> str | None:
+    found = objects.decode(data, num_classes)
+    return _wrong_size("its objects are in", (found.height, found.width), record)
+
+
+def _wrong_size(whose: str, size: tuple[int, ...], record: np.void) -> str | None:
+    if size == (record["height"], record["width"]):
+        return None
+    return f"{whose} {size[1]} × {size[0]} pixels, but its image {record['width']} × {record['height']}"
