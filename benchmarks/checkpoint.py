@@ -124,7 +124,7 @@ class Bench:
     def of(cls, arguments: argparse.Namespace, here: World, scratch: Path) -> "Bench":
         config, batch = _config(arguments, here), _batch(arguments.image_size, here)
         task = Classification(build_model(config.model, config.image.size, NUM_CLASSES))
-        engine = Engine(config, task, here, accumulation=1)
+        engine = Engine(config, task, here, lambda step: [batch])
         ema = Ema(engine, 0.9999)
         own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in share_of(engine, ema, here).values())
         source = torch.ones(own_bytes, dtype=torch.uint8, device=here.device)
@@ -276,6 +276,7 @@ def _batch(image_size: int, here: World) -> MicroBatch:
     number = IMAGES[here.device.type]
     return MicroBatch(
         images=torch.randn(number, 3, image_size, image_size, device=here.device),
+        extents=[(image_size, image_size)] * number,
         targets=torch.softmax(torch.randn(number, NUM_CLASSES, device=here.device), dim=-1),
         weights=torch.ones(number, device=here.device),
         drop_path=None,

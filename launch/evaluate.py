@@ -19,7 +19,7 @@ from pipeline import config, world
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
 from pipeline.feed.recipe import require_kind
-from pipeline.shards import ade20k
+from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
 from pipeline.tasks import predictions, probe
 from pipeline.tasks.build import AnyTask, build_trained
@@ -103,7 +103,7 @@ def score(opened: Opened, here: World) -> dict[str, Any] | None:
     uri, data, card, task, shards = opened
     batches = EvalFeed(shards, here, card.image, task=card.task, batch_size=card.eval_batch_size)
     with torch.inference_mode():
-        scores = evaluate(task.model, batches, task.metric(), here)
+        scores = evaluate(lambda batch: task.outputs(task.model, batch), batches, task.metric(), here)
     if not here.is_first:
         return None
     assert scores is not None  # nothing told it to give up
@@ -175,7 +175,7 @@ def _open_for_probe(
 
 def _open(uri: str, data: str, tracking_uri: str) -> Opened:
     server.connect(tracking_uri)
-    shards = ShardSet(ade20k.root_of(data))
+    shards = ShardSet(layouts.root_of(data))
     version = registry.resolve(uri)
     card = version.card
     require_kind(card.task, shards)

@@ -23,7 +23,7 @@ from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.recipe import require_kind
-from pipeline.shards import ade20k
+from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
 from pipeline.tasks.build import AnyTask, build_task, start_from
@@ -89,7 +89,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
             parent = parent_of(folder)
         elif begun:  # its checkpoints are all damaged
             parent = _start_from(settings, world, task, training.classes)
-        engine = Engine(settings, task, world, feed.deal.accumulation)
+        engine = Engine(settings, task, world, feed.blank)
         ema = None if settings.train.ema_decay is None else Ema(engine, settings.train.ema_decay)
         guard = Guard(settings.guard, task.chance_loss)
         if found:
@@ -242,6 +242,7 @@ def _start_from(settings: Config, world: World, task: AnyTask, classes: list[str
             )
         start_from(
             task,
+            settings.task,
             settings.model,
             classes,
             safetensors.torch.load_file(here / WEIGHTS),
@@ -260,9 +261,9 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused before the model is made has been looked at."""
     handoff.check(settings)
     cache = _cache(settings.data)
-    roots = [ade20k.root_of(path, settings.data.cache) for path in settings.data.train_paths]
+    roots = [layouts.root_of(path, settings.data.cache) for path in settings.data.train_paths]
     training = ShardSet(*roots, cache=cache)
-    val = settings.data.val and ade20k.root_of(settings.data.val, settings.data.cache)
+    val = settings.data.val and layouts.root_of(settings.data.val, settings.data.cache)
     validation = ShardSet(val, cache=cache) if val else None
     for shards in filter(None, (training, validation)):
         require_kind(settings.task, shards)

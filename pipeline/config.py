@@ -154,6 +154,8 @@ class Model(Section):
     frozen_stages: int = Field(default=0, ge=0)
     """So many of its stages, from the stem on, keep the weights that they start from. As many as there are, or more:
     the whole backbone does, and the task's head alone is trained."""
+    frozen_statistics: bool = False
+    """Batch norms of all stages keep the statistics that they start from: a dense task's few images make poor ones."""
 
 
 class Classification(Section):
@@ -196,13 +198,103 @@ class SemanticFpn(Section):
         return value
 
 
+class Detection(Section):
+    """A box for each object: what all detectors share. They see whole images, resized."""
+
+    short_side: int | None = Field(default=None, gt=0)
+    """To which images are resized. None: image.size."""
+    long_side: int | None = Field(default=None, gt=0)
+    """An image whose other side would be longer is made smaller. None: five thirds of the short side."""
+    train_short_sides: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Training draws each image's from these. Without any: short_side."""
+    crop_prob: Fraction = 0.0
+    """Chance that training sees a part of the image instead, resized as images are: a window with sides drawn from
+    crop_sides, of the image with its short side at one of crop_short_sides."""
+    crop_short_sides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(400, 500, 600), min_length=1)
+    crop_sides: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (384, 600)
+    max_detections: int = Field(default=100, gt=0)
+    """Of an image, those with the best scores."""
+
+    def sides(self, image: "Image") -> tuple[int, int]:
+        """To which short side evaluated images are resized, and the longest that the other one may get, in pixels."""
+        short = self.short_side or image.size
+        return short, self.long_side or round(5 / 3 * short)
+
+    @field_validator("crop_sides")
+    @classmethod
+    def _is_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[0] > value[1]:
+            raise ValueError("crop_sides is [low, high] with low <= high")
+        return value
+
+
+class _AnchorBased(Detection):
+    pyramid_channels: int = Field(default=256, gt=0)
+    smallest_anchor: int = Field(default=32, gt=0)
+    """Side in pixels of the anchors on the pyramid's finest map; on each coarser one they are twice as large."""
+    min_score: Fraction = 0.05
+    """Boxes below it are left out."""
+    max_overlap: Fraction = 0.5
+    """Of two boxes of a class whose intersection over union is larger, the one with the lower score is left out."""
+
+
+class RetinaNet(_AnchorBased):
+    """RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", 2017)."""
+
+    name: Literal["retinanet"] = "retinanet"
+
+
+class MaskRcnn(_AnchorBased):
+    """Mask R-CNN (He et al., 2017): a mask with each box."""
+
+    name: Literal["mask_rcnn"] = "mask_rcnn"
+    box_width: int = Field(default=1024, gt=0)
+    """Channels of the layers that tell a box's class."""
+    mask_width: int = Field(default=256, gt=0)
+    """Channels of those that draw its mask."""
+    sampled_boxes: int = Field(default=512, gt=0)
+    """Proposals of an image that these learn from."""
+
+
+class Detr(Detection):
+    """DETR (Carion et al., "End-to-End Object Detection with Transformers", 2020)."""
+
+    name: Literal["detr"] = "detr"
+    queries: int = Field(default=100, gt=0)
+    """Most objects that it finds in an image."""
+    width: int = Field(default=256, gt=0)
+    """Of the transformer, a multiple of heads."""
+    heads: int = Field(default=8, gt=0)
+    encoder_layers: int = Field(default=6, gt=0)
+    decoder_layers: int = Field(default=6, gt=0)
+    feedforward: int = Field(default=2048, gt=0)
+    dropout: BelowOne = 0.1
+
+    @model_validator(mode="after")
+    def _heads_share_width(self) -> "Detr":
+        # The sine and cosine of both coordinates take a quarter of the width each.
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads} and of 4")
+        return self
+
+
 def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-TASKS: dict[str, type[Section]] = {"classification": Classification, "semantic_fpn": SemanticFpn}
+TASKS: dict[str, type[Section]] = {
+    "classification": Classification,
+    "semantic_fpn": SemanticFpn,
+    "retinanet": RetinaNet,
+    "mask_rcnn": MaskRcnn,
+    "detr": Detr,
+}
 
-Task = Annotated[Classification | SemanticFpn, Field(discriminator="name"), BeforeValidator(_by_name)]
+Task = Annotated[
+    Classification | SemanticFpn | RetinaNet | MaskRcnn | Detr,
+    Field(discriminator="name"),
+    BeforeValidator(_by_name),
+]
 """What is learnt. A name alone stands for the task with its defaults."""
 
 
@@ -315,11 +407,17 @@ class Optim(Section):
     lr: float = Field(gt=0.0)
     """Peak learning rate. The paper's rule: 5e-4 for each 512 samples of the global batch."""
     min_lr: float = Field(default=1e-5, ge=0.0)
+    """Where cosine and poly end."""
     warmup_lr: float = Field(default=1e-6, ge=0.0)
     warmup: LengthField = Length(0, "steps")
-    schedule: Literal["cosine", "poly"] = "cosine"
-    """How the rate falls from lr to min_lr over t = 0 … 1 after the warm-up: (1 + cos πt) / 2, or (1 - t) ** power."""
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    """How the rate falls from lr to min_lr over t = 0 … 1 after the warm-up: (1 + cos πt) / 2, or (1 - t) ** power; or
+    from lr by the factor `gamma` at each of `milestones`."""
     power: Positive = 0.9
+    milestones: tuple[LengthField, ...] = ()
+    gamma: Fraction = 0.1
+    backbone_lr: Positive = 1.0
+    """The backbone learns at the head's rate times this."""
     layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
     """Each layer of the backbone learns at the rate of the one above it times this; the head at the full rate."""
     weight_decay: float = Field(default=0.05, ge=0.0)
@@ -327,6 +425,20 @@ class Optim(Section):
     eps: float = Field(default=1e-8, gt=0.0)
     clip_grad: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm."""
+
+    @property
+    def tells_layers_apart(self) -> bool:
+        """Whether parameters have rates of their own."""
+        return self.layer_decay is not None or self.backbone_lr != 1.0
+
+    @model_validator(mode="after")
+    def _steps_have_milestones(self) -> "Optim":
+        if (self.schedule == "steps") != bool(self.milestones):
+            raise ValueError(
+                f"schedule {self.schedule} with milestones {[str(length) for length in self.milestones]}: schedule "
+                "steps needs at least one, and the others have none"
+            )
+        return self
 
 
 class Train(Section):
@@ -576,11 +688,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _frozen_is_trained(self) -> "Config":
-        if self.model.frozen_stages and not self.init:
-            raise ValueError(
-                f"model.frozen_stages {self.model.frozen_stages} would keep random weights as they are: "
-                "name what to start from with init.model, or leave it out"
-            )
+        for field in ("frozen_stages", "frozen_statistics"):
+            if getattr(self.model, field) and not self.init:
+                raise ValueError(
+                    f"model.{field} {getattr(self.model, field)} would keep what is random as it is: "
+                    "name what to start from with init.model, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -588,6 +701,10 @@ class Config(Section):
         if isinstance(self.task, Classification):
             if self.model.image_size:
                 raise ValueError(f"model.image_size {self.model.image_size}: a classifier has image.size; leave it out")
+            if self.optim.backbone_lr != 1.0:
+                raise ValueError(
+                    f"optim.backbone_lr {self.optim.backbone_lr}: a classifier is all backbone; set optim.layer_decay"
+                )
             return self
         for section, shared in _SHARED_BY_TASKS.items():
             given, fields = getattr(self, section), type(getattr(self, section)).model_fields

@@ -8,14 +8,18 @@ import timm
 from pipeline import config
 from pipeline.errors import InputError
 from pvt.create import create_model
-from pvt.semantic_fpn import SemanticFpn, backbone
+from pvt.dense import backbone
+from pvt.mask_rcnn import MaskRcnn
+from pvt.retinanet import RetinaNet
+from pvt.semantic_fpn import SemanticFpn
 
 
 def build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
     """Freshly initialised from torch's current seed, in training mode, for images of `image_size` pixels.
 
-    From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]. Raises
-    InputError for a name that timm does not know, and a size or a setting that the model does not take.
+    From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]; a
+    detector makes what pvt.detector says. Raises InputError for a name that timm does not know, and a size or a setting
+    that the model does not take.
     """
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
@@ -33,13 +37,46 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
 
 
 def _build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+    if isinstance(task, config.Classification):
+        return create_model(
+            model.name,
+            image_size,
+            num_classes=num_classes,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+        )
+    pyramid = backbone(model.name, model.image_size or image_size, model.drop_path_rate)
     if isinstance(task, config.SemanticFpn):
-        pyramid = backbone(model.name, model.image_size or image_size, model.drop_path_rate)
         return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
-    return create_model(
-        model.name,
-        image_size,
-        num_classes=num_classes,
-        drop_rate=model.drop_rate,
-        drop_path_rate=model.drop_path_rate,
+    if isinstance(task, config.Detr):
+        from pvt.detr import Detr  # brings in transformers, which takes seconds
+
+        return Detr(
+            pyramid,
+            num_classes,
+            queries=task.queries,
+            width=task.width,
+            heads=task.heads,
+            encoder_layers=task.encoder_layers,
+            decoder_layers=task.decoder_layers,
+            feedforward=task.feedforward,
+            dropout=task.dropout,
+            max_detections=task.max_detections,
+        )
+    of_both = {
+        "pyramid_channels": task.pyramid_channels,
+        "smallest_anchor": task.smallest_anchor,
+        "min_score": task.min_score,
+        "max_overlap": task.max_overlap,
+        "max_detections": task.max_detections,
+    }
+    if isinstance(task, config.RetinaNet):
+        return RetinaNet(pyramid, num_classes, **of_both)
+    return MaskRcnn(
+        pyramid,
+        num_classes,
+        **of_both,
+        box_width=task.box_width,
+        mask_width=task.mask_width,
+        sampled_boxes=task.sampled_boxes,
     )

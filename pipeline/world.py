@@ -9,7 +9,7 @@ import datetime
 import os
 import subprocess
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,14 @@ class World:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor)
         return gathered
+
+    def gather_values(self, value: Value) -> list[Value]:
+        """Every rank's value, by rank: for what is no tensor, and may differ in size."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -10,7 +10,8 @@ from torch import nn
 import pvt  # noqa: F401 - registers its models with timm
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.tasks.classify import build_model, load_pretrained
+from pipeline.tasks.classify import build_model
+from pipeline.tasks.pretrained import load_pretrained
 
 
 def network(name: str = "pvt_pico", size: int = 32, classes: int = 10, seed: int = 0) -> nn.Module:

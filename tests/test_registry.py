@@ -582,7 +582,7 @@ def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_
     task, card = config.SemanticFpn(channels=32, pyramid_channels=32), version.card
     dense = build_task(task, card.model, card.image, ["a", "b"])
     weights = safetensors.torch.load_file(version.weights)
-    start_from(dense, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes)
+    start_from(dense, task, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes)
     for name, tensor in dense.model.state_dict().items():
         if name.startswith("backbone."):
             assert torch.equal(tensor, weights[name.removeprefix("backbone.")]), name

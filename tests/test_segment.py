@@ -16,10 +16,12 @@ from pipeline import config
 from pipeline.errors import InputError
 from pipeline.feed.recipe import MaskTarget
 from pipeline.shards.images import IGNORED
-from pipeline.tasks.classify import load_pretrained
-from pipeline.tasks.segment import Segmentation, SegmentationMetric, build_model, class_ious, load_backbone, predict
+from pipeline.tasks.build import build_task
+from pipeline.tasks.pretrained import load_backbone, load_pretrained
+from pipeline.tasks.segment import Segmentation, SegmentationMetric, class_ious, predict
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn
+from tests.batches import batch_of
 from tests.conftest import run_ranks
 from tests.workers.confusion import ABSENT, NUM_CLASSES, UNSEEN, scored
 
@@ -28,7 +30,10 @@ CLASSES = [f"class {c}" for c in range(NUM_CLASSES)]
 
 def network(name: str = "pvt_pico", size: int = 64, classes: int = NUM_CLASSES, **settings: Any) -> SemanticFpn:
     torch.manual_seed(0)
-    return build_model(config.Model(name=name, **settings), config.SemanticFpn(), size, classes)
+    names = [f"class {c}" for c in range(classes)]
+    task = build_task(config.SemanticFpn(), config.Model(name=name, **settings), config.Image(size=size), names)
+    assert isinstance(task.model, SemanticFpn)
+    return task.model
 
 
 def crops(size: int = 64) -> tuple[Tensor, Tensor]:
@@ -42,7 +47,7 @@ def crops(size: int = 64) -> tuple[Tensor, Tensor]:
 def test_the_loss_is_pytorchs_over_all_pixels() -> None:
     task = Segmentation(network().eval(), CLASSES)
     images, targets = crops()
-    losses = task.losses(task.model, images, targets, None)
+    losses = task.losses(task.model, batch_of(images, targets))
     logits = F.interpolate(task.model(images), size=(64, 64), mode="bilinear", align_corners=False)
     sums = [F.cross_entropy(a[None], b[None], ignore_index=IGNORED, reduction="sum") for a, b in zip(logits, targets)]  # noqa: B905
     torch.testing.assert_close(losses, torch.stack(sums) / 64**2)
@@ -57,10 +62,10 @@ def test_the_loss_is_pytorchs_over_all_pixels() -> None:
 def test_crops_that_are_no_multiple_of_the_stride_lose_no_pixel() -> None:
     task = Segmentation(network().eval(), CLASSES)
     images, targets = crops(size=50)
-    losses = task.losses(task.model, images, targets, None)
+    losses = task.losses(task.model, batch_of(images, targets))
     padded = F.pad(images, (0, 14, 0, 14)), F.pad(targets, (0, 14, 0, 14), value=IGNORED)
     # The last pixels take no part of the logits behind the image.
-    torch.testing.assert_close(losses, task.losses(task.model, *padded, None) * 64**2 / 50**2, rtol=0.02, atol=0)
+    torch.testing.assert_close(losses, task.losses(task.model, batch_of(*padded)) * 64**2 / 50**2, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
@@ -69,10 +74,10 @@ def test_losses_under_autocast_are_those_of_fp32(name: str) -> None:
     task = Segmentation(network(name).eval(), CLASSES)
     task.model.classifier.weight.data *= 100  # logits of about 1, else all losses are log 7
     images, targets = crops()
-    exact = task.losses(task.model, images, targets, None)
+    exact = task.losses(task.model, batch_of(images, targets))
     with torch.autocast("cpu", torch.bfloat16):
         assert task.model(images).dtype == torch.bfloat16
-        rough = task.losses(task.model, images, targets, None)
+        rough = task.losses(task.model, batch_of(images, targets))
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.01, atol=0)
     assert not torch.equal(rough, exact)
@@ -84,9 +89,9 @@ def test_drop_path_masks_reach_the_backbone() -> None:
     assert len(task.drop_path_rates) == 8
     kept, dropped = torch.ones(8, 3), torch.ones(8, 3)
     dropped[2:, 0] = 0
-    plain = task.losses(task.model, images, targets, None)
-    torch.testing.assert_close(task.losses(task.model, images, targets, kept), plain)
-    changed = task.losses(task.model, images, targets, dropped) != plain
+    plain = task.losses(task.model, batch_of(images, targets))
+    torch.testing.assert_close(task.losses(task.model, batch_of(images, targets, kept)), plain)
+    changed = task.losses(task.model, batch_of(images, targets, dropped)) != plain
     assert changed.tolist() == [True, False, False]
 
 
@@ -94,8 +99,8 @@ def test_logits_of_few_bits_are_enlarged_in_fp32() -> None:
     """The network's are bfloat16 under autocast."""
     logits, targets = torch.randn(3, NUM_CLASSES, 16, 16).bfloat16(), crops()[1]
     task, itself = Segmentation(network(), CLASSES), torch.nn.Identity()
-    losses = task.losses(itself, logits, targets, None)
-    assert torch.equal(losses, task.losses(itself, logits.float(), targets, None))
+    losses = task.losses(itself, batch_of(logits, targets))
+    assert torch.equal(losses, task.losses(itself, batch_of(logits.float(), targets)))
     target = MaskTarget(targets[0].byte(), (60, 64))
     assert torch.equal(predict(logits[0], target), predict(logits[0].float(), target))
 
@@ -186,7 +191,7 @@ def test_it_learns_and_is_scored_for_it() -> None:
                 )
             miou.append(metric.result(World())["miou"])
         optimizer.zero_grad()
-        task.losses(task.model.train(), images, labels, None).mean().backward()
+        task.losses(task.model.train(), batch_of(images, labels)).mean().backward()
         optimizer.step()
     assert miou[0] < 0.3
     assert miou[1] > 0.9
@@ -199,7 +204,7 @@ def test_a_classifiers_weights_start_the_backbone(name: str) -> None:
     classifier: Any = timm.create_model(name, num_classes=10, **sized).eval()
     segmenter = network(name).eval()
     fresh = segmenter.classifier.weight.clone()
-    load_backbone(segmenter, config.Model(name=name), classifier.state_dict(), "models:/digits/1")
+    load_backbone(segmenter, name, classifier.state_dict(), "models:/digits/1")
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         maps = classifier.forward_intermediates(images, indices=4, intermediates_only=True)
@@ -212,7 +217,7 @@ def test_a_classifier_of_another_architecture_is_refused() -> None:
     other: Any = timm.create_model("pvt_tiny", img_size=32, num_classes=10)
     message = r"models:/t/1 does not fit the model: backbone.stages.0.blocks.0.attn.kv.bias is \[128\] and not \[64\]"
     with pytest.raises(InputError, match=message):
-        load_backbone(network(), config.Model(name="pvt_pico"), other.state_dict(), "models:/t/1")
+        load_backbone(network(), "pvt_pico", other.state_dict(), "models:/t/1")
 
 
 def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:

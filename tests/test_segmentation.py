@@ -19,12 +19,12 @@ from pipeline.scenes import layouts
 from pipeline.scenes.compose import NAMES
 from pipeline.shards import ade20k
 from pipeline.shards.pack import pack
-from pipeline.tasks import classify
 from pipeline.tasks.build import build_task
-from pipeline.track import network, package, registry, server
-from pipeline.track.card import WEIGHTS, Card
+from pipeline.track import network, registry, server
+from pipeline.track.card import WEIGHTS
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
+from tests.finetuning import command, lines_of, losses_of, register_classifier, result_of, seen_by
 from tests.ranks import start
 
 STEPS = 12
@@ -43,26 +43,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs whose registry holds models:/pico/1, a classifier of ten classes at 32 px."""
+    """A folder of runs whose registry holds models:/pico/1."""
     folder = tmp_path_factory.mktemp("root")
-    client = server.connect(f"sqlite:///{folder / 'mlflow.db'}", create=True)
-    torch.manual_seed(1)
-    classifier = classify.build_model(config.Model(name="pvt_pico"), 32, 10)
-    entry = folder / "entry"
-    entry.mkdir()
-    safetensors.torch.save_file(classifier.state_dict(), entry / WEIGHTS)
-    Card(
-        task=config.Classification(),
-        model=config.Model(name="pvt_pico"),
-        image=config.Image(size=32),
-        eval_batch_size=8,
-        classes=[str(digit) for digit in range(10)],
-        metrics={},
-        sha256={WEIGHTS: package.sha256(entry / WEIGHTS)},
-        lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
-    ).write(entry)
-    experiment = server.find_experiment(client, "pretrain")
-    registry.register(client, "pico", entry, experiment_id=experiment, run_id=None)
+    register_classifier(folder)
     return folder
 
 
@@ -101,23 +84,6 @@ def trained(scenes: Path, root: Path) -> Job:
     return job
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def result_of(job: Job) -> dict[str, Any]:
-    return json.loads((job.folder / "result.json").read_text())
-
-
-def command(target: str, *arguments: object, log: Path, expected: int = 0) -> tuple[dict[str, Any], str]:
-    """The result and the messages of a command on one rank."""
-    (process,) = start(1, target, arguments, [log])
-    told = log.with_suffix(".err")
-    assert process.wait(120) == expected, told.read_text()
-    lines = log.with_suffix(".out").read_text().splitlines()
-    return {} if expected else json.loads(lines[-1]), told.read_text()
-
-
 def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "killed"), "killed", ranks=2, target="launch/finetune.py")
     with killed.start() as attempt:
@@ -135,19 +101,10 @@ def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: 
 
 
 def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path, trained: Job) -> None:
-    def seen(job: Job) -> dict[tuple[int, int], tuple[str, str, str]]:
-        lines = [line for path in job.folder.glob("trace/*.jsonl") for line in lines_of(path)]
-        return {
-            (line["step"], sample["position"]): (sample["key"], sample["pixels"], sample["label"])
-            for line in lines
-            for sample in line["samples"]
-            if sample["weight"]
-        }
-
     single = Job(configuration(scenes, root, "single"), "single", ranks=1, target="launch/finetune.py")
     single.finish()
-    assert len(seen(single)) == STEPS * 8
-    assert seen(single) == seen(trained)
+    assert len(seen_by(single)) == STEPS * 8
+    assert seen_by(single) == seen_by(trained)
     ours, theirs = (lines_of(job.folder / "metrics.jsonl")[0] for job in (single, trained))
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)  # dropout in the head differs, bf16 rounds
 
@@ -158,10 +115,7 @@ def test_zero_3_trains_the_same(scenes: Path, root: Path, trained: Job) -> None:
     sharded.finish()
     whole = Job(configuration(scenes, root, "whole", model={"frozen_stages": 1}), "whole", 2, target=trained.target)
     whole.finish()
-    losses = [
-        [line["loss"] for line in lines_of(job.folder / "metrics.jsonl") if "loss" in line] for job in (sharded, whole)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses_of(sharded) == pytest.approx(losses_of(whole), rel=2e-3)
     made = safetensors.torch.load_file(sharded.checkpoints / f"step-{STEPS:08d}/model.safetensors")
     given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
     assert torch.equal(made["backbone.stages.0.pos_embed"], given["stages.0.pos_embed"])

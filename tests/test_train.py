@@ -14,15 +14,17 @@ from timm.optim._param_groups import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
 from torch.nn import functional
+from torch.optim.lr_scheduler import MultiStepLR
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline.config import Config, Optim
+from pipeline.config import Config, Length, Optim
 from pipeline.tasks.classify import Classification
 from pipeline.train.engine import LossScale
 from pipeline.train.loop import Schedule
 from pipeline.train.meters import MetricsFile
 from pipeline.train.optim import lr_at, parameter_groups
 from pipeline.world import World
+from tests.batches import batch_of
 from tests.conftest import run_ranks, write_config
 
 
@@ -49,6 +51,28 @@ def test_poly_is_timms_too() -> None:
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
 
 
+def test_steps_are_torchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
+    theirs = MultiStepLR(optimizer, milestones=[8, 11], gamma=0.1)
+    settings = Optim(lr=1e-4, schedule="steps", milestones=(Length(8, "steps"), Length(11, "steps")))
+    for step in range(12):
+        ours = lr_at(step, settings, warmup_steps=0, total_steps=12, milestones=(8, 11))
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        theirs.step()
+    assert lr_at(0, settings, warmup_steps=2, total_steps=12, milestones=(8, 11)) == settings.warmup_lr
+
+
+def test_a_backbone_learns_at_a_rate_of_its_own() -> None:
+    model = timm.create_model("resnet18")
+    backbone = {name: 0 for name, _ in model.named_parameters() if not name.startswith("fc.")}
+    groups = parameter_groups(model, Optim(lr=1e-3, backbone_lr=0.1), backbone)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {name: scales[id(p)] for name, p in model.named_parameters()} == {
+        name: 0.1 if name in backbone else 1.0 for name, _ in model.named_parameters()
+    }
+
+
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
 def test_optimiser_groups_are_timms(name: str) -> None:
     model = timm.create_model(name)
@@ -63,7 +87,7 @@ def test_optimiser_groups_are_timms(name: str) -> None:
 def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
     model = torch.nn.Linear(8, 5)
     images, targets = torch.randn(6, 8), torch.rand(6, 5).softmax(dim=1)
-    losses = Classification(model).losses(model, images, targets, None)
+    losses = Classification(model).losses(model, batch_of(images, targets))
     assert losses.shape == (6,)
     torch.testing.assert_close(losses.mean(), SoftTargetCrossEntropy()(model(images), targets))
 
@@ -107,11 +131,23 @@ def test_a_step_that_is_not_finite_is_left_out_at_every_stage(digits: Path, tmp_
 
 def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
     config = settings(
-        "train.length=4 epochs", "train.eval_every=480 images", "train.save_every=25 %", "optim.warmup=10 %"
+        "train.length=4 epochs",
+        "train.eval_every=480 images",
+        "train.save_every=25 %",
+        "optim.warmup=10 %",
+        "optim.schedule=steps",
+        "optim.milestones=[2 epochs, 75 %]",
     )
     schedule = Schedule.of(config, steps_per_epoch=25)
     assert schedule == Schedule(
-        total=100, warmup=10, log_every=1, eval_every=10, save_every=25, keep_every=0, replay_check_every=0
+        total=100,
+        warmup=10,
+        milestones=(50, 75),
+        log_every=1,
+        eval_every=10,
+        save_every=25,
+        keep_every=0,
+        replay_check_every=0,
     )
     assert [step for step in range(1, 101) if schedule.due(schedule.save_every, step)] == [25, 50, 75, 100]
     assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]

@@ -6,9 +6,8 @@
 A Plan is a pure function of the micro-batch's number, so there is no state but that number.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +30,11 @@ Array = npt.NDArray[Any]
 _MOST_TRIES = 10_000
 
 
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one forward pass consumes; N samples."""
 
     images: Tensor  # [N, 3, H, W] float32
+    extents: list[tuple[int, int]]  # height and width of each image in pixels; beside and below it is padding
     targets: Any  # of the task: for its losses in training, for its metric in evaluation; see recipe.py
     weights: Tensor  # [N] float32: 1, or 0 for a filler that must not count
     drop_path: Tensor | None  # [num_branches, N] float32 factors of the residual branches, or None
@@ -95,6 +94,7 @@ class TrainFeed:
         masks = torch.ones(len(self._keep), n, device=device) if self._keep.min(initial=1) < 1 else None
         batch = MicroBatch(
             torch.zeros(n, 3, size, size, device=device),
+            [(size, size)] * n,
             self._recipe.blank_batch(n, size, device),
             torch.zeros(n, device=device),
             masks,
@@ -172,7 +172,8 @@ class TrainFeed:
         if plan.blends is not None:
             images, targets = mix.mix_images(images, plan.blends), mix.mix_targets(targets, plan.blends)
         drop_path = None if plan.drop_path is None else torch.from_numpy(plan.drop_path).to(device)
-        return MicroBatch(images, targets, torch.from_numpy(plan.weights).to(device), drop_path, plan.samples)
+        weights = torch.from_numpy(plan.weights).to(device)
+        return MicroBatch(images, _extents(plan), targets, weights, drop_path, plan.samples)
 
     def close(self) -> None:
         self._stream.close()
@@ -190,6 +191,10 @@ def _image_sizes(config: Config, steps_per_epoch: int) -> list[tuple[int, int]]:
 
 def _height_width(records: Array) -> Array:
     return np.stack([records["height"], records["width"]], axis=-1).astype(np.int64)
+
+
+def _extents(plan: Plan) -> list[tuple[int, int]]:
+    return [(height, width) for height, width in plan.views.extent.tolist()]
 
 
 def _labels(records: Array) -> Array:
@@ -220,7 +225,7 @@ class EvalFeed:
         require_kind(task or Classification(), shards)
         self._recipe = recipe_of(task or Classification(), image, len(shards.classes))
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
-        self.num_samples, self.image_size = len(shards), image.size
+        self.num_samples = len(shards)
         self._batch_size = min(batch_size, len(shards))
         self._num_threads, self._prefetch = num_threads, prefetch
         self.num_batches = -(-len(shards) // (self._batch_size * world.size))
@@ -245,15 +250,21 @@ class EvalFeed:
                 plan, images = stream.next()
                 targets = self._recipe.evaluation_batch(plan.targets, images.device)
                 weights = torch.from_numpy(plan.weights).to(images.device)
-                yield MicroBatch(images, targets, weights, None, plan.samples)
+                yield MicroBatch(images, _extents(plan), targets, weights, None, plan.samples)
         finally:
             stream.close()
+
+    def blank(self) -> MicroBatch:
+        """A batch in which nothing counts and nothing is to be found."""
+        size, device = self._image.size, self._world.device
+        images, weights = torch.zeros(1, 3, size, size, device=device), torch.zeros(1, device=device)
+        return MicroBatch(images, [(size, size)], None, weights, None, self._samples(np.zeros(1, np.int64)))
 
     def plan(self, number: int) -> Plan:
         """The plan of this rank's batch `number`. Reading ahead may ask beyond the last: those are all fillers."""
         place = (number * self._world.size + self._world.rank) * self._batch_size + np.arange(self._batch_size)
         weights = (place < len(self._shards)).astype(np.float32)
-        samples = self._samples(place, np.minimum(place, len(self._shards) - 1))
+        samples = self._samples(place)
         while (bad := self._quarantine.holds(samples.shard, samples.row)).any():
             weights[bad] = 0
             samples = self._samples(place, (samples.id + bad) % len(self._shards))
@@ -261,7 +272,8 @@ class EvalFeed:
         views = self._recipe.evaluation_views(_height_width(records))
         return Plan(samples, weights, views, _labels(records))
 
-    def _samples(self, position: Array, sample_id: Array) -> Samples:
+    def _samples(self, position: Array, sample_id: Array | None = None) -> Samples:
+        sample_id = np.minimum(position, len(self._shards) - 1) if sample_id is None else sample_id
         shard = np.searchsorted(self._first_id, sample_id, side="right") - 1
         nought = np.zeros_like(sample_id)
         return Samples(position, nought, nought, shard, sample_id - self._first_id[shard], sample_id)

@@ -2,29 +2,57 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from pipeline import config
+from pipeline import config, network
 from pipeline.errors import InputError
-from pipeline.tasks import classify, segment
 from pipeline.tasks.classify import Classification
+from pipeline.tasks.detect import Detection
 from pipeline.tasks.layers import freeze
+from pipeline.tasks.pretrained import load_backbone, load_pretrained
 from pipeline.tasks.segment import Segmentation
+from pvt.dense import DenseNetwork
+from pvt.model import STRIDES
 
-AnyTask = Classification | Segmentation
+AnyTask = Classification | Segmentation | Detection
 
 
 def build_task(task: config.Task, model: config.Model, image: config.Image, classes: list[str]) -> AnyTask:
     """With a network freshly initialised from torch's current seed. Raises InputError for one that cannot be built."""
-    if isinstance(task, config.SemanticFpn):
-        built = Segmentation(segment.build_model(model, task, image.size, len(classes)), classes)
-        freeze(built.model.backbone, model.frozen_stages)
-    else:
-        built = Classification(classify.build_model(model, image.size, len(classes)), len(classes))
-        freeze(built.model, model.frozen_stages)
-    return built
+    if isinstance(task, config.Classification):
+        built = Classification(network.build(task, model, image.size, len(classes)), len(classes))
+        freeze(built.model, model.frozen_stages, statistics=model.frozen_statistics)
+        return built
+    dense = _build_dense(task, model, image.size, len(classes))
+    freeze(dense.backbone, model.frozen_stages, statistics=model.frozen_statistics)
+    return (Segmentation if isinstance(task, config.SemanticFpn) else Detection)(dense, classes)
+
+
+def _build_dense(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+    if model.drop_rate:
+        raise InputError(
+            f"model.drop_rate {model.drop_rate} is of a classifier's head, which task {task.name} has not: leave it "
+            "out; the task's own settings may have a dropout"
+        )
+    with torch.device("meta"), torch.inference_mode():
+        _check_canvases(network.build(task, model, image_size, num_classes).eval(), model.name, image_size)
+    return network.build(task, model, image_size, num_classes)
+
+
+def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
+    """Raise InputError unless the network, on the meta device, takes canvases of other sizes, too."""
+    height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
+    try:
+        dense.maps(torch.empty(1, 3, height, width))
+    except (ValueError, AssertionError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"model.name {name!r}: whole images are seen at sizes of their own, but it does not take "
+            f"{height}x{width}: {error}"
+        ) from error
 
 
 def build_trained(
@@ -39,6 +67,7 @@ def build_trained(
 
 def start_from(
     task: AnyTask,
+    settings: config.Task,
     model: config.Model,
     classes: list[str],
     weights: Mapping[str, Tensor],
@@ -51,11 +80,10 @@ def start_from(
 
     Raises InputError, which names `source`, for weights that do not fit and a task that they cannot be used for.
     """
-    keep_head = source_classes == classes
-    if isinstance(task, Segmentation) == isinstance(source_task, config.SemanticFpn):
-        classify.load_pretrained(task.model, weights, source, keep_head=keep_head)
-    elif isinstance(task, Segmentation):
-        segment.load_backbone(task.model, model, weights, source)
+    if source_task.name == settings.name:
+        load_pretrained(task.model, weights, source, keep_head=source_classes == classes)
+    elif isinstance(task.model, DenseNetwork):
+        load_backbone(task.model, model.name, weights, source)
     else:
         raise InputError(
             f"{source} is a {source_task.name}, without what a classifier needs behind the last map: start from a "

@@ -1,8 +1,7 @@
 """Image classification: the pretraining task, and the first of the fine-tuning tasks."""
 
 import math
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from pipeline import config, network
 from pipeline.errors import InputError
+from pipeline.feed.loader import MicroBatch
 from pipeline.tasks.layers import layers
 from pipeline.world import World
 
@@ -18,39 +18,6 @@ from pipeline.world import World
 def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Module:
     """The classifier that a configuration names. Raises InputError as network.build does."""
     return network.build(config.Classification(), model, image_size, num_classes)
-
-
-def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str, *, keep_head: bool) -> None:
-    """Start from the weights of a model that was trained on other data, with a fresh head unless it fits.
-
-    Position embeddings are resized to the network's image size where the architecture knows how. Raises InputError
-    where the tensors are not those of this architecture; `source` is named in it.
-    """
-    own: dict[str, Tensor] = model.state_dict()
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    try:
-        weights = dict(filter_fn(weights, model) if filter_fn else weights)
-    except ValueError as error:
-        raise InputError(f"{source}: not weights of model.name {type(model).__name__}: {error}") from error
-    if not keep_head:
-        heads: Any = model.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        of_head = tuple(f"{head}." for head in heads)
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(of_head)}
-        weights |= {name: tensor for name, tensor in own.items() if name.startswith(of_head)}
-    faults = [
-        *(f"{name} is missing" for name in own.keys() - weights.keys()),
-        *(f"{name} has no place" for name in weights.keys() - own.keys()),
-        *(
-            f"{name} is {list(weights[name].shape)} and not {list(own[name].shape)}"
-            for name in own.keys() & weights.keys()
-            if own[name].shape != weights[name].shape
-        ),
-    ]
-    if faults:
-        some = "; ".join(sorted(faults)[:3])
-        raise InputError(f"{source} does not fit the model: {some} ({len(faults)} in all): choose its model.name")
-    model.load_state_dict(weights)
 
 
 def check_image_sizes(model: config.Model, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:
@@ -65,6 +32,11 @@ def check_image_sizes(model: config.Model, image_size: int, num_classes: int, si
                 built(torch.empty(1, 3, size, size))
             except (ValueError, AssertionError, RuntimeError) as error:
                 raise InputError(f"augment.image_size: {model.name} does not take {size}: {error}") from error
+
+
+def drop_path_of(batch: MicroBatch) -> dict[str, Tensor]:
+    """As arguments of a network, which may not know of such masks."""
+    return {} if batch.drop_path is None else {"drop_path": batch.drop_path}
 
 
 class Classification:
@@ -82,9 +54,13 @@ class Classification:
     def depths(self) -> dict[str, int]:
         return layers(self.model)
 
-    def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:
-        logits = model(images) if drop_path is None else model(images, drop_path=drop_path)
-        return -(targets * functional.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+    def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        logits = self.outputs(model, batch)
+        return -(batch.targets * functional.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Logits [N, K]."""
+        return model(batch.images, **drop_path_of(batch))
 
     def metric(self) -> "ClassificationMetric":
         return ClassificationMetric()

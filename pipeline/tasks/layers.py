@@ -31,10 +31,11 @@ def stages(backbone: nn.Module, prefix: str = "") -> dict[str, int]:
     return {f"{prefix}{name}": max(group - 1, 0) for name, group in groups.items() if not name.startswith(heads)}
 
 
-def freeze(backbone: nn.Module, n: int) -> None:
+def freeze(backbone: nn.Module, n: int, *, statistics: bool = False) -> None:
     """Keep the first `n` stages as they are, or the whole backbone if it has no more. Its classifier is left free.
 
-    Batch norms among them keep their statistics, too. The names in the state dict stay the same.
+    Batch norms among them keep their statistics, too; with `statistics` all do. The names in the state dict stay the
+    same.
     """
     everything = n >= num_stages(backbone)
     frozen = {name for name, stage in stages(backbone).items() if stage < n or everything}
@@ -42,7 +43,7 @@ def freeze(backbone: nn.Module, n: int) -> None:
         if name in frozen:
             parameter.requires_grad_(False)
     for name, module in backbone.named_modules():
-        if isinstance(module, _BatchNorm) and f"{name}.weight" in frozen:
+        if isinstance(module, _BatchNorm) and (statistics or f"{name}.weight" in frozen):
             module.__class__ = type(type(module).__name__, (_InEvaluation, type(module)), {})
             module.eval()
 

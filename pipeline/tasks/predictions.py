@@ -1,26 +1,33 @@
 """Pictures of what a network says of samples from all over a data set."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from pipeline import config
+from pipeline.boxes import draw_boxes
+from pipeline.detections import as_results
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
+from pipeline.feed.objects import Truth
 from pipeline.feed.recipe import MaskTarget
 from pipeline.palette import colourise
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
+from pipeline.shards.objects import mask
 from pipeline.sheet import Sheet
 from pipeline.tasks import segment
 from pipeline.tasks.build import AnyTask
+from pipeline.tasks.detect import Detection
 from pipeline.tasks.segment import Segmentation
 from pipeline.world import World
+from pvt.detector import Detections
 
 _COLUMNS, _TILE_PX = 6, 200
+_SHOWN_SCORE = 0.3
 
 Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
 
@@ -36,8 +43,9 @@ class Settings(Protocol):
 
 
 def draw(task: AnyTask, shards: ShardSet, settings: Settings, count: int, path: Path, title: str) -> None:
-    """Draw `count` predictions of a trained network into the PNG `path`. Segmentation: a row of image, truth and
-    prediction each. Raises InputError where no sample is whole or the file cannot be written."""
+    """Draw `count` predictions of a trained network into the PNG `path`: in segmentation image, truth and prediction of
+    each, in detection truth and prediction. Raises InputError where no sample is whole or the file cannot be written.
+    """
     rows: list[list[Tile]] = []
     device = next(task.model.parameters()).device
     # Every so many-th sample, as the first of so many ranks would take them.
@@ -49,11 +57,13 @@ def draw(task: AnyTask, shards: ShardSet, settings: Settings, count: int, path: 
             if batch.weights[0]:
                 shard, row = int(batch.samples.shard[0]), int(batch.samples.row[0])
                 original, key = decode(shards.read(shard, row)), shards.key(shard, row)
-                output = task.model(batch.images)[0].float()
-                if isinstance(task, Segmentation):
-                    rows.append(_maps(original, key, output, batch.targets[0], shards.classes))
+                output: Any = task.outputs(task.model, batch)[0]
+                if isinstance(task, Detection):
+                    rows.append(_objects(original, key, output, batch.targets[0], shards.classes))
+                elif isinstance(task, Segmentation):
+                    rows.append(_maps(original, key, output.float(), batch.targets[0], shards.classes))
                 else:
-                    rows.append(_label(original, key, output, int(batch.targets[0]), shards.classes))
+                    rows.append(_label(original, key, output.float(), int(batch.targets[0]), shards.classes))
     if not rows:
         raise InputError(f"{shards.url(0)}: has no sample that is whole, to be drawn")
     columns = _COLUMNS if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
@@ -83,6 +93,24 @@ def _maps(original: Image.Image, key: str, logits: Tensor, target: MaskTarget, c
         (colourise(truth.numpy(), number), "truth", _named(truth, classes)),
         (colourise(predicted.numpy(), number), f"prediction, {right:.1%} of pixels right", _named(predicted, classes)),
     ]
+
+
+def _objects(original: Image.Image, key: str, detections: Detections, truth: Truth, classes: list[str]) -> list[Tile]:
+    found = [each for each in as_results(detections, truth.size, truth.extent) if each["score"] >= _SHOWN_SCORE]
+    single = sorted((each for each in truth.annotations if not each["iscrowd"]), key=lambda each: -each["area"])
+    return [
+        (_drawn(original, single, classes), key, f"truth: {len(single)} objects"),
+        (_drawn(original, found, classes), "prediction", f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"),
+    ]
+
+
+def _drawn(original: Image.Image, found: list[dict[str, Any]], classes: list[str]) -> Image.Image:
+    masks = None
+    if found and all("segmentation" in each for each in found):
+        masks = [mask(each, original.height, original.width) for each in found]
+    scores = [each["score"] for each in found] if found and "score" in found[0] else None
+    boxes, labels = [each["bbox"] for each in found], [each["label"] for each in found]
+    return draw_boxes(original, boxes, labels, scores, masks, classes, side_px=_TILE_PX)
 
 
 def _named(labels: Tensor, classes: list[str]) -> str:

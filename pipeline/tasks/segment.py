@@ -6,61 +6,20 @@
 N images, K classes; the network's input is H x W, the canvas; an image's own size is h x w.
 """
 
-from collections.abc import Mapping
-
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import config, network
 from pipeline.errors import InputError
+from pipeline.feed.loader import MicroBatch
 from pipeline.feed.recipe import MaskTarget
 from pipeline.shards.images import IGNORED
-from pipeline.tasks.classify import load_pretrained
+from pipeline.tasks.classify import drop_path_of
 from pipeline.tasks.layers import layers
 from pipeline.world import World
+from pvt.dense import PREFIX
 from pvt.model import STRIDES
-from pvt.semantic_fpn import PREFIX, SemanticFpn
-
-
-def build_model(settings: config.Model, task: config.SemanticFpn, image_size: int, num_classes: int) -> SemanticFpn:
-    """The network that a configuration names. Raises InputError as network.build does, and for a backbone that is no
-    pyramid or takes one size alone."""
-    if settings.drop_rate:
-        raise InputError(
-            f"model.drop_rate {settings.drop_rate} is of a classifier's head, which Semantic FPN has not: "
-            "leave it out and set task.dropout"
-        )
-    with torch.device("meta"), torch.inference_mode():
-        _check_canvases(network.build(task, settings, image_size, num_classes).eval(), settings.name, image_size)
-    return network.build(task, settings, image_size, num_classes)
-
-
-def _check_canvases(model: SemanticFpn, name: str, image_size: int) -> None:
-    """Raise InputError unless the network, on the meta device, takes canvases of other sizes, too."""
-    height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
-    try:
-        model(torch.empty(1, 3, height, width))
-    except (ValueError, AssertionError, RuntimeError, IndexError) as error:
-        raise InputError(
-            f"model.name {name!r}: whole images are evaluated at sizes of their own, but it does not take "
-            f"{height}x{width}: {error}"
-        ) from error
-
-
-def load_backbone(model: SemanticFpn, settings: config.Model, weights: Mapping[str, Tensor], source: str) -> None:
-    """Start the backbone from the weights of a classifier of `settings.name`, whatever its classes.
-
-    Position embeddings are resized where sizes differ. Raises InputError where the tensors are not those of this
-    architecture; `source` is named in it. The weights of a whole SemanticFpn are for classify.load_pretrained.
-    """
-    with torch.device("meta"):
-        classifier: nn.Module = timm.create_model(settings.name)
-    beyond = classifier.state_dict().keys() - model.backbone.state_dict().keys()
-    of_backbone = {f"{PREFIX}{name}": tensor for name, tensor in weights.items() if name not in beyond}
-    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX)}
-    load_pretrained(model, {**of_backbone, **rest}, source, keep_head=True)
+from pvt.semantic_fpn import SemanticFpn
 
 
 class Segmentation:
@@ -79,11 +38,14 @@ class Segmentation:
     def depths(self) -> dict[str, int]:
         return layers(self.model.backbone, PREFIX)
 
-    def losses(self, model: nn.Module, images: Tensor, targets: Tensor, drop_path: Tensor | None) -> Tensor:
+    def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Of images [N, 3, H, W] with targets [N, H, W]: [N], see `pixel_loss`."""
-        logits = model(images) if drop_path is None else model(images, drop_path=drop_path)
-        height, width = targets.shape[-2:]
-        return pixel_loss(_to_canvas(logits)[..., :height, :width], targets)
+        height, width = batch.targets.shape[-2:]
+        return pixel_loss(_to_canvas(self.outputs(model, batch))[..., :height, :width], batch.targets)
+
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Logits [N, K, H/4, W/4]."""
+        return model(batch.images, **drop_path_of(batch))
 
     def metric(self) -> "SegmentationMetric":
         return SegmentationMetric(len(self.classes))

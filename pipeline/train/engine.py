@@ -68,24 +68,35 @@ class LossScale:
 
 
 class _Objective(nn.Module):
-    """The module that DeepSpeed wraps: images to the weighted sum of losses, or to outputs if there are no weights."""
+    """The module that DeepSpeed wraps: a batch to the weighted sum of its losses, or to what the metric is given."""
 
     def __init__(self, task: Task, dtype: torch.dtype | None, device_type: str) -> None:
         super().__init__()
         self.model = task.model
-        self._losses, self._dtype, self._device_type = task.losses, dtype, device_type
+        self._task, self._dtype, self._device_type = task, dtype, device_type
 
-    def forward(
-        self, images: Tensor, targets: Any = None, weights: Tensor | None = None, drop_path: Tensor | None = None
-    ) -> Any:
-        if weights is None:
-            return self.model(images)
-        return self.loss(self.model, images, targets, weights, drop_path)
+    def forward(self, batch: MicroBatch, *, evaluates: bool = False) -> Any:
+        return self.outputs(self.model, batch) if evaluates else self.loss(self.model, batch)
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Any, weights: Tensor, drop_path: Tensor | None) -> Tensor:
+    def loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
-            losses = self._losses(model, images, targets, drop_path)
-        return (losses * weights).sum()
+            losses = self._task.losses(model, batch)
+        return (losses * batch.weights).sum()
+
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Any:
+        return self._task.outputs(model, batch)
+
+
+class _Outputs(nn.Module):
+    """An objective's outputs of another network, whose weights can be replaced."""
+
+    def __init__(self, objective: _Objective, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._outputs = objective.outputs
+
+    def forward(self, batch: MicroBatch) -> Any:
+        return self._outputs(self.model, batch)
 
 
 class _Gradients(nn.Module):
@@ -96,20 +107,22 @@ class _Gradients(nn.Module):
         self.model = model
         self._loss, self._names = objective.loss, names
 
-    def forward(self, *inputs: Any) -> dict[str, Tensor]:
-        loss = self._loss(self.model, *inputs)
+    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        loss = self._loss(self.model, batch)
         parameters = dict(self.model.named_parameters())
         gradients = torch.autograd.grad(loss, [parameters[name] for name in self._names], materialize_grads=True)
         return {"loss": loss.detach(), **dict(zip(self._names, gradients, strict=True))}
 
 
 class Engine:
-    def __init__(self, config: Config, task: Task, world: World, accumulation: int) -> None:
+    def __init__(self, config: Config, task: Task, world: World, blank: Callable[[int], list[MicroBatch]]) -> None:
+        """`blank` makes a step's micro-batches with nothing in them that counts."""
         _log_to_stderr()
         # Nothing here uses DeepSpeed's compiled operators; without this it spends a minute building one at start-up.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not an attribute that type checkers know
         _import_muon()
-        self._config, self._world, self._accumulation = config, world, accumulation
+        self._config, self._world, self._blank = config, world, blank
+        self._accumulation = len(blank(0))
         self._stage = config.engine.zero_stage
         self._model = task.model.to(world.device)
         self._parameters = dict(trainable(self._model))
@@ -119,7 +132,7 @@ class Engine:
         self._has_moments = False
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._model, config.optim, task.depths if config.optim.layer_decay else None),
+            parameter_groups(self._model, config.optim, task.depths if config.optim.tells_layers_apart else None),
             lr=0.0,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -128,7 +141,7 @@ class Engine:
         self._objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
         # Any, because DeepSpeed's annotations name every optimiser it might hold.
         num_parameters = sum(p.numel() for p in self._parameters.values())
-        self.deepspeed_config = deepspeed_config(config, world, accumulation, num_parameters)
+        self.deepspeed_config = deepspeed_config(config, world, self._accumulation, num_parameters)
         self._engine: Any = deepspeed.initialize(
             model=self._objective,
             optimizer=self._optimizer,
@@ -161,7 +174,7 @@ class Engine:
         for micro, batch in enumerate(batches):
             self.seed_modules(step, micro)
             with timer:
-                loss = self._engine(batch.images, batch.targets, batch.weights, batch.drop_path)
+                loss = self._engine(batch)
             total += loss.detach()
             is_last = micro == self._accumulation - 1
             if is_last:
@@ -242,26 +255,26 @@ class Engine:
         network = _Gradients(self._objective, self._skeleton.train(), list(weights))
         self.seed_modules(step, micro)
         state = {f"model.{name}": tensor for name, tensor in {**buffers, **weights}.items()}
-        inputs = (batch.images, batch.targets, batch.weights, batch.drop_path)
-        return torch.func.functional_call(network, state, inputs)
+        return torch.func.functional_call(network, state, (batch,))
 
-    def evaluator(self) -> Callable[[Tensor], Any]:
+    def evaluator(self) -> Callable[[MicroBatch], Any]:
         """The network as it is now, for evaluation: fp32, no dropping. Calling it is collective at stage 3."""
 
-        def outputs(images: Tensor) -> Any:
+        def outputs(batch: MicroBatch) -> Any:
             self._engine.eval()
             with torch.no_grad():
-                return self._engine(images)
+                return self._engine(batch, evaluates=True)
 
         return outputs
 
-    def evaluator_of(self, weights: dict[str, Tensor]) -> Callable[[Tensor], Any]:
+    def evaluator_of(self, weights: dict[str, Tensor]) -> Callable[[MicroBatch], Any]:
         """The same with the given weights, by name. Calling it concerns this rank alone."""
-        network, state = self._skeleton.eval(), {**self._buffers, **weights}
+        network = _Outputs(self._objective, self._skeleton.eval())
+        state = {f"model.{name}": tensor for name, tensor in {**self._buffers, **weights}.items()}
 
-        def outputs(images: Tensor) -> Any:
+        def outputs(batch: MicroBatch) -> Any:
             with torch.no_grad():
-                return torch.func.functional_call(network, state, (images,))
+                return torch.func.functional_call(network, state, (batch,))
 
         return outputs
 
@@ -406,12 +419,10 @@ class Engine:
 
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
-        size = self._config.image.size
-        images = torch.zeros(2, 3, size, size, device=self._world.device)  # of one, batch norm has no variance
         self._engine.train()
         buffers = [buffer.clone() for buffer in self._model.buffers()]
-        for micro in range(self._accumulation):
-            self._backward(self._engine(images).float().sum() * 0.0, is_last=micro == self._accumulation - 1)
+        for micro, batch in enumerate(self._blank(0), 1):
+            self._backward(self._engine(batch), is_last=micro == self._accumulation)
         self._update(lr=0.0)
         for state in self._optimizer.state.values():
             state["step"].zero_()

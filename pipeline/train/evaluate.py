@@ -4,16 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.errors import ExternalError
-from pipeline.feed.loader import EvalFeed
+from pipeline.feed.loader import EvalFeed, MicroBatch
 from pipeline.train.seams import Metric
 from pipeline.world import World
 
 
 def evaluate(
-    outputs_of: Callable[[Tensor], Any],
+    outputs_of: Callable[[MicroBatch], Any],
     batches: EvalFeed,
     metric: Metric,
     world: World,
@@ -21,7 +20,7 @@ def evaluate(
     give_up: Callable[[], bool] = lambda: False,
     collective_outputs: bool = False,
 ) -> dict[str, float] | None:
-    """Score a network, given as a function of images, on this rank's batches. Collective; equal on all ranks.
+    """Score a network, given as a function of batches, on this rank's batches. Collective; equal on all ranks.
 
     `collective_outputs`: calling `outputs_of` takes all ranks, as at ZeRO stage 3.
 
@@ -34,13 +33,13 @@ def evaluate(
         for batch in batches:
             if gave_up := give_up():
                 break
-            metric.update(outputs_of(batch.images), batch.targets, batch.weights)
+            metric.update(outputs_of(batch), batch.targets, batch.weights)
             counted = counted + batch.weights.double().sum()
             done += 1
     except ExternalError as error:
         trouble = error
     for _ in range(batches.num_batches - done if collective_outputs else 0):
-        outputs_of(torch.zeros(1, 3, batches.image_size, batches.image_size, device=world.device))
+        outputs_of(batches.blank())
     ended = torch.tensor([gave_up, trouble is not None], dtype=torch.float64, device=world.device)
     anybody_gave_up, anybody_in_trouble = world.sum(ended).tolist()
     if anybody_in_trouble:

@@ -37,6 +37,7 @@ class Schedule:
 
     total: int
     warmup: int
+    milestones: tuple[int, ...]
     log_every: int
     eval_every: int
     save_every: int
@@ -63,6 +64,7 @@ class Schedule:
         return cls(
             total=total,
             warmup=warmup,
+            milestones=tuple(map(steps, config.optim.milestones)),
             log_every=steps(train.log_every),
             eval_every=steps(train.eval_every),
             save_every=steps(train.save_every),
@@ -151,8 +153,14 @@ class Trainer:
                 replay.check(self.engine, batch[0], step, self.world)
             began = time.perf_counter()
         self.watch.at(step, "forward")
-        self._regime = batch[0].images.shape[-1]
-        self._lr = lr_at(step, self.config.optim, warmup_steps=self.schedule.warmup, total_steps=self.schedule.total)
+        self._regime = self.feed.image_size(step)
+        self._lr = lr_at(
+            step,
+            self.config.optim,
+            warmup_steps=self.schedule.warmup,
+            total_steps=self.schedule.total,
+            milestones=self.schedule.milestones,
+        )
         outcome = self.engine.step(batch, step=step, lr=self._lr, exchange=self._exchange)
         if self._in_trouble:
             self._give_up("could not read its data", self._trouble)

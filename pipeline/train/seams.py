@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pipeline.feed.loader import MicroBatch
 from pipeline.world import World
 
 
@@ -48,8 +49,12 @@ class Task(Protocol):
         """Layer of each of the backbone's parameters by name, from the stem's 0 on, for optim.layer_decay."""
         ...
 
-    def losses(self, model: nn.Module, images: Tensor, targets: Any, drop_path: Tensor | None) -> Tensor:
+    def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """The loss of each sample, [N] float32. Called under autocast."""
+        ...
+
+    def outputs(self, model: nn.Module, batch: MicroBatch) -> Any:
+        """What the metric is given. `model` is in evaluation mode, and the targets are not to be looked at."""
         ...
 
     def metric(self) -> Metric: ...

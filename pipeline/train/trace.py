@@ -2,9 +2,10 @@
 
 A line for each step, counted as in metrics.jsonl:
 {"step": 7, "samples": [{"position": 0, "key": "3/digit-0003", "weight": 1.0, "pixels": "…", "label": "…", …}, …]}
-Hashes are of the tensors themselves, sample by sample, after mixing.
+Hashes are of the tensors themselves, sample by sample, after mixing, of images without the padding around them.
 """
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,31 @@ class Trace:
         self._lines.append({"step": step, "samples": samples})
 
     def _samples(self, micro: MicroBatch) -> list[dict[str, Any]]:
-        where, images, targets = micro.samples, micro.images.cpu(), micro.targets.cpu()
+        where, images = micro.samples, micro.images.cpu()
         masks = None if micro.drop_path is None else micro.drop_path.T.cpu()
         return [
             {
                 "position": int(where.position[i]),
                 "key": self._shards.key(int(where.shard[i]), int(where.row[i])),
                 "weight": float(micro.weights[i]),
-                "pixels": _hash(images[i]),
-                "label": _hash(targets[i]),
+                "pixels": _hash(images[i, :, :height, :width]),
+                "label": _hash(*_tensors(micro.targets[i])),
                 "drop_path": None if masks is None else _hash(masks[i]),
             }
-            for i in range(len(images))
+            for i, (height, width) in enumerate(micro.extents)
         ]
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+def _tensors(target: Any) -> list[Tensor]:
+    """Of one sample's target: a tensor, or a dataclass of tensors."""
+    if isinstance(target, Tensor):
+        return [target]
+    fields = [getattr(target, field.name) for field in dataclasses.fields(target)]
+    return [value for value in fields if isinstance(value, Tensor)]
+
+
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline import world
@@ -22,6 +23,7 @@ from pipeline.train.checkpoint import Checkpoints, Retention, State
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.saver import Saver
+from tests.batches import batch_of
 
 IDENTITY: dict[str, Any] = {"model": "linear"}
 NUM_CLASSES = 10
@@ -43,8 +45,10 @@ def build_engine(here: world.World) -> Engine:
             "engine": {"zero_stage": 0, "precision": "fp32"},
         }
     )
+    images, targets = torch.zeros(2, 3, SIZE_PX, SIZE_PX), torch.zeros(2, NUM_CLASSES)
+    batch = batch_of(images, targets, weights=torch.zeros(2))
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE_PX**2, NUM_CLASSES))
-    engine = Engine(settings, Classification(network, NUM_CLASSES), here, accumulation=1)
+    engine = Engine(settings, Classification(network, NUM_CLASSES), here, lambda step: [batch])
     assert list(engine.fragments())
     return engine
 

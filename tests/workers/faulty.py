@@ -12,7 +12,6 @@ Each of OVERRIDES is a comma-separated list of settings: one job.
 Rank 0 prints each job's result; a job that raises ends the process, as it would in launch/pretrain.py.
 """
 
-import dataclasses
 import json
 import os
 import signal
@@ -48,9 +47,9 @@ def main() -> None:
         step = numbers[id(self)] = numbers.get(id(self), self._first_step - 1) + 1
         batches, fault = fetch(self), faults.get(step)
         if fault == "nan" and is_last:
-            return [dataclasses.replace(b, images=torch.full_like(b.images, float("nan"))) for b in batches]
+            return [b._replace(images=torch.full_like(b.images, float("nan"))) for b in batches]
         if fault == "labels":
-            return [dataclasses.replace(b, targets=b.targets.roll(1, dims=1)) for b in batches]
+            return [b._replace(targets=b.targets.roll(1, dims=1)) for b in batches]
         if fault == "store" and is_last:
             raise StoreError("shard-000003.tar: 503 Service Unavailable")
         return batches

@@ -26,7 +26,7 @@ def main() -> None:
     torch.manual_seed(0)
     task = build_task(settings.task, settings.model, settings.image, shards.classes)
     feed = TrainFeed(settings, shards, here)
-    engine = Engine(settings, task, here, feed.deal.accumulation)
+    engine = Engine(settings, task, here, feed.blank)
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
     engine.step(feed.next(), step=0, lr=1e-3)
     # Adam's first step moves every weight by its rate, whatever the gradient.

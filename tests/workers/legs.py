@@ -58,7 +58,7 @@ def main() -> None:
         if found:
             task.model.load_state_dict(found.weights())
         feed = TrainFeed(settings, shards, here, first_step=state.step, drop_path_rates=task.drop_path_rates)
-        engine = Engine(settings, task, here, feed.deal.accumulation)
+        engine = Engine(settings, task, here, feed.blank)
         ema = Ema(engine, 0.9)
         if found:
             found.restore(engine, ema)

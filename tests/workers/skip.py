@@ -3,7 +3,6 @@
 python -m tests.workers.skip CONFIG
 """
 
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -25,14 +24,14 @@ def main() -> None:
             settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
             task = fresh_task(settings)
             feed = TrainFeed(settings, ShardSet(*settings.data.train_paths), here, drop_path_rates=task.drop_path_rates)
-            engine = Engine(settings, task, here, feed.deal.accumulation)
+            engine = Engine(settings, task, here, feed.blank)
             report: dict[str, Any] = {"stage": stage, "precision": precision}
             report |= {"applied": [], "unchanged": [], "loss_scales": []}
             for step in range(3):
                 before = {name: tensor.clone() for name, tensor in engine.weights().items()}
                 batches = feed.next()
                 if step == 1 and here.rank == here.size - 1:
-                    batches = [dataclasses.replace(b, images=torch.full_like(b.images, float("nan"))) for b in batches]
+                    batches = [b._replace(images=torch.full_like(b.images, float("nan"))) for b in batches]
                 outcome = engine.step(batches, step=step, lr=1e-3)
                 after = engine.weights()
                 report["applied"].append(outcome.applied)

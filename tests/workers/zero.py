@@ -42,7 +42,7 @@ def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[
     losses = []
     for step in range(steps):
         (batch,) = feed.next()
-        loss = task.losses(task.model, batch.images, batch.targets, batch.drop_path).mean()
+        loss = task.losses(task.model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
         assert settings.optim.clip_grad
@@ -58,7 +58,7 @@ def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[
 def with_engine(settings: Config, shards: ShardSet, steps: int, here: World) -> tuple[dict[str, Tensor], list, list]:
     task = fresh_task(settings)
     feed = TrainFeed(settings, shards, here, drop_path_rates=task.drop_path_rates)
-    engine = Engine(settings, task, here, feed.deal.accumulation)
+    engine = Engine(settings, task, here, feed.blank)
     outcomes = [engine.step(feed.next(), step=step, lr=learning_rate(settings, step)) for step in range(steps)]
     feed.close()
     assert all(outcome.applied for outcome in outcomes)
