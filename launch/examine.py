@@ -1,15 +1,16 @@
 """What a run's network does with its validation data, for the run's report.
 
-checkpoints/ or versions/ ──newest whole weights──▶ network ─┬─▶ some samples: what its stages see, maps of classes
-data.val ──the run's own evaluation───────────▶ batches ─────┴─▶ scores, and what is taken for what
+checkpoints/ or versions/ ──newest whole weights──▶ network ─┬─▶ some samples: what its stages see, what it says of them
+data.val ──the run's own evaluation───────────▶ batches ─────┴─▶ scores, and what is taken for what or found how well
 """
 
 import contextlib
 import hashlib
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,28 +19,38 @@ from torch import Tensor, nn
 
 from pipeline import config
 from pipeline.config import Config
+from pipeline.detections import as_results
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, MicroBatch
-from pipeline.shards import ade20k
+from pipeline.feed.objects import Truth
+from pipeline.shards import layouts
 from pipeline.shards.attribution import ATTRIBUTION
-from pipeline.shards.images import IGNORED
+from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
 from pipeline.tasks import segment
 from pipeline.tasks.build import build_trained
+from pipeline.tasks.detect import DetectionMetric
+from pipeline.tasks.predictions import drawn
 from pipeline.tasks.segment import SegmentationMetric
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.record import Record
-from pipeline.track.report import Examination, Picture, Scene
-from pipeline.track.report.classes import Counts, Map
+from pipeline.track.report import ClassPrecision, Examination, Findings, Picture, Scene
+from pipeline.track.report.classes import Counts
+from pipeline.track.report.inside import Map
 from pipeline.train.commit import EMA, MODEL, Commit, commit_fault, step_of
 from pipeline.world import World
 from pvt import PyramidVisionTransformer
-from pvt.semantic_fpn import SemanticFpn
+from pvt.dense import DenseNetwork
+from pvt.detector import Detections
 
 MOST_SAMPLES = 20_000
 BUDGET_S = 30.0
 """What running the network may take, about, going by how long it takes for some images."""
 NUM_PICTURES = 6
+MIN_SCORE = 0.3
+"""Of objects that are drawn."""
+PICTURE_PX = 340
+"""Long side of a picture with objects."""
 
 
 def examine(folder: Path, *, samples: bool) -> Examination:
@@ -49,123 +60,227 @@ def examine(folder: Path, *, samples: bool) -> Examination:
     if path is None:
         raise InputError("the run has no validation data: data.val is not set")
     source, step, weights = _newest_weights(folder)
-    root = ade20k.root_of(path, settings.data.cache)
+    root = layouts.root_of(path, settings.data.cache)
     shards = ShardSet(root)
     try:
         _require_same_data(folder, shards, path)
-        found = _Run(settings, shards, weights)
+        found = _run_of(settings.task)(settings, shards, weights)
         with torch.inference_mode():
             pictures, seconds_each = found.look_inside(samples)
             most = min(MOST_SAMPLES, max(32, int(BUDGET_S / seconds_each)))
-            looked_at, confusion, scores = found.score(most)
+            scored = found.score(most)
         return Examination(
             source=source,
             step=step,
             data=path,
             total=len(shards),
-            looked_at=looked_at,
+            looked_at=scored.looked_at,
             is_whole=most >= len(shards),
             classes=shards.classes,
-            counted="pixels" if found.is_dense else "samples",
-            confusion=confusion,
-            scores=scores,
+            counted=found.counted,
+            confusion=scored.confusion,
+            scores=scored.scores,
             pictures=pictures,
             attribution=_attribution(shards, root) if samples else None,
+            precisions=scored.precisions,
         )
     finally:
         shards.close()
 
 
-class _Run:
+class _Scored(NamedTuple):
+    looked_at: int
+    scores: dict[str, float]
+    confusion: Counts
+    """[K, K] of true class and what it was taken for; of detection empty."""
+    precisions: list[ClassPrecision]
+    """Of detection."""
+
+
+class _Run(ABC):
     """A run's network and the data that it is examined with."""
+
+    counted: Literal["samples", "pixels", "objects"]
 
     def __init__(self, settings: Config, shards: ShardSet, weights: Path) -> None:
         self._settings, self._shards = settings, shards
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
-        self._task = build_trained(settings.task, settings.model, settings.image, shards.classes, weights)
+        self._task: Any = build_trained(settings.task, settings.model, settings.image, shards.classes, weights)
         self._network: nn.Module = self._task.model.to(self._device)
-        self.is_dense = isinstance(self._network, SemanticFpn)
+        self._num_classes = len(shards.classes)
 
-    def look_inside(self, samples: bool) -> tuple[list[Picture] | list[Scene], float]:
-        """Some samples from all over the data set, and about how many seconds one takes."""
-        picture = self._scene if self.is_dense else self._picture
+    def look_inside(self, samples: bool) -> tuple[list[Any], float]:
+        """Pictures of some samples from all over the data set, and about how many seconds one takes."""
         stride = max(1, len(self._shards) // NUM_PICTURES)
         pictures: list[Any] = []
         seconds = [BUDGET_S]
         for batch in self._batches(stride, 1):
             if batch.weights[0] and len(pictures) < NUM_PICTURES:
                 began = time.perf_counter()
-                outputs = self._network(batch.images).float()
+                outputs = self._task.outputs(self._network, batch)
                 self._task.metric().update(outputs, batch.targets, batch.weights)
                 seconds.append(time.perf_counter() - began)
-                pictures.append(picture(batch, outputs[0], samples))
-        each_s = (
-            min(seconds) if self.is_dense else _seconds_each(self._network, self._settings.image.size, self._device)
-        )
-        return pictures, each_s
+                pictures.append(self._picture(batch, outputs[0], samples))
+        return pictures, self._seconds_each(seconds)
 
-    def score(self, most: int) -> tuple[int, Counts, dict[str, float]]:
-        """Number of samples, [K, K] of true class and what it was taken for, and the scores, of at most `most` samples:
-        all of them as the run evaluates them, or small batches from all over the data set."""
+    def score(self, most: int) -> _Scored:
+        """Of at most `most` samples: all of them as the run evaluates them, or small batches from all over the data
+        set."""
         every = -(-len(self._shards) // most)
         size = self._settings.evaluate.batch_size
-        metric, count, looked_at = self._task.metric(), len(self._shards.classes), 0
-        cells = np.zeros(count * count, np.int64)
+        metric, looked_at = self._task.metric(), 0
         for batch in self._batches(every, size if every == 1 else min(32, size, most)):
-            outputs = self._network(batch.images).float()
+            outputs = self._task.outputs(self._network, batch)
             metric.update(outputs, batch.targets, batch.weights)
-            kept = batch.weights > 0
-            looked_at += int(kept.sum())
-            if not self.is_dense:
-                pairs = batch.targets[kept] * count + outputs.argmax(dim=1)[kept]
-                cells += np.bincount(pairs.cpu().numpy(), minlength=count * count)
-        if isinstance(metric, SegmentationMetric) and metric.confusion is not None:
-            cells = metric.confusion.cpu().numpy()
-        return looked_at, cells.reshape(count, count), metric.result(World())
+            looked_at += int((batch.weights > 0).sum())
+            self._count(batch, outputs)
+        scores = metric.result(World())
+        return _Scored(looked_at, scores, self._confusion(metric), self._precisions(metric))
+
+    @abstractmethod
+    def _picture(self, batch: MicroBatch, output: Any, samples: bool) -> Picture | Scene | Findings:
+        """Of a batch of one. `samples`: with what the data set shows."""
+
+    def _seconds_each(self, seconds: list[float]) -> float:
+        """`seconds`: what the pictures' samples took."""
+        return min(seconds)
+
+    @abstractmethod
+    def _count(self, batch: MicroBatch, outputs: Any) -> None:
+        """What the metric does not keep."""
+
+    def _confusion(self, metric: Any) -> Counts:
+        return np.zeros((0, 0), np.int64)
+
+    def _precisions(self, metric: Any) -> list[ClassPrecision]:
+        return []
 
     def _batches(self, every: int, size: int) -> EvalFeed:
         """Each `every`-th batch, as the first of so many ranks would take them."""
         world, settings = World(size=every, device=self._device), self._settings
         return EvalFeed(self._shards, world, settings.image, task=settings.task, batch_size=size)
 
-    def _picture(self, batch: MicroBatch, logits: Tensor, samples: bool) -> Picture:
-        probabilities = logits.softmax(dim=0).cpu()
+    def _key(self, batch: MicroBatch) -> str:
+        return self._shards.key(int(batch.samples.shard[0]), int(batch.samples.row[0]))
+
+    def _image(self, batch: MicroBatch) -> Any:
+        """[H, W, 3] uint8, of the network's input, without padding."""
+        mean, std = (
+            torch.tensor(each)[:, None, None] for each in (self._settings.image.mean, self._settings.image.std)
+        )
+        height, width = batch.extents[0]
+        image = 255 * (batch.images[0, :, :height, :width].float().cpu() * std + mean)
+        return image.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+    def _stage_maps(self, batch: MicroBatch) -> list[Map]:
+        """Without padding."""
+        (height, width), canvas = batch.extents[0], batch.images.shape[-2:]
+        return [
+            _cut(stage, height / canvas[0], width / canvas[1]) for stage in _stage_maps(self._network, batch.images)
+        ]
+
+
+class _Labelled(_Run):
+    counted = "samples"
+
+    def __init__(self, settings: Config, shards: ShardSet, weights: Path) -> None:
+        super().__init__(settings, shards, weights)
+        self._cells = np.zeros(self._num_classes**2, np.int64)
+
+    def _picture(self, batch: MicroBatch, output: Tensor, samples: bool) -> Picture:
+        probabilities = output.softmax(dim=0).cpu()
         return Picture(
             key=self._key(batch),
             label=int(batch.targets[0]),
             prediction=int(probabilities.argmax()),
             probability=float(probabilities.max()),
             image=self._image(batch) if samples else None,
-            maps=_stage_maps(self._network, batch.images),
+            maps=self._stage_maps(batch),
             attention=_class_attention(self._network, batch.images),
         )
 
-    def _scene(self, batch: MicroBatch, logits: Tensor, samples: bool) -> Scene:
+    def _seconds_each(self, seconds: list[float]) -> float:
+        return _seconds_each(self._network, self._settings.image.size, self._device)
+
+    def _count(self, batch: MicroBatch, outputs: Tensor) -> None:
+        kept = batch.weights > 0
+        pairs = batch.targets[kept] * self._num_classes + outputs.argmax(dim=1)[kept]
+        self._cells += np.bincount(pairs.cpu().numpy(), minlength=len(self._cells))
+
+    def _confusion(self, metric: Any) -> Counts:
+        return self._cells.reshape(self._num_classes, self._num_classes)
+
+
+class _Segmented(_Run):
+    counted = "pixels"
+
+    def _picture(self, batch: MicroBatch, output: Tensor, samples: bool) -> Scene:
         target = batch.targets[0]
-        truth, prediction = target.labels.cpu().numpy(), segment.predict(logits, target).byte().cpu().numpy()
-        height, width = target.extent
+        truth, prediction = target.labels.cpu().numpy(), segment.predict(output, target).byte().cpu().numpy()
         labelled = truth != IGNORED
-        maps = _stage_maps(self._network, batch.images)
-        canvas = batch.images.shape[-2:]
         return Scene(
             key=self._key(batch),
             right=float((truth == prediction)[labelled].mean()) if labelled.any() else float("nan"),
-            image=self._image(batch)[:height, :width] if samples else None,
+            image=self._image(batch) if samples else None,
             truth=truth if samples else None,
             prediction=prediction if samples else None,
-            maps=[_cut(stage, height / canvas[0], width / canvas[1]) for stage in maps],
+            maps=self._stage_maps(batch),
         )
 
-    def _key(self, batch: MicroBatch) -> str:
-        return self._shards.key(int(batch.samples.shard[0]), int(batch.samples.row[0]))
+    def _count(self, batch: MicroBatch, outputs: Tensor) -> None:
+        """Nothing: the metric keeps the pixels of each class."""
 
-    def _image(self, batch: MicroBatch) -> Any:
-        """[H, W, 3] uint8, of the network's input."""
-        mean, std = (
-            torch.tensor(each)[:, None, None] for each in (self._settings.image.mean, self._settings.image.std)
+    def _confusion(self, metric: SegmentationMetric) -> Counts:
+        if metric.confusion is None:  # all damaged
+            return np.zeros((self._num_classes, self._num_classes), np.int64)
+        return metric.confusion.cpu().numpy()
+
+
+class _Detected(_Run):
+    counted = "objects"
+
+    def __init__(self, settings: Config, shards: ShardSet, weights: Path) -> None:
+        super().__init__(settings, shards, weights)
+        self._objects = np.zeros(self._num_classes, np.int64)  # of each class
+
+    def _picture(self, batch: MicroBatch, output: Detections, samples: bool) -> Findings:
+        truth = batch.targets[0]
+        found = [each for each in as_results(output, truth.size, truth.extent) if each["score"] >= MIN_SCORE]
+        wanted = sorted(_single(truth), key=lambda each: each["area"])  # small ones on top
+        return Findings(
+            key=self._key(batch),
+            num_objects=len(wanted),
+            num_found=len(found),
+            min_score=MIN_SCORE,
+            truth=self._drawn(batch, wanted) if samples else None,
+            found=self._drawn(batch, found) if samples else None,
+            maps=self._stage_maps(batch),
         )
-        image = 255 * (batch.images[0].float().cpu() * std + mean)
-        return image.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+    def _drawn(self, batch: MicroBatch, objects: list[dict[str, Any]]) -> Any:
+        """[H, W, 3]: the stored image with objects, or results of detection, on it."""
+        image = decode(self._shards.read(int(batch.samples.shard[0]), int(batch.samples.row[0])))
+        return np.asarray(drawn(image, objects, self._shards.classes, PICTURE_PX))
+
+    def _count(self, batch: MicroBatch, outputs: list[Detections]) -> None:
+        for truth, weight in zip(batch.targets, batch.weights.tolist(), strict=True):
+            if weight:
+                np.add.at(self._objects, [each["label"] for each in _single(truth)], 1)
+
+    def _precisions(self, metric: DetectionMetric) -> list[ClassPrecision]:
+        boxes, masks = metric.class_aps["box"], metric.class_aps.get("mask", [None] * self._num_classes)
+        return list(map(ClassPrecision, self._shards.classes, self._objects.tolist(), boxes, masks))
+
+
+def _run_of(task: config.Task) -> type[_Run]:
+    if isinstance(task, config.Classification):
+        return _Labelled
+    return _Segmented if isinstance(task, config.SemanticFpn) else _Detected
+
+
+def _single(truth: Truth) -> list[dict[str, Any]]:
+    """Those that are to be found, one by one: without crowds."""
+    return [each for each in truth.annotations if not each["iscrowd"]]
 
 
 _CPU = torch.device("cpu")
@@ -227,7 +342,7 @@ def _seconds_each(network: nn.Module, size: int, device: torch.device) -> float:
 
 def _stage_maps(network: nn.Module, images: Tensor) -> list[Map]:
     """[H, W] of each of four stages, or of four layers as far apart as can be: the length of each place's features."""
-    backbone: Any = network.backbone if isinstance(network, SemanticFpn) else network
+    backbone: Any = network.backbone if isinstance(network, DenseNetwork) else network
     if not hasattr(backbone, "forward_intermediates"):
         return []
     maps: Any = backbone.forward_intermediates(images, intermediates_only=True)

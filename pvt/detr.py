@@ -97,7 +97,7 @@ class Detr(Detector):
         memory, keys = x.flatten(2).transpose(1, 2), inside.flatten(1)[:, None, None]  # [N, P, C], [N, 1, 1, P]
         for layer in self.encoder:
             memory = layer(memory, keys, spatial_position_embeddings=positions)
-        queries = self.queries.expand(len(memory), -1, -1)  # [N, Q, C]
+        queries = self.queries.expand(memory.shape[0], -1, -1)  # [N, Q, C]
         state, states = torch.zeros_like(queries), []
         for layer in self.decoder:
             state = layer(state, None, positions, queries, memory, encoder_attention_mask=keys)
@@ -150,6 +150,6 @@ class Detr(Detector):
 
 def _inside(extents: Sequence[Extent], x: Tensor) -> Tensor:
     """Which places of a map [N, C, h, w] at stride 32 begin inside their image: [N, h, w] bool."""
-    sides = torch.tensor(extents, device=x.device)
+    sides = torch.as_tensor(extents, device=x.device)
     rows, columns = (torch.arange(side, device=x.device) * STRIDES[-1] for side in x.shape[-2:])
     return (rows[:, None] < sides[:, 0, None, None]) & (columns < sides[:, 1, None, None])

@@ -67,7 +67,7 @@ def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path)
         ("task={name: semantic_fpn, scale: [2, 1]}", "task.scale: scale is [low, high] with low <= high"),
         ("task=semantic_fpn", "augment.crop_scale has no effect with task semantic_fpn"),
         ("model.image_size=64", "a classifier has image.size"),
-        ("model.frozen_stages=2", "model.frozen_stages 2 would keep random weights as they are"),
+        ("model.frozen_stages=2", "model.frozen_stages 2 would keep what is random as it is"),
     ],
 )
 def test_mistakes_are_named(settings: Make, override: str, message: str) -> None:

@@ -49,7 +49,8 @@ from pipeline.track import export, package, promote, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.export import check
 from pipeline.track.export.source import Source
-from pipeline.track.segmenter import class_map, fit
+from pipeline.track.segmenter import class_map
+from pipeline.track.whole import fit
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn, backbone
 from tests.model_server import ModelServer, serving

@@ -83,8 +83,8 @@ class DetectionMetric:
                 self._images.append(_Image(truth.image_id, truth.size, truth.annotations, found))
 
     def result(self, world: World) -> dict[str, float]:
-        """box_ap, box_ap50, … and mask_ap, … where masks are to be found; without those that are undefined, as the AP of
-        small objects is where there are none. Raises InputError for a data set without any object."""
+        """box_ap, box_ap50, … and, where masks are to be found, mask_ap, …; without those that are undefined, as the AP
+        of small objects is where there are none. Raises InputError for a data set without any object."""
         images = [image for part in world.gather_values(self._images) for image in part]
         scores, self.class_aps = self._judge(images) if world.is_first else ({}, {})
         scores = world.from_first(scores)

@@ -97,20 +97,22 @@ def _maps(original: Image.Image, key: str, logits: Tensor, target: MaskTarget, c
 
 def _objects(original: Image.Image, key: str, detections: Detections, truth: Truth, classes: list[str]) -> list[Tile]:
     found = [each for each in as_results(detections, truth.size, truth.extent) if each["score"] >= _SHOWN_SCORE]
-    single = sorted((each for each in truth.annotations if not each["iscrowd"]), key=lambda each: -each["area"])
+    single = sorted((each for each in truth.annotations if not each["iscrowd"]), key=lambda each: each["area"])
     return [
-        (_drawn(original, single, classes), key, f"truth: {len(single)} objects"),
-        (_drawn(original, found, classes), "prediction", f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"),
+        (drawn(original, single, classes, _TILE_PX), key, f"truth: {len(single)} objects"),
+        (drawn(original, found, classes, _TILE_PX), "prediction", f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"),
     ]
 
 
-def _drawn(original: Image.Image, found: list[dict[str, Any]], classes: list[str]) -> Image.Image:
-    masks = None
-    if found and all("segmentation" in each for each in found):
-        masks = [mask(each, original.height, original.width) for each in found]
-    scores = [each["score"] for each in found] if found and "score" in found[0] else None
+def drawn(original: Image.Image, found: list[dict[str, Any]], classes: list[str], side_px: int) -> Image.Image:
+    """An image, its long side `side_px`, with objects of it or results of detection, in COCO's form; first ones on
+    top."""
     boxes, labels = [each["bbox"] for each in found], [each["label"] for each in found]
-    return draw_boxes(original, boxes, labels, scores, masks, classes, side_px=_TILE_PX)
+    scores = [each["score"] for each in found] if all("score" in each for each in found) else None
+    masks = None
+    if all("segmentation" in each for each in found):
+        masks = (mask(each, original.height, original.width) for each in found)
+    return draw_boxes(original, boxes, labels, scores, masks, classes, side_px=side_px)
 
 
 def _named(labels: Tensor, classes: list[str]) -> str:

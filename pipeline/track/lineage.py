@@ -20,6 +20,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.errors import InputError
 from pipeline.track import registry
 from pipeline.track.registry import CHILD, METRIC, metric_of, uri_of
+from pipeline.track.report.metrics import is_detail
 from pipeline.track.server import Unreachable
 
 Node = dict[str, Any]
@@ -194,7 +195,7 @@ def _run_node(run: Run | None, uuid: str) -> Node:
 
 def _version_node(version: ModelVersion) -> Node:
     names = [tag.removeprefix(METRIC) for tag in version.tags if tag.startswith(METRIC)]
-    metrics = {name: metric_of(version, name) for name in names}
+    metrics = {name: metric_of(version, name) for name in names if not is_detail(name)}
     told = [f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in metrics.items()]
     aliases = " ".join(f"@{alias}" for alias in sorted(version.aliases))
     return _node("version", uri_of(version), aliases, f"step {version.tags.get('step', '?')}", *told)

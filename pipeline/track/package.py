@@ -15,11 +15,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import Array, Object, Property
 from PIL import Image
 
 from pipeline import config
@@ -29,33 +29,29 @@ from pipeline.track.card import CARD, Card
 ARTIFACTS = "artifacts"
 TOP_K = 5
 """Labels that a served model answers with, unless it is asked for another number."""
+MIN_SCORE = 0.05
+"""Of the boxes that a served model answers with, unless it is asked for another one."""
 
 _SERVED = Path(__file__).with_name("served.py")
 _MLMODEL = "MLmodel"
-_IMAGES = Schema([ColSpec("binary", "image")])
-_CLASSES = ModelSignature(
-    inputs=_IMAGES,
-    outputs=Schema(
-        [
-            ColSpec("string", "label"),
-            ColSpec("double", "score"),
-            ColSpec(Array("string"), "labels"),
-            ColSpec(Array("double"), "scores"),
-        ]
-    ),
-    params=ParamSchema([ParamSpec("top_k", "long", TOP_K)]),
-)
-_MAPS = ModelSignature(
-    inputs=_IMAGES,
-    outputs=Schema(
-        [
-            ColSpec("string", "mask"),  # base64: of bytes MLflow's server makes lines of 76 letters
-            ColSpec(Array("string"), "labels"),
-            ColSpec(Array("long"), "values"),
-            ColSpec(Array("double"), "shares"),
-        ]
-    ),
-)
+_CLASSES = {
+    "label": "string",
+    "score": "double",
+    "labels": Array("string"),
+    "scores": Array("double"),
+}
+_MAPS = {
+    "mask": "string",  # base64: of bytes MLflow's server makes lines of 76 letters
+    "labels": Array("string"),
+    "values": Array("long"),
+    "shares": Array("double"),
+}
+_BOXES = {
+    "boxes": Array(Array("double")),
+    "labels": Array("string"),
+    "scores": Array("double"),
+}
+_RUN_LENGTHS = Object([Property("size", Array("long")), Property("counts", "string")])
 
 
 class Fault(NamedTuple):
@@ -91,9 +87,9 @@ def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
             python_model=str(_SERVED),
             artifacts={name: str(path) for name, path in empty.items()},
             mlflow_model=model,
-            signature=_MAPS if isinstance(card.task, config.SemanticFpn) else _CLASSES,
+            signature=_signature(card.task),
             input_example=pandas.DataFrame({"image": [example(card.image.size)]}),
-            pip_requirements=_requirements(),
+            pip_requirements=_requirements(card.task),
         )
     for name in names:
         (folder / ARTIFACTS / name).unlink()
@@ -155,10 +151,27 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _requirements() -> list[str]:
+def _signature(task: config.Task) -> ModelSignature:
+    """Of what served.py answers."""
+    columns: dict[str, Any]
+    if isinstance(task, config.Classification):
+        columns, params = _CLASSES, [ParamSpec("top_k", "long", TOP_K)]
+    elif isinstance(task, config.SemanticFpn):
+        columns, params = _MAPS, []
+    else:
+        columns, params = _BOXES, [ParamSpec("min_score", "double", MIN_SCORE)]
+        if isinstance(task, config.MaskRcnn):
+            columns = {**_BOXES, "segmentations": Array(_RUN_LENGTHS)}
+    outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
+    images = Schema([ColSpec("binary", "image")])
+    return ModelSignature(images, outputs, ParamSchema(params)) if params else ModelSignature(images, outputs)
+
+
+def _requirements(task: config.Task) -> list[str]:
     """What served.py needs beside this project, which is not looked up by name: any package could own it."""
-    packages = (
-        *("mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml"),
+    packages = [
+        *("mlflow", "numpy", "pandas", "pillow", "pycocotools", "pydantic", "pyyaml"),
         *("safetensors", "timm", "torch", "torchvision"),
-    )
+        *(("transformers",) if isinstance(task, config.Detr) else ()),
+    ]
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

@@ -147,15 +147,14 @@ def _digests(pinned: str) -> Row:
 
 def _loads(pinned: str) -> Row:
     try:
-        label, score, of_what = _answer(registry.resolve(pinned))
+        told, number = _answer(registry.resolve(pinned))
     except (InputError, RuntimeError) as error:  # torch's, for weights that are not the architecture's
         return {"gate": "loads", "value": str(error), "passed": False}
-    value = f"{label} with a {of_what} of {score:.4g} for the input example"
-    return {"gate": "loads", "value": value, "passed": math.isfinite(score)}
+    return {"gate": "loads", "value": f"{told} for the input example", "passed": math.isfinite(number)}
 
 
-def _answer(version: Version) -> tuple[str, float, str]:
-    """As the served model gives it, by the code of this checkout: the first label, its number, and what that is."""
+def _answer(version: Version) -> tuple[str, float]:
+    """What the served model says, by the code of this checkout, and a number in it that has to be finite."""
     import torch
 
     from pipeline.track.served import answering
@@ -164,9 +163,12 @@ def _answer(version: Version) -> tuple[str, float, str]:
     with torch.inference_mode():
         model = answering(version.card, version.weights)
         (answer,) = model.answers([model.view(example)], {})
-    if "scores" in answer:
-        return answer["labels"][0], answer["scores"][0], "probability"
-    return answer["labels"][0], answer["shares"][0], "share of the pixels"
+    if "boxes" in answer:
+        return f"{len(answer['boxes'])} boxes", sum(answer["scores"])
+    number, of_what = (
+        (answer["scores"][0], "probability") if "scores" in answer else (answer["shares"][0], "share of the pixels")
+    )
+    return f"{answer['labels'][0]} with a {of_what} of {number:.4g}", number
 
 
 def _metrics(version: ModelVersion, gates: Gates, score: Scorer | None) -> Metrics:

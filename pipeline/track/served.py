@@ -3,8 +3,8 @@
     rows of bytes ──check──▶ headers ──view (threads)──▶ what the network is shown ──network──▶ a row for each image
                       └──────────────────┴─▶ rows that cannot be used: INVALID_PARAMETER_VALUE, the server's 400
 
-The network sees what evaluation shows it; classifier.py and segmenter.py have that, and what is answered. Everything is
-bounded before it is decoded; docs/serving.md has the limits.
+The network sees what evaluation shows it: classifier.py and whole.py have that. What is answered, classifier.py,
+segmenter.py and detector.py have. Everything is bounded before it is decoded; docs/serving.md has the limits.
 """
 
 import base64
@@ -30,6 +30,7 @@ from pipeline.shards import images
 from pipeline.shards.images import BadImageError
 from pipeline.track.card import CARD, WEIGHTS, Card
 from pipeline.track.classifier import Classifier
+from pipeline.track.detector import Detector
 from pipeline.track.segmenter import Segmenter
 
 _TOLD = 5  # bad rows
@@ -127,10 +128,12 @@ class Served(PythonModel):
 
 
 def answering(card: Card, weights: Path) -> Answering:
-    """Raises RuntimeError for weights that are not the card's network's."""
+    """Raises RuntimeError for weights that are not the card's network's, or of which it makes no sense."""
+    if isinstance(card.task, config.Classification):
+        return Classifier(card, weights)
     if isinstance(card.task, config.SemanticFpn):
         return Segmenter(card, weights)
-    return Classifier(card, weights)
+    return Detector(card, weights)
 
 
 def _bytes_of(value: object) -> bytes:

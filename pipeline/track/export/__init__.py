@@ -63,7 +63,7 @@ def export(uri: str, to: str, out: Path, data: str | None = None, cache: Path | 
     with _whole_or_absent(out) as folder:
         source = Source(registry.resolve(uri, cache))
         varying = target.write(source, folder)
-        images = check.real_images(data, check.MOST_WHOLE_IMAGES if source.is_dense else check.MOST_IMAGES)
+        images = check.real_images(data, check.MOST_WHOLE_IMAGES if source.sees_whole else check.MOST_IMAGES)
         found = check.check(source, target.load(source, folder), varying, images, to)
         written = [
             {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": package.sha256(path)}

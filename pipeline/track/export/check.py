@@ -1,7 +1,7 @@
 """Does an export compute what the model computes? On real images, in batches of several sizes, and for the pixels, too.
 
-images ──ours──▶ pixels ──┬─▶ our network ─▶ logits ─┐
-   │                      └─▶ the export  ─▶ logits ─┴─▶ largest difference
+images ──ours──▶ pixels ──┬─▶ our network ─▶ logits, of detectors also boxes ─┐
+   │                      └─▶ the export  ─▶ logits, boxes ───────────────────┴─▶ largest differences
    └──────the export's own preprocessing──▶ pixels
 
 Networks for whole images get them in their own sizes, alone and several on one canvas.
@@ -14,27 +14,29 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.images import BadImageError, decode
 from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.track.export.graphs import BOXES, LOGITS
 from pipeline.track.export.source import Source
 
 TOLERANCE = 1e-4
 """Of logits, absolute."""
+BOX_TOLERANCE = 0.1
+"""In pixels. A box is its anchor's side times the exponential of what the network gives."""
 PIXEL_TOLERANCE = 3.0
 """In grey levels of 255. Implementations of a resize round differently, twice; on photographs up to 2 were seen."""
 MOST_IMAGES, MOST_WHOLE_IMAGES = 256, 16
-"""The latter, for networks that give each pixel a class, are larger and cost more."""
+"""The latter, for networks that see whole images, are larger and cost more."""
 _BATCH_SIZE = 16
 
 
 class Opened(NamedTuple):
     """An export as its users have it."""
 
-    logits: Callable[[Tensor], Tensor]
-    """[B, 3, height, width] to [B, classes], or to [B, classes, height / 4, width / 4]."""
+    outputs: Callable[..., Tensor | tuple[Tensor, ...]]
+    """What graphs.py says of the model's task."""
     pixels: Callable[[Image.Image], Tensor] | None = None
     """An RGB image to [3, size, size], where the format has preprocessing of its own."""
 
@@ -42,11 +44,13 @@ class Opened(NamedTuple):
 class Found(NamedTuple):
     images: int
     predictions: int
-    """As many, or the places of their maps."""
+    """As many, or the places of their maps, or their boxes."""
     same_top1: int
     """For how many predictions the best class is the same."""
     logit_difference: float
     """The largest."""
+    box_difference: float | None
+    """The largest, in pixels; None where there are no boxes."""
     pixel_difference: float | None
     """The largest on images cut to a square, in grey levels; None where the format has no preprocessing of its own,
     and for interpolation "nearest"."""
@@ -78,49 +82,65 @@ def real_images(data: str | None, most: int = MOST_IMAGES) -> list[Image.Image]:
 
 def check(source: Source, opened: Opened, varying: dict[str, str], images: list[Image.Image], to: str) -> Found:
     """Raises ExternalError where logits or pixels differ by more than they may."""
-    predictions, same, difference = 0, 0, 0.0
-    with torch.inference_mode():
-        for batch in _batches(source, images):
-            worst, equal, compared = _compare(source, opened, batch)
-            difference, same, predictions = max(difference, worst), same + equal, predictions + compared
-        if "height" in varying:
-            worst, *_ = _compare(source, opened, _larger(source, images[:2]))
-            difference = max(difference, worst)
-    _refuse_above(TOLERANCE, difference, f"{source.uri}: its export to {to} gives other logits")
+    batches = _batches(source, images)
+    compared = [_compare(source, opened, batch) for batch in batches]
+    if "height" in varying:
+        compared.append(_compare(source, opened, _larger(source, images[:2])))
+    logits = max(each.logits for each in compared)
+    boxes = max(each.boxes for each in compared) if BOXES in source.graph().outputs else None
+    _refuse_above(TOLERANCE, logits, f"{source.uri}: its export to {to} gives other logits")
+    _refuse_above(BOX_TOLERANCE, boxes or 0.0, f"{source.uri}: its export to {to} gives other boxes")
     levels = _largest_levels(source, opened.pixels, images)
     _refuse_above(PIXEL_TOLERANCE, levels or 0.0, f"{source.uri}: its export to {to} prepares images otherwise")
-    return Found(len(images), predictions, same, difference, levels)
+    counted = compared[: len(batches)]
+    predictions, same = sum(each.predictions for each in counted), sum(each.same_top1 for each in counted)
+    return Found(len(images), predictions, same, logits, boxes, levels)
 
 
-def _batches(source: Source, images: list[Image.Image]) -> list[Tensor]:
+class _Compared(NamedTuple):
+    """A batch's."""
+
+    logits: float
+    boxes: float
+    predictions: int
+    same_top1: int
+
+
+def _batches(source: Source, images: list[Image.Image]) -> list[tuple[Tensor, ...]]:
     """One image, then many at a time; of whole images each one alone."""
-    pixels = [source.pixels(image) for image in images]
-    if source.is_dense:
-        return [whole[None] for whole in pixels]
-    batches = torch.stack(pixels)
-    return [batch for batch in (batches[:1], *batches[1:].split(_BATCH_SIZE)) if len(batch)]
+    if source.sees_whole:
+        return [source.inputs([image]) for image in images]
+    (batches,) = source.inputs(images)
+    return [(batch,) for batch in (batches[:1], *batches[1:].split(_BATCH_SIZE)) if len(batch)]
 
 
-def _larger(source: Source, images: list[Image.Image]) -> Tensor:
+def _larger(source: Source, images: list[Image.Image]) -> tuple[Tensor, ...]:
     """Images that are larger than those of training and not square; or whole ones on a canvas that holds both."""
     size, divisor = source.card.image.size, source.size_divisor
     assert divisor
-    if source.is_dense:
-        return _on_one_canvas([source.pixels(image) for image in images])
-    return torch.stack([source.pixels(image, size + 2 * divisor)[..., : size + divisor] for image in images])
+    if source.sees_whole:
+        return source.inputs(images)
+    return (torch.stack([source.pixels(image, size + 2 * divisor)[..., : size + divisor] for image in images]),)
 
 
-def _on_one_canvas(pixels: list[Tensor]) -> Tensor:
-    height, width = (max(each.shape[axis] for each in pixels) for axis in (1, 2))
-    return torch.stack([pad(each, (0, width - each.shape[2], 0, height - each.shape[1])) for each in pixels])
+def _compare(source: Source, opened: Opened, batch: tuple[Tensor, ...]) -> _Compared:
+    graph = source.graph()
+    ours, theirs = _tuple(graph(*batch)), _tuple(opened.outputs(*batch))
+    logits, boxes, *_ = *(_difference(*pair) for pair in zip(ours, theirs, strict=True)), 0.0
+    axis = graph.outputs[LOGITS].index("C")
+    best, also = ours[0].argmax(axis), theirs[0].argmax(axis)
+    return _Compared(logits, boxes, best.numel(), int((best == also).sum()) if best.shape == also.shape else 0)
 
 
-def _compare(source: Source, opened: Opened, batch: Tensor) -> tuple[float, int, int]:
-    """The largest difference of logits, for how many predictions the best class is the same, and their number."""
-    ours, theirs = source.network(batch), opened.logits(batch)
-    difference = (ours - theirs).abs().max().nan_to_num(torch.inf)
-    equal = ours.argmax(1) == theirs.argmax(1)
-    return difference.item(), int(equal.sum()), equal.numel()
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest; of nothing found 0."""
+    if ours.shape != theirs.shape:
+        return torch.inf
+    return (ours - theirs).abs().nan_to_num(torch.inf).max().item() if ours.numel() else 0.0
 
 
 def _largest_levels(

@@ -11,14 +11,18 @@ from torch.onnx import ONNXProgram
 
 from pipeline import files
 from pipeline.track.export.check import Opened
-from pipeline.track.export.source import INPUT, OUTPUT, PREPROCESSING, Source
+from pipeline.track.export.source import PREPROCESSING, Source
 from pipeline.track.export.traced import trace
 
 _FILE = "model.onnx"
 
 
 def write(source: Source, folder: Path) -> dict[str, str]:
-    program = torch.onnx.export(trace(source), input_names=[INPUT], output_names=[OUTPUT], verbose=False)
+    source.require_graph("onnx")
+    graph = source.graph()
+    program = torch.onnx.export(
+        trace(source), input_names=graph.inputs, output_names=list(graph.outputs), verbose=False
+    )
     assert program is not None
     _name_axes(program)
     about = source.describe(source.varying)
@@ -33,10 +37,13 @@ def load(source: Source, folder: Path) -> Opened:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / _FILE, options, providers=["CPUExecutionProvider"])
 
-    def logits(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    names, outputs = source.graph().inputs, list(source.graph().outputs)
 
-    return Opened(logits)
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        fed = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
+        return tuple(map(torch.from_numpy, session.run(outputs, fed)))
+
+    return Opened(run)
 
 
 def call(source: Source, folder: Path) -> str:

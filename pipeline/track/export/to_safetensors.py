@@ -16,7 +16,7 @@ def write(source: Source, folder: Path) -> dict[str, str]:
 
 
 def load(source: Source, folder: Path) -> Opened:
-    return Opened(network.load(source.card, folder / WEIGHTS))
+    return Opened(source.graph(network.load(source.card, folder / WEIGHTS)))
 
 
 def call(source: Source, folder: Path) -> str:

@@ -17,6 +17,7 @@ _FILE = "model.pt2"
 
 
 def write(source: Source, folder: Path) -> dict[str, str]:
+    source.require_graph("torch-export")
     program = trace(source)
     program.example_inputs = None
     about = json.dumps(source.describe(source.varying), indent=2) + "\n"

@@ -11,36 +11,31 @@ from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
+from pipeline.track.export.graphs import EXTENT, IMAGE
 from pipeline.track.export.source import Source
 from pvt.model import Grid, Stage, _resize_pos_embed
-
-
-class Graph(nn.Module):
-    """Images alone go in, which are called as in source.INPUT."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network(image)
 
 
 def trace(source: Source) -> ExportedProgram:
     """Its axes are called batch and, where they vary, d*h and d*w for multiples of d pixels."""
     network, divisor = source.build(), source.size_divisor
-    height = width = source.card.image.size
-    varying: dict[int, Any] = {0: Dim("batch")}
+    graph = source.graph(network).eval()
+    height = width = max(source.card.image.size, graph.smallest_side)
+    batch = Dim("batch")
+    varying: dict[int, Any] = {0: batch}
     if divisor:
         _resize_always(network)
         # Other than in training and not equal, so that nothing is taken for a constant.
         height, width = height + divisor, width + 2 * divisor
-        varying |= {2: divisor * Dim("h", min=1), 3: divisor * Dim("w", min=1)}
-    graph, example = Graph(network).eval(), (torch.zeros(2, 3, height, width),)
+        least = -(-graph.smallest_side // divisor)
+        varying |= {2: divisor * Dim("h", min=least), 3: divisor * Dim("w", min=least)}
+    example = {IMAGE: torch.zeros(2, 3, height, width), EXTENT: torch.tensor([[height, width]] * 2)}
+    arguments = tuple(example[name] for name in graph.inputs)
+    shapes = tuple({IMAGE: varying, EXTENT: {0: batch}}[name] for name in graph.inputs)
     try:
-        program = torch.export.export(graph, example, dynamic_shapes=(varying,))
+        program = torch.export.export(graph, arguments, dynamic_shapes=shapes)
     except UserError:  # Python code that the quick way of tracing takes for constants
-        program = torch.export.export(graph, example, dynamic_shapes=(varying,), strict=True)
+        program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=True)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths on this machine
     return program

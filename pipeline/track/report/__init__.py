@@ -5,13 +5,16 @@
     several RunFiles ──▶ compare ──▶ compare.html
 
 `markup` makes elements and escapes all that is put into them, `charts` draws numbers over steps, `events` what happened
-when, `classes` what a network takes for what, `metrics` names what was measured. Everything comes from files, any of
-which may be missing, cut short or still being written.
+when, `classes` what a network takes for what, `precision` how well it finds objects, `inside` pictures with what its
+stages see, `metrics` names what was measured. Everything comes from files, any of which may be missing, cut short or
+still being written.
 """
 
-from pipeline.track.report.classes import Examination, Picture, Scene
+from pipeline.track.report.classes import Examination
 from pipeline.track.report.compare import compare
+from pipeline.track.report.inside import Findings, Picture, Scene
 from pipeline.track.report.page import page
+from pipeline.track.report.precision import ClassPrecision
 from pipeline.track.report.reading import RunFiles
 
-__all__ = ["Examination", "Picture", "RunFiles", "Scene", "compare", "page"]
+__all__ = ["ClassPrecision", "Examination", "Findings", "Picture", "RunFiles", "Scene", "compare", "page"]

@@ -1,6 +1,7 @@
-"""What a network takes for what: the confusion matrix, its worst and best classes, and pictures of its inside.
+"""What a network takes for what: the confusion matrix, its worst and best classes.
 
 A classifier takes samples for something, a segmentation network pixels: `Examination.counted` says which are counted.
+A detector finds objects, or not: precision.py has its tables.
 """
 
 import dataclasses
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.palette import colourise, palette
+from pipeline.track.report.inside import Pictures
 from pipeline.track.report.markup import Html, absent, join, number, picture, table, tag
+from pipeline.track.report.precision import ClassPrecision
 
 MOST_COUNTED = 20
 """Classes up to which the matrix shows its counts; above, it is a picture."""
@@ -20,48 +22,9 @@ MOST_CELLS = 250
 """Rows of that picture; of more classes, neighbours are added up."""
 MOST_LISTED = 20
 
-_INPUT_PX, _SCENE_PX = 160, 320
-"""Sides of an input's picture; larger ones are scaled down to it."""
-
-# Viridis, which reads alike to the colour-blind and in grey, at five places.
-_VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
 _BLUE = (0, 114, 178)
 
 Counts = npt.NDArray[np.int64]
-Map = npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One validation image as the network sees it."""
-
-    key: str
-    label: int
-    prediction: int
-    probability: float
-    """Of the prediction."""
-    image: npt.NDArray[np.uint8] | None
-    """[S, S, 3]; None where sample pictures were not asked for."""
-    maps: list[Map]
-    """[H, W] of each stage."""
-    attention: Map | None
-    """[H, W]: where the class token of the last block looks. None for other architectures."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """One validation image whose pixels the network tells apart."""
-
-    key: str
-    right: float
-    """Share of its labelled pixels; nan where there is none."""
-    image: npt.NDArray[np.uint8] | None
-    """[H, W, 3], as the network sees it; None where sample pictures were not asked for, as the next two."""
-    truth: npt.NDArray[np.uint8] | None
-    """[h, w] of classes from 0; beyond the last, pixels without a label."""
-    prediction: npt.NDArray[np.uint8] | None
-    maps: list[Map]
-    """[H, W] of each stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +41,16 @@ class Examination:
     is_whole: bool
     """Whether all of them were looked at, but for damaged ones."""
     classes: list[str]
-    counted: Literal["samples", "pixels"]
-    """In the matrix."""
+    counted: Literal["samples", "pixels", "objects"]
+    """What it says the class of."""
     confusion: Counts
-    """[K, K]: rows are the true classes, columns what they were taken for."""
+    """[K, K]: rows are the true classes, columns what they were taken for. Of objects nothing."""
     scores: dict[str, float]
-    pictures: list[Picture] | list[Scene]
+    pictures: Pictures
     attribution: str | None
     """What has to be said of the pictures."""
+    precisions: Sequence[ClassPrecision] = ()
+    """How well objects of each class are found."""
 
 
 def confusion(found: Examination) -> Html:
@@ -161,98 +126,6 @@ def confused_pairs(found: Examination) -> Html:
     return table(("class", "taken for", found.counted, "of the class"), rows, class_="pairs")
 
 
-def inside(found: Examination) -> Html:
-    """A row for each image: its stages' maps, where the class token looks, and the image itself where allowed, with
-    its map of classes where there is one."""
-    if not found.pictures:
-        return absent("The network does not show its stages' maps.")
-    rows = []
-    for each in found.pictures:
-        if isinstance(each, Scene):
-            rows.append(_scene(each, len(found.classes)))
-        else:
-            rows.append(_row(_about(each, found.classes), _tiles(each)))
-    return join(tag("div", rows, class_="insides"), _legend(found))
-
-
-def _row(about: Html | None, tiles: Sequence[Html]) -> Html:
-    return tag("div", about, *tiles, class_="inside", style=f"--tiles:{len(tiles)}")
-
-
-def _scene(each: Scene, num_classes: int) -> Html:
-    about = tag("p", tag("strong", number(each.right, percent=True)), " of its pixels right", class_="picture-about")
-    key = tag("p", tag("small", each.key), class_="picture-about")
-    shown = []
-    if each.image is not None:
-        shown.append(("input", _smaller(Image.fromarray(each.image), Image.Resampling.BICUBIC), each.image.shape))
-    for name, labels in (("truth", each.truth), ("prediction", each.prediction)):
-        if labels is not None:
-            shown.append((name, _smaller(colourise(labels, num_classes), Image.Resampling.NEAREST), labels.shape))
-    stages = [_stage(number, values) for number, values in enumerate(each.maps)]
-    large, small = (
-        [_tile(name, image, shape, each.key, "map whole") for name, image, shape in tiles] for tiles in (shown, stages)
-    )
-    return tag("div", about, key, _row(None, large) if large else None, _row(None, small), class_="scene")
-
-
-def _legend(found: Examination) -> Html | None:
-    """The colours of the classes on the maps that are shown, the largest first."""
-    counts = np.zeros(len(found.classes), np.int64)
-    for each in found.pictures:
-        if isinstance(each, Scene):
-            for labels in (each.truth, each.prediction):
-                if labels is not None:
-                    counts += np.bincount(labels.ravel(), minlength=256)[: len(counts)]
-    shown = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
-    if not shown:
-        return None
-    colours = palette(len(counts))
-    items = [
-        tag("li", tag("i", class_="key", style="--c:#" + bytes(colours[label]).hex()), found.classes[label])
-        for label in shown
-    ]
-    return tag("ul", items, tag("li", tag("i", class_="key", style="--c:#000"), "no label"), class_="legend")
-
-
-def _about(each: Picture, classes: Sequence[str]) -> Html:
-    right = each.label == each.prediction
-    verdict = "right" if right else f"taken for {classes[each.prediction]}"
-    return tag(
-        "p",
-        tag("strong", classes[each.label]),
-        f", {verdict} with ",
-        number(each.probability, percent=True),
-        tag("br"),
-        tag("small", each.key),
-        class_="picture-about",
-    )
-
-
-def _tiles(each: Picture) -> list[Html]:
-    tiles = [_tile(*_stage(number, values), each.key) for number, values in enumerate(each.maps)]
-    if each.attention is not None:
-        tiles.append(_tile("attention", _heat(each.attention), each.attention.shape, each.key))
-    if each.image is not None:
-        image = Image.fromarray(each.image)
-        image.thumbnail((_INPUT_PX, _INPUT_PX))
-        tiles.insert(0, _tile("input", image, each.image.shape, each.key))
-    return tiles
-
-
-def _stage(number: int, values: Map) -> tuple[str, Image.Image, tuple[int, ...]]:
-    return f"stage {number + 1}", _heat(values), values.shape
-
-
-def _tile(name: str, image: Image.Image, shape: tuple[int, ...], key: str, class_: str = "map") -> Html:
-    size = tag("small", f"{shape[0]} × {shape[1]}")
-    return tag("figure", picture(image, f"{name} of {key}", class_), tag("figcaption", name, tag("br"), size))
-
-
-def _smaller(image: Image.Image, resampling: Image.Resampling) -> Image.Image:
-    image.thumbnail((_SCENE_PX, _SCENE_PX), resampling)
-    return image
-
-
 def _class_table(found: Examination, classes: Sequence[int]) -> Html:
     rows = []
     for label in classes:
@@ -326,12 +199,3 @@ def _matrix(matrix: Counts, every: int) -> Image.Image:
     pixels[..., 3] = np.round(255 * share)
     scale = max(1, 500 // len(share))
     return Image.fromarray(pixels).resize((len(share) * scale, len(share) * scale), Image.Resampling.NEAREST)
-
-
-def _heat(values: Map) -> Image.Image:
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    share = np.nan_to_num((values - low) / (high - low)) if high > low else np.full(values.shape, 0.5)
-    place = share * (len(_VIRIDIS) - 1)
-    below = np.minimum(place.astype(int), len(_VIRIDIS) - 2)
-    rest = (place - below)[..., None]
-    return Image.fromarray(np.round(_VIRIDIS[below] * (1 - rest) + _VIRIDIS[below + 1] * rest).astype(np.uint8))

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.track.report.charts import Line, chart
 from pipeline.track.report.markup import Child, Html, absent, duration, join, number, section, table, tag
-from pipeline.track.report.metrics import is_share, name_of
+from pipeline.track.report.metrics import is_detail, is_share, name_of
 from pipeline.track.report.page import STATUS, document, ettr_of, known_count
 from pipeline.track.report.reading import RunFiles, as_number
 
@@ -41,7 +41,8 @@ def compare(runs: Sequence[RunFiles]) -> str:
 def _results(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
     rows: list[list[Child]] = [["state", *(STATUS.get(run.status, run.status) for run in runs)]]
     rows.append(_row("steps", [run.steps_done for run in runs]))
-    for name in dict.fromkeys(name for run in runs for name in run.validation if name != "bad_samples"):
+    names = dict.fromkeys(name for run in runs for name in run.validation if name != "bad_samples")
+    for name in [name for name in names if not is_detail(name)]:
         lowest = name.endswith("loss")
         found = [run.validation.get(name) for run in runs]
         bests = [curve.best(lowest=lowest) if curve else None for curve in found]
@@ -84,7 +85,8 @@ def _wall_time(run: RunFiles) -> str:
 
 
 def _curves(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
-    scores = [name for run in runs for name in run.validation if name not in ("val_loss", "bad_samples")]
+    names = [name for run in runs for name in run.validation if name not in ("val_loss", "bad_samples")]
+    scores = [name for name in names if not is_detail(name)]
     charts = []
     for name, title in {**_CURVES, **{name: name_of(name) for name in scores}}.items():
         lines, styles = [], []

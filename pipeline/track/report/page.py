@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from pipeline.config import Length
-from pipeline.track.report import classes, events
+from pipeline.track.report import classes, events, inside, precision
 from pipeline.track.report.charts import Line, Mark, chart, time_unit
 from pipeline.track.report.classes import Examination
 from pipeline.track.report.markup import (
@@ -29,7 +29,7 @@ from pipeline.track.report.markup import (
     table,
     tag,
 )
-from pipeline.track.report.metrics import CHARTS, is_share, name_of
+from pipeline.track.report.metrics import CHARTS, is_detail, is_share, name_of
 from pipeline.track.report.reading import Document, RunFiles, as_number, mapping
 from pipeline.track.report.style import CSS
 
@@ -67,6 +67,10 @@ _TOLD_TAGS = {
     *("mlflow.source.git.commit", "code.dirty", "parent.version"),
     *("seed", "data.digest", "data.path", "main_metric"),
 }
+_ABOUT_PRECISION = (
+    "As COCO counts: AP is the mean over thresholds of intersection over union from 0.5 to 0.95, AP50 and AP75 are at "
+    "one; small is up to 32² pixels, medium up to 96²; AR of n looks at the n best of an image."
+)
 _MOST_NODES, _MOST_LOADS = 100, 6000  # of the latter, over all nodes
 _MOST_QUARANTINED = 50
 _MOST_SHEET_BYTES = 1_000_000
@@ -213,7 +217,8 @@ def total_steps(run: RunFiles) -> int | None:
 def _versions(run: RunFiles) -> list[Html]:
     if not run.versions:
         return [absent("None yet. Each new best checkpoint and the last one are offered to the registry.")]
-    names = list(dict.fromkeys(name for version in run.versions for name in version.metrics if name != "bad_samples"))
+    names = list(dict.fromkeys(name for version in run.versions for name in version.metrics))
+    names = [name for name in names if name != "bad_samples" and not is_detail(name)]
     rows = []
     for version in run.versions[::-1]:
         scores = [number(version.metrics.get(name), percent=is_share(name)) for name in names]
@@ -380,44 +385,62 @@ def _examination(examined: Examination | str) -> list[Html]:
         part = f"{examined.looked_at:,} of {examined.total:,} samples, spread over the set"
     else:
         part = f"all {examined.total:,} samples" + (f" but {left_out:,} damaged" if left_out else "")
-    dense = examined.counted == "pixels"
-    pixels = number(int(examined.confusion.sum())) if dense else None
-    scores = [(name_of(name), number(value, percent=is_share(name))) for name, value in examined.scores.items()]
-    told = facts(
-        [("weights", examined.source), ("samples", number(examined.looked_at)), ("labelled pixels", pixels), *scores]
-    )
     about = f"Computed for this page: {examined.source} on {part} of {examined.data}."
-    cells = "Per cent of the true class's pixels." if dense else None
     return [
-        section(
-            "Classes",
-            told,
-            tag(
-                "div",
-                tag("div", tag("h3", "Confusion matrix"), classes.confusion(examined), _note(cells)),
-                tag("div", tag("h3", "Most confused"), classes.confused_pairs(examined)),
-                class_="two",
-            ),
-            classes.class_tables(examined),
-            about=about,
-        ),
+        section("Classes", _facts(examined), *_class_scores(examined), about=about),
         section(
             "Inside the network",
-            classes.inside(examined),
+            inside.inside(examined.pictures, examined.classes),
             _note("The pictures' source: ", examined.attribution) if examined.attribution else None,
             about=_inside_about(examined),
         ),
     ]
 
 
+def _facts(examined: Examination) -> Html:
+    pixels = number(int(examined.confusion.sum())) if examined.counted == "pixels" else None
+    scores = [] if examined.counted == "objects" else examined.scores.items()  # which have a table of their own
+    return facts(
+        [
+            ("weights", examined.source),
+            ("samples", number(examined.looked_at)),
+            ("labelled pixels", pixels),
+            *((name_of(name), number(value, percent=is_share(name))) for name, value in scores),
+        ]
+    )
+
+
+def _class_scores(examined: Examination) -> list[Html]:
+    if examined.counted == "objects":
+        return [
+            tag("h3", "Average precision and recall"),
+            precision.summary(examined.scores),
+            tag("p", _ABOUT_PRECISION, class_="note"),
+            precision.class_table(examined.precisions),
+        ]
+    cells = "Per cent of the true class's pixels." if examined.counted == "pixels" else None
+    return [
+        tag(
+            "div",
+            tag("div", tag("h3", "Confusion matrix"), classes.confusion(examined), _note(cells)),
+            tag("div", tag("h3", "Most confused"), classes.confused_pairs(examined)),
+            class_="two",
+        ),
+        classes.class_tables(examined),
+    ]
+
+
 def _inside_about(examined: Examination) -> str:
-    hidden = not any(each.image is not None for each in examined.pictures)
     told = "The length of each place's feature vector after each stage"
-    if examined.counted == "pixels":
-        more = " Image, truth and prediction are shown with --samples."
-        return f"{told}. Yellow is most, each picture by itself.{more if hidden else ''}"
-    told += ", and where the class token of the last block looks, mean of its heads"
-    return f"{told}. Yellow is most, each picture by itself.{' The input is shown with --samples.' if hidden else ''}"
+    hidden = {
+        "samples": "The input is shown with --samples.",
+        "pixels": "Image, truth and prediction are shown with --samples.",
+        "objects": "The images, with what is on them and what was found, are shown with --samples.",
+    }[examined.counted]
+    if examined.counted == "samples":
+        told += ", and where the class token of the last block looks, mean of its heads"
+    more = "" if examined.attribution else f" {hidden}"
+    return f"{told}. Yellow is most, each picture by itself.{more}"
 
 
 def _note(*children: Child) -> Html | None:

@@ -140,6 +140,7 @@ svg .band.s7 { fill: var(--s7); }
 .map { width: 100%; aspect-ratio: 1; image-rendering: pixelated; border-radius: 4px; display: block; }
 .map.whole { aspect-ratio: auto; }
 .scene .inside + .inside { margin-top: 0.6rem; } .scene .inside:has(+ .inside) { --tile: 190px; }
+.findings .inside:has(+ .inside) { --tile: 340px; }
 .sheet { max-width: 100%; border-radius: 6px; }
 footer { margin-top: 3rem; color: var(--faint); font-size: 0.84rem; border-top: 1px solid var(--rule);
   padding-top: 0.8rem; }
