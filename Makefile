@@ -1,5 +1,6 @@
 # make demo    train a small model on real images, end to end
 # make scenes  after it: fine-tune it to segmentation of digits on photographs
+# make boxes   after that: fine-tune it to Mask R-CNN on the same scenes
 # make test    all tests
 # make lint    style, types and import floors
 # make setup   only what those need: .venv with everything in it
@@ -11,7 +12,7 @@ BIN := .venv/bin
 RANKS ?= 2
 DATA := runs/data
 
-.PHONY: demo scenes test lint setup peers
+.PHONY: demo scenes boxes test lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
@@ -26,6 +27,12 @@ scenes: setup $(foreach split,train val,$(DATA)/scene-digits/$(split)/manifest.j
 		--set init.model=models:/scene-digits@candidate
 	$(BIN)/python launch/evaluate.py --model models:/scenes@candidate \
 		--data $(DATA)/scenes/ade20k/annotations/validation --draw 8 --out runs/scenes.png
+
+boxes: setup
+	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scenes-mask-rcnn.yaml \
+		--set init.model=models:/scene-digits@candidate
+	$(BIN)/python launch/evaluate.py --model models:/scenes-mask-rcnn@candidate \
+		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -7,6 +7,7 @@ one process.
 import dataclasses
 import datetime
 import os
+import resource
 import subprocess
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -56,6 +57,12 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def peak_memory_gb(self) -> float:
+        """The most so far, in 10⁹ bytes: allocated on this rank's GPU, or resident in this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -255,17 +255,21 @@ class Trainer:
             listener.on_step(step, reading)
 
     def _compare_ranks(self) -> dict[str, float]:
-        """The slowest rank by its own work, as part of a reading."""
-        if self.world.size == 1:
-            return {}
-        own_s = self.world.gather(torch.tensor([self._own_s], dtype=torch.float64, device=self.world.device))
+        """The slowest rank by its own work and the most memory that any has needed, as part of a reading."""
+        own = torch.tensor([self._own_s, self.world.peak_memory_gb()], dtype=torch.float64, device=self.world.device)
         self._own_s = 0.0
-        times = own_s.flatten().tolist()
+        times, peaks = self.world.gather(own).T.tolist()
+        reading = {"peak_memory_gb": max(peaks)}
+        if self.world.size == 1:
+            return reading
         for rank, speed in self._stragglers.compare(times):
             if self.world.is_first:
                 print(f"rank {rank} is slow: {speed:.2f} of the median rank's speed", file=sys.stderr, flush=True)
         slowest = max(range(len(times)), key=lambda rank: times[rank])
-        return {"slowest_rank": slowest, "slowest_speed": sorted(times)[(len(times) - 1) // 2] / times[slowest]}
+        return reading | {
+            "slowest_rank": slowest,
+            "slowest_speed": sorted(times)[(len(times) - 1) // 2] / times[slowest],
+        }
 
     def _evaluate_if_due(self) -> None:
         state = self.state
