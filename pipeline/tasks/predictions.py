@@ -27,7 +27,8 @@ from pipeline.world import World
 from pvt.detector import Detections
 
 _COLUMNS, _TILE_PX = 6, 200
-_SHOWN_SCORE = 0.3
+_BOX_COLUMNS, _BOX_TILE_PX = 4, 300  # there is more to be seen on them
+_SHOWN_SCORE = 0.5
 
 Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
 
@@ -66,11 +67,12 @@ def draw(task: AnyTask, shards: ShardSet, settings: Settings, count: int, path: 
                     rows.append(_label(original, key, output.float(), int(batch.targets[0]), shards.classes))
     if not rows:
         raise InputError(f"{shards.url(0)}: has no sample that is whole, to be drawn")
-    columns = _COLUMNS if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
+    most, tile_px = (_BOX_COLUMNS, _BOX_TILE_PX) if isinstance(task, Detection) else (_COLUMNS, _TILE_PX)
+    columns = most if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
     tiles = [tile for row in rows for tile in row]
     about = f"{len(rows)} of {len(shards)} samples"
     sheet = Sheet(
-        title, about, columns=columns, count=len(tiles), num_details=1, tile_px=_TILE_PX, note=shards.attribution
+        title, about, columns=columns, count=len(tiles), num_details=1, tile_px=tile_px, note=shards.attribution
     )
     for picture, caption, detail in tiles:
         sheet.add(picture, caption, detail)
@@ -98,9 +100,10 @@ def _maps(original: Image.Image, key: str, logits: Tensor, target: MaskTarget, c
 def _objects(original: Image.Image, key: str, detections: Detections, truth: Truth, classes: list[str]) -> list[Tile]:
     found = [each for each in as_results(detections, truth.size, truth.extent) if each["score"] >= _SHOWN_SCORE]
     single = sorted((each for each in truth.annotations if not each["iscrowd"]), key=lambda each: each["area"])
+    about = f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"
     return [
-        (drawn(original, single, classes, _TILE_PX), key, f"truth: {len(single)} objects"),
-        (drawn(original, found, classes, _TILE_PX), "prediction", f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"),
+        (drawn(original, single, classes, _BOX_TILE_PX), key, f"truth: {len(single)} objects"),
+        (drawn(original, found, classes, _BOX_TILE_PX), "prediction", about),
     ]
 
 
