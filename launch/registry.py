@@ -63,10 +63,13 @@ def _row(version: "ModelVersion") -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
+    from pipeline.track.report.metrics import is_detail
+
     wide = max([len(row["uri"]) for row in rows] + [7])
     lines = [f"{'version':{wide}}  {'model':10}  {'step':>9}  {'created':25}  metrics, aliases"]
     for row in rows:
-        told = [_told(row["metrics"]), *(f"@{alias}" for alias in row["aliases"])]
+        scores = {name: value for name, value in row["metrics"].items() if not is_detail(name)}
+        told = [_told(scores), *(f"@{alias}" for alias in row["aliases"])]
         about = f"{row['model'] or '':10}  {row['step'] or '':>9}  {row['created']}"
         lines.append(f"{row['uri']:{wide}}  {about}  {'  '.join(filter(None, told))}".rstrip())
     return "\n".join(lines)
