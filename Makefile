@@ -35,7 +35,7 @@ boxes: setup
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

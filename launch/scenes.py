@@ -41,10 +41,10 @@ def main() -> dict[str, Any]:
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
-        partial = out.with_name(f"{out.name}.partial")  # what was cut short must not look finished
+        partial = out.resolve().with_name(f".{out.resolve().name}.partial")  # what was cut short must not look finished
         shutil.rmtree(partial, ignore_errors=True)
         instances = layouts.write(partial, counts, arguments.seed, sides, classes, bar.update)
-    partial.replace(out)
+    partial.replace(out.resolve())
     return {"out": str(out), **counts, "instances": instances}
 
 

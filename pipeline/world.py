@@ -50,12 +50,12 @@ class World:
         dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor)
         return gathered
 
-    def gather_values(self, value: Value) -> list[Value]:
-        """Every rank's value, by rank: for what is no tensor, and may differ in size."""
+    def gather_on_first(self, value: Value) -> list[Value]:
+        """On rank 0 every rank's value, by rank; elsewhere nothing. For what is no tensor, and may differ in size."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None)
         return values
 
     def peak_memory_gb(self) -> float:

@@ -80,9 +80,9 @@ class Detector(DenseNetwork, ABC):
     ) -> dict[str, Tensor] | list[Detections]:
         """With targets, in training mode: the losses by name, [N] float32 each. Without: what is found in each image.
 
-        An image's losses are those of a batch of this image alone, so that the caller may weigh them. They are finite
-        and involve every parameter, whether or not there are objects. What heads sample, they draw from torch's
-        default generator. `drop_path`: see DenseNetwork.maps.
+        An image's losses are those of a batch of this image alone, on the same canvas, so that the caller may weigh
+        them. They are finite and involve every parameter, whether or not there are objects. What heads sample, they
+        draw from torch's default generator. `drop_path`: see DenseNetwork.maps.
         """
         assert len(images) == len(extents)
         maps = self.maps(images, drop_path)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import box_convert, clip_boxes_to_image
 from transformers import DetrConfig
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
@@ -127,10 +128,14 @@ class Detr(Detector):
         # A layer is to Transformers an image of a batch: it is matched by itself.
         outputs, targets = {"logits": logits, "pred_boxes": boxes}, [wanted] * len(logits)
         matches = matcher(outputs, targets)
-        of_labels = loss.loss_labels(outputs, targets, matches, None)  # a mean over layers, which weigh the same
+        classes = objects.labels.new_full(logits.shape[:2], self.num_classes)
+        for layer, (queries, found) in enumerate(matches):
+            classes[layer, queries] = objects.labels[found]
+        # A list of queries, because on CUDA the kernel for more dimensions is not deterministic. Layers weigh the same.
+        of_labels = functional.cross_entropy(logits.flatten(0, 1), classes.flatten(), loss.empty_weight)
         of_boxes = loss.loss_boxes(outputs, targets, matches, max(len(objects), 1))
         return {
-            "classification": of_labels["loss_ce"] * len(logits),
+            "classification": of_labels * len(logits),
             "bbox": of_boxes["loss_bbox"] * BBOX_WEIGHT,
             "giou": of_boxes["loss_giou"] * GIOU_WEIGHT,
         }

@@ -14,7 +14,7 @@ def batch_of(
     images: Tensor, targets: Any = None, drop_path: Tensor | None = None, weights: Tensor | None = None
 ) -> MicroBatch:
     """Of images [N, 3, H, W] without padding, each of which counts."""
-    n, _, height, width = images.shape
+    n, (height, width) = len(images), images.shape[-2:]
     number = np.arange(n)
     samples = Samples(number, number, number, number, number, number)
     weights = torch.ones(n) if weights is None else weights

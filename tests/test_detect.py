@@ -16,8 +16,9 @@ from torch import nn
 from pipeline import config
 from pipeline.detections import as_results
 from pipeline.errors import InputError
-from pipeline.feed.objects import Truth
+from pipeline.feed.objects import Boxes, Truth
 from pipeline.shards import objects
+from pipeline.shards.index import CorruptSampleError
 from pipeline.tasks.build import build_task, start_from
 from pipeline.tasks.detect import Detection, DetectionMetric
 from pipeline.world import World
@@ -210,3 +211,26 @@ def test_settings_that_do_nothing_are_refused() -> None:
         task_of("detr", drop_rate=0.1)
     with pytest.raises(InputError, match="strides"):
         task_of("retinanet", name="vit_tiny_patch16_224", image_size=None)
+
+
+def test_two_images_of_one_id_are_refused() -> None:
+    found, truths = scored(masks=False)
+    metric = DetectionMetric(CLASSES, masks=False)
+    metric.update(found[:1] * 2, truths[:1] * 2, torch.ones(2))
+    with pytest.raises(InputError, match="two images of id 100"):
+        metric.result(World())
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_masks_are_not_scored_on_images_that_lack_one(crowd: int) -> None:
+    entry = {"id": 7, "label": 0, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": crowd}
+    stored = objects.encode(objects.Annotated(1, 60, 80, [entry]))
+    image = config.Image(size=64)
+    boxes, masks = (Boxes(task, image, len(CLASSES)) for task in (config.RetinaNet(), config.MaskRcnn()))
+    view = boxes.evaluation_views(np.array([[60, 80]]))
+    _, truth = boxes.evaluation_target(stored, view)
+    assert truth.annotations == [entry]
+    with pytest.raises(CorruptSampleError, match="annotation 7 has no segmentation"):
+        masks.evaluation_target(stored, view)
+    with pytest.raises(CorruptSampleError, match="80 × 60 pixels"):
+        boxes.evaluation_target(stored, boxes.evaluation_views(np.array([[70, 80]])))

@@ -241,9 +241,9 @@ def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:
         ("pvt_pic", 64, {}, "'pvt_pic' is no timm model; near: pvt_pico"),
         ("vit_tiny_patch16_224", 64, {}, "maps at strides .16, 16, .*choose a pyramid"),
         ("pvt_pico", 50, {}, "'pvt_pico' for 50 px: input of 50x50 px: both sides must be divisible by 32"),
-        ("swin_tiny_patch4_window7_224", 64, {}, "whole images are evaluated at sizes of their own"),
+        ("swin_tiny_patch4_window7_224", 64, {}, "whole images are seen at sizes of their own"),
         ("hrnet_w18_small", 64, {"drop_path_rate": 0.1}, "drop_path_rate"),
-        ("pvt_pico", 64, {"drop_rate": 0.1}, "model.drop_rate 0.1 is of a classifier's head.*task.dropout"),
+        ("pvt_pico", 64, {"drop_rate": 0.1}, "model.drop_rate 0.1 is of a classifier's head.*dropout"),
     ],
 )
 def test_models_that_cannot_segment_are_refused(name: str, size: int, settings: dict[str, Any], message: str) -> None:

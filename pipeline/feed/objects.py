@@ -74,6 +74,10 @@ class Boxes:
 
     def evaluation_target(self, annotation: bytes, view: Views) -> tuple[Views, Truth]:
         found = self._read(annotation, view)
+        if view.shape[0].tolist() != [found.height, found.width]:
+            raise CorruptSampleError(f"its objects are of {found.width} × {found.height} pixels, but it is not")
+        if self._with_masks and (nameless := without_mask(found, crowds=True)):
+            raise CorruptSampleError(nameless)
         height, width = view.extent[0].tolist()
         return view, Truth(found.image_id, (found.height, found.width), (height, width), found.annotations)
 
@@ -99,10 +103,10 @@ class Boxes:
         return found
 
 
-def without_mask(found: Annotated) -> str | None:
-    """What Mask R-CNN cannot learn from an image: the first object that has no mask."""
+def without_mask(found: Annotated, *, crowds: bool = False) -> str | None:
+    """What Mask R-CNN cannot learn from an image, or with `crowds` be scored by: the first object without a mask."""
     for entry in found.annotations:
-        if not entry["iscrowd"] and "segmentation" not in entry:
+        if (crowds or not entry["iscrowd"]) and "segmentation" not in entry:
             return f"annotation {entry['id']} has no segmentation, which task mask_rcnn learns from"
     return None
 

@@ -173,7 +173,7 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
 def _attribution(store: Store) -> str | None:
     try:
         return store.read(ATTRIBUTION).decode(errors="replace").strip()
-    except OSError:
+    except (OSError, StoreError):  # some stores say that it is forbidden where it is missing
         return None
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from pycocotools import mask as masks
 
 from pipeline.shards.images import Header
+from pipeline.shards.index import MAX_PIXELS
 
 Mask = npt.NDArray[np.uint8]  # [height, width] of 0 and 1
 
@@ -57,6 +58,7 @@ def decode(data: bytes, num_classes: int) -> Annotated:
     sizes = annotated.image_id, annotated.height, annotated.width
     if not all(type(value) is int for value in sizes) or not isinstance(annotated.annotations, list):
         raise BadObjectsError("no objects in JSON: image_id, height and width are numbers, and annotations a list")
+    _check_size(annotated.height, annotated.width)
     for annotation in annotated.annotations:
         _check(annotation, num_classes, annotated.height, annotated.width)
     return annotated
@@ -84,6 +86,7 @@ def packed_form(annotation: dict[str, Any], label: int, num_classes: int, height
     Run lengths are compressed. Polygons of fewer than three points enclose no pixel and are left out; a mask that was
     of such alone is packed as one without pixels. Raises BadObjectsError.
     """
+    _check_size(height, width)
     for name in _FIELDS:
         if name not in annotation:
             raise BadObjectsError(f"annotation {annotation.get('id')!r}: has no {name}")
@@ -135,6 +138,12 @@ def _scaled(annotated: Annotated, height: int, width: int) -> Annotated:
 
 def _scaled_points(values: list[float], x: float, y: float) -> list[float]:
     return [round(value * (y if place % 2 else x), _DECIMALS) for place, value in enumerate(values)]
+
+
+def _check_size(height: int, width: int) -> None:
+    """Raise BadObjectsError for an image that none can be: masks take a byte a pixel."""
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise BadObjectsError(f"objects of an image of {width} × {height} pixels: at most {MAX_PIXELS:,} are taken")
 
 
 def _check(annotation: Any, num_classes: int, height: int, width: int) -> None:

@@ -6,6 +6,7 @@ images [N, 3, H, W] ──Detector──▶ losses by name, [N] each ──sum�
 
 import contextlib
 import io
+import itertools
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from pipeline.detections import as_results
-from pipeline.errors import InputError
+from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import MicroBatch
 from pipeline.feed.objects import Truth
 from pipeline.tasks.layers import layers
@@ -85,9 +86,16 @@ class DetectionMetric:
     def result(self, world: World) -> dict[str, float]:
         """box_ap, box_ap50, … and, where masks are to be found, mask_ap, …; without those that are undefined, as the AP
         of small objects is where there are none. Raises InputError for a data set without any object."""
-        images = [image for part in world.gather_values(self._images) for image in part]
-        scores, self.class_aps = self._judge(images) if world.is_first else ({}, {})
-        scores = world.from_first(scores)
+        images = [image for part in world.gather_on_first(self._images) for image in part]
+        scores, trouble = {}, None
+        if world.is_first:
+            try:
+                scores, self.class_aps = self._judge(images)
+            except Exception as error:  # the others wait to hear of it
+                trouble = error
+        scores, told = world.from_first((scores, trouble and repr(trouble)))
+        if told:
+            raise trouble or ExternalError(f"rank 0 could not judge the detections: {told}")
         if "box_ap" not in scores:
             raise InputError("data.val has no object to be found, without which there is no average precision")
         return scores
@@ -95,6 +103,9 @@ class DetectionMetric:
     def _judge(self, images: list[_Image]) -> tuple[dict[str, float], dict[str, list[float]]]:
         scores, class_aps = {}, {}
         images.sort(key=lambda image: image.image_id)
+        for one, other in itertools.pairwise(images):
+            if one.image_id == other.image_id:
+                raise InputError(f"data.val has two images of id {one.image_id}: pack each data set by itself")
         for kind, iou_type in self._kinds.items():
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress there
                 judged = coco_eval(images, len(self.classes), iou_type)

@@ -9,6 +9,8 @@ from timm.models._manipulate import group_with_matcher
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.errors import InputError
+
 
 def layers(backbone: nn.Module, prefix: str = "") -> dict[str, int]:
     """Parameter name, after `prefix`, -> depth: 0 the stem, then one more for each block.
@@ -37,6 +39,9 @@ def freeze(backbone: nn.Module, n: int, *, statistics: bool = False) -> None:
     Batch norms among them keep their statistics, too; with `statistics` all do. The names in the state dict stay the
     same.
     """
+    norms = [name for name, module in backbone.named_modules() if isinstance(module, _BatchNorm)]
+    if statistics and not norms:
+        raise InputError("model.frozen_statistics: this backbone has no batch norms; leave it out")
     everything = n >= num_stages(backbone)
     frozen = {name for name, stage in stages(backbone).items() if stage < n or everything}
     for name, parameter in backbone.named_parameters():
