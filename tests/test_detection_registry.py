@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from launch import report
+from launch import examine, report
 from pipeline import config
 from pipeline import network as networks
 from pipeline.boxes import draw_boxes
@@ -538,7 +538,7 @@ def test_a_report_has_the_precisions_and_shows_what_was_found(
         metric.update([detections], [truth], batch.weights)
         for entry in truth.annotations:
             wanted[CLASSES[entry["label"]]] += not entry["iscrowd"]
-        num_found.append(int((detections.scores >= 0.3).sum()))
+        num_found.append(int((detections.scores >= examine.MIN_SCORE).sum()))
     scores = metric.result(World())
     section = page.section("classes")
     lines = section.all("table", "precision")[0].all("tbody")[0].all("tr")
