@@ -27,7 +27,8 @@ from pipeline.tasks.build import build_trained
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record
-from pipeline.track.runs import Tracker, code_revision, packages, uncommitted
+from pipeline.track.revision import code_revision, uncommitted
+from pipeline.track.runs import Tracker, packages
 from pipeline.train.commit import EMA, MODEL, Commit, score_of, scores_of
 from pipeline.train.meters import finite_or_none
 

@@ -1,6 +1,7 @@
 """MLflow's copy of a run's folder: complete whatever happens to the server or to who makes it, and without secrets."""
 
 import collections
+import fcntl
 import hashlib
 import json
 import math
@@ -28,13 +29,14 @@ from mlflow.tracking import MlflowClient
 import pvt  # noqa: F401 - registers its models with timm
 from pipeline import config
 from pipeline.config import Config
+from pipeline.errors import InputError
 from pipeline.track import mirror, runs, system
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.masking import mask_secrets
 from pipeline.track.mirror import Mirror
 from pipeline.track.outbox import Outbox
-from pipeline.track.record import DataInput, Record, Status
-from pipeline.track.runs import Tracker
+from pipeline.track.record import SWEEP, DataInput, Record, Status, Sweep
+from pipeline.track.runs import Tracker, record_failure
 from pipeline.track.server import Unreachable, connect
 from pipeline.track.system import SystemLoad
 from tests.conftest import write_config
@@ -497,10 +499,10 @@ def test_a_long_value_is_cut(root: Path) -> None:
     assert data.tags["long"] == "y" * 7999 + "…"
 
 
-@pytest.mark.filterwarnings("ignore:Operation with range is deprecated")  # MLflow's, about its use of pandas
-def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
+def offer(folder: Path, tmp_path: Path, *steps: int) -> None:
+    """Versions that wait to be registered, the earlier the better."""
     settings = config.load(folder / "config.yaml")
-    for step in (10, 20, 30):
+    for step in steps:
         weights = tmp_path / f"{step}.safetensors"
         network = timm.create_model("pvt_pico", num_classes=10, img_size=32)
         safetensors.torch.save_file(network.state_dict(), weights)
@@ -515,6 +517,11 @@ def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
             lineage={"run": Record.read(folder).uuid, "step": str(step), "config": "c", "data": "d"},
         )
         Outbox(folder).put({WEIGHTS: weights}, card)
+
+
+@pytest.mark.filterwarnings("ignore:Operation with range is deprecated")  # MLflow's, about its use of pandas
+def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
+    offer(folder, tmp_path, 10, 20, 30)
     assert "3 versions" in Mirror(folder).behind
     Mirror(folder).sync()
     assert Mirror(folder).behind == ""
@@ -535,6 +542,82 @@ def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
     assert tags["parent.version"] == "models:/tiny/2"
     assert tags["mlflow.parentRunId"] == version.run_id
     assert f"child.{Record.read(child).uuid}" in client.get_model_version("tiny", "2").tags
+
+
+def begin_sweep(root: Path, rates: list[float], **tags: str) -> list[Path]:
+    """Runs that launch/submit.py has submitted together."""
+    folders = []
+    for number, rate in enumerate(rates):
+        folder = root / f"runs/tiny-{number}"
+        (folder / SWEEP).parent.mkdir(parents=True)
+        sweep = {"uuid": "5eed" * 8, "name": "tiny", "set": {"optim.lr": rate, "run.seed": number}}
+        (folder / SWEEP).write_text(json.dumps(sweep))
+        folders.append(begin(root, f"run.name={folder.name}", f"optim.lr={rate}", tags=tags))
+    return folders
+
+
+def test_the_runs_of_a_sweep_are_children_of_one_run(root: Path) -> None:
+    folders = begin_sweep(root, [1e-3, 5e-4, 2e-4, 1e-4])
+    copies = [Mirror(folder) for folder in folders]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda copy: copy.sync(), copies))
+    client = client_of(folders[0])
+    experiment = client.get_experiment_by_name("pretrain")
+    assert experiment
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 5
+    (parent,) = (run for run in runs if run.data.tags["run.uuid"] == "5eed" * 8)
+    assert (parent.info.run_name, parent.info.status, parent.data.metrics) == ("tiny", "FINISHED", {})
+    assert "mlflow.parentRunId" not in parent.data.tags
+    for number, copy in enumerate(copies):
+        run = client.get_run(copy.run_id or "")
+        assert run.info.status == "RUNNING"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert (
+            run.data.tags["sweep.optim.lr"]
+            == run.data.params["optim.lr"]
+            == ["0.001", "0.0005", "0.0002", "0.0001"][number]
+        )
+        assert run.data.tags["sweep.run.seed"] == str(number)
+    before = dump(folders[0])
+    (folders[0] / "mlflow.json").unlink()  # as if killed before anything was noted
+    Mirror(folders[1]).sync()
+    assert dump(folders[0]) == before
+    Mirror(folders[0]).sync()
+    assert len(client.search_runs([experiment.experiment_id])) == 5
+
+
+def test_a_parent_whose_making_was_cut_short_is_taken(root: Path) -> None:
+    (folder,) = begin_sweep(root, [1e-3])
+    client = client_of(folder)
+    experiment = client.create_experiment("pretrain", artifact_location=(root / "runs/artifacts").as_uri())
+    begun = client.create_run(experiment, run_name="tiny", tags={"run.uuid": "5eed" * 8}).info.run_id
+    copy = Mirror(folder)
+    copy.sync()
+    assert client.get_run(copy.run_id or "").data.tags["mlflow.parentRunId"] == begun
+    assert client.get_run(begun).info.status == "FINISHED"
+
+
+def test_a_run_is_below_its_sweep_rather_than_the_run_it_started_from(folder: Path, tmp_path: Path) -> None:
+    offer(folder, tmp_path, 10)
+    Mirror(folder).sync()
+    uri = f"tracking.uri={Mirror(folder).uri}"
+    (child,) = begin_sweep(tmp_path / "other", [1e-3], **{"parent.version": "models:/tiny/1"})
+    resume(config.load(child / "config.yaml", [uri]), {"parent.version": "models:/tiny/1"})
+    Mirror(child).sync()
+    client = client_of(folder)
+    tags = client.get_run(Mirror(child).run_id or "").data.tags
+    assert client.get_run(tags["mlflow.parentRunId"]).data.tags["run.uuid"] == "5eed" * 8
+    assert tags["parent.version"] == "models:/tiny/1"
+    assert f"child.{Record.read(child).uuid}" in client.get_model_version("tiny", "1").tags
+
+
+def test_a_sweep_that_cannot_be_read_is_named(folder: Path) -> None:
+    assert Sweep.read(folder) is None
+    (folder / "slurm").mkdir()
+    (folder / SWEEP).write_text('{"uuid": 1}')
+    with pytest.raises(InputError, match=r"sweep\.json: not one that launch/submit\.py has written"):
+        Sweep.read(folder)
 
 
 @pytest.fixture
@@ -645,6 +728,49 @@ def test_tracker_ends_when_everything_is_there(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED"])
+def test_the_failure_of_a_run_that_was_killed(folder: Path, status: Status) -> None:
+    log(folder, range(1, 11))
+    if status == "KILLED":
+        end(folder, status)
+    Mirror(folder).sync()
+    log(folder, range(11, 21))
+    record_failure(folder, patience_s=30)
+    run, record = the_run(folder), Record.read(folder)
+    assert (run.info.status, run.info.end_time) == ("FAILED", record.ended_ms)
+    assert stored(client_of(folder), run.info.run_id) == written(folder)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+def test_a_run_that_has_ended_by_itself_stays_so(folder: Path, status: Status) -> None:
+    record = end(folder, status)
+    record_failure(folder, patience_s=30)
+    assert Record.read(folder) == record
+    assert (the_run(folder).info.status, the_run(folder).info.end_time) == (status, record.ended_ms)
+
+
+def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record_failure(tmp_path / "never begun")
+    assert capfd.readouterr().err == ""
+    folder = begin(tmp_path, f"tracking.uri=http://127.0.0.1:{free_port()}")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record_failure(folder)
+        assert "a job is at work in it" in capfd.readouterr().err
+        assert Record.read(folder).status == "RUNNING"
+    began = time.monotonic()
+    record_failure(folder, patience_s=1)
+    assert time.monotonic() - began < 5
+    assert Record.read(folder).status == "FAILED"
+    assert f"launch/registry.py sync {folder}" in capfd.readouterr().err
+    (folder / "run.json").write_text("{")
+    record_failure(folder)
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "not noted as failed" in said
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_fault_of_our_own_is_said_once_and_ends_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = (folder / "deepspeed.json").read_text()
     (folder / "deepspeed.json").write_text("{")
@@ -665,14 +791,10 @@ def test_importing_the_tracker_does_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_packages_and_revision() -> None:
+def test_packages() -> None:
     lines = runs.packages().splitlines()
     assert f"mlflow=={mlflow.__version__}" in lines
     assert lines == sorted(set(lines), key=str.lower)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    if head.returncode == 0:
-        assert runs.code_revision()["mlflow.source.git.commit"] == head.stdout.strip()
-        assert bool(runs.uncommitted()) == (runs.code_revision()["code.dirty"] == "true")
 
 
 def test_the_load_of_a_node(folder: Path) -> None:

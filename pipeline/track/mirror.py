@@ -4,6 +4,7 @@
                 metrics.jsonl, system/node-K.jsonl ──new lines──▶ metric points
                 packages.txt, goodput.json, … ──changed files───▶ artifacts
                 versions/ ─────────────────────────────────────▶ model versions
+                slurm/sweep.json ──────────────────────────────▶ parent run
                 run.json ────────────── last of all ───────────▶ status
                 mlflow.json ◀── what has been sent, noted after each piece
 
@@ -90,6 +91,9 @@ class Sent(BaseModel):
     pruned: int = 0
     """Registered versions that there were when surplus ones were last removed."""
     linked: bool = False
+    """With the version that training started from."""
+    sweep: str | None = None
+    """UUID of the sweep that the run was put below."""
     status: Status | None = None
     ended_ms: int | None = None
 
@@ -141,6 +145,7 @@ class Mirror:
             try:
                 client = self._connected()
                 self._send_facts(client)
+                self._link_sweep(client)
                 for path in self._line_files():
                     self._send_points(client, path)
                 self._send_files(client)
@@ -173,7 +178,7 @@ class Mirror:
             with self._reaching():
                 client = server.connect(self.uri, create=True)
                 self._experiment = server.find_experiment(client, self._settings.tracking.experiment)
-                run_id = self._find_run(client)
+                run_id = self._find_run(client, self._record.uuid, self._record.name)
         except InputError as error:
             raise server.Unreachable(mask_secrets(str(error))) from error
         if self._sent.run_id != run_id:
@@ -182,13 +187,13 @@ class Mirror:
         self._client = client
         return client
 
-    def _find_run(self, client: MlflowClient) -> str:
-        record = self._record
-        ours = f"tags.`run.uuid` = '{record.uuid}'"
+    def _find_run(self, client: MlflowClient, uuid: str, name: str) -> str:
+        """MLflow's name for the run with this UUID; it is created where there is none."""
+        ours = f"tags.`run.uuid` = '{uuid}'"
         if found := client.search_runs([self._experiment], ours, max_results=1):
             return found[0].info.run_id
-        tags = {"run.uuid": record.uuid}
-        run = client.create_run(self._experiment, start_time=record.began_ms, run_name=record.name, tags=tags)
+        began_ms, tags = self._record.began_ms, {"run.uuid": uuid}
+        run = client.create_run(self._experiment, start_time=began_ms, run_name=name, tags=tags)
         return run.info.run_id
 
     def _send_facts(self, client: MlflowClient) -> None:
@@ -211,6 +216,22 @@ class Mirror:
                 client.log_batch(run_id, tags=batch)
             client.log_inputs(run_id, inputs)
         self._sent.facts = facts
+        self._note()
+
+    def _link_sweep(self, client: MlflowClient) -> None:
+        """Put the run below its sweep's, a run of MLflow's that holds nothing else."""
+        sweep = self._record.sweep
+        if sweep is None or self._sent.sweep == sweep.uuid:
+            return
+        # No server can be asked to create a run unless there is one, so whichever of the runs comes first holds the
+        # others up. They share the folder of all runs.
+        with (self.folder.parent / f".sweep-{sweep.uuid}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._reaching():
+                parent = self._find_run(client, sweep.uuid, sweep.name)
+                client.set_terminated(parent, "FINISHED")
+                client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, parent)
+        self._sent.sweep = sweep.uuid
         self._note()
 
     def _line_files(self) -> list[Path]:
@@ -330,7 +351,8 @@ class Mirror:
         from pipeline.track import registry
 
         with self._where_allowed("its parent does not know of it"), server.reaching(parent):
-            if parent_run := registry.find(client, parent).run_id:
+            parent_run = registry.find(client, parent).run_id
+            if parent_run:  # a run is below one alone
                 client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, parent_run)
             registry.link_child(client, parent, self._record.uuid, self._run_id)
         self._sent.linked = True

@@ -1,22 +1,24 @@
 """What a job notes about itself in its own folder, before anybody else hears of it.
 
-    runs/NAME/run.json      who this run is, how it stands: written by the job alone
-    runs/NAME/mlflow.json   what of the folder the tracking server has by now: written by Mirror alone
+    runs/NAME/run.json           who this run is, how it stands: written by the job alone
+    runs/NAME/mlflow.json        what of the folder the tracking server has by now: written by Mirror alone
+    runs/NAME/slurm/sweep.json   the sweep that it is one of, if any: written by launch/submit.py alone
 
 The folder is complete without a server, and a server's copy can be made from it at any time. Knows no MLflow.
 """
 
+import json
 import time
 import uuid
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import files
 from pipeline.errors import InputError
 
-RECORD = "run.json"
+RECORD, SWEEP = "run.json", "slurm/sweep.json"
 MAIN_METRIC, PARENT = "main_metric", "parent.version"
 """Tags that others than MLflow's users read."""
 
@@ -37,6 +39,38 @@ class DataInput(BaseModel):
     """Path of the copy, below the run's folder."""
 
 
+class Sweep(BaseModel):
+    """Runs that were submitted together and differ in some settings. MLflow shows them below one parent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    uuid: str
+    name: str
+    set: dict[str, Any] = {}
+    """The settings that this run differs from the others in, by key, such as optim.lr."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Sweep | None":
+        """That of the run in `folder`; None if it is part of none. Raises InputError for a file that is none."""
+        path = folder / SWEEP
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        except ValidationError as error:
+            raise InputError(
+                f"{path}: not one that launch/submit.py has written: {error.errors()[0]['msg']}"
+            ) from error
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """sweep.KEY of each setting, written as in YAML."""
+        written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.set.items()}
+        return {f"sweep.{key}": value for key, value in written.items()}
+
+
 class Record(BaseModel):
     """A run's identity and state. `uuid` exists before step 0 and is how a late server's copy is found again."""
 
@@ -50,6 +84,7 @@ class Record(BaseModel):
     ended_ms: int | None = None
     tags: dict[str, str] = {}
     inputs: list[DataInput] = []
+    sweep: Sweep | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -66,13 +101,17 @@ class Record(BaseModel):
     def begin(
         cls, folder: Path, name: str, *, uuid_: str | None = None, tags: dict[str, str], inputs: list[DataInput]
     ) -> "Record":
-        """The record of a new job, or that of the job which is taken up again; on disk when this returns."""
+        """The record of a new job, or that of the job which is taken up again; on disk when this returns.
+
+        Raises InputError where the folder's record or sweep cannot be read.
+        """
         if (folder / RECORD).exists():
             record = cls.read(folder)
             record.status, record.ended_ms = "RUNNING", None
         else:
             record = cls(uuid=uuid_ or new_uuid(), name=name, began_ms=_now_ms())
-        record.tags, record.inputs = tags, inputs
+        record.sweep = Sweep.read(folder)
+        record.tags, record.inputs = {**tags, **(record.sweep.tags if record.sweep else {})}, inputs
         record.write(folder)
         return record
 

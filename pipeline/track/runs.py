@@ -6,8 +6,8 @@ What happened is in the run's folder by then, and is taken from there. Importing
 takes seconds: the thread does.
 """
 
+import fcntl
 import importlib.metadata
-import subprocess
 import sys
 import threading
 import time
@@ -15,8 +15,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ExternalError
-from pipeline.track.record import Record, Status
+from pipeline.errors import ExternalError, InputError
+from pipeline.track.record import RECORD, Record, Status
+from pipeline.track.revision import code_revision as code_revision  # until foreign.py imports it from there
 
 if TYPE_CHECKING:
     from pipeline.track.mirror import Mirror
@@ -129,33 +130,33 @@ class Tracker:
             self._news.wait(IDLE_S)
 
 
-def code_revision() -> dict[str, str]:
-    """Tags that name the code: commit, and whether files differed from it. Empty outside a checkout."""
-    try:
-        commit = _git("rev-parse", "HEAD").strip()
-        dirty = _git("status", "--porcelain", "--untracked-files=no").strip()
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"mlflow.source.git.commit": commit, "code.dirty": str(bool(dirty)).lower()}
+def record_failure(folder: Path, patience_s: float = 10.0) -> None:
+    """Note of a run that has been given up that it FAILED, and wait so long for the server to have everything.
 
-
-def uncommitted() -> str:
-    """Changes of tracked files against the last commit, as a patch. Empty outside a checkout."""
+    For who starts a run's processes, once none of them is left. What cannot be done is said and no error. A run that
+    has said itself how it ended stays as it is, and so does one that another job is at work in.
+    """
+    if not (folder / RECORD).exists():  # it has never begun
+        return
     try:
-        return _git("diff", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = Record.read(folder).status
+            tracker = Tracker(folder, patience_s)
+            if status in ("RUNNING", "KILLED"):
+                tracker.end("FAILED")
+            else:
+                tracker.flush()
+    except BlockingIOError:
+        _say(f"{folder}: a job is at work in it: not noted as failed")
+    except (InputError, OSError) as error:
+        _say(f"{folder}: not noted as failed: {error}")
 
 
 def packages() -> str:
     """Installed packages, a line name==version each, sorted."""
     installed = {f"{found.name}=={found.version}\n" for found in importlib.metadata.distributions()}
     return "".join(sorted(installed, key=str.lower))
-
-
-def _git(*arguments: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", *arguments], cwd=here, check=True, capture_output=True, text=True).stdout
 
 
 def _say(message: str) -> None:
