@@ -119,7 +119,7 @@ def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> 
     assert message in (damage(folder / "step-00000004") or "")
     assert find(folder) == folder / "step-00000002"
     with pytest.raises(InputError, match=r"resume\.source"):
-        find(folder, str(folder / "step-00000004"))
+        find(folder / "empty", str(folder / "step-00000004"))
     shutil.rmtree(folder / "step-00000002")
     assert find(folder) is None
 
@@ -132,7 +132,26 @@ def test_a_newer_format_is_refused_rather_than_walked_past(folder: Path) -> None
 
 def test_a_source_that_does_not_exist_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"resume\.source .*step-9: no such folder"):
-        find(folder, str(folder / "step-9"))
+        find(folder / "empty", str(folder / "step-9"))
+
+
+def test_a_source_is_where_a_run_starts_and_not_where_it_goes_on(
+    saved: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = str(saved / "step-00000002")
+    assert find(tmp_path / "new", source) == saved / "step-00000002"
+    assert capfd.readouterr().err == ""
+    assert find(folder, source) == folder / "step-00000004"
+    assert (
+        f"step-00000004: the run goes on from here: it has begun, and resume.source {source}" in capfd.readouterr().err
+    )
+    assert find(folder, str(tmp_path / "gone")) == folder / "step-00000004"
+    capfd.readouterr()
+    assert find(folder, str(folder / ".." / folder.name / "step-00000004")) == folder / "step-00000004"
+    assert capfd.readouterr().err == ""
+    for step in (2, 4):
+        flip_bit(folder / f"step-{step:08d}" / "model.safetensors")
+    assert find(folder, source) == saved / "step-00000002"
 
 
 def test_a_damaged_step_is_written_again(digits: Path, folder: Path) -> None:

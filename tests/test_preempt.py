@@ -79,7 +79,8 @@ def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.S
         assert stopped.ended() == 0
 
 
-def test_a_second_signal_forces_out_but_not_an_echo_of_the_first() -> None:
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_same_signal_again_forces_out_but_not_an_echo(second: signal.Signals) -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGUSR1)
         assert line(stopped.stderr).startswith("SIGUSR1: ")
@@ -87,9 +88,24 @@ def test_a_second_signal_forces_out_but_not_an_echo_of_the_first() -> None:
         stopped.signal(signal.SIGUSR1)
         time.sleep(1.2)
         assert stopped.process.poll() is None
-        stopped.signal(signal.SIGTERM)
+        stopped.signal(second)
         assert stopped.ended() == 85
-        assert line(stopped.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
+        assert line(stopped.stderr) == f"{second.name} after SIGUSR1: forced out, without saving"
+
+
+def test_the_other_signal_forces_out_only_when_it_comes_much_later() -> None:
+    with child(deadline_s=100) as soon, child(deadline_s=100) as late:
+        for stopped in (soon, late):
+            stopped.signal(signal.SIGUSR1)
+            assert line(stopped.stderr).startswith("SIGUSR1: ")
+        time.sleep(3)
+        soon.signal(signal.SIGTERM)
+        time.sleep(2.2)
+        assert soon.process.poll() is None
+        assert soon.end_native_call() == "1 SIGUSR1"
+        late.signal(signal.SIGTERM)
+        assert late.ended() == 85
+        assert line(late.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
 
 
 def test_the_deadline_forces_out() -> None:

@@ -15,6 +15,7 @@ stage. `saver.py` writes them.
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,19 +147,18 @@ class Checkpoints:
         """The checkpoint folder that resume.source means, or None to start fresh. For one rank to ask: it reads
         every byte, and the others take its answer.
 
+        A path is where a run starts that has no whole checkpoint of its own: started again, it goes on from its own.
+
         Raises InputError for a checkpoint of another run's making, a damaged named one, or one nobody asked for.
         """
+        own = sorted(self.folder.glob("step-*"), reverse=True)
+        if source == "never" and own:
+            raise InputError(
+                f"{self.folder} holds checkpoints but resume.source is never: give the run another run.name"
+            )
+        folder = next(filter(is_whole, own), None)
         if source not in ("auto", "never"):
-            folder = Path(source)
-            if fault := damage(folder):
-                raise InputError(f"resume.source {folder}: {fault}")
-        else:
-            candidates = sorted(self.folder.glob("step-*"), reverse=True)
-            if source == "never" and candidates:
-                raise InputError(
-                    f"{self.folder} holds checkpoints but resume.source is never: give the run another run.name"
-                )
-            folder = next(filter(is_whole, candidates), None)
+            folder = _start(Path(source), folder)
         if folder:
             self._compare(folder, allow)
         return folder
@@ -178,6 +178,18 @@ class Checkpoints:
                     f"{folder}: {name} is {theirs.get(name)!r} in the checkpoint and {self._identity.get(name)!r} in "
                     f"this run: set it back, or give the run another run.name{accept}"
                 )
+
+
+def _start(named: Path, own: Path | None) -> Path:
+    """Where a run starts that has been named a checkpoint and may have an own one."""
+    if own is None:
+        if fault := damage(named):
+            raise InputError(f"resume.source {named}: {fault}")
+        return named
+    if named.resolve() != own.resolve():
+        told = f"{own}: the run goes on from here: it has begun, and resume.source {named} is where it began"
+        print(f"{told}; to start there anew, give it another run.name", file=sys.stderr, flush=True)
+    return own
 
 
 class Checkpoint:

@@ -19,12 +19,16 @@ from typing import Any, NoReturn
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 1.0
 """Launchers forward a signal that the batch system sent to every process anyway: so soon, it is no second one."""
+_ONE_CAUSE_S = 5.0
+"""A batch system may say the same thing in two ways, SIGTERM to every process and SIGUSR1 through the batch script: the
+other signal counts as a second one only when so much later."""
 
 
 class StopSignal:
     """A context manager, entered on the main thread, that turns a signal into a request.
 
-    `deadline_s` after the first signal, or at a second one, the process ends with `exit_code` wherever it is.
+    `deadline_s` after the first signal, or at a second one, the process ends with `exit_code` wherever it is. A second
+    one is the same again, or the other after five seconds.
     """
 
     def __init__(self, deadline_s: float, exit_code: int = 85) -> None:
@@ -57,9 +61,9 @@ class StopSignal:
         self._receiver.close()
 
     def _listen(self) -> None:
-        first_s = None
+        came_s: dict[int, float] = {}  # when each signal first did
         while True:
-            left_s = None if first_s is None else max(0.001, first_s + self._deadline_s - time.monotonic())
+            left_s = max(0.001, min(came_s.values()) + self._deadline_s - time.monotonic()) if came_s else None
             self._receiver.settimeout(left_s)
             try:
                 numbers = self._receiver.recv(4096)
@@ -68,14 +72,15 @@ class StopSignal:
             if not numbers:
                 return
             # Other signals that Python handles, such as SIGINT, come here too.
-            for number in set(numbers).intersection(_SIGNALS):
-                name = signal.Signals(number).name
-                if first_s is None:
-                    first_s, self.requested = time.monotonic(), name
+            for number in filter(_SIGNALS.__contains__, numbers):
+                name, now_s = signal.Signals(number).name, time.monotonic()
+                if not came_s:
+                    self.requested = name
                     rule = f"a second signal or {self._deadline_s:g} s force it"
                     print(f"{name}: stopping after this step; {rule}", file=sys.stderr, flush=True)
-                elif time.monotonic() - first_s >= _ECHO_S:
+                elif now_s - came_s.get(number, now_s) >= _ECHO_S or now_s - min(came_s.values()) >= _ONE_CAUSE_S:
                     self._force(f"{name} after {self.requested}")
+                came_s.setdefault(number, now_s)
 
     def _force(self, reason: str) -> NoReturn:
         print(f"{reason}: forced out, without saving", file=sys.stderr, flush=True)
