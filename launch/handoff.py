@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch import command
 from pipeline import config
-from pipeline.config import Config, Handoff
+from pipeline.config import Cluster, Config, Handoff
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.card import Card
 from pipeline.track.outbox import Outbox
@@ -71,6 +71,11 @@ class Claim(BaseModel):
         whole.unlink()
         return Claim.read(path)
 
+    def overrides(self, parent: Config) -> list[str]:
+        """What the child's configuration is given."""
+        uri = [f"tracking.uri={parent.tracking.uri}"] if parent.tracking.uri else []
+        return [*self.set, f"init.model={self.model}", f"run.name={self.name}", f"run.root={self.root}", *uri]
+
     @property
     def folder(self) -> Path:
         return Path(self.root) / self.name
@@ -114,10 +119,10 @@ def check(settings: Config) -> None:
     """Raises InputError for an entry that could not be started when the run has ended, which may be weeks from now."""
     seen: set[str] = set()
     for entry in settings.handoff:
-        _child(entry, "models:/NAME/1")
-        if _key(entry) in seen:
+        child_of(entry)
+        if key_of(entry) in seen:
             raise InputError(f"handoff: {entry.config} is there twice with the same settings: leave one out")
-        seen.add(_key(entry))
+        seen.add(key_of(entry))
 
 
 def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
@@ -132,18 +137,47 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
     with (folder / "handoff" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for entry in settings.handoff:
-            key = _key(entry)
-            path = folder / "handoff" / f"{key}.json"
-            if not path.exists():
-                model, why = _choose(folder, entry, settings.tracking.keep_versions)
-                if model is None:
-                    refused.append({"config": entry.config, "why": why})
-                    print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
-                    continue
-                _claim(settings, entry, model, key).make(path)
-            children.append(_run(Claim.read(path), path, settings, ranks))
+            claim, why = decide(folder, settings, entry)
+            if claim is None:
+                refused.append({"config": entry.config, "why": why})
+                print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
+                continue
+            children.append(_run(claim, path_of(folder, entry), settings, ranks))
     ok = all(child["result"] is not None for child in children)
     return {"run": str(folder), "ok": ok, "children": children, "refused": refused}
+
+
+def cluster_of(settings: Config, entry: Handoff) -> Cluster:
+    """What the child asks of SLURM: the same as its parent, unless it says otherwise."""
+    own = "cluster" in config.read_yaml(entry.config) or any(text.startswith("cluster") for text in entry.set)
+    return child_of(entry).cluster if own else settings.cluster
+
+
+def path_of(folder: Path, entry: Handoff) -> Path:
+    """Where the claim of an entry of the run in `folder` is."""
+    return folder / "handoff" / f"{key_of(entry)}.json"
+
+
+def decide(folder: Path, settings: Config, entry: Handoff) -> tuple[Claim | None, str]:
+    """The entry's claim, which is made now if there is none; or why the job is not started.
+
+    Raises ExternalError where the run's versions are not registered yet.
+    """
+    path = path_of(folder, entry)
+    if path.exists():
+        return Claim.read(path), ""
+    model, why = _choose(folder, entry, settings.tracking.keep_versions)
+    if model is None:
+        return None, why
+    claim = Claim(
+        uuid=new_uuid(),
+        name=name_of(settings, entry),
+        root=settings.run.root,
+        model=model,
+        config=entry.config,
+        set=entry.set,
+    )
+    return claim.make(path), ""
 
 
 def _require_end(folder: Path) -> None:
@@ -180,20 +214,22 @@ def _choose(folder: Path, entry: Handoff, keep_best: int) -> tuple[str | None, s
     return None, why
 
 
-def _claim(settings: Config, entry: Handoff, model: str, key: str) -> Claim:
-    name = _child(entry, model).run.name
+def name_of(settings: Config, entry: Handoff) -> str:
+    """The child's run.name."""
+    name = child_of(entry).run.name
     if not _is_named(entry):
         alike = [other for other in settings.handoff if other.config == entry.config and not _is_named(other)]
-        name = "-".join([settings.run.name, name, *([key[:4]] if len(alike) > 1 else [])])
-    return Claim(uuid=new_uuid(), name=name, root=settings.run.root, model=model, config=entry.config, set=entry.set)
+        name = "-".join([settings.run.name, name, *([key_of(entry)[:4]] if len(alike) > 1 else [])])
+    return name
 
 
-def _key(entry: Handoff) -> str:
+def key_of(entry: Handoff) -> str:
     return config.fingerprint(entry.model_dump(include={"config", "set"}))[:12]
 
 
-def _child(entry: Handoff, model: str) -> Config:
-    return config.load(entry.config, [*entry.set, f"init.model={model}"])
+def child_of(entry: Handoff) -> Config:
+    """The child's configuration, but for the version that it starts from."""
+    return config.load(entry.config, [*entry.set, "init.model=models:/NAME/1"])
 
 
 def _is_named(entry: Handoff) -> bool:
@@ -205,13 +241,11 @@ def _run(claim: Claim, path: Path, settings: Config, ranks: int) -> dict[str, An
     child = {"run": str(claim.folder), "uuid": claim.uuid, "from": claim.model}
     _wait_for(claim.folder)
     if claim.result() is None:
-        overrides = [*claim.set, f"init.model={claim.model}", f"run.name={claim.name}", f"run.root={claim.root}"]
-        if settings.tracking.uri:
-            overrides.append(f"tracking.uri={settings.tracking.uri}")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        job = [str(ROOT / "launch/finetune.py"), "--config", claim.config, "--claim", str(path)]
-        for override in overrides:
-            job += ["--set", override]
+        arguments = ["--config", claim.config, "--claim", str(path)]
+        for override in claim.overrides(settings):
+            arguments += ["--set", override]
+        job = [str(ROOT / "launch/finetune.py"), *arguments]
         whole = [sys.executable, *torchrun, f"--nproc-per-node={ranks}", *job]
         print(f"{claim.folder}: fine-tuning {claim.model}; see {path.with_suffix('.log')}", file=sys.stderr, flush=True)
         with path.with_suffix(".log").open("ab") as log:

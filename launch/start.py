@@ -17,10 +17,17 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument("--ranks", type=int, metavar="N", help="refuse to run with any other number of ranks")
+    parser.add_argument("--no-handoff", action="store_true", help="leave the jobs under handoff to somebody else")
     parser.add_argument("--claim", type=Path, metavar="FILE", help="the hand-off that this job answers to")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     here = world.start()
+    if arguments.ranks not in (None, here.size):
+        raise InputError(
+            f"{here.size} ranks have come up, and --ranks {arguments.ranks} were asked for: start them with srun, "
+            "torchrun or deepspeed, and as many as there should be"
+        )
 
     def load() -> tuple[Config, handoff.Claim | None]:
         claim = handoff.Claim.read(arguments.claim) if arguments.claim else None
@@ -38,6 +45,6 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     world.stop()
     if stopped and result is None:
         sys.exit(command.REQUEUE)
-    if result and result.get("model") and settings.handoff:
+    if result and result.get("model") and settings.handoff and not arguments.no_handoff:
         handoff.begin(settings.run.folder, here.local_size)
     return result

@@ -36,6 +36,14 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def num_cores(self) -> int:
+        """This rank's share of its node's: what srun has given its task, or an equal part."""
+        cores = len(os.sched_getaffinity(0))
+        if given := os.environ.get("SLURM_CPUS_PER_TASK"):  # perhaps bound to them already
+            return max(1, min(cores, int(given)))
+        return max(1, cores // self.local_size)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.size > 1:
@@ -90,7 +98,7 @@ def start(timeout_s: float = 1800.0) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_size))
+        torch.set_num_threads(place.num_cores)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if place.size == 1:
@@ -159,5 +167,8 @@ def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(max(tasks)),
         "MASTER_ADDR": environ.get("MASTER_ADDR", hosts.stdout.split()[0]),
-        "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ["SLURM_JOB_ID"]) % 20000)),
+        # Of their own for the steps of a job that follow each other, and for jobs that share a node.
+        "MASTER_PORT": environ.get(
+            "MASTER_PORT", str(20000 + (16 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 20000)
+        ),
     }

@@ -11,7 +11,6 @@ again, with the sample known, and comes out the same on every replay.
 import collections
 import concurrent.futures
 import dataclasses
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -93,7 +92,7 @@ class ImageStream:
         self._plan, self._shards, self._quarantine, self._target = plan, shards, quarantine, target
         self._on_gpu = world.device.type == "cuda"
         self._finisher = pixels.Finisher(image, world.device, noise)
-        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        threads = num_threads or world.num_cores
         self._readers = concurrent.futures.ThreadPoolExecutor(threads, "read")
         self._finishers = _single_threaded_pool(0 if self._on_gpu else threads)
         self._conductor = concurrent.futures.ThreadPoolExecutor(1, "feed")

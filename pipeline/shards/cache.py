@@ -54,8 +54,9 @@ class Cache:
     @classmethod
     def default(cls, folder: str | Path | None = None, budget_bytes: int | None = None) -> "Cache":
         """Without a folder, a private one below $TMPDIR (or /tmp); without a budget, half of what is free there,
-        counting what the cache already holds. Raises InputError where somebody else owns the private folder."""
-        cache = cls(_private_folder() if folder is None else folder, budget_bytes or 0)
+        counting what the cache already holds. Variables such as $SLURM_TMPDIR in `folder` mean what they do on
+        this node. Raises InputError where somebody else owns the private folder."""
+        cache = cls(_private_folder() if folder is None else os.path.expandvars(folder), budget_bytes or 0)
         if budget_bytes is None:
             taken = sum(status.st_size for _, status in _entries(cache.folder))
             cache.budget_bytes = (shutil.disk_usage(cache.folder).free + taken) // 2

@@ -1,0 +1,290 @@
+"""Submit a run to SLURM, and look after it.
+
+python launch/submit.py --config FILE [--set KEY=VALUE …] [--sweep KEY=A,B,… …] [--dry-run]
+python launch/submit.py status|logs|stop RUN
+
+    FILE ──▶ runs/NAME/slurm/  config.yaml  code-TIME/  job.sbatch ──sbatch──▶ launch/supervise.py on the first node
+                               jobs.json  events.jsonl  log
+
+With the run go its hand-offs, each a job that waits for the run's end. A sweep is one job of an array a run.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from launch import command, handoff
+from pipeline import config, files
+from pipeline.cluster import script, slurm, status
+from pipeline.cluster.script import quoted
+from pipeline.cluster.supervise import LOG, SLURM, STOP
+from pipeline.config import Config
+from pipeline.errors import ExternalError, InputError
+from pipeline.track.record import new_uuid
+from pipeline.track.revision import snapshot
+
+JOBS = "jobs.json"
+
+
+class Job(NamedTuple):
+    """A batch script and whose it is."""
+
+    settings: Config
+    script: str
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run.folder
+
+
+def main() -> dict[str, Any]:
+    if sys.argv[1:2] and sys.argv[1] in LOOK_AFTER:
+        return command.choose("launch/submit.py", "Look after a run on SLURM.", LOOK_AFTER)
+    parser = argparse.ArgumentParser(
+        prog="launch/submit.py",
+        description="Submit a run to SLURM.",
+        epilog=f"To look after it: launch/submit.py {'|'.join(LOOK_AFTER)} RUN",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B,…",
+        help="a run for each value, and for each combination if there are several of these",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and write nothing")
+    arguments = parser.parse_args()
+    settings = config.load(arguments.config, arguments.set)
+    runs = [(settings, {})] if not arguments.sweep else _sweep(arguments.config, arguments.set, arguments.sweep)
+    for each, _ in runs:
+        script.check(each)
+        handoff.check(each)
+    code = settings.run.folder.resolve() / SLURM / time.strftime("code-%Y%m%dT%H%M%S")
+    main_job = _job(settings, code, len(runs) if arguments.sweep else None)
+    children = [_handoff_job(settings, entry, code) for entry in settings.handoff]
+    jobs = [main_job, *children]
+    if arguments.dry_run:
+        return _show(jobs)
+    for job in jobs:
+        _require_possible(job)
+    with _held(settings.run.folder):
+        snapshot(code)
+        return _submit(main_job, children, runs if arguments.sweep else [])
+
+
+def _sweep(file: str, overrides: list[str], sweeps: list[str]) -> list[tuple[Config, dict[str, Any]]]:
+    """The runs of a sweep, each with its own settings."""
+    choices: list[list[tuple[str, Any]]] = []
+    for each in sweeps:
+        key, equals, text = each.partition("=")
+        try:
+            values = yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:
+            values = []
+        if not equals or not values:
+            raise InputError(f"--sweep {each!r}: expected KEY=A,B,… such as --sweep optim.lr=1e-3,5e-4")
+        choices.append([(key, value) for value in values])
+    runs = []
+    base = config.load(file, overrides)
+    if base.handoff:
+        raise InputError(f"{file}: handoff with --sweep: leave it out, and hand off from the best of the runs")
+    for number, chosen in enumerate(itertools.product(*choices)):
+        own = [f"{key}={json.dumps(value)}" for key, value in chosen]
+        name = f"run.name={base.run.name}-{number}"
+        runs.append((config.load(file, [*overrides, *own, name]), dict(chosen)))
+    return runs
+
+
+def _job(settings: Config, code: Path, array: int | None = None) -> Job:
+    folder = settings.run.folder.resolve()
+    log = f"{folder}-%a/{LOG}" if array else folder / LOG
+    # Quoted in two pieces, for the shell has to see the variable.
+    words = (
+        f'--config {quoted(folder / SLURM)}/task-"$SLURM_ARRAY_TASK_ID".yaml'
+        if array
+        else quoted("--config", folder / SLURM / "config.yaml")
+    )
+    return Job(settings, _render(settings, log, code, words, array))
+
+
+def _handoff_job(settings: Config, entry: config.Handoff, code: Path) -> Job:
+    """A job that trains what the run in `settings` hands off to."""
+    child = handoff.child_of(entry)
+    run = child.run.model_copy(update={"name": handoff.name_of(settings, entry), "root": settings.run.root})
+    child = child.model_copy(update={"run": run, "cluster": handoff.cluster_of(settings, entry)})
+    script.check(child)
+    words = quoted("--of", settings.run.folder.resolve(), "--handoff", handoff.key_of(entry))
+    return Job(child, _render(child, child.run.folder.resolve() / LOG, code, words))
+
+
+def _render(settings: Config, log: Path | str, code: Path, words: str, array: int | None = None) -> str:
+    activated = settings.cluster.environment.activate is not None
+    return script.render(
+        settings.cluster,
+        name=settings.run.name,
+        log=log,
+        code=quoted(code),
+        command=words,
+        array=array,
+        python="python" if activated else quoted(sys.executable),
+    )
+
+
+def _show(jobs: list[Job]) -> dict[str, Any]:
+    for job in jobs:
+        print(job.script)
+    try:
+        for job in jobs:
+            _require_possible(job)
+    except InputError as error:
+        if "has no SLURM" not in str(error):
+            raise
+        print("SLURM was not asked whether it would take this: there is none on this machine", file=sys.stderr)
+    return {"dry_run": True, "run": str(jobs[0].folder), "jobs": len(jobs)}
+
+
+def _require_possible(job: Job) -> None:
+    """Raises InputError for what SLURM would not take."""
+    cluster = job.settings.cluster
+    if cluster.partition and cluster.partition not in (known := slurm.partitions()):
+        raise InputError(f"cluster.partition {cluster.partition}: there is none of this name, only {', '.join(known)}")
+    if why := slurm.refusal(job.script):
+        cpus = cluster.ranks * cluster.cpus_per_rank
+        shape = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs and {cpus} CPUs"
+        raise InputError(f"{job.folder}: SLURM would not take the job ({shape}): {why}; see the cluster section")
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The run's folder, for as long as it takes to submit. Raises InputError where the run has a job already, or the
+    folder cannot be written."""
+    try:
+        (folder / SLURM).mkdir(parents=True, exist_ok=True)
+        lock = (folder / SLURM / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}: set run.root to a folder that can") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: is being submitted by somebody else") from None
+        job = _jobs(folder).get("job")
+        if job and slurm.states(job):
+            raise InputError(
+                f"{folder}: is job {job} of SLURM already: `python launch/submit.py status {folder}` tells how it is; "
+                "stop it, or give this one a run.name"
+            )
+        (folder / STOP).unlink(missing_ok=True)
+        yield
+
+
+def _submit(job: Job, children: list[Job], sweep: list[tuple[Config, dict[str, Any]]]) -> dict[str, Any]:
+    """Write what the jobs need, and put them into the queue."""
+    parent = {"uuid": new_uuid(), "name": job.settings.run.name}
+    for number, (each, chosen) in enumerate(sweep):
+        files.write(job.folder / SLURM / f"task-{number}.yaml", config.dump(each).encode())
+        (each.run.folder / SLURM).mkdir(parents=True, exist_ok=True)
+        _write(each.run.folder / SLURM / "sweep.json", {**parent, "set": chosen})
+    files.write(job.folder / SLURM / "config.yaml", config.dump(job.settings).encode())
+    submitted = _put(job)
+    document: dict[str, Any] = {"job": submitted, "handoffs": {}, "sweep": [str(each.run.folder) for each, _ in sweep]}
+    for number, (each, _) in enumerate(sweep):
+        _write(each.run.folder / SLURM / JOBS, {"job": f"{submitted}_{number}", "handoffs": {}, "sweep": []})
+    try:
+        for child in children:
+            (child.folder / SLURM).mkdir(parents=True, exist_ok=True)
+            (child.folder / STOP).unlink(missing_ok=True)
+            number = _put(child, dependency=f"afterok:{submitted}")
+            document["handoffs"][str(child.folder)] = number
+            _write(child.folder / SLURM / JOBS, {"job": number, "handoffs": {}, "sweep": []})
+    except (ExternalError, OSError):
+        slurm.ask("scancel", submitted, *document["handoffs"].values())
+        raise
+    _write(job.folder / SLURM / JOBS, document)
+    print(f"{job.folder}: submitted as job {submitted}", file=sys.stderr)
+    return {"run": str(job.folder), **document}
+
+
+def _put(job: Job, dependency: str | None = None) -> str:
+    files.write(job.folder / SLURM / "job.sbatch", job.script.encode())
+    return slurm.submit(job.script, dependency=dependency)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    files.write(path, json.dumps(document, indent=1).encode() + b"\n")
+
+
+def _jobs(folder: Path) -> dict[str, Any]:
+    path = folder / SLURM / JOBS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _stop(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Have a run save and end, and not be queued again."""
+    folder: Path = arguments.run
+    document = _jobs(folder)
+    if not document:
+        raise InputError(f"{folder}: was not submitted with launch/submit.py: there is no {SLURM}/{JOBS}")
+    (folder / STOP).touch()
+    for child in document["sweep"]:
+        (Path(child) / STOP).touch()
+    job = document["job"]
+    states = slurm.states(job)
+    if "PENDING" in states.values():
+        slurm.ask("scancel", "--state=PENDING", job)
+    for each, state in states.items():
+        if state == "RUNNING":
+            slurm.ask("scancel", "--batch", "--signal=USR1", each)
+            print(f"job {each}: told to save and end", file=sys.stderr)
+    return {"run": str(folder), "job": job, "was": sorted(set(states.values()))}
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/NAME")
+
+
+def _status(arguments: argparse.Namespace) -> dict[str, Any]:
+    known = status.status(arguments.run)
+    print(status.told(known), file=sys.stderr)
+    return known.document()
+
+
+def _logs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the run has said, to standard error like everything that is no result."""
+    path = arguments.run / LOG
+    if not arguments.follow:
+        lines: Iterable[str] = status.tail(path, arguments.lines, rank=arguments.rank)
+    else:
+        job = _jobs(arguments.run).get("job")
+        lines = status.follow(path, lambda: not (job and slurm.states(job)), lines=arguments.lines, rank=arguments.rank)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    return {"run": str(arguments.run), "log": str(path)}
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--lines", type=int, default=40, metavar="N", help="the last N (default 40)")
+    parser.add_argument("--rank", type=int, metavar="R", help="of this rank alone")
+    parser.add_argument("--follow", action="store_true", help="and what is said until the job ends")
+
+
+LOOK_AFTER = {
+    "status": command.Subcommand("how it is: state, step, rate, time left, restarts, last error", _add_run, _status),
+    "logs": command.Subcommand("what the job and its ranks say", _add_logs, _logs),
+    "stop": command.Subcommand("have it save and end, and not start again", _add_run, _stop),
+}
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,79 @@
+"""What a batch script of launch/submit.py or slurm/ runs: see pipeline/cluster/supervise.py.
+
+python launch/supervise.py --config FILE [--set key=value …]      train or fine-tune
+python launch/supervise.py --handoff KEY --of RUN                  a fine-tuning job that RUN hands off to
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from launch import command, handoff
+from pipeline import config
+from pipeline.cluster import script
+from pipeline.cluster.slurm import Allocation
+from pipeline.cluster.supervise import LOG, Program, Supervisor
+from pipeline.config import Config
+
+CODE = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="launch/supervise.py", description="What a batch script runs.")
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--of", type=Path, metavar="RUN", help="which run hands off")
+    parser.add_argument("--handoff", metavar="KEY", help="to which of its jobs")
+    arguments = parser.parse_args()
+    if (arguments.config is None) == (arguments.of is None) or bool(arguments.of) != bool(arguments.handoff):
+        parser.error("give --config, or --of and --handoff")
+    allocation = Allocation.of(os.environ)
+    program = _handed_off(arguments.of, arguments.handoff) if arguments.of else _given(arguments.config, arguments.set)
+    if program is None:
+        sys.exit(command.DONE)
+    script.check(program.settings)
+    _log_to(program.folder / LOG)
+    sys.exit(Supervisor(program, allocation).run())
+
+
+def _given(file: str, overrides: list[str]) -> Program:
+    settings = config.load(file, overrides)
+    overrides = [*overrides, *_on_scratch(settings)]
+    name = "finetune" if settings.init else "pretrain"
+    return Program(settings, CODE, f"launch/{name}.py", file, overrides)
+
+
+def _on_scratch(settings: Config) -> list[str]:
+    """Where shards are kept that are fetched: on the node's own disk, if it has one."""
+    here = settings.cluster.scratch and settings.data.cache is None
+    return [f"data.cache={settings.cluster.scratch}/shards"] if here else []
+
+
+def _handed_off(parent: Path, key: str) -> Program | None:
+    """The child's; None where the parent's model has not reached what the entry asks for."""
+    settings = config.load(parent / "config.yaml")
+    (entry,) = (entry for entry in settings.handoff if handoff.key_of(entry) == key)
+    claim, why = handoff.decide(parent, settings, entry)
+    if claim is None:
+        print(f"{entry.config}: not started: {why}", file=sys.stderr)
+        return None
+    cluster = handoff.cluster_of(settings, entry).model_dump_json()
+    overrides = [*claim.overrides(settings), f"cluster={cluster}"]
+    child = config.load(claim.config, overrides)
+    overrides += _on_scratch(child)
+    claimed = ["--claim", str(handoff.path_of(parent, entry))]
+    return Program(child, CODE, "launch/finetune.py", claim.config, overrides, claimed)
+
+
+def _log_to(path: Path) -> None:
+    """One log for all of a run's jobs, whatever file SLURM has been told."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+if __name__ == "__main__":
+    command.run(main)

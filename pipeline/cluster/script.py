@@ -1,0 +1,105 @@
+"""The batch script: what SLURM is asked for, and one command that does the rest.
+
+Cluster ──render──▶ #SBATCH lines
+                    cd, PYTHONPATH, environment
+                    exec python …/launch/supervise.py …      now the batch shell, to which SLURM sends its signals
+"""
+
+import shlex
+from pathlib import Path
+
+from pipeline.config import Cluster, Config, Environment
+from pipeline.errors import InputError
+
+
+def render(
+    cluster: Cluster,
+    *,
+    name: str,
+    log: Path | str,
+    code: str,
+    command: str,
+    array: int | None = None,
+    python: str = "python",
+    comment: str = "",
+    prepare: str = "",
+) -> str:
+    """A batch script in bash.
+
+    `log`: where output goes, with SLURM's %j and %a in it if need be. `code`: folder of the source, in shell syntax.
+    `command`: what follows `python`, in shell syntax. `array`: number of the array's tasks.
+    `prepare`: lines of shell before the last one.
+    """
+    per_node = cluster.ranks * cluster.cpus_per_rank
+    most = cluster.nodes + cluster.spares
+    options = {
+        "job-name": name,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "nodes": most if most == cluster.fewest_nodes else f"{cluster.fewest_nodes}-{most}",
+        # A node's share of the job counts as one task here, because SLURM takes the fewest nodes on which all tasks
+        # that it knows of have room. The ranks are tasks of the steps.
+        "cpus-per-task": per_node,
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "mem": cluster.memory_gb and f"{cluster.memory_gb}G",
+        "time": cluster.time,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "array": array and f"0-{array - 1}",
+        "signal": f"B:USR1@{cluster.grace_s}",
+        "open-mode": "append",
+        "output": log,
+    }
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    flags = ["--requeue", "--no-kill", *(["--exclusive"] if cluster.exclusive else [])]
+    lines = [
+        "#!/bin/bash",
+        *(f"# {line}" for line in comment.splitlines()),
+        *(f"#SBATCH {option}" for option in (*given, *flags, *cluster.options)),
+        "set -euo pipefail",
+        f"export PYTHONPATH={code} PYTHONUNBUFFERED=1",
+        *([cluster.environment.activate] if cluster.environment.activate else []),
+        *([prepare] if prepare else []),
+        f"exec {python} {code}/launch/supervise.py {command}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+READY = Cluster(environment=Environment(activate='export PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"'))
+"""What slurm/*.sbatch ask for."""
+
+
+def ready(program: str) -> str:
+    """slurm/PROGRAM.sbatch, for whoever prefers sbatch to launch/submit.py."""
+    usage = f"""sbatch [OPTIONS OF SBATCH] slurm/{program}.sbatch CONFIG [--set KEY=VALUE …]
+From the root of a checkout in which `make setup` was run. Options given to sbatch win over those below."""
+    shape = ('"cluster.nodes=$SLURM_JOB_NUM_NODES"', '"cluster.gpus_per_node=${gpus##*:}"')
+    return render(
+        READY,
+        name=program,
+        log=f"{program}-%j.log",
+        code='"$SLURM_SUBMIT_DIR"',
+        command=" ".join(['--config "$1"', *(f"--set {each}" for each in shape), '"${@:2}"']),
+        comment=usage,
+        prepare="gpus=${SLURM_GPUS_PER_NODE:-0}  # perhaps TYPE:NUMBER",
+    )
+
+
+def check(settings: Config) -> None:
+    """Raises InputError for what can be known to be wrong before SLURM is asked."""
+    cluster = settings.cluster
+    if cluster.nodes * cluster.ranks > settings.data.lanes:
+        raise InputError(
+            f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {cluster.nodes * cluster.ranks} ranks, but "
+            f"data.lanes is {settings.data.lanes}, the most that a run can use: raise data.lanes or take fewer nodes"
+        )
+    if cluster.grace_s <= settings.train.preempt_deadline_s:
+        raise InputError(
+            f"cluster.grace_s {cluster.grace_s} is not longer than train.preempt_deadline_s "
+            f"{settings.train.preempt_deadline_s:g}: the time limit would end a run that is still saving"
+        )
+
+
+def quoted(*words: object) -> str:
+    return shlex.join(map(str, words))

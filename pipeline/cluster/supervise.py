@@ -1,0 +1,355 @@
+"""What a batch job does: look at its nodes, run the ranks, and start them again until the run has finished.
+
+    ┌─▶ pre-flight on each node ─▶ all-reduce ─▶ ranks ──┬─ result.json: finished ──────────────────▶ 0
+    │          │ too few are well       │ fails          ├─ result.json: stopped by a signal ───┐
+    │          ├────────────────────────┼───────────────▶│                                      ├▶ requeue, 85
+    │          │                        │                ├─ too few nodes are left ─────────────┘
+    └──────────┴────────────────────────┴─────── crash ◀─┤
+                                                         └─ configuration refused ─────────────────▶ 2
+More than cluster.max_restarts crashes without a new checkpoint ───────────────────────────────────▶ 1
+
+Each of these is a line of events.jsonl, from which a job that SLURM has started again learns what has been.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.slurm import Allocation, ask
+from pipeline.config import Cluster, Config
+from pipeline.errors import ExternalError
+
+DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
+SLURM = "slurm"
+EVENTS, LOG, STOP = f"{SLURM}/events.jsonl", f"{SLURM}/log", f"{SLURM}/stop"
+"""Below a run's folder."""
+PREFLIGHT_S, ALL_REDUCE_S, LAST_WAIT_S = 300, 300, 60
+_WHY = re.compile(r"\berror: |^\s*\w*(Error|Exception|Interrupt)\b")
+_LABEL = re.compile(r"^\s*\d+: ")
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """runs/NAME/slurm/events.jsonl: what has happened to a run on the cluster, over all its jobs."""
+
+    def __init__(self, folder: Path, job: str) -> None:
+        self._path, self._job = folder / EVENTS, job
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, event: str, **fields: Any) -> None:
+        line = {"time": time.time(), "job": self._job, "event": event, **fields}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        details = ", ".join(f"{key} {_told(value)}" for key, value in fields.items())
+        say(f"{event}: {details}" if details else event)
+
+    def of_this_job(self) -> list[Event]:
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk may have cut one short
+        return [event for event in events if event["job"] == self._job]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the ranks run: a file below `code`, with a configuration and more arguments."""
+
+    settings: Config
+    code: Path
+    file: str
+    config: str
+    overrides: Sequence[str]
+    more: Sequence[str] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--config", self.config, *(word for each in self.overrides for word in ("--set", each))]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run.folder
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Of one start of the ranks."""
+
+    code: int
+    result: dict[str, Any] | None  # that they have written, if any
+    error: str
+
+
+class _NotReady(Exception):
+    def __init__(self, why: str, bad: set[str]) -> None:
+        self.why, self.bad = why, bad
+
+
+class Supervisor:
+    def __init__(self, program: Program, allocation: Allocation) -> None:
+        self._program, self._allocation = program, allocation
+        self._cluster: Cluster = program.settings.cluster
+        self._journal = Journal(program.folder, allocation.job)
+        self._stop: str | None = None  # name of the signal that this job has been sent
+        self._step: subprocess.Popen[str] | None = None
+        self._blame: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> int:
+        """Until the run has finished, or this job must not or cannot go on with it. Returns the exit code."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        events = self._journal.of_this_job()
+        gone = events and events[-1]["event"] == "start"
+        if gone and (code := self._crash("the job was gone without a word, as when its first node is lost")):
+            return code
+        while True:
+            try:
+                nodes = self._choose()
+            except _NotReady as trouble:
+                if self._stop:
+                    return self._leave(f"{self._stop} came before training began")
+                return self._crash(trouble.why) or self._leave(trouble.why, trouble.bad)
+            ending = self._attempt(nodes)
+            if ending.code == DONE or (ending.result and not ending.result.get("requeue")):
+                self._journal.write("finished")
+                return DONE
+            if ending.code == USAGE:
+                self._journal.write("gave up", why=ending.error)
+                return USAGE
+            if ending.result or self._stop:
+                self._journal.write("stopped", step=self._newest_step())
+                return self._leave(self._stop or "the ranks were told to stop")
+            if code := self._crash(ending.error, ending.code):
+                return code
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._stop = signal.Signals(number).name
+        say(f"{self._stop}: stopping")
+        if self._step:
+            self._step.send_signal(signal.SIGUSR1)  # srun hands it on to the ranks
+
+    # Before training
+
+    def _choose(self) -> list[str]:
+        """Nodes to train on, cluster.nodes of them or as few as allowed. Raises _NotReady."""
+        held = self._allocation.nodes()
+        well = self._look_at(held)
+        while True:
+            bad = set(held) - set(well)
+            if len(well) < self._cluster.fewest_nodes:
+                rule = f"{len(well)} of {len(held)} nodes are well, {self._cluster.fewest_nodes} are needed"
+                # What all of them suffer from is not theirs: a store, the shared disk.
+                raise _NotReady(rule, bad if well or len(held) == 1 else set())
+            # Where ranks have died before comes last.
+            chosen = sorted(well, key=lambda name: self._blame[name])[: self._cluster.nodes]
+            chosen = [name for name in held if name in chosen]
+            came = self._all_reduce(chosen)
+            if self._stop:
+                raise _NotReady("a signal came", bad)
+            if came is None:
+                return chosen
+            if came == set(chosen):  # nothing tells which of them is to blame
+                raise _NotReady(f"all-reduce over {', '.join(chosen)} failed; it says more above", bad)
+            well = [name for name in well if name in came or name not in chosen]
+
+    def _look_at(self, nodes: list[str]) -> list[str]:
+        """Those that pass the pre-flight."""
+        words = ["--node", *self._program.arguments, "--sent", f"{time.time():.0f}"]
+        answers = self._ask(nodes, 1, "launch/doctor.py", words, PREFLIGHT_S)
+        reports = {answer["node"]: answer for answer in answers if "checks" in answer}
+        for name in nodes:
+            report = reports.get(name)
+            if report is None:
+                self._journal.write("excluded", node=name, why=f"no answer to the pre-flight in {PREFLIGHT_S} s")
+            elif not report["ok"]:
+                why = "; ".join(f"{check['name']}: {check['told']}" for check in report["checks"] if not check["ok"])
+                self._journal.write("excluded", node=name, why=why)
+        return [name for name in nodes if reports.get(name, {}).get("ok")]
+
+    def _all_reduce(self, nodes: list[str]) -> set[str] | None:
+        """Have all ranks of the nodes add something up. If that fails, returns the nodes all of whose ranks have
+        started."""
+        answers = self._ask(nodes, self._cluster.ranks, "launch/doctor.py", ["--all-reduce"], ALL_REDUCE_S)
+        for answer in answers:
+            if "all_reduce_gb_s" in answer:
+                say(f"all-reduce over {answer['ranks']} ranks: {answer['all_reduce_gb_s']:.2f} GB/s")
+                return None
+        arrived = collections.Counter(answer["node"] for answer in answers if "arrived" in answer)
+        came = {name for name in nodes if arrived[name] == self._cluster.ranks}
+        for name in set(nodes) - came:
+            why = f"{arrived[name]} of {self._cluster.ranks} ranks came to the all-reduce"
+            self._journal.write("excluded", node=name, why=why)
+        return came
+
+    def _ask(
+        self, nodes: list[str], tasks: int, file: str, arguments: Sequence[str], patience_s: int
+    ) -> list[dict[str, Any]]:
+        """The JSON lines that a program prints on the nodes; what else it says goes to the log."""
+        command = [*self._srun(nodes, tasks), "--kill-on-bad-exit=0", *self._python(), self._program.code / file]
+        self._step = subprocess.Popen(
+            [*map(str, command), *arguments], stdout=subprocess.PIPE, text=True, errors="replace", env=self._env(nodes)
+        )
+        try:
+            output, _ = self._step.communicate(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            self._step.kill()
+            output, _ = self._step.communicate()
+        self._step = None
+        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+    # Training
+
+    def _attempt(self, nodes: list[str]) -> Ending:
+        cluster, result = self._cluster, self._program.folder / "result.json"
+        before = _identity(result)
+        ranks = len(nodes) * cluster.ranks
+        number = sum(event["event"] == "start" for event in self._journal.of_this_job()) + 1
+        self._began_at = self._newest_step()
+        self._journal.write("start", attempt=number, nodes=nodes, ranks=ranks, step=self._began_at)
+        self._copy_environment(nodes)
+        program = [self._program.code / self._program.file, *self._program.arguments, *self._program.more]
+        program += ["--ranks", ranks, "--no-handoff"]
+        command = [*self._srun(nodes, cluster.ranks), "--label", "--kill-on-bad-exit=1", *self._python(), *program]
+        self._step = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self._env(nodes),
+        )
+        if self._stop:  # it came while there was nobody to tell
+            self._step.send_signal(signal.SIGUSR1)
+        said = collections.deque[str](maxlen=400)
+        assert self._step.stdout
+        for line in self._step.stdout:
+            print(line, end="", flush=True)
+            said.append(_LABEL.sub("", line.rstrip()))
+            if dead := re.match(r"srun: error: (\S+): tasks? ", line):
+                self._blame[dead[1]] += 1
+        code = self._step.wait()
+        self._step = None
+        document = json.loads(result.read_text()) if _identity(result) not in (before, None) else None
+        return Ending(code, document, _why(said) or f"exit code {code}")
+
+    def _copy_environment(self, nodes: list[str]) -> None:
+        """Have each node make its own copy, if that is wanted and not done yet."""
+        if not self._cluster.environment.copy_to_scratch:
+            return
+        copy = f"""set -e; to="{self._copied()}"; if [ -d "$to" ]; then exit; fi; mkdir -p "$(dirname "$to")"
+            part=$(mktemp -d "$to.XXXXXX"); cp -a {shlex.quote(sys.prefix)}/. "$part"
+            mv -T "$part" "$to" || rm -rf "$part"; [ -d "$to" ]"""
+        if subprocess.run([*self._srun(nodes, 1), "bash", "-c", copy], env=self._env(nodes)).returncode:
+            raise ExternalError(f"cannot copy {sys.prefix} to {self._copied()} on every node: it says more above")
+
+    def _copied(self) -> str:
+        """Where the copy of this environment lies, with variables for the node's shell."""
+        made = (Path(sys.prefix) / "pyvenv.cfg").stat().st_mtime_ns if sys.prefix != sys.base_prefix else 0
+        key = hashlib.sha256(f"{sys.prefix} {made}".encode()).hexdigest()[:12]
+        return f"{self._cluster.scratch}/environment-{key}"
+
+    def _python(self) -> list[str]:
+        environment = self._cluster.environment
+        if environment.container:
+            gpus = ["--nv"] if self._cluster.gpus_per_node else []
+            return ["apptainer", "exec", *gpus, environment.container, "python"]
+        if environment.copy_to_scratch:
+            return ["bash", "-c", f'exec "{self._copied()}/bin/python" "$@"', "python"]
+        return [sys.executable]
+
+    def _srun(self, nodes: list[str], tasks: int) -> list[str]:
+        """The start of a command that runs `tasks` tasks on each of the nodes; ranks that follow each other share
+        one."""
+        cluster = self._cluster
+        granted = int(os.environ.get("SLURM_CPUS_PER_TASK") or cluster.ranks * cluster.cpus_per_rank)
+        return [
+            "srun",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+            f"--ntasks={tasks * len(nodes)}",
+            f"--ntasks-per-node={tasks}",
+            f"--cpus-per-task={max(1, granted // tasks)}",
+            "--distribution=block",
+        ]
+
+    def _env(self, nodes: list[str]) -> dict[str, str]:
+        """The ranks meet at the first node's address as SLURM knows it: its name may mean nothing to the resolver."""
+        about = ask("scontrol", "show", "node", nodes[0], "--oneliner")
+        address = re.search(r"\bNodeAddr=(\S+)", about)
+        # What SLURM says of the whole job's shape would be taken for the step's.
+        shape = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_CPUS_PER_TASK", "SLURM_TASKS_PER_NODE", "SLURM_NNODES")
+        kept = {name: value for name, value in os.environ.items() if name not in shape}
+        return {**kept, "MASTER_ADDR": address[1] if address else nodes[0]}
+
+    # After it
+
+    def _newest_step(self) -> int:
+        commits = (self._program.folder / "checkpoints").glob("step-*/COMMIT.json")
+        return max((int(commit.parent.name[5:]) for commit in commits), default=0)
+
+    def _crash(self, error: str, code: int = FAILED) -> int | None:
+        """Note it. Returns the exit code where there have been too many."""
+        step, crashes = self._newest_step(), 1
+        for event in reversed(self._journal.of_this_job()):
+            if event["event"] == "crash" and event["step"] == step:
+                crashes = event["restarts"] + 1
+            if event["event"] in ("crash", "stopped"):
+                break
+        self._journal.write("crash", code=code, step=step, restarts=crashes, error=error)
+        if crashes <= self._cluster.max_restarts:
+            return None
+        why = f"{crashes} failures without a checkpoint after step {step}, the last one: {error}"
+        self._journal.write("gave up", why=why)
+        return FAILED
+
+    def _leave(self, why: str, exclude: Iterable[str] = ()) -> int:
+        """Go back into the queue, unless a person wants the run to stop."""
+        if (self._program.folder / STOP).exists():
+            say(f"{why}; {self._program.folder / STOP} says that this is all")
+            return REQUEUE
+        self._journal.write("requeue", why=why)
+        try:
+            if exclude and self._cluster.exclude:
+                exclude = {*exclude, *ask("scontrol", "show", "hostnames", self._cluster.exclude).split()}
+            self._stop = None
+            self._allocation.requeue(set(exclude))
+            # An exit code of this job's own, before SLURM ends it, might be taken for the end of the job.
+            until = time.monotonic() + LAST_WAIT_S
+            while not self._stop and time.monotonic() < until:
+                time.sleep(0.1)
+        except ExternalError as error:  # a job that is being cancelled, say
+            self._journal.write("gave up", why=f"SLURM does not requeue the job: {error}")
+        return REQUEUE
+
+
+def say(what: str) -> None:
+    print(f"[{time.strftime('%F %T')}] {what}", file=sys.stderr, flush=True)
+
+
+def _told(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _why(said: Sequence[str]) -> str:
+    """Of the last things that were said, the one that tells what has gone wrong."""
+    telling = [line for line in said if _WHY.search(line)]
+    own = [line for line in telling if not line.startswith(("srun:", "slurmstepd"))]
+    return (own or telling or [*said] or [""])[-1].strip()

@@ -1,0 +1,1 @@
+"""Runs on a real SLURM cluster, which the fixture in conftest.py starts on loopback."""

@@ -1,0 +1,204 @@
+"""SLURM itself on loopback: munged, slurmctld and a slurmd for each of three nodes, which are all this machine.
+
+Cluster ──start──▶ munged  slurmctld  slurmd × 3      in a folder of their own, on free ports
+   │
+   └──submit, hurry, kill, …──▶ Submitted: a run's folder and its job
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.ranks import ROOT, free_port
+
+PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
+NODES = ("n1", "n2", "n3")
+
+
+def missing() -> list[str]:
+    """Debian's packages that are not here."""
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    return [package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None]
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.conf = folder / "slurm.conf"
+        self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+
+    def start(self) -> None:
+        folder = self._folder
+        for name in ("state", *NODES):
+            (folder / name).mkdir()
+        key = folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        ports = ",".join(str(free_port()) for _ in NODES)
+        self.conf.write_text(
+            f"""ClusterName=test
+SlurmctldHost={socket.gethostname()}(127.0.0.1)
+SlurmctldPort={free_port()}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.sock
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobRequeue=1
+ReturnToService=2
+MpiDefault=none
+KillWait=10
+SlurmdTimeout=10
+NodeName=n[1-{len(NODES)}] NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2
+PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
+"""
+        )
+        munge = [f"--{what}={folder}/munge.{end}" for what, end in MUNGE.items()]
+        self._run("munged", "--foreground", "--force", *munge)
+        until(lambda: (folder / "munge.sock").exists(), 10)
+        self._run("slurmctld", "-D", "-f", self.conf)
+        for name in NODES:
+            self._run("slurmd", "-D", "-N", name, "-f", self.conf)
+        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 30)
+
+    def _run(self, program: str, *arguments: object) -> None:
+        with (self._folder / f"{program}-{len(self._daemons)}.log").open("wb") as log:
+            path = shutil.which(program, path=self.env["PATH"])
+            assert path
+            self._daemons.append(
+                subprocess.Popen([path, *map(str, arguments)], env=self.env, stdout=log, stderr=log, cwd=self._folder)
+            )
+
+    def stop(self) -> None:
+        """End what was started, the steps of jobs that are left among it."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.ask("scancel", "--user=root")
+            until(lambda: not self.ask("squeue", "-h"), 30)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def ask(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True)
+        if done.returncode and command[0] == "sinfo":
+            return ""  # not up yet
+        assert not done.returncode, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    def submit(self, config: Path, *arguments: str) -> "Submitted":
+        done = self.command("--config", str(config), *arguments)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        return Submitted(self, Path(result["run"]), result)
+
+    def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """launch/submit.py."""
+        whole = [sys.executable, "launch/submit.py", *arguments]
+        return subprocess.run(whole, cwd=ROOT, env={**self.env, **environment}, capture_output=True, text=True)
+
+
+MUNGE = {"key-file": "key", "socket": "sock", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+
+
+class Submitted:
+    """A run that was submitted."""
+
+    def __init__(self, cluster: Cluster, folder: Path, result: dict[str, Any]) -> None:
+        self.cluster, self.folder, self.result = cluster, folder, result
+        self.job: str = result["job"]
+
+    @property
+    def log(self) -> str:
+        path = self.folder / "slurm/log"
+        return path.read_text() if path.exists() else ""
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        path = self.folder / "slurm/events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [event for event in events if name in (None, event["event"])]
+
+    def state(self) -> str:
+        return self.cluster.ask("scontrol", "show", "job", self.job, "-o").partition("JobState=")[2].split()[0]
+
+    def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
+        """Until the ranks say that they have done it, or a later one."""
+        begin = len(self.log)
+
+        def done() -> bool:
+            assert not self.events("gave up"), self.log[-3000:]
+            return any(int(found) >= step for found in re.findall(r"0: step (\d+)/\d+  epoch", self.log[begin:]))
+
+        until(done, timeout_s, lambda: self.log[-3000:])
+
+    def wait(self, timeout_s: float = 180) -> str:
+        """Until SLURM is done with the job. Returns its state. One that was queued again is started at once: SLURM
+        would hold it back for two minutes."""
+
+        def ended() -> bool:
+            self.hurry()
+            return self.state() not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+
+        until(ended, timeout_s, lambda: self.log[-3000:])
+        return self.state()
+
+    def hurry(self) -> None:
+        """Have a job that was queued again start now."""
+        if "Reason=BeginTime" in self.cluster.ask("scontrol", "show", "job", self.job, "-o"):
+            time.sleep(3)  # a credential as old as the last one's end would be revoked like it
+            self.cluster.ask("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+        name = f"{self.folder}/slurm/config.yaml"
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if name in line and any(word.endswith("launch/pretrain.py") for word in line) and "srun" not in line[0]:
+                found.append(process)
+        return found
+
+    def kill_a_rank(self) -> None:
+        self.ranks()[-1].send_signal(signal.SIGKILL)
+
+
+def until(done: Callable[[], bool], timeout_s: float, told: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"not after {timeout_s:g} s: {told()}"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Cluster]:
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

@@ -1,0 +1,160 @@
+"""Runs on three nodes: what SLURM, people and accidents do to them changes nothing in the weights."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chaos.runs import Job
+from tests.slurm.cluster import Cluster, Submitted, until
+
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.conftest import write_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    path = write_config(digits, folder)
+    tree = yaml.safe_load(path.read_text())
+    tree["train"] |= {"length": f"{STEPS} steps", "save_every": "20 steps", "log_every": "5 steps"}
+    tree["debug"] = {"trace_samples": True}
+    tree["cluster"] = {
+        "nodes": 2,
+        "gpus_per_node": 0,
+        "ranks_per_node": 1,
+        "cpus_per_rank": 1,
+        "time": "30",
+        "max_restarts": 1,
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path) -> Path:
+    """The same on one node of two ranks, without SLURM."""
+    job = Job(config, "undisturbed", ranks=2)
+    job.finish()
+    return job.folder
+
+
+def weights(folder: Path) -> str:
+    return hashlib.sha256((folder / f"checkpoints/step-{STEPS:08d}/model.safetensors").read_bytes()).hexdigest()
+
+
+def trace(folder: Path) -> list[str]:
+    """What each step consumed, once each and in order."""
+    lines: list[str] = []
+    for rank in (0, 1):
+        lines += (folder / f"trace/rank-{rank}.jsonl").read_text().splitlines()
+    return lines
+
+
+def check_nothing_changed(run: Submitted, undisturbed: Path) -> None:
+    assert run.wait() == "COMPLETED", run.log[-3000:]
+    assert weights(run.folder) == weights(undisturbed)
+    assert trace(run.folder) == trace(undisturbed)
+    assert run.events()[-1]["event"] == "finished"
+    assert json.loads((run.folder / "result.json").read_text())["model"].endswith("/1")
+
+
+def test_two_nodes_train_as_one(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=two-nodes")
+    check_nothing_changed(run, undisturbed)
+    assert "all-reduce over 2 ranks" in run.log
+    (start,) = run.events("start")
+    assert (start["nodes"], start["ranks"], start["step"]) == (["n1", "n2"], 2, 0)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", run.folder / "slurm/job.sbatch"], check=True)
+
+
+@pytest.mark.parametrize("how", ["--batch --signal=USR1", "--signal=TERM"])
+def test_a_signal_saves_and_queues_again(how: str, cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    """USR1 to the batch shell is what SLURM sends before the time limit, TERM to the ranks what it does before it takes
+    the nodes for another job."""
+    run = cluster.submit(config, "--set", f"run.name=signal-{how[-4:].strip('=')}")
+    run.wait_for_step(30)
+    cluster.ask("scancel", *how.split(), run.job)
+    until(lambda: bool(run.events("requeue")), 60)
+    check_nothing_changed(run, undisturbed)
+    first, second = run.events("start")
+    assert second["step"] == run.events("stopped")[0]["step"] >= 30
+    assert not run.events("crash")
+    assert first["job"] == second["job"]
+    runs = json.loads((run.folder / "goodput.json").read_text())
+    assert runs["restarts"] == 1
+
+
+def test_a_dead_rank_is_made_up_for(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=killed")
+    run.wait_for_step(30)
+    run.kill_a_rank()
+    check_nothing_changed(run, undisturbed)
+    (crash,) = run.events("crash")
+    assert crash["restarts"] == 1
+    assert [event["job"] for event in run.events("start")] == [run.job] * 2
+
+
+def test_a_crash_loop_ends(cluster: Cluster, config: Path) -> None:
+    """A rank dies at the same place again and again."""
+    run = cluster.submit(config, "--set", "run.name=loop", "--set", "train.save_every=100 steps")
+    for _ in range(2):
+        run.wait_for_step(5)
+        run.kill_a_rank()
+        time.sleep(2)
+    assert run.wait() == "FAILED"
+    assert [event["restarts"] for event in run.events("crash")] == [1, 2]
+    (end,) = run.events("gave up")
+    assert "2 failures without a checkpoint after step 0" in end["why"]
+
+
+def test_a_spare_takes_the_place_of_a_bad_node(
+    cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "n1").write_text("where the scratch folder should be")
+    scratch = f"{tmp_path}/$SLURMD_NODENAME"
+    settings = ["run.name=spare", "cluster.spares=1", f"cluster.scratch={scratch}"]
+    run = cluster.submit(config, *(word for each in settings for word in ("--set", each)))
+    check_nothing_changed(run, undisturbed)
+    (excluded,) = run.events("excluded")
+    assert excluded["node"] == "n1"
+    assert "n1" in excluded["why"]
+    assert run.events("start")[0]["nodes"] == ["n2", "n3"]
+
+
+def test_fewer_nodes_see_the_same_batches(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=shrunk", "--set", "cluster.min_nodes=1")
+    run.wait_for_step(30)
+    cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
+    until(lambda: bool(run.events("requeue")), 60)
+    others = "n2,n3"
+    cluster.ask("scontrol", "update", f"NodeName={others}", "State=drain", "Reason=test")
+    try:
+        run.hurry()
+        run.wait_for_step(60)
+        cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
+        until(lambda: len(run.events("requeue")) == 2, 60)
+    finally:
+        cluster.ask("scontrol", "update", f"NodeName={others}", "State=resume")
+    assert run.wait() == "COMPLETED"
+    assert [len(event["nodes"]) for event in run.events("start")] == [2, 1, 2]
+    assert samples(run.folder) == samples(undisturbed)
+
+
+def samples(folder: Path) -> dict[int, list[tuple[object, ...]]]:
+    """What each step's global batch was made of, whichever rank had it."""
+    steps: dict[int, list[tuple[object, ...]]] = {}
+    for line in trace(folder):
+        entry = json.loads(line)
+        for sample in entry["samples"]:
+            if sample["weight"]:
+                seen = tuple(sample[name] for name in ("position", "key", "weight", "pixels", "label"))
+                steps.setdefault(entry["step"], []).append(seen)
+    return {step: sorted(seen, key=str) for step, seen in steps.items()}

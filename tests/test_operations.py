@@ -1,0 +1,203 @@
+"""docs/operations.md against the code: what it lists is what there is."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Cluster, Environment
+from tests.ranks import ROOT
+
+DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
+SOURCES = sorted(path for folder in ("launch", "pipeline", "pvt") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+
+_IN_SHELL = re.compile(r"(?<![\\$])\$\{?([A-Z][A-Z0-9_]+)")
+
+
+class Reads(ast.NodeVisitor):
+    """Names of the environment variables that a module reads: `environ["X"]`, `environ.get("X")`, `"X" in environ` and
+    the like on os.environ or a mapping that is called environ, os.getenv, and $X in text that a shell is to see.
+
+    A name that is not written there itself is followed to the module's constants, to what a loop goes through, and to
+    what callers in the same module pass.
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
+        self._tree = tree
+        self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self._prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        self.names: set[str] = set()
+        self.unresolved: list[int] = []
+        self.visit(tree)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        # An assignment only gives a variable to others.
+        if _is_environ(node.value) and isinstance(node.ctx, ast.Load):
+            self._note(node.slice)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if isinstance(node.ops[0], ast.In | ast.NotIn) and _is_environ(node.comparators[0]):
+            self._note(node.left)
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        function = node.func
+        if isinstance(function, ast.Attribute):
+            reads = function.attr in ("get", "setdefault") and _is_environ(function.value)
+            if reads or function.attr == "getenv":
+                self._note(node.args[0])
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, str) and id(node) not in self._prose:
+            self.names.update(_IN_SHELL.findall(node.value))
+
+    def _note(self, name: ast.expr) -> None:
+        found = set(self._values(name))
+        if not found:
+            self.unresolved.append(name.lineno)
+        self.names |= found
+
+    def _values(self, node: ast.expr) -> Iterator[str]:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            for element in node.elts:
+                yield from self._values(element)
+        elif isinstance(node, ast.Name):
+            for source in self._sources(node.id):
+                yield from self._values(source)
+
+    def _sources(self, name: str) -> Iterator[ast.expr]:
+        """Expressions that a name stands for, anywhere in the module."""
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        yield from (v for t, v in zip(target.elts, node.value.elts, strict=False) if _is(t, name))
+                    elif _is(target, name):
+                        yield node.value
+            elif isinstance(node, ast.For | ast.comprehension) and _is(node.target, name):
+                yield node.iter
+            elif isinstance(node, ast.FunctionDef):
+                names = [argument.arg for argument in node.args.args]
+                if name in names:
+                    yield from self._arguments(node.name, names.index(name))
+
+    def _arguments(self, function: str, place: int) -> Iterator[ast.expr]:
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.Call) and _is(node.func, function) and len(node.args) > place:
+                yield node.args[place]
+
+
+def _is(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _is_environ(node: ast.expr) -> bool:
+    return _is(node, "environ") or (isinstance(node, ast.Attribute) and node.attr == "environ")
+
+
+def variables_read() -> dict[str, set[str]]:
+    """By name, the files that read it."""
+    found: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for name in Reads(ast.parse(path.read_text())).names:
+            found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    for path in SCRIPTS:
+        for name in _IN_SHELL.findall(re.sub(r"(?m)^#.*", "", path.read_text())):
+            found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    return found
+
+
+def variables_listed() -> set[str]:
+    section = DOCUMENT.split("\n### Read by us\n")[1].split("\n#")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_every_variable_that_is_read_is_listed_and_no_other():
+    read, listed = variables_read(), variables_listed()
+    assert {name: files for name, files in read.items() if name not in listed} == {}
+    assert listed - read.keys() == set()
+
+
+def test_no_read_goes_unseen():
+    unresolved = {
+        f"{path.relative_to(ROOT)}:{line}" for path in SOURCES for line in Reads(ast.parse(path.read_text())).unresolved
+    }
+    assert unresolved == set(), "write the variable's name there, or in a constant of that module"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'import os\nos.environ["A_B"]',
+        'import os\nos.environ.get("A_B", "1")',
+        'import os\nos.getenv("A_B")',
+        'import os\nif "A_B" not in os.environ: pass',
+        'import os\nos.environ.setdefault("A_B", "1")',
+        'import os\n_NAME = "A_B"\nos.environ[_NAME]',
+        'import os\none, _NAME = "x", "A_B"\nos.environ.get(_NAME)',
+        'def f(environ):\n    names = ("A_B",)\n    return {name: environ[name] for name in names}',
+        'import os\ndef f(name, n): return os.environ.get(name, n)\nf("A_B", 1)',
+        'line = "export PATH=$A_B/bin"',
+        'line = f"gpus=${{A_B:-0}} {1}"',
+    ],
+)
+def test_the_finder_finds(source: str):
+    assert "A_B" in Reads(ast.parse(source)).names
+
+
+def test_the_finder_owns_up_to_what_it_cannot_follow():
+    reads = Reads(ast.parse("import os\nos.environ[f()]"))
+    assert (reads.names, reads.unresolved) == (set(), [2])
+    assert Reads(ast.parse('import os\n"""$HOME in prose"""\nos.environ["A_B"] = "set for others"')).names == set()
+
+
+def test_every_setting_of_the_cluster_is_named():
+    section = DOCUMENT.split("\n## The `cluster:` section\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    settings = {name for name in Cluster.model_fields if name != "environment"}
+    assert named == settings | {f"environment.{name}" for name in Environment.model_fields}
+
+
+@pytest.fixture(scope="module")
+def sizing() -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.sizing"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+
+
+def test_the_sizing_table_is_what_the_benchmark_prints(sizing: subprocess.CompletedProcess[str]):
+    assert sizing.stderr.strip() in DOCUMENT
+
+
+def test_sizes_agree_with_the_heads_of_the_configurations(sizing: subprocess.CompletedProcess[str]):
+    computed = json.loads(sizing.stdout.splitlines()[-1])["computed"]
+    for model, found in computed.items():
+        head = (ROOT / "configs" / "pretrain" / f"{model}_in1k.yaml").read_text().replace("\n#", "")
+        (flops,) = re.findall(r"([\d.]+) GFLOP a training image", head)
+        a100, h100 = re.findall(r"([\d.]+) hours on 8 A100.*?([\d.]+)(?: hours)? on 8 H100", head)[0]
+        alone = found["cases"][0]
+        assert found["gflop_per_image"] == pytest.approx(float(flops), abs=0.15)
+        assert alone["A100"]["hours"] == pytest.approx(float(a100), abs=0.06)
+        assert alone["H100, H200"]["hours"] == pytest.approx(float(h100), abs=0.06)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", DOCUMENT):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_commands_exist():
+    for script in re.findall(r"\b((?:launch|tests)/[\w/]+\.py)\b", DOCUMENT):
+        assert Path(ROOT, script).exists(), script
