@@ -102,7 +102,7 @@ def of_run(settings: Config) -> Iterator[Check]:
     """Those that mean something on any machine that the run is started on."""
     yield run_disk(settings.run)
     # Compilers and loaders write temporary files, whether or not shards are kept among them.
-    yield disk(settings.data.cache or tempfile.gettempdir())
+    yield disk(os.path.expandvars(settings.data.cache or tempfile.gettempdir()))
     for path in dict.fromkeys([*settings.data.train_paths, *filter(None, [settings.data.val])]):
         yield shards(path, settings.data)
 

@@ -137,7 +137,6 @@ def test_fewer_nodes_see_the_same_batches(cluster: Cluster, config: Path, undist
     others = "n2,n3"
     cluster.ask("scontrol", "update", f"NodeName={others}", "State=drain", "Reason=test")
     try:
-        run.hurry()
         run.wait_for_step(60)
         cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
         until(lambda: len(run.events("requeue")) == 2, 60)
