@@ -79,7 +79,7 @@ def main() -> dict[str, Any]:
     for job in jobs:
         _require_possible(job)
     with _held(settings.run.folder):
-        snapshot(code)
+        snapshot(code, diff=settings.tracking.log_diff)
         return _submit(main_job, children, runs if arguments.sweep else [])
 
 

@@ -15,6 +15,7 @@ from pipeline.cluster import script
 from pipeline.cluster.slurm import Allocation
 from pipeline.cluster.supervise import LOG, Program, Supervisor
 from pipeline.config import Config
+from pipeline.track.runs import record_failure
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -34,7 +35,10 @@ def main() -> None:
         sys.exit(command.DONE)
     script.check(program.settings)
     _log_to(program.folder / LOG)
-    sys.exit(Supervisor(program, allocation).run())
+    code = Supervisor(program, allocation).run()
+    if code in (command.FAILED, command.USAGE):
+        record_failure(program.folder)
+    sys.exit(code)
 
 
 def _given(file: str, overrides: list[str]) -> Program:

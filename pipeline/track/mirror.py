@@ -352,7 +352,7 @@ class Mirror:
 
         with self._where_allowed("its parent does not know of it"), server.reaching(parent):
             parent_run = registry.find(client, parent).run_id
-            if parent_run:  # a run is below one alone
+            if parent_run and not self._record.sweep:  # a run is below one alone
                 client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, parent_run)
             registry.link_child(client, parent, self._record.uuid, self._run_id)
         self._sent.linked = True
