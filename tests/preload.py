@@ -5,9 +5,20 @@ import os
 # Read when the libraries are imported.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
+import gc
+
+import mlflow.pyfunc
+import mlflow.store.model_registry.sqlalchemy_workspace_store
+import mlflow.store.tracking.sqlalchemy_workspace_store  # noqa: F401
 import torch
 
-import launch.job  # noqa: F401
+import launch.evaluate
+import launch.start  # noqa: F401
+import pipeline.track.mirror
 import pipeline.track.registry  # noqa: F401
 
 torch.set_num_threads(1)
+
+# So that ranks neither walk through what is imported here nor copy its pages.
+gc.collect()
+gc.freeze()

@@ -21,15 +21,22 @@ _context.set_forkserver_preload(["tests.preload"])
 class Rank:
     """A running process, with as much of subprocess.Popen's interface as is used here."""
 
-    def __init__(self, target: str, arguments: Sequence[object], environment: Mapping[str, object], log: Path) -> None:
-        """Run a module ("tests.workers.legs") or a file ("launch/pretrain.py") as a program.
+    def __init__(
+        self,
+        target: str,
+        arguments: Sequence[object],
+        environment: Mapping[str, object],
+        log: Path,
+        folder: Path = ROOT,
+    ) -> None:
+        """Run a module ("tests.workers.legs") or a file ("launch/pretrain.py") as a program, in `folder`.
 
         Its output goes to `log` with the suffixes .out and .err: files, because a pipe fills up while nobody reads.
         """
         for suffix in (".out", ".err"):
             log.with_suffix(suffix).write_bytes(b"")  # there from the start, for who wants to read
         environment = {name: str(value) for name, value in environment.items()}
-        self._process = _context.Process(target=_run, args=(target, [*map(str, arguments)], environment, log))
+        self._process = _context.Process(target=_run, args=(target, [*map(str, arguments)], environment, log, folder))
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid
@@ -56,7 +63,9 @@ class Rank:
         self.send_signal(signal.SIGKILL)
 
 
-def start(ranks: int, target: str, arguments: Sequence[object], logs: Sequence[Path]) -> list[Rank]:
+def start(
+    ranks: int, target: str, arguments: Sequence[object], logs: Sequence[Path], folder: Path = ROOT
+) -> list[Rank]:
     """One process a rank, which find each other as under a launcher."""
     port = free_port()
     return [
@@ -72,6 +81,7 @@ def start(ranks: int, target: str, arguments: Sequence[object], logs: Sequence[P
                 "MASTER_PORT": port,
             },
             logs[rank],
+            folder,
         )
         for rank in range(ranks)
     ]
@@ -83,16 +93,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _run(target: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _run(target: str, arguments: list[str], environment: dict[str, str], log: Path, folder: Path) -> None:
     for number, suffix in ((1, ".out"), (2, ".err")):
         file = os.open(log.with_suffix(suffix), os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     if target.endswith(".py"):
         sys.argv = [target, *arguments]
-        runpy.run_path(target, run_name="__main__")
+        runpy.run_path(str(ROOT / target), run_name="__main__")
     else:
         sys.argv = [target, *arguments]
         runpy.run_module(target, run_name="__main__", alter_sys=True)

@@ -1,4 +1,7 @@
-"""The commands as a user runs them: a short job on two ranks, its records, its model, and wrong usage."""
+"""The commands as a user runs them: a short job on two ranks, its records, its model, and wrong usage.
+
+The job and a refusal go through the real launcher; most of what follows is run in forks, which start at once.
+"""
 
 import fcntl
 import json
@@ -6,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.shards.index import ShardSet
 from pipeline.track import server
 from tests.conftest import write_config
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT, free_port, start
 
 STEPS = 30
 
@@ -32,12 +36,32 @@ def run(*command: object, cwd: Path, timeout_s: float = 240) -> subprocess.Compl
     )
 
 
-def pretrain(cwd: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()]
-    settings = [part for override in overrides for part in ("--set", override)]
-    return run(*launcher, ROOT / "launch/pretrain.py", "--config", "tiny.yaml", *settings, cwd=cwd)
+def launched(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`deepspeed launch/pretrain.py …` on two ranks."""
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+    return run(*launcher, ROOT / "launch/pretrain.py", *arguments_of(overrides), cwd=cwd)
+
+
+def forked(target: str, *arguments: object, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """A command in `cwd`: what all its ranks say, and the exit code of one that failed, if any has."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(ranks)]
+        processes = start(ranks, target, arguments, logs, cwd)
+        try:
+            codes = [process.wait(240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        out, err = ("".join(log.with_suffix(suffix).read_text() for log in logs) for suffix in (".out", ".err"))
+    return subprocess.CompletedProcess([target], max(codes, key=abs), out, err)
+
+
+def pretrain(cwd: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return forked("launch/pretrain.py", *arguments_of(overrides), cwd=cwd, ranks=ranks)
+
+
+def arguments_of(overrides: tuple[str, ...]) -> list[str]:
+    return ["--config", "tiny.yaml", *(part for override in overrides for part in ("--set", override))]
 
 
 def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -58,7 +82,7 @@ def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     tree["train"] |= {"length": f"{STEPS} steps", "global_batch_size": 96, "eval_every": "20 steps"}
     tree["tracking"]["system_metrics"] = True
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    result = result_of(pretrain(folder))
+    result = result_of(launched(folder))
     server.connect(f"sqlite:///{folder}/runs/mlflow.db")
     return folder, result
 
@@ -152,7 +176,7 @@ def test_mlflow_serves_the_model(job: Job, digit_images: Path) -> None:
 def test_a_finished_job_is_not_run_again(job: Job) -> None:
     folder, result = job
     before = (folder / "runs/tiny/metrics.jsonl").read_bytes()
-    again = pretrain(folder, ranks=1)
+    again = pretrain(folder)
     assert result_of(again) == result
     assert "nothing to do" in again.stderr
     assert (folder / "runs/tiny/metrics.jsonl").read_bytes() == before
@@ -161,7 +185,7 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
 def test_a_longer_job_goes_on_in_the_same_run(job: Job) -> None:
     folder, result = job
     # On one rank and at another stage: neither is part of a run's identity.
-    longer = result_of(pretrain(folder, f"train.length={STEPS + 3} steps", "engine.zero_stage=2", ranks=1))
+    longer = result_of(pretrain(folder, f"train.length={STEPS + 3} steps", "engine.zero_stage=2"))
     assert longer["run_id"] == result["run_id"]
     assert (longer["steps"], longer["model"]) == (STEPS + 3, "models:/tiny/2")
     assert [line["step"] for line in metrics_lines(folder) if "loss" in line] == list(range(1, STEPS + 4))
@@ -171,19 +195,19 @@ def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
     folder, _ = job
     with (folder / "runs/tiny/.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = pretrain(folder, "train.length=99 steps", ranks=1)
+        second = pretrain(folder, "train.length=99 steps")
     assert second.returncode == 2
     assert "another job is at work in it" in second.stderr
 
 
 def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
     folder, _ = job
-    other = pretrain(folder, f"data.train={digits / 'val'}")
+    other = pretrain(folder, f"data.train={digits / 'val'}", ranks=2)
     assert other.returncode == 2
     assert other.stderr.count("error: ") == 1
     assert "data is '" in other.stderr
     assert "resume.allow: [data]" in other.stderr
-    other = pretrain(folder, "model.name=pvt_tiny", ranks=1)
+    other = pretrain(folder, "model.name=pvt_tiny")
     assert other.returncode == 2
     assert "model is 'pvt_pico' in the checkpoint and 'pvt_tiny' in this run" in other.stderr
 
@@ -198,15 +222,7 @@ def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
     original = weights.read_bytes()
     try:
         weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
-        refused = run(
-            sys.executable,
-            ROOT / "launch/evaluate.py",
-            "--model",
-            "models:/tiny/1",
-            "--data",
-            digits / "val",
-            cwd=folder,
-        )
+        refused = forked("launch/evaluate.py", "--model", "models:/tiny/1", "--data", digits / "val", cwd=folder)
     finally:
         weights.write_bytes(original)
     assert refused.returncode == 2
@@ -223,7 +239,7 @@ def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
     ],
 )
 def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, message: str) -> None:
-    process = run(sys.executable, ROOT / "launch/evaluate.py", "--model", uri, "--data", digits / "val", cwd=job[0])
+    process = forked("launch/evaluate.py", "--model", uri, "--data", digits / "val", cwd=job[0])
     assert process.returncode == 2
     assert message in process.stderr
 
@@ -255,11 +271,21 @@ def test_wrong_settings_are_told_once_and_leave_nothing(
 ) -> None:
     write_config(digits, tmp_path)
     process = pretrain(tmp_path, override, f"run.root={tmp_path / 'runs'}", ranks=ranks)
+    assert_told_once_and_nothing_left(process, message, tmp_path)
+
+
+def test_under_the_launcher_a_wrong_setting_is_told_once(digits: Path, tmp_path: Path) -> None:
+    write_config(digits, tmp_path)
+    process = launched(tmp_path, "data.lanes=1", f"run.root={tmp_path / 'runs'}")
+    assert_told_once_and_nothing_left(process, "2 ranks but data.lanes is 1", tmp_path)
+
+
+def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
     assert process.returncode == 2, process.stderr[-2000:]
     assert process.stderr.count("error: ") == 1
     assert message in process.stderr
     assert "Traceback" not in process.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +324,7 @@ def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_
         data[20_000:80_000] = bytes(60_000)
         tar.write_bytes(data)
     write_config(digits, tmp_path)
-    process = pretrain(tmp_path, f"data.train={tmp_path / 'damaged'}", ranks=1)
+    process = pretrain(tmp_path, f"data.train={tmp_path / 'damaged'}")
     assert process.returncode == 1
     assert "samples are damaged, more than data.max_bad_fraction allows (1)" in process.stderr
     assert "Traceback" not in process.stderr
@@ -309,13 +335,11 @@ def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_
 def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
     schedule = "augment.image_size={{2 steps: 64, 50 %: {}}}"
-    process = pretrain(tmp_path, schedule.format(40), ranks=1)
+    process = pretrain(tmp_path, schedule.format(40))
     assert process.returncode == 2
     assert "error: augment.image_size: pvt_pico does not take 40:" in process.stderr
     assert not (tmp_path / "runs").exists()
-    result = result_of(
-        pretrain(tmp_path, schedule.format(96), "train.length=6 steps", "model.drop_path_rate=0.1", ranks=1)
-    )
+    result = result_of(pretrain(tmp_path, schedule.format(96), "train.length=6 steps", "model.drop_path_rate=0.1"))
     assert result["steps"] == 6
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     logged = client.get_run(result["run_id"]).data.params["augment.image_size"]

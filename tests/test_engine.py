@@ -18,7 +18,7 @@ def configuration(digits: Path, folder: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch_size", "steps"), [(2, 6, 50), (3, None, 20)])
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "steps"), [(2, 2, 20), (3, None, 12)])
 def test_fp32_is_single_process_adamw(
     digits: Path, tmp_path: Path, ranks: int, micro_batch_size: int | None, steps: int
 ) -> None:
@@ -29,7 +29,7 @@ def test_fp32_is_single_process_adamw(
         tmp_path,
         image__size=64,
         data__lanes=4,
-        train__global_batch_size=24,
+        train__global_batch_size=8,
         train__micro_batch_size=micro_batch_size,
     )
     reports = run_ranks(ranks, "zero", path, steps, "fp32", 0, 1, 2, 3)
@@ -37,14 +37,14 @@ def test_fp32_is_single_process_adamw(
     for report in reports:
         worst = max(report["distances"], key=report["distances"].get)
         print(f"{ranks} ranks, ZeRO-{report['stage']}: worst {worst} {report['distances'][worst]:.2e}")
-        assert all(distance <= 1e-5 for distance in report["distances"].values()), (report["stage"], worst)
+        assert all(distance <= 5e-6 for distance in report["distances"].values()), (report["stage"], worst)
         assert report["losses"] == pytest.approx(report["expected_losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, precision: str) -> None:
-    path = configuration(digits, tmp_path, data__lanes=4, train__global_batch_size=24)
-    reports = run_ranks(2, "zero", path, 20, precision, 0, 1, 2, 3)
+    path = configuration(digits, tmp_path, data__lanes=4, train__global_batch_size=16)
+    reports = run_ranks(2, "zero", path, 14, precision, 0, 1, 2, 3)
     for report in reports[1:]:
         assert report["losses"] == pytest.approx(reports[0]["losses"], rel=2e-3)
     assert reports[0]["losses"][-1] < 0.95 * reports[0]["losses"][0]
