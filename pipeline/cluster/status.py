@@ -273,13 +273,13 @@ def _ask(ids: Iterable[str]) -> dict[str, Job]:
 
 def _job(line: str) -> Job:
     job, state, nodes, left, start, reason = line.split("|", 5)
-    waits = state in _WAITING
+    waits, works = state in _WAITING, state in _AT_WORK
     return Job(
         id=job.strip(),
         state=state,
         reason=None if reason == "None" else reason,
         nodes=nodes or None,
-        left_s=None if waits else _seconds(left),
+        left_s=_seconds(left) if works else None,
         start=_moment(start) if waits else None,
     )
 

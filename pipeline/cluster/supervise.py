@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -195,17 +196,29 @@ class Supervisor:
         self, nodes: list[str], tasks: int, file: str, arguments: Sequence[str], patience_s: int
     ) -> list[dict[str, Any]]:
         """The JSON lines that a program prints on the nodes; what else it says goes to the log."""
-        command = [*self._srun(nodes, tasks), "--kill-on-bad-exit=0", *self._python(), self._program.code / file]
-        self._step = subprocess.Popen(
-            [*map(str, command), *arguments], stdout=subprocess.PIPE, text=True, errors="replace", env=self._env(nodes)
-        )
+        # Each task into a file of its own: srun hands on what they say in pieces of 1 KiB, as they come.
+        with tempfile.TemporaryDirectory(
+            dir=self._program.folder / SLURM, prefix="answers-", ignore_cleanup_errors=True
+        ) as answers:
+            command = [*self._srun(nodes, tasks), "--kill-on-bad-exit=0", f"--output={answers}/%t", "--error=all"]
+            command += [*self._python(), str(self._program.code / file), *arguments]
+            self._step = subprocess.Popen(command, text=True, env=self._env(nodes))
+            try:
+                self._step.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                self._end_step()
+            self._step = None
+            lines = [line for path in sorted(Path(answers).iterdir()) for line in path.read_text().splitlines(True)]
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+
+    def _end_step(self) -> None:
+        assert self._step
+        self._step.terminate()  # which ends its tasks as well
         try:
-            output, _ = self._step.communicate(timeout=patience_s)
+            self._step.wait(LAST_WAIT_S)
         except subprocess.TimeoutExpired:
             self._step.kill()
-            output, _ = self._step.communicate()
-        self._step = None
-        return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+            self._step.wait()
 
     # Training
 
