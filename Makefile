@@ -1,7 +1,8 @@
 # make demo    train a small model on real images, end to end
 # make scenes  after it: fine-tune it to segmentation of digits on photographs
 # make boxes   after that: fine-tune it to Mask R-CNN on the same scenes
-# make test    all tests
+# make test    all tests but those that need SLURM
+# make test-slurm    these, on a cluster that they start (tests/slurm)
 # make lint    style, types and import floors
 # make setup   only what those need: .venv with everything in it
 # make peers   .venv-peers, for benchmarks.feed: what we are compared with
@@ -12,7 +13,7 @@ BIN := .venv/bin
 RANKS ?= 2
 DATA := runs/data
 
-.PHONY: demo scenes boxes test lint setup peers
+.PHONY: demo scenes boxes test test-slurm lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
@@ -35,7 +36,10 @@ boxes: setup
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
+
+test-slurm: setup
+	$(BIN)/python -m pytest tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

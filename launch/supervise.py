@@ -2,6 +2,7 @@
 
 python launch/supervise.py --config FILE [--set key=value …]      train or fine-tune
 python launch/supervise.py --handoff KEY --of RUN                  a fine-tuning job that RUN hands off to
+python launch/supervise.py --deputy-of NODE                        watch the node where one of those runs
 """
 
 import argparse
@@ -13,7 +14,7 @@ from launch import command, handoff
 from pipeline import config
 from pipeline.cluster import script
 from pipeline.cluster.slurm import Allocation
-from pipeline.cluster.supervise import LOG, Program, Supervisor
+from pipeline.cluster.supervise import LOG, Program, Supervisor, deputise
 from pipeline.config import Config
 from pipeline.track.runs import record_failure
 
@@ -26,10 +27,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--of", type=Path, metavar="RUN", help="which run hands off")
     parser.add_argument("--handoff", metavar="KEY", help="to which of its jobs")
+    parser.add_argument("--deputy-of", metavar="NODE", help="queue the job again if this node is lost")
     arguments = parser.parse_args()
+    allocation = Allocation.of(os.environ)
+    if arguments.deputy_of:
+        deputise(allocation, arguments.deputy_of)
+        return
     if (arguments.config is None) == (arguments.of is None) or bool(arguments.of) != bool(arguments.handoff):
         parser.error("give --config, or --of and --handoff")
-    allocation = Allocation.of(os.environ)
     program = _handed_off(arguments.of, arguments.handoff) if arguments.of else _given(arguments.config, arguments.set)
     if program is None:
         sys.exit(command.DONE)

@@ -513,8 +513,8 @@ class Engine(Section):
 class Resume(Section):
     source: str = Field(default="auto", min_length=1)
     """"auto": the run's own newest whole checkpoint, if any. "never": refuse a run folder that has checkpoints, also
-    when the same job is started again. Otherwise the path of a checkpoint folder, where a run starts that has none of
-    its own; once it has, they count."""
+    when the same command is started again; a job of launch/submit.py goes on from its own. Otherwise the path of a
+    checkpoint folder, where a run starts that has none of its own; once it has, they count."""
     allow: list[str] = []
     """Names of identity entries that may differ from the checkpoint's."""
 

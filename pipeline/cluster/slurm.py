@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.errors import ExternalError, InputError
 
 _PATIENCE_S = 60.0
-_DEAD = ("down", "fail", "power", "unknown")
+_DEAD = ("down", "drained", "fail", "power", "unknown")
 
 
 def ask(*command: str, text: str | None = None) -> str:
@@ -62,6 +63,12 @@ def states(job: str) -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
+def lost(nodes: str) -> set[str]:
+    """Those that SLURM does not reach, or has given up."""
+    lines = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
+    return {name for name, state in map(str.split, lines) if state.startswith(_DEAD)}
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What a batch script has been given."""
@@ -80,24 +87,25 @@ class Allocation:
     def nodes(self) -> list[str]:
         """Those that are up now, in SLURM's order. A node that was lost leaves the allocation."""
         held = ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%N").strip()
-        states = dict(
-            line.split(maxsplit=1)
-            for line in ask("sinfo", "--noheader", "--Node", f"--nodes={held}", "--format=%N %T").splitlines()
-        )
-        names = ask("scontrol", "show", "hostnames", held).split()
-        return [name for name in names if not states.get(name, "unknown").startswith(_DEAD)]
+        gone = lost(held)
+        return [name for name in ask("scontrol", "show", "hostnames", held).split() if name not in gone]
 
     def requeue(self, exclude: set[str]) -> None:
         """Back into the queue, without the nodes in `exclude`. SLURM then ends this job's processes, with SIGTERM
         first, and starts it again two minutes later or when there is room. Raises ExternalError if it will not."""
-        if not exclude:
-            ask("scontrol", "requeue", self.job)
-            return
-        ask("scontrol", "requeuehold", self.job)  # a job that has been started again keeps its nodes
+        # That SIGTERM goes to all processes of the job, scontrol among them, which inherits what is blocked here.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            ask("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(sorted(exclude))}")
+            if not exclude:
+                ask("scontrol", "requeue", self.job)
+                return
+            ask("scontrol", "requeuehold", self.job)  # a job that has been started again keeps its nodes
+            try:
+                ask("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(sorted(exclude))}")
+            finally:
+                ask("scontrol", "release", self.job)
         finally:
-            ask("scontrol", "release", self.job)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def node_name() -> str:

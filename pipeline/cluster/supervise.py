@@ -12,6 +12,7 @@ Each of these is a line of events.jsonl, from which a job that SLURM has started
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -21,13 +22,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.slurm import Allocation, ask
+from pipeline.cluster.slurm import Allocation, ask, lost, node_name
 from pipeline.config import Cluster, Config
 from pipeline.errors import ExternalError
 
@@ -35,7 +37,7 @@ DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 SLURM = "slurm"
 EVENTS, LOG, STOP = f"{SLURM}/events.jsonl", f"{SLURM}/log", f"{SLURM}/stop"
 """Below a run's folder."""
-PREFLIGHT_S, ALL_REDUCE_S, LAST_WAIT_S = 300, 300, 60
+PREFLIGHT_S, ALL_REDUCE_S, LAST_WAIT_S, POLL_S, DEPUTY_S = 300, 300, 60, 1, 20
 _WHY = re.compile(r"\berror: |^\s*\w*(Error|Exception|Interrupt)\b")
 _LABEL = re.compile(r"^\s*\d+: ")
 
@@ -103,6 +105,8 @@ class Supervisor:
         self._journal = Journal(program.folder, allocation.job)
         self._stop: str | None = None  # name of the signal that this job has been sent
         self._step: subprocess.Popen[str] | None = None
+        self._deputy: subprocess.Popen[bytes] | None = None
+        self._starts = 0  # of the ranks
         self._blame: collections.Counter[str] = collections.Counter()
 
     def run(self) -> int:
@@ -110,6 +114,7 @@ class Supervisor:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         events = self._journal.of_this_job()
+        self._starts = sum(event["event"] == "start" for event in events)
         gone = events and events[-1]["event"] == "start"
         if gone and (code := self._crash("the job was gone without a word, as when its first node is lost")):
             return code
@@ -124,7 +129,9 @@ class Supervisor:
             if ending.code == DONE or (ending.result and not ending.result.get("requeue")):
                 self._journal.write("finished")
                 return DONE
-            if ending.code == USAGE:
+            # What has been accepted before is refused for a reason that passes: a lost node's lock on a network file
+            # system, say.
+            if ending.code == USAGE and self._starts == 1:
                 self._journal.write("gave up", why=ending.error)
                 return USAGE
             if ending.result or self._stop:
@@ -171,7 +178,7 @@ class Supervisor:
         for name in nodes:
             report = reports.get(name)
             if report is None:
-                self._journal.write("excluded", node=name, why=f"no answer to the pre-flight in {PREFLIGHT_S} s")
+                self._journal.write("excluded", node=name, why="no answer to the pre-flight")
             elif not report["ok"]:
                 why = "; ".join(f"{check['name']}: {check['told']}" for check in report["checks"] if not check["ok"])
                 self._journal.write("excluded", node=name, why=why)
@@ -211,14 +218,14 @@ class Supervisor:
             lines = [line for path in sorted(Path(answers).iterdir()) for line in path.read_text().splitlines(True)]
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
 
-    def _end_step(self) -> None:
+    def _end_step(self) -> int:
         assert self._step
         self._step.terminate()  # which ends its tasks as well
         try:
-            self._step.wait(LAST_WAIT_S)
+            return self._step.wait(LAST_WAIT_S)
         except subprocess.TimeoutExpired:
             self._step.kill()
-            self._step.wait()
+            return self._step.wait()
 
     # Training
 
@@ -226,12 +233,14 @@ class Supervisor:
         cluster, result = self._cluster, self._program.folder / "result.json"
         before = _identity(result)
         ranks = len(nodes) * cluster.ranks
-        number = sum(event["event"] == "start" for event in self._journal.of_this_job()) + 1
-        self._began_at = self._newest_step()
-        self._journal.write("start", attempt=number, nodes=nodes, ranks=ranks, step=self._began_at)
         self._copy_environment(nodes)
+        self._appoint_deputy(nodes)
+        self._starts += 1
+        self._journal.write("start", attempt=self._starts, nodes=nodes, ranks=ranks, step=self._newest_step())
         program = [self._program.code / self._program.file, *self._program.arguments, *self._program.more]
         program += ["--ranks", ranks, "--no-handoff"]
+        if self._starts > 1 and self._program.settings.resume.source == "never":
+            program += ["--set", "resume.source=auto"]  # the checkpoints that are there now are this job's own
         command = [*self._srun(nodes, cluster.ranks), "--label", "--kill-on-bad-exit=1", *self._python(), *program]
         self._step = subprocess.Popen(
             list(map(str, command)),
@@ -244,16 +253,51 @@ class Supervisor:
         if self._stop:  # it came while there was nobody to tell
             self._step.send_signal(signal.SIGUSR1)
         said = collections.deque[str](maxlen=400)
-        assert self._step.stdout
-        for line in self._step.stdout:
+        died = threading.Event()
+        listener = threading.Thread(target=self._listen, args=(self._step.stdout, said, died))
+        listener.start()
+        code = self._wait(lambda: died.is_set() or _identity(result) not in (before, None))
+        listener.join()
+        document = json.loads(result.read_text()) if _identity(result) not in (before, None) else None
+        return Ending(code, document, _why(said) or f"exit code {code}")
+
+    def _listen(self, lines: Iterable[str], said: collections.deque[str], died: threading.Event) -> None:
+        """Log what srun and the ranks say, and note whose ranks die."""
+        for line in lines:
             print(line, end="", flush=True)
             said.append(_LABEL.sub("", line.rstrip()))
             if dead := re.match(r"srun: error: (\S+): tasks? ", line):
                 self._blame[dead[1]] += 1
-        code = self._step.wait()
+                died.set()
+
+    def _wait(self, is_over: Callable[[], bool]) -> int:
+        """For the ranks. Returns srun's exit code."""
+        assert self._step
+        over_since: float | None = None
+        while True:
+            try:
+                code = self._step.wait(POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                if over_since is None:
+                    over_since = time.monotonic() if is_over() else None
+                elif time.monotonic() - over_since > LAST_WAIT_S:
+                    # It waits without end for a node that does not answer any more, though all ranks are gone.
+                    say(f"srun has not ended {LAST_WAIT_S} s after the ranks: ending it")
+                    code = self._end_step()
+                    break
         self._step = None
-        document = json.loads(result.read_text()) if _identity(result) not in (before, None) else None
-        return Ending(code, document, _why(said) or f"exit code {code}")
+        return code
+
+    def _appoint_deputy(self, nodes: list[str]) -> None:
+        """Have another node watch this one. A step that does not end by itself: SLURM ends it with the job."""
+        if self._deputy and self._deputy.poll() is None:
+            return
+        if others := [name for name in nodes if name != node_name()]:
+            command = [*self._srun(others[-1:], 1), sys.executable, str(self._program.code / "launch/supervise.py")]
+            command += ["--deputy-of", node_name()]
+            quiet = subprocess.DEVNULL  # its end is no news
+            self._deputy = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=self._env(others[-1:]))
 
     def _copy_environment(self, nodes: list[str]) -> None:
         """Have each node make its own copy, if that is wanted and not done yet."""
@@ -293,6 +337,7 @@ class Supervisor:
             f"--ntasks-per-node={tasks}",
             f"--cpus-per-task={max(1, granted // tasks)}",
             "--distribution=block",
+            "--overlap",  # with a step that SLURM still believes in, though the node or its slurmstepd is lost
         ]
 
     def _env(self, nodes: list[str]) -> dict[str, str]:
@@ -343,6 +388,17 @@ class Supervisor:
         except ExternalError as error:  # a job that is being cancelled, say
             self._journal.write("gave up", why=f"SLURM does not requeue the job: {error}")
         return REQUEUE
+
+
+def deputise(allocation: Allocation, first: str) -> None:
+    """Queue the job again once its first node is lost, and the supervisor with it: SLURM would let it go on with nobody
+    at work, because of --no-kill, until its time is up."""
+    while True:
+        time.sleep(DEPUTY_S)
+        with contextlib.suppress(ExternalError):
+            if first in lost(first):
+                allocation.requeue(set())
+                return
 
 
 def say(what: str) -> None:

@@ -30,7 +30,7 @@ from pipeline.errors import InputError
 from pipeline.shards.retry import redact
 from pipeline.track import package, registry, server
 from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.runs import code_revision
+from pipeline.track.revision import code_revision
 from pvt.convert import from_any
 from pvt.create import create_model
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.record import RECORD, Record, Status
-from pipeline.track.revision import code_revision as code_revision  # until foreign.py imports it from there
 
 if TYPE_CHECKING:
     from pipeline.track.mirror import Mirror

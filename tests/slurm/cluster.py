@@ -24,7 +24,13 @@ import psutil
 
 from tests.ranks import ROOT, free_port
 
-PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "srun": "slurm-client",
+    "munged": "munge",
+    "shellcheck": "shellcheck",
+}
 NODES = ("n1", "n2", "n3")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -71,8 +70,7 @@ def test_two_nodes_train_as_one(cluster: Cluster, config: Path, undisturbed: Pat
     assert "all-reduce over 2 ranks" in run.log
     (start,) = run.events("start")
     assert (start["nodes"], start["ranks"], start["step"]) == (["n1", "n2"], 2, 0)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", run.folder / "slurm/job.sbatch"], check=True)
+    subprocess.run(["shellcheck", run.folder / "slurm/job.sbatch"], check=True)
 
 
 @pytest.mark.parametrize("how", ["--batch --signal=USR1", "--signal=TERM"])
