@@ -689,6 +689,11 @@ class Cluster(Section):
     def fewest_nodes(self) -> int:
         return self.min_nodes or self.nodes
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
     @model_validator(mode="after")
     def _is_possible(self) -> "Cluster":
         if self.gpus_per_node and self.ranks_per_node not in (None, self.gpus_per_node):
@@ -836,7 +841,7 @@ def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | No
         if not equals or not name:
             raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from error
         _put(tree, name.strip().split("."), value, override)
@@ -847,11 +852,20 @@ def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | No
         raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load's, but that 24:00:00 stays what it says. In YAML 1.1 it is the number 86400."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        is_number = tag in (self.DEFAULT_SCALAR_TAG.replace("str", name) for name in ("int", "float"))
+        return self.DEFAULT_SCALAR_TAG if is_number and ":" in value else tag
+
+
 def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file. `extends: OTHER`, a path from the file's folder, lays it over that other file:
     mappings key by key, everything else whole. Raises InputError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -115,6 +115,12 @@ def test_resume_has_a_short_form(settings: Make) -> None:
     assert settings("resume.allow=[data]").resume.allow == ["data"]
 
 
+def test_a_time_limit_needs_no_quotes(settings: Make) -> None:
+    """In YAML 1.1 24:00:00 is the number 86400, which SLURM would take for minutes."""
+    assert settings("cluster.time=24:00:00").cluster.time == "24:00:00"
+    assert settings("cluster.time=90").cluster.time == "90"
+
+
 def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Path) -> None:
     below = write_config(digits, tmp_path)
     above = tmp_path / "above.yaml"

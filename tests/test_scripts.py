@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from pipeline.cluster import script
+from pipeline.cluster.slurm import seconds
 from pipeline.config import Cluster
 from tests.ranks import ROOT
 
@@ -25,3 +26,14 @@ def test_a_job_asks_for_whole_shares_of_nodes() -> None:
     assert set(wanted.split()) | {"--requeue", "--no-kill"} <= set(options)
     assert lines[0] == "#!/bin/bash"
     assert lines[-1] == "exec python /code/launch/supervise.py --config x"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *[("90", 90 * 60), ("1:30", 90), ("2:00:05", 7205), ("1-0", 86400), ("1-12:30", 131400)],
+        *[("2-00:00:01", 172801), ("UNLIMITED", None), ("NOT_SET", None)],
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, expected: int | None) -> None:
+    assert seconds(text) == expected

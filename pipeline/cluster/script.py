@@ -8,6 +8,7 @@ Cluster ──render──▶ #SBATCH lines
 import shlex
 from pathlib import Path
 
+from pipeline.cluster.slurm import seconds
 from pipeline.config import Cluster, Config, Environment
 from pipeline.errors import InputError
 
@@ -98,6 +99,12 @@ def check(settings: Config) -> None:
         raise InputError(
             f"cluster.grace_s {cluster.grace_s} is not longer than train.preempt_deadline_s "
             f"{settings.train.preempt_deadline_s:g}: the time limit would end a run that is still saving"
+        )
+    limit_s = seconds(cluster.time)
+    if limit_s and limit_s < 2 * cluster.grace_s:
+        raise InputError(
+            f"cluster.time {cluster.time} is {limit_s} s, of which cluster.grace_s {cluster.grace_s} are kept for "
+            "saving: give at least twice that, or the run is stopped before it gets anywhere"
         )
 
 

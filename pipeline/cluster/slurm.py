@@ -1,6 +1,7 @@
 """What is asked of SLURM, by way of its own commands."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def refusal(script: str) -> str | None:
     try:
         ask("sbatch", "--test-only", text=script)
     except ExternalError as error:
-        return str(error).partition(": ")[2]
+        return str(error).partition(": ")[2].replace("sbatch: error: ", "")
     return None
 
 
@@ -63,12 +64,6 @@ def states(job: str) -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
-def lost(nodes: str) -> set[str]:
-    """Those that SLURM does not reach, or has given up."""
-    lines = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T").splitlines()
-    return {name for name, state in map(str.split, lines) if state.startswith(_DEAD)}
-
-
 @dataclass(frozen=True)
 class Allocation:
     """What a batch script has been given."""
@@ -85,10 +80,16 @@ class Allocation:
         return cls(environ["SLURM_JOB_ID"], int(environ.get("SLURM_RESTART_COUNT") or 0))
 
     def nodes(self) -> list[str]:
-        """Those that are up now, in SLURM's order. A node that was lost leaves the allocation."""
+        """Those that are up now, in SLURM's order. A node that was lost leaves the allocation, sooner than its state
+        is told."""
         held = ask("squeue", "--noheader", f"--jobs={self.job}", "--format=%N").strip()
-        gone = lost(held)
-        return [name for name in ask("scontrol", "show", "hostnames", held).split() if name not in gone]
+        lines = ask("sinfo", "--noheader", "--Node", f"--nodes={held}", "--format=%N %T").splitlines()
+        dead = {name for name, state in map(str.split, lines) if state.startswith(_DEAD)}
+        return [name for name in ask("scontrol", "show", "hostnames", held).split() if name not in dead]
+
+    def is_ending(self) -> bool:
+        """Whether SLURM has ended it: somebody has cancelled it, or its time is up."""
+        return states(self.job).get(self.job) == "COMPLETING"
 
     def requeue(self, exclude: set[str]) -> None:
         """Back into the queue, without the nodes in `exclude`. SLURM then ends this job's processes, with SIGTERM
@@ -106,6 +107,20 @@ class Allocation:
                 ask("scontrol", "release", self.job)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def seconds(text: str) -> int | None:
+    """Of a time as SLURM writes it: [DAYS-]HOURS:MINUTES:SECONDS, MINUTES[:SECONDS] or DAYS-HOURS[:MINUTES]. None for
+    UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    fields = [int(part) for part in parts if part is not None]
+    if days is None and len(fields) < 3:
+        fields.insert(0, 0)  # the first is of minutes
+    hours, minutes, rest = [*fields, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def node_name() -> str:

@@ -279,18 +279,9 @@ def _job(line: str) -> Job:
         state=state,
         reason=None if reason == "None" else reason,
         nodes=nodes or None,
-        left_s=_seconds(left) if works else None,
+        left_s=slurm.seconds(left) if works else None,
         start=_moment(start) if waits else None,
     )
-
-
-def _seconds(text: str) -> int | None:
-    """Of [[DAYS-]HOURS:]MINUTES:SECONDS."""
-    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
-    if match is None:  # UNLIMITED, NOT_SET, INVALID
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _moment(text: str) -> float | None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.slurm import Allocation, ask, lost, node_name
+from pipeline.cluster.slurm import Allocation, ask, node_name
 from pipeline.config import Cluster, Config
 from pipeline.errors import ExternalError
 
@@ -151,6 +151,7 @@ class Supervisor:
     def _choose(self) -> list[str]:
         """Nodes to train on, cluster.nodes of them or as few as allowed. Raises _NotReady."""
         held = self._allocation.nodes()
+        self._copy_environment(held)
         well = self._look_at(held)
         while True:
             bad = set(held) - set(well)
@@ -233,7 +234,6 @@ class Supervisor:
         cluster, result = self._cluster, self._program.folder / "result.json"
         before = _identity(result)
         ranks = len(nodes) * cluster.ranks
-        self._copy_environment(nodes)
         self._appoint_deputy(nodes)
         self._starts += 1
         self._journal.write("start", attempt=self._starts, nodes=nodes, ranks=ranks, step=self._newest_step())
@@ -300,14 +300,14 @@ class Supervisor:
             self._deputy = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=self._env(others[-1:]))
 
     def _copy_environment(self, nodes: list[str]) -> None:
-        """Have each node make its own copy, if that is wanted and not done yet."""
+        """Have each node make its own copy, if that is wanted and not done yet. One that cannot will not answer to the
+        pre-flight."""
         if not self._cluster.environment.copy_to_scratch:
             return
         copy = f"""set -e; to="{self._copied()}"; if [ -d "$to" ]; then exit; fi; mkdir -p "$(dirname "$to")"
             part=$(mktemp -d "$to.XXXXXX"); cp -a {shlex.quote(sys.prefix)}/. "$part"
             mv -T "$part" "$to" || rm -rf "$part"; [ -d "$to" ]"""
-        if subprocess.run([*self._srun(nodes, 1), "bash", "-c", copy], env=self._env(nodes)).returncode:
-            raise ExternalError(f"cannot copy {sys.prefix} to {self._copied()} on every node: it says more above")
+        subprocess.run([*self._srun(nodes, 1), "--kill-on-bad-exit=0", "bash", "-c", copy], env=self._env(nodes))
 
     def _copied(self) -> str:
         """Where the copy of this environment lies, with variables for the node's shell."""
@@ -375,6 +375,9 @@ class Supervisor:
         if (self._program.folder / STOP).exists():
             say(f"{why}; {self._program.folder / STOP} says that this is all")
             return REQUEUE
+        if self._allocation.is_ending():  # a job that somebody has cancelled would be taken back
+            self._journal.write("ended", why=f"{why}: SLURM has ended the job, and queues it again itself or never")
+            return REQUEUE
         self._journal.write("requeue", why=why)
         try:
             if exclude and self._cluster.exclude:
@@ -396,7 +399,7 @@ def deputise(allocation: Allocation, first: str) -> None:
     while True:
         time.sleep(DEPUTY_S)
         with contextlib.suppress(ExternalError):
-            if first in lost(first):
+            if first not in allocation.nodes():
                 allocation.requeue(set())
                 return
 

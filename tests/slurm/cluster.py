@@ -43,7 +43,7 @@ def missing() -> list[str]:
 class Cluster:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = folder / "slurm.conf"
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
@@ -81,29 +81,56 @@ PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
 """
         )
         munge = [f"--{what}={folder}/munge.{end}" for what, end in MUNGE.items()]
-        self._run("munged", "--foreground", "--force", *munge)
+        self._run("munged", "munged", "--foreground", "--force", *munge)
         until(lambda: (folder / "munge.sock").exists(), 10)
-        self._run("slurmctld", "-D", "-f", self.conf)
+        self._run("slurmctld", "slurmctld", "-D", "-f", self.conf)
         for name in NODES:
-            self._run("slurmd", "-D", "-N", name, "-f", self.conf)
-        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 30)
+            self._run(name, "slurmd", "-D", "-N", name, "-f", self.conf)
+        self.wait_for_idle_nodes()
 
-    def _run(self, program: str, *arguments: object) -> None:
-        with (self._folder / f"{program}-{len(self._daemons)}.log").open("wb") as log:
+    def _run(self, name: str, program: str, *arguments: object) -> None:
+        with (self._folder / f"{name}.log").open("ab") as log:
             path = shutil.which(program, path=self.env["PATH"])
             assert path
-            self._daemons.append(
-                subprocess.Popen([path, *map(str, arguments)], env=self.env, stdout=log, stderr=log, cwd=self._folder)
+            self._daemons[name] = subprocess.Popen(
+                [path, *map(str, arguments)], env=self.env, stdout=log, stderr=log, cwd=self._folder
             )
+
+    def wait_for_idle_nodes(self) -> None:
+        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 60)
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Of jobs on a node, and the slurmstepd that each belongs to."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                if (environment.get("SLURM_CONF"), environment.get("SLURMD_NODENAME")) == (str(self.conf), node):
+                    family = [process, *(each for each in process.parents() if each.name().startswith("slurmstepd"))]
+                    found |= {each.pid: each for each in family}
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def lost(self, node: str) -> Iterator[None]:
+        """As when its power goes, until the block ends."""
+        for process in [psutil.Process(self._daemons[node].pid), *self.processes(node)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._daemons[node].wait()
+        try:
+            yield
+        finally:
+            self._run(node, "slurmd", "-D", "-N", node, "-f", self.conf)
+            self.wait_for_idle_nodes()
 
     def stop(self) -> None:
         """End what was started, the steps of jobs that are left among it."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self.ask("scancel", "--user=root")
             until(lambda: not self.ask("squeue", "-h"), 30)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for daemon in self._daemons:
+        for daemon in self._daemons.values():
             try:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
@@ -117,16 +144,31 @@ PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
         assert not done.returncode, (command, done.stdout, done.stderr)
         return done.stdout
 
-    def submit(self, config: Path, *arguments: str) -> "Submitted":
-        done = self.command("--config", str(config), *arguments)
+    def submit(self, config: Path, *arguments: object, python: str | Path = sys.executable) -> "Submitted":
+        done = self.command("--config", config, *arguments, python=python)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
         return Submitted(self, Path(result["run"]), result)
 
-    def command(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: object, python: str | Path = sys.executable, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.begin(*arguments, python=python, **environment)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def begin(
+        self, *arguments: object, python: str | Path = sys.executable, **environment: str
+    ) -> subprocess.Popen[str]:
         """launch/submit.py."""
-        whole = [sys.executable, "launch/submit.py", *arguments]
-        return subprocess.run(whole, cwd=ROOT, env={**self.env, **environment}, capture_output=True, text=True)
+        return subprocess.Popen(
+            [python, "launch/submit.py", *map(str, arguments)],
+            cwd=ROOT,
+            env={**self.env, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 MUNGE = {"key-file": "key", "socket": "sock", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
@@ -151,6 +193,10 @@ class Submitted:
 
     def state(self) -> str:
         return self.cluster.ask("scontrol", "show", "job", self.job, "-o").partition("JobState=")[2].split()[0]
+
+    def seconds(self) -> float:
+        """How long the job has been running."""
+        return time.time() - self.events("start")[-1]["time"]
 
     def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
         """Until the ranks say that they have done it, or a later one."""
@@ -192,6 +238,12 @@ class Submitted:
 
     def kill_a_rank(self) -> None:
         self.ranks()[-1].send_signal(signal.SIGKILL)
+
+    def kill_a_rank_and_its_slurmstepd(self) -> None:
+        rank = self.ranks()[-1]
+        for process in (rank.parent(), rank):
+            assert process
+            process.kill()
 
 
 def until(done: Callable[[], bool], timeout_s: float, told: Callable[[], str] = str) -> None:

@@ -7,33 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.chaos.runs import Job
 from tests.slurm.cluster import Cluster, Submitted, until
-
-STEPS = 120
-
-
-@pytest.fixture(scope="module")
-def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.conftest import write_config
-
-    folder = tmp_path_factory.mktemp("runs")
-    path = write_config(digits, folder)
-    tree = yaml.safe_load(path.read_text())
-    tree["train"] |= {"length": f"{STEPS} steps", "save_every": "20 steps", "log_every": "5 steps"}
-    tree["debug"] = {"trace_samples": True}
-    tree["cluster"] = {
-        "nodes": 2,
-        "gpus_per_node": 0,
-        "ranks_per_node": 1,
-        "cpus_per_rank": 1,
-        "time": "30",
-        "max_restarts": 1,
-    }
-    path.write_text(yaml.safe_dump(tree))
-    return path
+from tests.slurm.conftest import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +50,30 @@ def test_two_nodes_train_as_one(cluster: Cluster, config: Path, undisturbed: Pat
     subprocess.run(["shellcheck", run.folder / "slurm/job.sbatch"], check=True)
 
 
-@pytest.mark.parametrize("how", ["--batch --signal=USR1", "--signal=TERM"])
-def test_a_signal_saves_and_queues_again(how: str, cluster: Cluster, config: Path, undisturbed: Path) -> None:
-    """USR1 to the batch shell is what SLURM sends before the time limit, TERM to the ranks what it does before it takes
-    the nodes for another job."""
-    run = cluster.submit(config, "--set", f"run.name=signal-{how[-4:].strip('=')}")
+def test_the_time_limit_saves_and_queues_again(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=limit", "--set", "cluster.grace_s=120")
     run.wait_for_step(30)
-    cluster.ask("scancel", *how.split(), run.job)
+    for rank in run.ranks():  # or they would be done before the limit is near
+        rank.suspend()
+    # Two minutes before its limit SLURM sends SIGUSR1. It looks every half a minute whether that is now.
+    cluster.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={2 + int(run.seconds() // 60)}")
+    until(lambda: "SIGUSR1: stopping" in run.log, 60)
+    for rank in run.ranks():
+        rank.resume()
+    until(lambda: run.state() == "PENDING", 60)
+    cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
+    check_a_stretch_more(run, undisturbed)
+
+
+def test_preemption_saves_and_queues_again(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    """SLURM sends SIGTERM to the ranks before it takes the nodes for another job."""
+    run = cluster.submit(config, "--set", "run.name=preempted")
+    run.wait_for_step(30)
+    cluster.ask("scancel", "--signal=TERM", run.job)
+    check_a_stretch_more(run, undisturbed)
+
+
+def check_a_stretch_more(run: Submitted, undisturbed: Path) -> None:
     until(lambda: bool(run.events("requeue")), 60)
     check_nothing_changed(run, undisturbed)
     first, second = run.events("start")
@@ -98,6 +92,35 @@ def test_a_dead_rank_is_made_up_for(cluster: Cluster, config: Path, undisturbed:
     (crash,) = run.events("crash")
     assert crash["restarts"] == 1
     assert [event["job"] for event in run.events("start")] == [run.job] * 2
+
+
+def test_a_dead_slurmstepd_is_made_up_for(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    """SLURM does not notice it, and waits for the rank's end."""
+    run = cluster.submit(config, "--set", "run.name=stepd")
+    run.wait_for_step(30)
+    run.kill_a_rank_and_its_slurmstepd()
+    check_nothing_changed(run, undisturbed)
+    assert len(run.events("crash")) == 1
+    assert "srun has not ended" in run.log
+
+
+def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=lost", "--set", "cluster.spares=1")
+    run.wait_for_step(30)
+    with cluster.lost("n2"):
+        check_nothing_changed(run, undisturbed)
+    assert len(run.events("crash")) == 1
+    assert [event["nodes"] for event in run.events("start")] == [["n1", "n2"], ["n1", "n3"]]
+
+
+def test_a_lost_first_node_takes_the_supervisor_with_it(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+    run = cluster.submit(config, "--set", "run.name=lost-first")
+    run.wait_for_step(30)
+    with cluster.lost("n1"):
+        check_nothing_changed(run, undisturbed)
+    (crash,) = run.events("crash")
+    assert "gone without a word" in crash["error"]
+    assert [event["nodes"] for event in run.events("start")] == [["n1", "n2"], ["n2", "n3"]]
 
 
 def test_a_crash_loop_ends(cluster: Cluster, config: Path) -> None:
