@@ -39,7 +39,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
 
 test-slurm: setup
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest -n 2 tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

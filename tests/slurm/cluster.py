@@ -209,7 +209,7 @@ class Submitted:
 
         until(done, timeout_s, lambda: self.log[-3000:])
 
-    def wait(self, timeout_s: float = 180) -> str:
+    def wait(self, timeout_s: float = 300) -> str:
         """Until SLURM is done with the job. Returns its state. One that was queued again is started at once: SLURM
         would hold it back for two minutes."""
 

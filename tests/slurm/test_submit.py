@@ -108,7 +108,9 @@ def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
     venv.create(small, symlinks=True)
     (purelib,) = small.glob("lib/python*/site-packages")
     (installed,) = Path(sys.prefix).glob("lib/python*/site-packages")
-    (purelib / "installed.pth").write_text(f"import site; site.addsitedir({str(installed)!r})\n")
+    used = tmp_path / "used"
+    note = f"open({str(used)!r}, 'a').write(sys.prefix + '\\n')"
+    (purelib / "installed.pth").write_text(f"import site, sys; site.addsitedir({str(installed)!r}); {note}\n")
 
     manifest = pack(digits / "images/train", tmp_path / "data", samples_per_shard=20)
     settings = [
@@ -123,8 +125,9 @@ def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
     kept = [tars & {path.name for path in (tmp_path / node / "shards").rglob("*")} for node in ("n1", "n2")]
     assert len(set.union(*kept)) > 0.9 * len(tars)
     assert max(map(len, kept)) < 0.6 * len(tars)  # half, and those that lanes of both nodes begin or end in
-    for node in ("n1", "n2"):
-        assert list((tmp_path / node).glob("environment-*/bin/python"))
+    copies = {str(folder) for node in ("n1", "n2") for folder in (tmp_path / node).glob("environment-*")}
+    assert len(copies) == 2
+    assert set(used.read_text().splitlines()) == {str(small), *copies}
 
 
 def test_ready_scripts_run(cluster: Cluster, own: Path) -> None:
