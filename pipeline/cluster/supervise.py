@@ -266,8 +266,8 @@ class Supervisor:
         for line in lines:
             print(line, end="", flush=True)
             said.append(_LABEL.sub("", line.rstrip()))
-            if dead := re.match(r"srun: error: (\S+): tasks? ", line):
-                self._blame[dead[1]] += 1
+            if (dead := re.match(r"srun: error: (\S+): tasks? ", line)) and not died.is_set():
+                self._blame[dead[1]] += 1  # the others fall because it has
                 died.set()
 
     def _wait(self, is_over: Callable[[], bool]) -> int:

@@ -144,8 +144,10 @@ PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
         assert not done.returncode, (command, done.stdout, done.stderr)
         return done.stdout
 
-    def submit(self, config: Path, *arguments: object, python: str | Path = sys.executable) -> "Submitted":
-        done = self.command("--config", config, *arguments, python=python)
+    def submit(
+        self, config: Path, *arguments: object, python: str | Path = sys.executable, **environment: str
+    ) -> "Submitted":
+        done = self.command("--config", config, *arguments, python=python, **environment)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.splitlines()[-1])
         return Submitted(self, Path(result["run"]), result)

@@ -130,6 +130,20 @@ def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
     assert set(used.read_text().splitlines()) == {str(small), *copies}
 
 
+def test_all_programs_run_in_the_container(cluster: Cluster, own: Path, tmp_path: Path) -> None:
+    """With a stand-in for Apptainer that notes the image and runs the program right here."""
+    program = tmp_path / "bin/apptainer"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/images\nshift 2\nexec "$@"\n')
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), cluster.env["PATH"]])
+    settings = with_settings("cluster.environment.container=/shared/pvt.sif", "train.length=5 steps")
+    run = cluster.submit(own, *settings, PATH=path)
+    assert run.wait() == "COMPLETED", run.log[-3000:]
+    # Two nodes: the pre-flight, the all-reduce and the ranks.
+    assert (tmp_path / "images").read_text().split() == ["/shared/pvt.sif"] * 6
+
+
 def test_ready_scripts_run(cluster: Cluster, own: Path) -> None:
     """Given to sbatch as they are, from a checkout."""
     checkout = own.parent / "checkout"
