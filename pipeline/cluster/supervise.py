@@ -163,6 +163,8 @@ class Supervisor:
             chosen = sorted(well, key=lambda name: self._blame[name])[: self._cluster.nodes]
             chosen = [name for name in held if name in chosen]
             came = self._all_reduce(chosen)
+            if came == set(chosen) and not self._stop:  # once more, at another port: this one may be taken
+                came = self._all_reduce(chosen)
             if self._stop:
                 raise _NotReady("a signal came", bad)
             if came is None:

@@ -54,9 +54,12 @@ class Cluster:
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
+        # Ports at which ranks meet follow from the job's number, and other workers have clusters on this machine, too.
+        first_job = 1 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
         ports = ",".join(str(free_port()) for _ in NODES)
         self.conf.write_text(
             f"""ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmctldPort={free_port()}
 AuthType=auth/munge
