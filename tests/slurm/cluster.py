@@ -203,7 +203,7 @@ class Submitted:
         """How long the job has been running."""
         return time.time() - self.events("start")[-1]["time"]
 
-    def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         """Until the ranks say that they have done it, or a later one."""
         begin = len(self.log)
 
