@@ -45,6 +45,7 @@ from pipeline.train.saver import Saver
 from pipeline.train.trace import Trace
 from pipeline.train.watch import Watch
 from pipeline.world import World
+from pvt.model import set_fast
 
 if TYPE_CHECKING:
     # MLflow takes more than a second to import: where a model comes from the registry, on ranks that fetch it.
@@ -152,7 +153,9 @@ def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[
 
 def _task(settings: Config, classes: list[str]) -> AnyTask:
     torch.manual_seed(settings.run.seed)
-    return build_task(settings.task, settings.model, settings.image, classes)
+    task = build_task(settings.task, settings.model, settings.image, classes)
+    set_fast(task.model, settings.engine.fast)
+    return task
 
 
 def _feed(settings: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:

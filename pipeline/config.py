@@ -506,6 +506,8 @@ class Evaluate(Section):
 class Engine(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    fast: bool = True
+    """PVT takes the quicker ways to compute what it computes. False: plain convolutions and PyTorch's attention."""
     deepspeed: dict[str, Any] = {}
     """Further keys of the DeepSpeed configuration. They may not contradict the generated ones."""
 

@@ -37,11 +37,28 @@ STRIDES = (4, 8, 16, 32)  # pixels of the input to a token of each stage
 Grid = tuple[int, int]
 
 
-class MaskableDropPath(DropPath):
-    """timm's drop path, or multipliers [B] that the caller drew; those apply in evaluation mode too."""
+MAX_KEYS_ON_CPU = 256
+"""Up to so many, matrix products are quicker there than PyTorch's fused attention, and their size does not matter."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return super().forward(x) if scale is None else x * scale.to(x.dtype)[:, None, None]
+
+class Patches(nn.Conv2d):
+    """A linear map of disjoint patches: map [B, C_in, p*H, p*W] -> tokens [B, H*W, C].
+
+    With a convolution's weights. As a matrix product, which needs no unfolding here and hands on tokens as they are
+    wanted; if not `is_fast`, as a convolution.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__(in_chans, dim, patch_size, stride=patch_size)
+        self.is_fast = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes_fast_path(self):
+            return super().forward(input).flatten(2).transpose(1, 2)
+        p = self.stride[0]
+        x = input.permute(0, 2, 3, 1).unflatten(2, (-1, p)).unflatten(1, (-1, p))  # [B, H, p, W, p, C_in]
+        x = x.transpose(2, 3).flatten(3).flatten(1, 2)  # [B, H*W, p*p*C_in]
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -49,13 +66,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.proj = Patches(in_chans, dim, patch_size)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(x)
-        height, width = x.shape[-2:]
-        return self.norm(x.flatten(2).transpose(1, 2)), (height, width)
+        grid = x.shape[-2] // self.proj.stride[0], x.shape[-1] // self.proj.stride[1]
+        return self.norm(self.proj(x)), grid
 
 
 class Attention(nn.Module):
@@ -63,22 +79,23 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int) -> None:
         super().__init__()
+        self.is_fast = True
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio) if sr_ratio > 1 else None
+        self.sr = Patches(dim, dim, sr_ratio) if sr_ratio > 1 else None
         self.norm = nn.LayerNorm(dim, eps=1e-5) if sr_ratio > 1 else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, D]
         if self.sr is not None and self.norm is not None:
-            reduced = self.sr(to_map(x, grid))  # [B, C, H/R, W/R]
-            x = self.norm(reduced.flatten(2).transpose(1, 2))  # [B, M, C]
+            x = self.norm(self.sr(to_map(x, grid)))  # [B, M, C]
         kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # [B, M, 2, heads, D]
         k, v = kv.permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, M, D]
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, D]
-        return self.proj(x.transpose(1, 2).flatten(2))
+        is_small = q.device.type == "cpu" and k.shape[2] <= MAX_KEYS_ON_CPU
+        attend = _by_products if is_small and _takes_fast_path(self) else F.scaled_dot_product_attention
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -88,15 +105,19 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, sr_ratio)
-        self.drop_path1 = MaskableDropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path2 = MaskableDropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid, drop_path: Tensor | None = None) -> Tensor:
-        scale1, scale2 = (None, None) if drop_path is None else drop_path.unbind()  # [2, B] -> [B], [B]
-        x = x + self.drop_path1(self.attn(self.norm1(x), grid), scale1)
-        return x + self.drop_path2(self.mlp(self.norm2(x)), scale2)
+        """`drop_path`: multipliers [2, B] in place of random ones."""
+        if drop_path is None:
+            x = x + self.drop_path1(self.attn(_for_products(self.norm1(x)), grid))
+            return x + self.drop_path2(self.mlp(_for_products(self.norm2(x))))
+        scale1, scale2 = drop_path.to(x.dtype)[..., None, None].unbind()  # each [B, 1, 1]
+        x = torch.addcmul(x, self.attn(_for_products(self.norm1(x)), grid), scale1)
+        return torch.addcmul(x, self.mlp(_for_products(self.norm2(x))), scale2)
 
 
 class Stage(nn.Module):
@@ -189,7 +210,7 @@ class PyramidVisionTransformer(nn.Module):
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
         """Rates of the residual branches in execution order: attention, then MLP, of each block."""
-        return tuple(module.drop_prob for module in self.modules() if isinstance(module, MaskableDropPath))
+        return tuple(module.drop_prob for module in self.modules() if isinstance(module, DropPath))
 
     def _check_input_size(self, height: int, width: int) -> None:
         if height % self.size_divisor or width % self.size_divisor:
@@ -309,6 +330,31 @@ class PyramidVisionTransformer(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """nn.Module's, for any layout of pvt.convert: timm does not filter a `checkpoint_path` by itself."""
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), *args, **kwargs)
+
+
+def set_fast(network: nn.Module, enable: bool = True) -> None:
+    """Whether the parts of a PVT take the quicker ways to compute what they compute, as they do unless told."""
+    for module in network.modules():
+        if isinstance(module, Patches | Attention):
+            module.is_fast = enable
+
+
+def _takes_fast_path(module: "Patches | Attention") -> bool:
+    return module.is_fast and not torch.compiler.is_exporting()  # graphs are to be told in the usual operators
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v: q [B, heads, N, D], k and v [B, heads, M, D] -> [B, heads, N, D]."""
+    with torch.autocast(q.device.type, enabled=False):  # which would have the softmax written in fp32
+        return (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1) @ v
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """As autocast would have it for each of the matrix products that follow, but once for all of them."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:

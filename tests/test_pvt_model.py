@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
-from pvt.model import Block
+from pvt.model import Block, set_fast
 
 DEPTHS = {
     "pvt_tiny": (2, 2, 2, 2),
@@ -435,6 +435,37 @@ def test_bf16_and_fp32_agree():
     with torch.no_grad():
         expected = model(image)
         assert_close(model.bfloat16()(image.bfloat16()).float(), expected, tolerance=0.03)
+
+
+def gradients(model: nn.Module, image: Tensor, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(image, drop_path=scales)
+    loss = F.cross_entropy(logits.float(), torch.arange(len(image)))
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return {"logits": logits.detach().float(), **dict(zip(parameters, found, strict=True))}
+
+
+@pytest.mark.parametrize(("variant", "side"), [("pvt_pico", 64), ("pvt_tiny", 96), ("pvt_tiny", 448)])
+def test_the_quicker_ways_compute_the_same(variant, side):
+    """Logits and gradients of the plain operators in fp32; in bf16 they come as near to those."""
+    model = create(variant, img_size=side, num_classes=10).train()
+    randomise(model)
+    image, scales = images(2, side, side), random_scales(model, 2)
+    quick = {dtype: gradients(model, image, scales, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    set_fast(model, False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        plain = {dtype: gradients(model, image, scales, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    assert {"aten::scaled_dot_product_attention", "aten::conv2d"} <= {event.name for event in profile.events() or ()}
+    for name, expected in plain[torch.float32].items():
+        # The first half of attn.kv.bias, that of keys, has no gradient but rounding.
+        first = len(expected) // 2 if name.endswith("kv.bias") else 0
+        assert_close(quick[torch.float32][name][first:], expected[first:], name, 1e-5 if name == "logits" else 1e-4)
+        quick_cosine, plain_cosine = (
+            F.cosine_similarity(each[torch.bfloat16][name][first:].flatten(), expected[first:].flatten(), dim=0)
+            for each in (quick, plain)
+        )
+        assert quick_cosine > plain_cosine - 0.005, name
 
 
 @pytest.mark.parametrize("given", [True, False])

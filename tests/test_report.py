@@ -349,6 +349,7 @@ def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) ->
 
     with torch.inference_mode():
         found = examine._class_attention(network, images)
+        pvt.model.set_fast(network, False)
         monkeypatch.setattr(pvt.model.F, "scaled_dot_product_attention", recorded)
         network(images)
     q, k = calls[-1]

@@ -1,0 +1,241 @@
+"""A training step of each PVT: ours, Transformers' and a plain one, as they are and compiled.
+
+python -m benchmarks.step [MODEL …] [--batch N] [--precision bf16] [--compile] [--rounds 7] [--plot FILE]
+
+    contenders, all of one size in memory ──▶ rounds: each takes its turn ──▶ medians ──▶ table, JSON lines, plot
+
+A step is forward, loss, backward and AdamW (fused) at the same precision and batch, on the GPU if there is one. Drop
+path is on. Needs torch, timm and transformers alone, so that it can be carried to any machine; twins_pcpvt_large of
+timm, PVT-Large's nearest relative, is there for scale. MFU is three times the counted FLOPs of the forward pass, over
+what this device reaches in products of large matrices at the same precision, measured in the same run.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import pvt  # noqa: F401  registers the models
+from benchmarks.plain_pvt import PlainPvt
+from pvt.model import Block
+
+DEPTHS = {
+    "pvt_tiny": (2, 2, 2, 2),
+    "pvt_small": (3, 4, 6, 3),
+    "pvt_medium": (3, 4, 18, 3),
+    "pvt_large": (3, 8, 27, 3),
+}
+NUM_CLASSES, SIZE_PX, DROP_PATH = 1000, 224, 0.3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TURN_S = 1.0
+"""A turn is so many steps that it takes about as long as this."""
+PEERS = ("Transformers", "plain")
+
+
+class Contender(NamedTuple):
+    name: str
+    step: Callable[[], None]
+
+
+def main() -> None:
+    arguments = _arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = arguments.batch or (128 if device.type == "cuda" else 8)
+    dtype = DTYPES[arguments.precision]
+    about = {
+        **{"batch": batch, "precision": arguments.precision, "rounds": arguments.rounds},
+        **{"device": device_name(device), "threads": torch.get_num_threads(), "date": time.strftime("%F")},
+        **{package.__name__: package.__version__ for package in (torch, timm, transformers)},
+        "matrix_tflop_s": round(matrix_flop_s(device, dtype) / 1e12, 3),
+    }
+    print(json.dumps(about), "| model | contender | images/s | over the best peer | MFU |", sep="\n", file=sys.stderr)
+    print("|---|---|---:|---:|---:|", file=sys.stderr)
+    results = []
+    for model in arguments.models:
+        contending = list(contenders(model, device, dtype, batch, arguments.compile))
+        seconds = take_turns(contending, arguments.rounds, device)
+        del contending
+        results.append(result := summary(model, seconds, batch, about["matrix_tflop_s"] * 1e12))
+        for name, each in result["contenders"].items():
+            cells = f"{each['images_per_second']:.2f} | {each['over_best_peer']:.2f} | {each['mfu']:.1%}"
+            print(f"| {model} | {name} | {cells} |", file=sys.stderr, flush=True)
+        print(json.dumps({**result, **about}), flush=True)
+    if arguments.plot:
+        plot(results, f"{about['device']}, batch {batch}, {arguments.precision}", arguments.plot)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(DEPTHS), metavar="MODEL", help=f"of {', '.join(DEPTHS)}")
+    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="all of them compiled, too; takes minutes on a CPU")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of it, which needs matplotlib")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.models) - set(DEPTHS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such model; there are {', '.join(DEPTHS)}")
+    return arguments
+
+
+def contenders(
+    model: str, device: torch.device, dtype: torch.dtype, batch: int, with_compiled: bool
+) -> Iterator[Contender]:
+    settings = {"num_classes": NUM_CLASSES, "drop_path_rate": DROP_PATH}
+    networks: dict[str, Callable[[], nn.Module]] = {
+        "ours": lambda: timm.create_model(model, **settings),
+        "Transformers": lambda: transformers.PvtForImageClassification(
+            transformers.PvtConfig(depths=list(DEPTHS[model]), num_labels=NUM_CLASSES, drop_path_rate=DROP_PATH)
+        ),
+        "plain": lambda: PlainPvt(DEPTHS[model], **settings),
+    }
+    if model == "pvt_large":
+        networks["twins_pcpvt_large"] = lambda: timm.create_model("twins_pcpvt_large", **settings)
+    for is_compiled in (False, True) if with_compiled else (False,):
+        for name, make in networks.items():
+            torch.manual_seed(0)
+            network = make().to(device).train()
+            # Drawn outside of the network, as our training does.
+            rates = torch.tensor(network.drop_path_rates, device=device) if name == "ours" else None
+            if is_compiled and name == "ours":
+                compile_blocks(network)
+            elif is_compiled:
+                network.compile()
+            yield Contender(
+                f"{name}, compiled" if is_compiled else name, training_step(network, device, dtype, batch, rates)
+            )
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Of ours: there are four shapes of them."""
+    for block in (module for module in network.modules() if isinstance(module, Block)):
+        block.compile(dynamic=False)
+
+
+def training_step(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, batch: int, drop_path_rates: Tensor | None
+) -> Callable[[], None]:
+    images = torch.randn(batch, 3, SIZE_PX, SIZE_PX, device=device)
+    labels = torch.randint(NUM_CLASSES, (batch,), device=device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step() -> None:
+        more = {}
+        if drop_path_rates is not None:
+            kept = torch.rand(len(drop_path_rates), batch, device=device) >= drop_path_rates[:, None]
+            more["drop_path"] = kept / (1 - drop_path_rates[:, None])
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            outputs = network(images, **more)
+            loss = F.cross_entropy(getattr(outputs, "logits", outputs).float(), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def take_turns(contending: list[Contender], rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds a step of each, the median of the rounds."""
+    num_steps = {}
+    for each in contending:
+        timed(each.step, 2, device)  # compiles, and asks for memory
+        num_steps[each.name] = max(1, math.ceil(TURN_S / timed(each.step, 1, device)))
+    seconds: dict[str, list[float]] = {each.name: [] for each in contending}
+    for number in range(rounds):
+        first = number % len(contending)
+        for each in contending[first:] + contending[:first]:
+            seconds[each.name].append(timed(each.step, num_steps[each.name], device))
+        print(f"round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def timed(step: Callable[[], None], times: int, device: torch.device) -> float:
+    """Seconds a time."""
+    begin = _now(device)
+    for _ in range(times):
+        step()
+    return (_now(device) - begin) / times
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matrix_flop_s(device: torch.device, dtype: torch.dtype) -> float:
+    """What products of large square matrices reach."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        torch.matmul(left, right)
+
+    timed(product, 3, device)
+    return 2 * side**3 / statistics.median(timed(product, 5, device) for _ in range(7))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names)} cores"
+
+
+def summary(model: str, seconds: dict[str, float], batch: int, matrix_flop_s: float) -> dict[str, Any]:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        timm.create_model(model, num_classes=NUM_CLASSES)(torch.empty(1, 3, SIZE_PX, SIZE_PX))
+    flop = 3 * counter.get_total_flops()  # of an image: forward, and twice as much backward
+    peer = min(took for name, took in seconds.items() if name.startswith(PEERS))
+    ours = min(took for name, took in seconds.items() if name.startswith("ours"))
+    return {
+        "model": model,
+        "images_per_second": round(batch / ours, 3),
+        "ratio_best_peer": round(peer / ours, 3),
+        "contenders": {
+            name: {
+                "images_per_second": round(batch / took, 3),
+                "over_best_peer": round(peer / took, 3),
+                "mfu": round(flop * batch / took / matrix_flop_s, 4),
+            }
+            for name, took in seconds.items()
+        },
+    }
+
+
+def plot(results: list[dict[str, Any]], title: str, file: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(results), squeeze=False)[0]
+    for ax, result in zip(axes, results, strict=True):
+        names = list(result["contenders"])
+        speeds = [each["images_per_second"] for each in result["contenders"].values()]
+        ax.barh(names, speeds, color=["tab:blue" if name.startswith("ours") else "tab:gray" for name in names])
+        ax.invert_yaxis()
+        ax.set_title(result["model"])
+        ax.set_xlabel("images/s")
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""benchmarks.step: what is measured against computes the same."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import transformers
+
+from benchmarks import step
+from benchmarks.plain_pvt import PlainPvt
+from tests.ranks import ROOT
+
+PUBLIC_NAMES = {
+    r"patches\.(\d)\.": r"patch_embed{}.proj.",
+    r"norms\.(\d)\.": r"patch_embed{}.norm.",
+    r"positions\.(\d)": r"pos_embed{}",
+    r"stages\.(\d)\.": r"block{}.",
+}
+
+
+def public_name(name: str) -> str:
+    for pattern, public in PUBLIC_NAMES.items():
+        name = re.sub(f"^{pattern}", lambda found, public=public: public.format(int(found[1]) + 1), name)
+    return name.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
+
+
+def test_the_plain_network_computes_what_ours_does() -> None:
+    torch.manual_seed(0)
+    plain = PlainPvt(step.DEPTHS["pvt_tiny"], num_classes=10).eval()
+    ours = timm.create_model("pvt_tiny", num_classes=10).eval()
+    ours.load_state_dict({public_name(name): tensor for name, tensor in plain.state_dict().items()})
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(ours(images), plain(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", step.DEPTHS)
+def test_all_contenders_are_of_one_size(model: str) -> None:
+    with torch.device("meta"):
+        ours = timm.create_model(model)
+        plain = PlainPvt(step.DEPTHS[model], step.NUM_CLASSES)
+        theirs = transformers.PvtForImageClassification(
+            transformers.PvtConfig(depths=list(step.DEPTHS[model]), num_labels=step.NUM_CLASSES)
+        )
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (ours, plain, theirs)]
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_the_command_prints_a_line_a_model() -> None:
+    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", "--batch", "1", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    result = json.loads(line)
+    assert result["model"] == "pvt_tiny"
+    fastest = max(result["contenders"][name]["images_per_second"] for name in step.PEERS)
+    assert result["ratio_best_peer"] == pytest.approx(result["images_per_second"] / fastest, rel=1e-2)
