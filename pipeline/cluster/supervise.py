@@ -12,7 +12,6 @@ Each of these is a line of events.jsonl, from which a job that SLURM has started
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from pipeline.errors import ExternalError
 
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 SLURM = "slurm"
-EVENTS, LOG, STOP = f"{SLURM}/events.jsonl", f"{SLURM}/log", f"{SLURM}/stop"
+EVENTS, LOG, STOP, DEPUTY_LOG = (f"{SLURM}/{name}" for name in ("events.jsonl", "log", "stop", "deputy.log"))
 """Below a run's folder."""
 PREFLIGHT_S, ALL_REDUCE_S, LAST_WAIT_S, POLL_S, DEPUTY_S = 300, 300, 60, 1, 20
 _WHY = re.compile(r"\berror: |^\s*\w*(Error|Exception|Interrupt)\b")
@@ -296,7 +295,10 @@ class Supervisor:
         if self._deputy and self._deputy.poll() is None:
             return
         if others := [name for name in nodes if name != node_name()]:
-            command = [*self._srun(others[-1:], 1), sys.executable, str(self._program.code / "launch/supervise.py")]
+            # On its own, without this node's srun: neither input from it nor output to it.
+            alone = ["--input=none", f"--output={self._program.folder / DEPUTY_LOG}", "--open-mode=append"]
+            command = [*self._srun(others[-1:], 1), *alone, sys.executable]
+            command += [str(self._program.code / "launch/supervise.py")]
             command += ["--deputy-of", node_name()]
             quiet = subprocess.DEVNULL  # its end is no news
             self._deputy = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=self._env(others[-1:]))
@@ -400,10 +402,12 @@ def deputise(allocation: Allocation, first: str) -> None:
     at work, because of --no-kill, until its time is up."""
     while True:
         time.sleep(DEPUTY_S)
-        with contextlib.suppress(ExternalError):
+        try:
             if first not in allocation.nodes():
-                allocation.requeue(set())
-                return
+                say(f"{first} is lost: queueing the job again")
+                allocation.requeue(set())  # upon which SLURM ends this, too
+        except Exception as error:  # nobody else is left to do it
+            say(f"not yet: {error}")
 
 
 def say(what: str) -> None:

@@ -113,16 +113,6 @@ def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, config: Path, 
     assert [event["nodes"] for event in run.events("start")] == [["n1", "n2"], ["n1", "n3"]]
 
 
-def test_a_lost_first_node_takes_the_supervisor_with_it(cluster: Cluster, config: Path, undisturbed: Path) -> None:
-    run = cluster.submit(config, "--set", "run.name=lost-first")
-    run.wait_for_step(30)
-    with cluster.lost("n1"):
-        check_nothing_changed(run, undisturbed)
-    (crash,) = run.events("crash")
-    assert "gone without a word" in crash["error"]
-    assert [event["nodes"] for event in run.events("start")] == [["n1", "n2"], ["n2", "n3"]]
-
-
 def test_a_crash_loop_ends(cluster: Cluster, config: Path) -> None:
     """A rank dies at the same place again and again."""
     run = cluster.submit(config, "--set", "run.name=loop", "--set", "train.save_every=100 steps")
