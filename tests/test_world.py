@@ -1,4 +1,8 @@
-"""Where a rank stands, from each launcher's variables."""
+"""Where a rank stands, from each launcher's variables, and how its process keeps memory."""
+
+import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +37,24 @@ def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World
 def test_contradictions_are_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_place(launcher_variables(environ))
+
+
+def test_freed_memory_is_kept() -> None:
+    """Counted in pages that the kernel had to hand out, in a process of its own."""
+    script = """
+import resource, sys, torch
+from pipeline.world import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(20):
+    torch.zeros(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.zeros(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    pages = {}
+    for mode in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", script, mode], check=True, capture_output=True, text=True)
+        pages[mode] = int(done.stdout)
+    assert pages["keep"] < 100 < 5 * (64 << 20) / resource.getpagesize() * 0.9 < pages["leave"]
