@@ -87,15 +87,15 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5) if sr_ratio > 1 else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, D]
+    def forward(self, x: Tensor, grid: Grid, num_queries: int | None = None) -> Tensor:
+        """`num_queries`: what comes out for the first so many tokens alone."""
+        q = self.q(x[:, :num_queries]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, D]
         if self.sr is not None and self.norm is not None:
             x = self.norm(self.sr(to_map(x, grid)))  # [B, M, C]
         kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # [B, M, 2, heads, D]
         k, v = kv.permute(2, 0, 3, 1, 4).unbind()  # each [B, heads, M, D]
-        is_small = q.device.type == "cpu" and k.shape[2] <= MAX_KEYS_ON_CPU
-        attend = _by_products if is_small and _takes_fast_path(self) else F.scaled_dot_product_attention
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        attended = attend(q, k, v) if _takes_fast_path(self) else F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -110,13 +110,16 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: Grid, drop_path: Tensor | None = None) -> Tensor:
-        """`drop_path`: multipliers [2, B] in place of random ones."""
+    def forward(self, x: Tensor, grid: Grid, drop_path: Tensor | None = None, num_wanted: int | None = None) -> Tensor:
+        """`drop_path`: multipliers [2, B] in place of random ones. `num_wanted`: of so many tokens, the first ones; the
+        others count as keys and values alone."""
+        attended = self.attn(_for_products(self.norm1(x)), grid, num_queries=num_wanted)
+        x = x[:, :num_wanted]
         if drop_path is None:
-            x = x + self.drop_path1(self.attn(_for_products(self.norm1(x)), grid))
+            x = x + self.drop_path1(attended)
             return x + self.drop_path2(self.mlp(_for_products(self.norm2(x))))
         scale1, scale2 = drop_path.to(x.dtype)[..., None, None].unbind()  # each [B, 1, 1]
-        x = torch.addcmul(x, self.attn(_for_products(self.norm1(x)), grid), scale1)
+        x = torch.addcmul(x, attended, scale1)
         return torch.addcmul(x, self.mlp(_for_products(self.norm2(x))), scale2)
 
 
@@ -130,6 +133,7 @@ class Stage(nn.Module):
         self, in_chans: int, dim: int, patch_size: int, grid: Grid, blocks: list[Block], has_cls_token: bool
     ) -> None:
         super().__init__()
+        self.is_fast = True
         self.grid = grid
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size)
@@ -143,15 +147,21 @@ class Stage(nn.Module):
             return self.pos_embed
         return _resize_pos_embed(self.pos_embed, self.grid, grid)
 
-    def forward(self, x: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, Grid]:
+    def forward(
+        self, x: Tensor, drop_path: Tensor | None = None, class_token_alone: bool = False
+    ) -> tuple[Tensor, Grid]:
+        """`class_token_alone`: nobody looks at the other tokens, so the last block may leave them out."""
         x, grid = self.patch_embed(x)
         if self.cls_token is not None:
             # Not len(x), which torch.export takes for a constant.
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self._pos_embed_on(grid)
+        shortens = class_token_alone and _takes_fast_path(self)
         for i, block in enumerate(self.blocks):
             scales = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
-            x = checkpoint(block, x, grid, scales) if self.grad_checkpointing else block(x, grid, scales)
+            wanted = 1 if shortens and i == len(self.blocks) - 1 else None
+            inputs = x, grid, scales, wanted
+            x = checkpoint(block, *inputs) if self.grad_checkpointing else block(*inputs)
         return x, grid
 
 
@@ -220,8 +230,10 @@ class PyramidVisionTransformer(nn.Module):
                 f"resize or pad it to {up[0]}x{up[1]}"
             )
 
-    def _run_stages(self, x: Tensor, drop_path: Tensor | None, num_stages: int) -> list[tuple[Tensor, Grid]]:
-        """Tokens and grid of each of the first `num_stages` stages."""
+    def _run_stages(
+        self, x: Tensor, drop_path: Tensor | None, num_stages: int, class_token_alone: bool = False
+    ) -> list[tuple[Tensor, Grid]]:
+        """Tokens and grid of each of the first `num_stages` stages. `class_token_alone`: all that is looked at."""
         self._check_input_size(*x.shape[-2:])
         expected = 2 * sum(self.depths), x.shape[0]
         if drop_path is not None and drop_path.shape != expected:
@@ -232,9 +244,10 @@ class PyramidVisionTransformer(nn.Module):
         outputs: list[tuple[Tensor, Grid]] = []
         for i, stage in enumerate(self.stages[:num_stages]):
             first, last = 2 * sum(self.depths[:i]), 2 * sum(self.depths[: i + 1])
-            tokens, grid = stage(x, None if drop_path is None else drop_path[first:last])
-            outputs.append((tokens, grid))
-            x = to_map(tokens, grid)
+            if i:
+                x = to_map(*outputs[-1])
+            scales = None if drop_path is None else drop_path[first:last]
+            outputs.append(stage(x, scales, class_token_alone and i == len(self.stages) - 1))
         return outputs
 
     def forward_features(self, x: Tensor, drop_path: Tensor | None = None) -> Tensor:
@@ -248,7 +261,8 @@ class PyramidVisionTransformer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        return self.forward_head(self.forward_features(x, drop_path))
+        tokens, _ = self._run_stages(x, drop_path, len(self.stages), self.global_pool == "token")[-1]
+        return self.forward_head(self.norm(tokens))
 
     def forward_intermediates(
         self,
@@ -335,16 +349,26 @@ class PyramidVisionTransformer(nn.Module):
 def set_fast(network: nn.Module, enable: bool = True) -> None:
     """Whether the parts of a PVT take the quicker ways to compute what they compute, as they do unless told."""
     for module in network.modules():
-        if isinstance(module, Patches | Attention):
+        if isinstance(module, Patches | Attention | Stage):
             module.is_fast = enable
 
 
-def _takes_fast_path(module: "Patches | Attention") -> bool:
+def _takes_fast_path(module: "Patches | Attention | Stage") -> bool:
     return module.is_fast and not torch.compiler.is_exporting()  # graphs are to be told in the usual operators
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v: q [B, heads, N, D], k and v [B, heads, M, D] -> [B, heads, N, D]."""
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v: q [B, heads, N, D], k and v [B, heads, M, D] -> [B, heads, N, D].
+
+    In the way that is quickest for the device and the number of keys (`python -m benchmarks.attention`).
+    """
+    if q.device.type == "cpu" and k.shape[2] <= MAX_KEYS_ON_CPU:
+        return by_products(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` as two matrix products, with the weights between them in the precision of the products."""
     with torch.autocast(q.device.type, enabled=False):  # which would have the softmax written in fp32
         return (q @ (k * k.shape[-1] ** -0.5).transpose(-2, -1)).softmax(-1) @ v
 
