@@ -18,10 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from launch import command
 from pipeline import config, network
 from pipeline.config import Config
@@ -57,9 +53,9 @@ def main() -> dict[str, Any]:
     print("|---" * (5 + 3 * len(columns)) + "|", file=sys.stderr)
     models = {}
     for settings in (config.load(Path(path)) for path in CONFIGS):
-        flops = 3 * forward_flops(settings)
-        cases = [_case(settings, flops, nodes, arguments) for nodes in arguments.nodes]
-        models[settings.model.name] = {"gflop_per_image": round(flops / 1e9, 1), "cases": cases}
+        per_image = network.training_flops(settings.task, settings.model, settings.image.size, NUM_CLASSES)
+        cases = [_case(settings, per_image, nodes, arguments) for nodes in arguments.nodes]
+        models[settings.model.name] = {"gflop_per_image": round(per_image / 1e9, 1), "cases": cases}
     images = num_images(config.load(Path(CONFIGS[0])))
     feed = {n: Speed.of(arguments.feed * n * GPUS_PER_NODE, images, n * GPUS_PER_NODE) for n in arguments.nodes}
     for nodes, speed in feed.items():
@@ -69,27 +65,16 @@ def main() -> dict[str, Any]:
     return {"images": images, "computed": models, "by_feed": limits, **vars(arguments), "peak_flops": PEAK_FLOPS}
 
 
-def _case(settings: Config, flops: float, nodes: int, assumed: argparse.Namespace) -> dict[str, Any]:
-    """A row, printed. `flops`: of a training image."""
+def _case(settings: Config, per_image: int, nodes: int, assumed: argparse.Namespace) -> dict[str, Any]:
+    """A row, printed. `per_image`: the FLOPs of a training image."""
     gpus, batch = nodes * GPUS_PER_NODE, nodes * settings.train.global_batch_size
     used = gpus * assumed.mfu * assumed.efficiency ** math.log2(nodes)
-    speeds = {name: Speed.of(used * peak / flops, num_images(settings), gpus) for name, peak in PEAK_FLOPS.items()}
+    speeds = {name: Speed.of(used * peak / per_image, num_images(settings), gpus) for name, peak in PEAK_FLOPS.items()}
     cells = [settings.model.name, str(nodes), str(gpus), f"{batch:,}", f"{nodes * settings.optim.lr:g}"]
     for speed in speeds.values():
         cells += speed.cells(marked=speed.images_per_second > assumed.feed * gpus)
     print(f"| {' | '.join(cells)} |", file=sys.stderr)
     return {"nodes": nodes, "global_batch_size": batch, **{name: speed._asdict() for name, speed in speeds.items()}}
-
-
-def forward_flops(settings: Config) -> float:
-    """Of one image, two for each multiplication with its addition. Without weights: shapes are all it takes."""
-    with torch.device("meta"):
-        model = network.build(settings.task, settings.model, settings.image.size, NUM_CLASSES).eval()
-        image = torch.empty(1, 3, settings.image.size, settings.image.size)
-    # The math backend shows attention as matrix products, which the counter knows on any device.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops()
 
 
 def num_images(settings: Config) -> int:

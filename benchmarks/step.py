@@ -6,8 +6,8 @@ python -m benchmarks.step [MODEL …] [--batch N] [--precision bf16] [--compile]
 
 A step is forward, loss, backward and AdamW (fused) at the same precision and batch, on the GPU if there is one. Drop
 path is on. Needs torch, timm and transformers alone, so that it can be carried to any machine; twins_pcpvt_large of
-timm, PVT-Large's nearest relative, is there for scale. MFU is three times the counted FLOPs of the forward pass, over
-what this device reaches in products of large matrices at the same precision, measured in the same run.
+timm, PVT-Large's nearest relative, is there for scale. MFU (pipeline/flops.py) is over what this device reaches in
+products of large matrices at the same precision, measured in the same run.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import pvt  # noqa: F401  registers the models
 from benchmarks.plain_pvt import PlainPvt
-from pvt.model import Block
+from pipeline.flops import DTYPES, matrix_flop_s, training_flops
+from pipeline.train.compile import compile_blocks
+from pipeline.world import keep_freed_memory
 
 DEPTHS = {
     "pvt_tiny": (2, 2, 2, 2),
@@ -39,7 +40,6 @@ DEPTHS = {
     "pvt_large": (3, 8, 27, 3),
 }
 NUM_CLASSES, SIZE_PX, DROP_PATH = 1000, 224, 0.3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TURN_S = 1.0
 """A turn is so many steps that it takes about as long as this."""
 PEERS = ("Transformers", "plain")
@@ -47,7 +47,7 @@ PEERS = ("Transformers", "plain")
 
 class Contender(NamedTuple):
     name: str
-    step: Callable[[], None]
+    step: Callable[[], object]
 
 
 def main() -> None:
@@ -55,6 +55,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = arguments.batch or (128 if device.type == "cuda" else 8)
     dtype = DTYPES[arguments.precision]
+    if device.type == "cpu":
+        keep_freed_memory()  # for all of them; it is our training that does so
     about = {
         **{"batch": batch, "precision": arguments.precision, "rounds": arguments.rounds},
         **{"device": device_name(device), "threads": torch.get_num_threads(), "date": time.strftime("%F")},
@@ -119,12 +121,6 @@ def contenders(
             )
 
 
-def compile_blocks(network: nn.Module) -> None:
-    """Of ours: there are four shapes of them."""
-    for block in (module for module in network.modules() if isinstance(module, Block)):
-        block.compile(dynamic=False)
-
-
 def training_step(
     network: nn.Module, device: torch.device, dtype: torch.dtype, batch: int, drop_path_rates: Tensor | None
 ) -> Callable[[], None]:
@@ -164,7 +160,7 @@ def take_turns(contending: list[Contender], rounds: int, device: torch.device) -
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def timed(step: Callable[[], None], times: int, device: torch.device) -> float:
+def timed(step: Callable[[], object], times: int, device: torch.device) -> float:
     """Seconds a time."""
     begin = _now(device)
     for _ in range(times):
@@ -178,18 +174,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def matrix_flop_s(device: torch.device, dtype: torch.dtype) -> float:
-    """What products of large square matrices reach."""
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def product() -> None:
-        torch.matmul(left, right)
-
-    timed(product, 3, device)
-    return 2 * side**3 / statistics.median(timed(product, 5, device) for _ in range(7))
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -199,9 +183,7 @@ def device_name(device: torch.device) -> str:
 
 
 def summary(model: str, seconds: dict[str, float], batch: int, matrix_flop_s: float) -> dict[str, Any]:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        timm.create_model(model, num_classes=NUM_CLASSES)(torch.empty(1, 3, SIZE_PX, SIZE_PX))
-    flop = 3 * counter.get_total_flops()  # of an image: forward, and twice as much backward
+    flop = training_flops(lambda: PlainPvt(DEPTHS[model], NUM_CLASSES), SIZE_PX)
     peer = min(took for name, took in seconds.items() if name.startswith(PEERS))
     ours = min(took for name, took in seconds.items() if name.startswith("ours"))
     return {

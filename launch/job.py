@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import sys
 import uuid
@@ -16,13 +17,14 @@ import torch
 from launch import command, handoff
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
-from pipeline import files
-from pipeline.config import Config, Data
+from pipeline import files, network
+from pipeline.config import Config, Data, Detection
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.recipe import require_kind
+from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
@@ -39,8 +41,9 @@ from pipeline.train.evaluate import evaluate
 from pipeline.train.goodput import Goodput
 from pipeline.train.guard import Guard
 from pipeline.train.loop import Schedule, Summary, Trainer
-from pipeline.train.meters import Anomalies, MetricsFile, Progress
+from pipeline.train.meters import Anomalies, MetricsFile, Progress, Utilisation
 from pipeline.train.preempt import StopSignal
+from pipeline.train.profile import Profiler
 from pipeline.train.saver import Saver
 from pipeline.train.trace import Trace
 from pipeline.train.watch import Watch
@@ -121,10 +124,14 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
             goodput=_goodput(folder, world, state),
             stop=stop,
             evaluation=_evaluation(settings, world, validation, task, engine, ema),
+            utilisation=_utilisation(settings, world, len(training.classes)),
         )
         if publisher:
             trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), publisher]
             trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
+            if schedule.profile_at is not None:
+                trainer.profiler = Profiler(folder / "profile", settings, world, schedule.profile_at)
+                parts.callback(trainer.profiler.close)
         if settings.debug.trace_samples:
             trainer.trace = Trace(folder / "trace", world.rank, state.step, training)
         summary = trainer.run()
@@ -214,6 +221,26 @@ def _evaluation(
         return evaluate(outputs_of, batches, task.metric(), world, give_up=give_up, collective_outputs=together)
 
     return evaluation
+
+
+def _utilisation(settings: Config, world: World, num_classes: int) -> Utilisation | None:
+    """Collective. For rank 0, which tells it; None for whole images, whose sizes vary, where a frozen part goes without
+    a backward pass, and for a network whose operations cannot be counted."""
+    own = matrix_flop_s(world.device, DTYPES[settings.engine.precision])
+    together = world.sum(torch.tensor(own, dtype=torch.float64, device=world.device)).item()
+    if not world.is_first or isinstance(settings.task, Detection) or settings.model.frozen_stages:
+        return None
+
+    @functools.cache
+    def of_image(size: int) -> int:
+        return network.training_flops(settings.task, settings.model, size, num_classes)
+
+    try:
+        of_image(settings.image.size)
+    except Exception as error:  # some network of timm's; training can do without
+        print(f"no MFU for {settings.model.name}: {error}", file=sys.stderr, flush=True)
+        return None
+    return Utilisation(of_image, together)
 
 
 def _start_from(settings: Config, world: World, task: AnyTask, classes: list[str]) -> str | None:

@@ -508,8 +508,20 @@ class Engine(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     fast: bool = True
     """PVT takes the quicker ways to compute what it computes. False: plain convolutions and PyTorch's attention."""
+    compile: bool = False
+    """The backbone's blocks are compiled by torch.compile for training: minutes at the first start, quicker steps.
+    Evaluation never is, so that scores can be reproduced."""
     deepspeed: dict[str, Any] = {}
     """Further keys of the DeepSpeed configuration. They may not contradict the generated ones."""
+
+    @model_validator(mode="after")
+    def _compiles_whole_weights(self) -> "Engine":
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile true with zero_stage 3, which gathers each weight just before its use, and so inside of what "
+                "would be compiled: choose zero_stage 0, 1 or 2, or leave compile out"
+            )
+        return self
 
 
 class Resume(Section):
@@ -529,6 +541,15 @@ class Resume(Section):
 class Debug(Section):
     trace_samples: bool = False
     """Write trace/rank-R.jsonl: each step's samples with hashes of what the engine was given."""
+
+
+class Profile(Section):
+    """Where a step's time goes, on rank 0: profile/summary.md, its numbers, and a trace that Perfetto opens."""
+
+    at: LengthField | None = None
+    """Begin after this much training, with one step to warm up. None: do not."""
+    steps: int = Field(default=3, gt=0, le=100)
+    """To look at."""
 
 
 class Tracking(Section):
@@ -740,6 +761,7 @@ class Config(Section):
     init: Init | None = None
     cluster: Cluster = Cluster()
     debug: Debug = Debug()
+    profile: Profile = Profile()
 
     @model_validator(mode="before")
     @classmethod

@@ -119,6 +119,7 @@ def test_metrics_are_written_for_every_logged_step(job: Job) -> None:
         "skipped",
         "ettr",
         "peak_memory_gb",
+        "mfu",
     }
     assert all(line.keys() == names | {"slowest_rank", "slowest_speed"} for line in steps)
     assert [line["step"] for line in metrics_lines(job[0]) if "top1" in line] == [20, STEPS]

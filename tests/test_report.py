@@ -450,6 +450,58 @@ def test_nothing_in_a_folder_is_in_the_way(copy: Path, spoil: Callable[[Path], N
         assert "data/elsewhere" in made.section("classes").text
 
 
+PROFILE = {
+    "headline": f"pvt_pico {HOSTILE}: 40.0 ms a step",
+    "first_step": 52,
+    "last_step": 54,
+    "on_device": False,
+    "phases": {"forward": 10.0, "backward": 25.0, "the rest": 5.0},
+    "kinds": {"matrix products": 30.0, HOSTILE: 2.5, "Python and waiting": 7.5},
+    "longest": [{"name": HOSTILE, "kind": "copies and casts", "calls": 12.5, "ms": 9.25}],
+}
+
+
+def write_profile(folder: Path, text: str) -> None:
+    (folder / "profile").mkdir(exist_ok=True)
+    (folder / "profile" / "profile.json").write_text(text)
+
+
+def test_a_profile_has_a_section(copy: Path) -> None:
+    write_profile(copy, json.dumps(PROFILE))
+    made = parse(report.write(copy, model=False))
+    section = made.section("where-a-step-s-time-goes")
+    assert "steps 52 to 54" in section.text
+    tables = {title.text: table for title, table in zip(section.all("h3"), section.all("table"), strict=False)}
+    assert list(tables) == ["By phase, on the host's clock", "By kind of work, operators on the thread that trains"]
+    for table, costs in zip(tables.values(), (PROFILE["phases"], PROFILE["kinds"]), strict=True):
+        rows = [row.all("td") for row in table.all("tr")[1:]]
+        assert {row[0].text: 1000 * row[1].value for row in rows} == pytest.approx(costs)
+        assert [row[2].value for row in rows] == pytest.approx([cost / 40 for cost in costs.values()])
+    widths = [segment.attributes["style"] or "" for segment in section.all("div", "shares")[0].all("i")]
+    assert [style.partition("width:")[2] for style in widths] == ["25.000%", "62.500%", "12.500%"]
+    assert section.table(2)[1] == [HOSTILE, "copies and casts", "12.5", "9.25 ms"]
+    links = [link.text for link in made.all("nav")[0].all("a")]
+    assert links[links.index("Time") + 1] == "Where a step's time goes"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_object", "is_shown"),
+    [
+        (json.dumps(PROFILE)[:-40], False, False),
+        ("[1]", False, False),
+        ('{"phases": [1], "kinds": {"a": "b", "c": null, "d": -1, "e": 1e400}, "longest": 7}', True, False),
+        ('{"phases": {"forward": 3}, "kinds": 7, "longest": [7, null, {"ms": {}, "calls": "x"}]}', True, True),
+    ],
+)
+def test_a_strange_profile_is_not_in_the_way(copy: Path, text: str, is_object: bool, is_shown: bool) -> None:
+    write_profile(copy, text)
+    made = parse(report.write(copy, model=False))
+    sections = [section.attributes["id"] for section in made.all("section")]
+    assert ("where-a-step-s-time-goes" in sections) == is_shown
+    assert set(SECTIONS) <= set(sections)
+    assert ("profile/profile.json: is not a JSON object" in made.text) != is_object
+
+
 def test_other_validation_data_is_not_scored(runs: Runs, copy: Path) -> None:
     record = json.loads((copy / "run.json").read_text())
     record["inputs"][1]["digest"] = "0" * 64

@@ -14,13 +14,12 @@ import fcntl
 import os
 import re
 import shutil
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline import files
 from pipeline.errors import InputError
 
 PARTIAL = ".partial"
@@ -56,7 +55,8 @@ class Cache:
         """Without a folder, a private one below $TMPDIR (or /tmp); without a budget, half of what is free there,
         counting what the cache already holds. Variables such as $SLURM_TMPDIR in `folder` mean what they do on
         this node. Raises InputError where somebody else owns the private folder."""
-        cache = cls(_private_folder() if folder is None else os.path.expandvars(folder), budget_bytes or 0)
+        place = files.private_folder("pvt-shards") if folder is None else os.path.expandvars(folder)
+        cache = cls(place, budget_bytes or 0)
         if budget_bytes is None:
             taken = sum(status.st_size for _, status in _entries(cache.folder))
             cache.budget_bytes = (shutil.disk_usage(cache.folder).free + taken) // 2
@@ -191,19 +191,6 @@ class Cache:
         if kind not in self._said:
             self._said.add(kind)
             print(f"warning: cache {self.folder}: {text}", file=sys.stderr, flush=True)
-
-
-def _private_folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"pvt-shards-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise InputError(
-            f"{folder}: not a private folder of yours ({stat.filemode(status.st_mode)}, owner {status.st_uid}), "
-            "so what is in it cannot be trusted: remove it, or choose another folder for the cache"
-        )
-    return folder
 
 
 def _gib(num_bytes: int) -> str:

@@ -25,12 +25,14 @@ import torch.func
 import torch.utils.deterministic
 from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from pipeline import keys
-from pipeline.config import Config
+from pipeline.config import Classification, Config
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
 from pipeline.train.commit import MOMENTS
+from pipeline.train.compile import compile_blocks
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.seams import Task
@@ -84,7 +86,8 @@ class _Objective(nn.Module):
         return (losses * batch.weights).sum()
 
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Any:
-        return self._task.outputs(model, batch)
+        with torch.compiler.set_stance("force_eager"):  # compiled kernels round differently, and nobody else has them
+            return self._task.outputs(model, batch)
 
 
 class _Outputs(nn.Module):
@@ -127,6 +130,12 @@ class Engine:
         self._model = task.model.to(world.device)
         self._parameters = dict(trainable(self._model))
         self._skeleton = copy.deepcopy(task.model).to("meta")  # to be run with other weights
+        if config.engine.compile:
+            compile_blocks(
+                getattr(self._model, "backbone", self._model),
+                sizes_vary=not isinstance(config.task, Classification),
+                deterministic=config.train.deterministic,
+            )
         self._buffers = dict(self._model.named_buffers())
         self._statistics = _batch_statistics(self._model)
         self._has_moments = False
@@ -173,15 +182,17 @@ class Engine:
         mean, go_on = math.nan, True
         for micro, batch in enumerate(batches):
             self.seed_modules(step, micro)
-            with timer:
+            with timer, record_function("forward"):
                 loss = self._engine(batch)
             total += loss.detach()
             is_last = micro == self._accumulation - 1
             if is_last:
                 mean, go_on = (exchange or self._mean)(total)
             # Leaving a step out takes the way of gradients that are not finite, which is there at every stage.
-            self._backward(loss * (share if go_on else math.nan), is_last)
-        applied, grad_norm = self._update(lr)
+            with record_function("backward"):
+                self._backward(loss * (share if go_on else math.nan), is_last)
+        with record_function("update"):
+            applied, grad_norm = self._update(lr)
         if not applied:
             for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from pipeline.config import Config, Length
 from pipeline.errors import ExternalError, InputError
@@ -21,9 +22,10 @@ from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, Outcome
 from pipeline.train.goodput import Category, Goodput
 from pipeline.train.guard import Anomaly, Diverged, Guard
-from pipeline.train.meters import Anomalies, Meters
+from pipeline.train.meters import Anomalies, Meters, Utilisation
 from pipeline.train.optim import lr_at
 from pipeline.train.preempt import StopSignal
+from pipeline.train.profile import Profiler
 from pipeline.train.saver import SaveError, Saver
 from pipeline.train.seams import Listener
 from pipeline.train.trace import Trace
@@ -43,10 +45,11 @@ class Schedule:
     save_every: int
     keep_every: int
     replay_check_every: int
+    profile_at: int | None = None  # taken steps after which profiling begins
 
     @classmethod
     def of(cls, config: Config, steps_per_epoch: int) -> "Schedule":
-        """Raises InputError for a run without a step and for a warm-up that outlasts it."""
+        """Raises InputError for a run without a step, and for a warm-up or a profile that outlasts it."""
         batch = config.train.global_batch_size
         total = config.train.length.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch)
         if total < 1:
@@ -70,10 +73,24 @@ class Schedule:
             save_every=steps(train.save_every),
             keep_every=steps(config.checkpoint.keep_every),
             replay_check_every=steps(train.replay_check_every),
+            profile_at=_profile_at(config, steps_per_epoch, total),
         )
 
     def due(self, period: int, step: int) -> bool:
         return step == self.total or (period > 0 and step % period == 0)
+
+
+def _profile_at(config: Config, steps_per_epoch: int, total: int) -> int | None:
+    profile, batch = config.profile, config.train.global_batch_size
+    if profile.at is None:
+        return None
+    at = profile.at.steps(steps_per_epoch=steps_per_epoch, global_batch_size=batch, total=total)
+    if (last := at + 1 + profile.steps) > total:
+        raise InputError(
+            f"profile.at {profile.at}: with one step to warm up and profile.steps {profile.steps} the profile ends at "
+            f"step {last}, but the run has {total}: begin earlier"
+        )
+    return at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +119,11 @@ class Trainer:
     stop: StopSignal
     evaluation: Callable[[Callable[[], bool]], dict[str, float] | None] | None
     """Scores the network. Is given a function to call now and then: whether to give up, and return None."""
+    utilisation: Utilisation | None = None  # None where it cannot be told
     listeners: Sequence[Listener] = ()  # empty on all ranks but the first
     anomalies: Anomalies | None = None
     trace: Trace | None = None
+    profiler: Profiler | None = None
 
     def __post_init__(self) -> None:
         self._meters = Meters(self.config.train.global_batch_size)
@@ -124,9 +143,10 @@ class Trainer:
             self._save()  # something to roll back to, and a disk that fails does so now
         self._evaluate_if_due()
         while self.state.step < self.schedule.total and not self._stopping:
-            batch = self._fetch()
-            outcome = self._step(batch)
-            self._meter(batch, outcome)
+            with self._profiled():
+                batch = self._fetch()
+                outcome = self._step(batch)
+                self._meter(batch, outcome)
             self._evaluate_if_due()
             self._save_if_due()
         return self._finish()
@@ -134,7 +154,7 @@ class Trainer:
     def _fetch(self) -> list[MicroBatch]:
         self.watch.at(self.state.step, "data")
         began = time.perf_counter()
-        with self.goodput.spend("data_wait"):
+        with self.goodput.spend("data_wait"), record_function("waiting for data"):
             try:
                 batch = self.feed.next()
             except ExternalError as error:
@@ -149,7 +169,7 @@ class Trainer:
         step = self.state.step
         if self.schedule.replay_check_every and step % self.schedule.replay_check_every == 0:
             self.watch.at(step, "replay check")
-            with self.goodput.spend("checks"):
+            with self.goodput.spend("checks"), record_function("replay check"):
                 replay.check(self.engine, batch[0], step, self.world)
             began = time.perf_counter()
         self.watch.at(step, "forward")
@@ -165,12 +185,14 @@ class Trainer:
         if self._in_trouble:
             self._give_up("could not read its data", self._trouble)
         if self.ema and outcome.applied:
-            self.ema.update()
+            with record_function("moving average"):
+                self.ema.update()
         self.state.advance(outcome.applied)
         self.goodput.step(self.state.step, time.perf_counter() - began)
         self._settle(outcome)
         return outcome
 
+    @record_function("exchange of losses")
     def _exchange(self, loss: Tensor) -> tuple[float, bool]:
         """The step's one reduction: the loss, and all that ranks have to tell each other. See Engine.step."""
         self.watch.at(self.state.step, "exchange of losses")
@@ -250,6 +272,8 @@ class Trainer:
             return
         reading = {"epoch": step / self.feed.order.steps_per_epoch, "lr": self._lr, **self._meters.read()}
         reading |= {"skipped": self.state.skipped, "ettr": self.goodput.report()["ettr"], **self._compare_ranks()}
+        if self.utilisation:
+            reading["mfu"] = self.utilisation.mfu(reading["images_per_second"], self._regime)
         self.goodput.save(step)
         for listener in self.listeners:
             listener.on_step(step, reading)
@@ -310,6 +334,18 @@ class Trainer:
         self.goodput.save(self.state.step)
         for listener in self.listeners:
             listener.on_checkpoint(step_of(folder), folder)
+
+    @contextlib.contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """A training step, for the profile. What starting and writing that takes is no part of training."""
+        if self.profiler is None:
+            yield
+            return
+        with self._pause("checks"):
+            self.profiler.begin(self.state.step)
+        yield
+        with self._pause("checks"):
+            self.profiler.end()
 
     @contextlib.contextmanager
     def _pause(self, category: Category) -> Iterator[None]:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,17 @@ from pipeline import files
 if TYPE_CHECKING:
     from pipeline.train.engine import Outcome  # whose torch and DeepSpeed commands that only read lines do without
     from pipeline.train.guard import Anomaly
+
+
+@dataclasses.dataclass(frozen=True)
+class Utilisation:
+    """What MFU is computed from, see pipeline/flops.py."""
+
+    training_flops: Callable[[int], int]  # of one image, by its size in pixels
+    flop_s: float  # of all ranks' devices together
+
+    def mfu(self, images_per_second: float, image_size: int) -> float:
+        return self.training_flops(image_size) * images_per_second / self.flop_s
 
 
 class Meters:

@@ -5,9 +5,9 @@
     several RunFiles ──▶ compare ──▶ compare.html
 
 `markup` makes elements and escapes all that is put into them, `charts` draws numbers over steps, `events` what happened
-when, `classes` what a network takes for what, `precision` how well it finds objects, `inside` pictures with what its
-stages see, `metrics` names what was measured. Everything comes from files, any of which may be missing, cut short or
-still being written.
+when, `shares` what time was spent on, `classes` what a network takes for what, `precision` how well it finds objects,
+`inside` pictures with what its stages see, `metrics` names what was measured. Everything comes from files, any of which
+may be missing, cut short or still being written.
 """
 
 from pipeline.track.report.classes import Examination

@@ -31,6 +31,7 @@ from pipeline.track.report.markup import (
 )
 from pipeline.track.report.metrics import CHARTS, is_detail, is_share, name_of
 from pipeline.track.report.reading import Document, RunFiles, as_number, mapping
+from pipeline.track.report.shares import shares, step
 from pipeline.track.report.style import CSS
 
 STATUS = {
@@ -83,6 +84,7 @@ def page(run: RunFiles, examined: Examination | str, *, samples: bool = False) -
         section("Model versions", *_versions(run)),
         section("Curves", _curves(run), about="Training over steps. Dashed: rollbacks and restarts."),
         section("Time", *_goodput(run)),
+        *filter(None, [step(run)]),
         section("Timeline", events.timeline(run, found), events.listed(run, found)),
         section("Quarantine", *_quarantine(run)),
         *_examination(examined),
@@ -112,8 +114,8 @@ def document(title: str, body: Html, *, made: float) -> str:
 
 
 def _head(run: RunFiles, sections: Sequence[Html]) -> Html:
-    names = ["Model versions", "Curves", "Time", "Timeline", "Quarantine", "Classes", "Inside the network"]
-    names += ["Training images", "System load", "Provenance"]
+    names = ["Model versions", "Curves", "Time", "Where a step's time goes", "Timeline", "Quarantine", "Classes"]
+    names += ["Inside the network", "Training images", "System load", "Provenance"]
     there = [name for name in names if any(f'id="{slug(name)}"' in each[:4000] for each in sections)]
     faults = [tag("li", fault) for fault in run.faults]
     return tag(
@@ -327,32 +329,15 @@ def _goodput(run: RunFiles) -> list[Html]:
         return [absent("No account of the time yet: goodput.json is written with the first reading.")]
     wall_s = max(wall_s, sum(known.values()))
     known["other"] = wall_s - sum(known.values())
-    shares = sorted(known.items(), key=lambda item: -item[1])
-    colour = {**_CATEGORIES, "other": "--rule"}
-    bar = [
-        tag(
-            "i",
-            style=f"--c:var({colour.get(name, '--rule')});width:{100 * value / wall_s:.3f}%",
-            title=f"{_plain(name)} {duration(value)}",
-        )
-        for name, value in shares
-    ]
-    rows = [
-        (
-            join(tag("i", class_="key", style=f"--c:var({colour.get(name, '--rule')})"), _plain(name)),
-            tag("data", duration(value), value=repr(value)),
-            number(value / wall_s, percent=True),
-        )
-        for name, value in shares
-    ]
+    longest = sorted(known.items(), key=lambda item: -item[1])
     about = (
         f"{duration(wall_s)} of wall time since the first start, restarts and down time included. Compute is that of "
         "steps that were not taken back."
     )
+    colours = {_plain(name): colour for name, colour in _CATEGORIES.items()}
     return [
         tag("p", about, class_="about"),
-        tag("div", bar, class_="shares"),
-        table(("spent on", "time", "share"), rows),
+        shares({_plain(name): value for name, value in longest}, colours),
     ]
 
 

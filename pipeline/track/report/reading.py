@@ -92,6 +92,7 @@ class RunFiles:
         self.result = self._document("result.json")
         self.goodput = self._document("goodput.json")
         self.deepspeed = self._document("deepspeed.json")
+        self.profile = self._document("profile/profile.json")
         self.config = self._config()
         self.packages = [mask_secrets(line) for line in self._text("packages.txt").splitlines()]
         readings, evaluations = self._metrics()

@@ -1,0 +1,27 @@
+"""Counted operations against the paper's, and what a run's MFU is made of."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import config, flops, network
+from pipeline.train.meters import Utilisation
+
+
+@pytest.mark.parametrize(("model", "gmacs"), [("pvt_tiny", 1.9), ("pvt_large", 9.8), ("resnet50", 4.1)])
+def test_counts_what_papers_count(model: str, gmacs: float) -> None:
+    counted = network.training_flops(config.Classification(), config.Model(name=model), 224, 1000)
+    assert counted / 3 / 2 / 1e9 == pytest.approx(gmacs, abs=0.06)
+
+
+def test_counts_two_for_a_multiplication_and_three_passes() -> None:
+    assert flops.training_flops(lambda: nn.Conv2d(3, 8, 4, stride=4), 32) == 3 * 2 * (3 * 4 * 4 * 8) * (8 * 8)
+
+
+def test_mfu_is_work_over_what_the_devices_could_do() -> None:
+    assert Utilisation(lambda size: size**2, 1e6).mfu(25.0, 100) == pytest.approx(0.25)
+
+
+def test_products_of_matrices_are_timed() -> None:
+    fastest = flops.matrix_flop_s(torch.device("cpu"), torch.float32)
+    assert 1e9 < fastest < 1e14
