@@ -3,10 +3,12 @@
 python launch/doctor.py [--config FILE] [--set KEY=VALUE]      this machine, and what the run would use of it
 python launch/doctor.py --node --config FILE --sent SECONDS    one task a node, before a job's ranks are started
 srun … python launch/doctor.py --all-reduce                    one task a rank; the bandwidth between them
+python launch/doctor.py --tune --config FILE [--ranks N]       the run's quickest micro-batch and engine settings here
 
 A table of what was looked at goes to standard error. Exit code 1: something is not as it has to be. The tracking server
 is only warned of: training goes on without it. With --all-reduce each rank says that it has arrived before it joins the
-others, so that who is missing can be told from what was printed.
+others, so that who is missing can be told from what was printed. --tune tries settings for some minutes and writes what
+makes the run quicker into a new file that extends its configuration.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import urllib.error
@@ -52,21 +55,29 @@ SERVER_S = 5.0
 
 def main() -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(prog="launch/doctor.py", description="Look whether this machine is ready.")
-    parser.add_argument("--config", metavar="FILE", help="look at what this run would use, too")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="look at what this run would use, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--node", action="store_true", help="look at this node of a SLURM job")
     what.add_argument("--all-reduce", action="store_true", help="measure what goes between the ranks")
+    what.add_argument("--tune", action="store_true", help="find the run's quickest settings on this machine")
     parser.add_argument("--sent", type=float, metavar="SECONDS", help="--node: time since 1970 where this was started")
     parser.add_argument("--mib", type=int, default=64, metavar="N", help="--all-reduce: of so much (default 64)")
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="--all-reduce: wait so long (default 120)"
     )
+    parser.add_argument("--ranks", type=int, metavar="N", help="--tune: with so many (default: one for each GPU, or 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="--tune: to be made (default runs/tuned/NAME.yaml)")
+    parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="--tune: at most (default 5)")
     arguments = parser.parse_args()
     if arguments.all_reduce:
         return _all_reduce(arguments.mib, arguments.timeout)
     if arguments.node and not arguments.config:
         parser.error("--node needs --config: the run that the node is wanted for")
+    if arguments.tune and not arguments.config:
+        parser.error("--tune needs --config: the run that is to be quick")
+    if arguments.tune:
+        return _tune(arguments)
     settings = config.load(arguments.config, arguments.set) if arguments.config else None
     if settings and arguments.node:
         checks = [*preflight.of_node(settings, arguments.sent), tracking(settings).as_warning()]
@@ -158,6 +169,15 @@ def _all_reduce(mib: int, timeout_s: float) -> dict[str, Any] | None:
     finally:
         waiting.cancel()
     return {"all_reduce_gb_s": round(bandwidth, 3), "ranks": here.size} if here.is_first else None
+
+
+def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
+    from launch import tune
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that trials under way are ended
+    return tune.tune(
+        arguments.config, arguments.set, ranks=arguments.ranks, out=arguments.out, minutes=arguments.minutes
+    )
 
 
 def _give_up(message: str) -> None:
