@@ -7,7 +7,8 @@ python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--
 On one rank, at the same model, batch and precision (bf16), random resized crops and mirroring, AdamW; after so many
 steps of warm-up:
 
-- ours: launch/pretrain.py as it is started by hand, with its guard, metrics and tracking;
+- ours: launch/pretrain.py as it is started by hand, with its guard, metrics and tracking, once the import of MLflow
+  behind its first steps is over;
 - synthetic: our engine, on one batch again and again;
 - step: the same network and AdamW on that batch, with nothing around them;
 - baseline: webdataset, Pillow, torchvision's transforms, DataLoader's workers, DistributedDataParallel, and the plain
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,9 @@ from benchmarks import photographs
 from launch import command
 from pipeline.shards.pack import pack
 
-WARM_UP = 6
+WARM_UP = 15
+LOG_EVERY = 5
+"""Of which the measured steps are a multiple: the lines of metrics.jsonl are the clock of ours."""
 NUM_PHOTOGRAPHS = 1536
 OURS, SYNTHETIC, STEP, BASELINE, BASELINE_OURS = (
     *("ours", "synthetic", "step", "baseline"),
@@ -53,14 +57,22 @@ def main() -> dict[str, Any]:
     parser.add_argument("--data", type=Path, default=Path("runs/data/feed"), help="made when missing: 0.2 GB")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="for end_to_end.json")
     arguments = parser.parse_args()
+    if arguments.steps % LOG_EVERY or arguments.steps < LOG_EVERY:
+        parser.error(f"--steps {arguments.steps} is not a multiple of {LOG_EVERY}")
     shards = _prepared(arguments.data)
     job = {"model": arguments.model, "batch": arguments.batch, "steps": arguments.steps, "shards": str(shards)}
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure({**job, "workers": arguments.workers, "folder": folder}, arguments.rounds, arguments.out)
+
+
+def _measure(job: dict[str, Any], rounds: int, out: Path) -> dict[str, Any]:
+    ours_once({**job, "steps": LOG_EVERY})  # makes the tracking database, which takes seconds
     names = [OURS, SYNTHETIC, STEP, BASELINE, BASELINE_OURS]
     speeds: dict[str, list[float]] = {name: [] for name in names}
-    turns = [names[(place + number) % len(names)] for number in range(arguments.rounds) for place in range(len(names))]
+    turns = [names[(place + number) % len(names)] for number in range(rounds) for place in range(len(names))]
     with tqdm(turns, "measuring", unit="run", disable=None) as progress:
         for name in progress:
-            speeds[name].append(measured(name, {**job, "workers": arguments.workers}))
+            speeds[name].append(ours_once(job) if name == OURS else measured(name, job))
             progress.set_postfix_str(f"{name}: {speeds[name][-1]:.1f} img/s")
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     ours = medians[OURS]
@@ -73,12 +85,12 @@ def main() -> dict[str, Any]:
         "ratio_synthetic": ours / medians[SYNTHETIC],
         "overhead": medians[STEP] / ours - 1,
         "images_per_second": medians,
-        **job,
+        **{name: value for name, value in job.items() if name not in ("shards", "folder")},
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "end_to_end.json").write_text(json.dumps({**result, "rounds": speeds}, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "end_to_end.json").write_text(json.dumps({**result, "rounds": speeds}, indent=1) + "\n")
     return result
 
 
@@ -93,30 +105,27 @@ def _prepared(data: Path) -> Path:
 
 
 def measured(name: str, job: dict[str, Any]) -> float:
-    """Images a second of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        if name != OURS:
-            own = [
-                sys.executable,
-                "-m",
-                "benchmarks.end_to_end_contenders",
-                name,
-                json.dumps({**job, "folder": folder}),
-            ]
-            done = subprocess.run(own, check=True, capture_output=True, text=True)
-            return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
-        path = Path(folder, "run.yaml")
-        path.write_text(yaml.safe_dump(configuration(job, folder)))
-        subprocess.run([sys.executable, "launch/pretrain.py", "--config", path], check=True, capture_output=True)
-        lines = map(json.loads, Path(folder, "end-to-end/metrics.jsonl").read_text().splitlines())
-        times = {line["step"]: line["time"] for line in lines if "images_per_second" in line}
-    last = WARM_UP + job["steps"]
-    return job["steps"] * job["batch"] / (times[last] - times[WARM_UP])
+    """Images a second of one run of a contender."""
+    own = [sys.executable, "-m", "benchmarks.end_to_end_contenders", name, json.dumps(job)]
+    done = subprocess.run(own, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
 
 
-def configuration(job: dict[str, Any], folder: str) -> dict[str, Any]:
+def ours_once(job: dict[str, Any]) -> float:
+    settings = configuration(job)
+    run = Path(settings["run"]["root"], settings["run"]["name"])
+    path = run.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    subprocess.run([sys.executable, "launch/pretrain.py", "--config", path], check=True, capture_output=True)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    times = {line["step"]: line["time"] for line in lines if "images_per_second" in line}
+    shutil.rmtree(run)
+    return job["steps"] * job["batch"] / (times[WARM_UP + job["steps"]] - times[WARM_UP])
+
+
+def configuration(job: dict[str, Any]) -> dict[str, Any]:
     return {
-        "run": {"name": "end-to-end", "root": folder},
+        "run": {"name": "end-to-end", "root": job["folder"]},
         "model": {"name": job["model"], "drop_path_rate": 0.1},
         "image": {"size": 224},
         "data": {"train": job["shards"], "lanes": 1},
@@ -124,7 +133,7 @@ def configuration(job: dict[str, Any], folder: str) -> dict[str, Any]:
         "train": {
             "length": f"{WARM_UP + job['steps']} steps",
             "global_batch_size": job["batch"],
-            "log_every": "3 steps",
+            "log_every": f"{LOG_EVERY} steps",
         },
         "engine": {"precision": "bf16"},
         "tracking": {"report": False},

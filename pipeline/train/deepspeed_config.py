@@ -63,8 +63,8 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
     for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # even numbers, or it refuses
         zero.setdefault(bucket, min(num_parameters + num_parameters % 2, _MOST_BUCKET_ELEMENTS))
     if stage == 3:
-        # By default DeepSpeed keeps copies of weights below 100,000 elements and gathers each by a call of its own, after
-        # every update: 542 calls for PVT-Large. Partitioned they come with the others.
+        # By default DeepSpeed keeps copies of weights below 100,000 elements and gathers each by a call of its own,
+        # after every update: 542 calls for PVT-Large. Partitioned they come with the others.
         zero.setdefault("stage3_param_persistence_threshold", 0)
     try:
         DeepSpeedZeroConfig(**zero)
