@@ -90,6 +90,13 @@ def test_a_network_without_blocks_is_refused() -> None:
         compile_blocks(nn.Linear(2, 2))
 
 
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"torch\.compile needs g\+\+"):
+        compile_blocks(Blocks())
+
+
 def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")

@@ -1,10 +1,12 @@
 """torch.compile, a block at a time.
 
-A network's blocks are alike, so a few graphs serve all of them (PVT: four, one a stage), where compiling the whole
-network would take minutes. What lies between them, stems, norms and heads, is little and stays as it is.
+A network's blocks are alike, so a few graphs serve all of them (PVT: one a stage, and one for the last block), where
+compiling the whole network would take minutes. What lies between them, stems, norms and heads, is little and stays as
+it is.
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import torch
@@ -32,8 +34,10 @@ def compile_blocks(network: nn.Module, *, sizes_vary: bool = False, deterministi
     """Have each block of `network` compiled when it is first called, for any size of its input if `sizes_vary`.
 
     Kernels are cached on disk, in $TORCHINDUCTOR_CACHE_DIR or a private folder: torch runs what it finds there.
-    Raises InputError where that folder is somebody else's, and for a network without blocks.
+    Raises InputError where that folder is somebody else's, for a network without blocks, and without a C++ compiler.
     """
+    if not any(map(shutil.which, ((os.environ.get("CXX") or "g++").split()[0], "clang++"))):
+        raise InputError("engine.compile: torch.compile needs g++, and it is not on the PATH; install it or set CXX")
     found = list(blocks(network))
     if not found:
         raise InputError(f"engine.compile: {type(network).__name__} is not made of lists of blocks; leave it out")
