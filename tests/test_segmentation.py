@@ -110,12 +110,14 @@ def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path
 
 
 def test_zero_3_trains_the_same(scenes: Path, root: Path, trained: Job) -> None:
-    path = configuration(scenes, root, "sharded", model={"frozen_stages": 1}, engine={"zero_stage": 3})
+    # In fp32: in bf16 another order of sums grows to 2 parts in 1,000 within these steps.
+    fine: dict[str, Any] = {"model": {"frozen_stages": 1}, "engine": {"precision": "fp32"}}
+    path = configuration(scenes, root, "sharded", **{**fine, "engine": {"precision": "fp32", "zero_stage": 3}})
     sharded = Job(path, "sharded", ranks=2, target=trained.target)
     sharded.finish()
-    whole = Job(configuration(scenes, root, "whole", model={"frozen_stages": 1}), "whole", 2, target=trained.target)
+    whole = Job(configuration(scenes, root, "whole", **fine), "whole", 2, target=trained.target)
     whole.finish()
-    assert losses_of(sharded) == pytest.approx(losses_of(whole), rel=2e-3)
+    assert losses_of(sharded) == pytest.approx(losses_of(whole), rel=1e-4)
     made = safetensors.torch.load_file(sharded.checkpoints / f"step-{STEPS:08d}/model.safetensors")
     given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
     assert torch.equal(made["backbone.stages.0.pos_embed"], given["stages.0.pos_embed"])
