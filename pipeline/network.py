@@ -10,7 +10,6 @@ from pipeline.errors import InputError
 from pvt.create import create_model
 from pvt.dense import backbone
 from pvt.mask_rcnn import MaskRcnn
-from pvt.model import set_fast
 from pvt.retinanet import RetinaNet
 from pvt.semantic_fpn import SemanticFpn
 
@@ -39,13 +38,7 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
 
 def training_flops(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> int:
     """Floating-point operations of training on one image of `image_size` pixels, see pipeline/flops.py."""
-
-    def plain() -> Any:
-        network = build(task, model, image_size, num_classes)
-        set_fast(network, False)  # which leaves some out
-        return network
-
-    return flops.training_flops(plain, image_size)
+    return flops.training_flops(lambda: build(task, model, image_size, num_classes), image_size)
 
 
 def _build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:

@@ -156,7 +156,8 @@ class Stage(nn.Module):
             # Not len(x), which torch.export takes for a constant.
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self._pos_embed_on(grid)
-        shortens = class_token_alone and _takes_fast_path(self)
+        # In training alone: with one token an image, products round by the number of images, and a score would too.
+        shortens = class_token_alone and self.training and _takes_fast_path(self)
         for i, block in enumerate(self.blocks):
             scales = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
             wanted = 1 if shortens and i == len(self.blocks) - 1 else None
