@@ -109,7 +109,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         if publisher:
             state.run_id = publisher.record.uuid
             files.write(folder / "deepspeed.json", json.dumps(engine.deepspeed_config, indent=1).encode())
-            _say_start(settings, world, feed, schedule, state)
+            _say_start(settings, world, feed, schedule, state, engine.stage)
         trainer = Trainer(
             config=settings,
             world=world,
@@ -398,12 +398,14 @@ def _published(
         raise
 
 
-def _say_start(settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State) -> None:
+def _say_start(
+    settings: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State, zero_stage: int
+) -> None:
     part = feed.deal
     lines = [
         f"{settings.run.folder}: {settings.model.name}, steps {state.step} to {schedule.total} "
         f"({feed.order.steps_per_epoch} an epoch), {world.size} ranks × {part.accumulation} × {part.micro_batch_size} "
-        f"samples on {world.device.type}, ZeRO-{settings.engine.zero_stage} {settings.engine.precision}"
+        f"samples on {world.device.type}, ZeRO-{zero_stage} {settings.engine.precision}"
     ]
     if waste := padding_waste(feed.order, world.size, settings):
         worlds = range(1, min(2 * world.size, feed.order.lanes) + 1)

@@ -166,7 +166,7 @@ class Search:
             if not trial.failed:
                 return trial, self._sizes[start + 1 :] if at == start else ()
         failed = self.trials[-1].failed
-        for stage in range(self._settings.engine.zero_stage + 1, 4 if self._ranks > 1 else 0):
+        for stage in range((self._settings.engine.zero_stage or 0) + 1, 4 if self._ranks > 1 else 0):
             trial = self._try({MICRO_BATCH: self._sizes[0], STAGE: stage})
             if not trial.failed:
                 return trial, self._sizes[1:]
@@ -188,7 +188,8 @@ class Search:
         return False
 
     def _find_communication(self) -> None:
-        zero, given = self._settings.engine.deepspeed.get("zero_optimization", {}), self._settings.engine.zero_stage
+        engine = self._settings.engine
+        zero, given = engine.deepspeed.get("zero_optimization", {}), engine.stage(self._best.num_parameters)
         needed, present = self._best.overrides.get(STAGE, 0), self._best.overrides.get(STAGE, given)
         for stage in range(needed, 3):  # lower ones do not fit
             if stage != present:

@@ -503,8 +503,13 @@ class Evaluate(Section):
     default is 1: in a batch, all are padded to the largest."""
 
 
+_MOST_WHOLE = 250_000_000  # parameters; weights, gradients and Adam's moments of as many take 4 GB
+
+
 class Engine(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What ranks share out: 1 optimiser state, 2 gradients, 3 weights. None: 0, which copies and sends the least, up to
+    250 million trainable parameters; 1 beyond, or where engine.deepspeed.zero_optimization asks for something."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     fast: bool = True
     """PVT takes the quicker ways to compute what it computes. False: plain convolutions and PyTorch's attention."""
@@ -513,6 +518,12 @@ class Engine(Section):
     Evaluation never is, so that scores can be reproduced."""
     deepspeed: dict[str, Any] = {}
     """Further keys of the DeepSpeed configuration. They may not contradict the generated ones."""
+
+    def stage(self, num_parameters: int) -> int:
+        """ZeRO's stage for a network with as many trainable parameters."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return int(num_parameters > _MOST_WHOLE or "zero_optimization" in self.deepspeed)
 
     @model_validator(mode="after")
     def _compiles_whole_weights(self) -> "Engine":

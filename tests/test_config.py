@@ -148,3 +148,17 @@ def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(settings: M
     assert settings().evaluate.batch_size == 256
     assert settings(*dense).evaluate.batch_size == 1
     assert settings(*dense, "evaluate.batch_size=4").evaluate.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "num_parameters", "stage"),
+    [
+        ("engine.zero_stage=null", 61_000_000, 0),
+        ("engine.zero_stage=null", 300_000_000, 1),
+        ("engine.deepspeed.zero_optimization.offload_optimizer.device=cpu", 61_000_000, 1),
+        ("engine.zero_stage=3", 61_000_000, 3),
+        ("engine.zero_stage=0", 300_000_000, 0),
+    ],
+)
+def test_zero_shares_out_what_is_large(settings: Make, override: str, num_parameters: int, stage: int) -> None:
+    assert settings(override).engine.stage(num_parameters) == stage

@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 against plain PyTorch, on two ranks and on three with padding."""
+"""ZeRO 0 to 3 against plain PyTorch, on one rank, on two, and on three with padding."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ def configuration(digits: Path, folder: Path, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch_size", "steps"), [(2, 2, 20), (3, None, 12)])
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "steps"), [(1, 4, 20), (2, 2, 20), (3, None, 12)])
 def test_fp32_is_single_process_adamw(
     digits: Path, tmp_path: Path, ranks: int, micro_batch_size: int | None, steps: int
 ) -> None:
     # At 64 px every attention has at least four keys; at 32 px most have one, and queries no gradient but rounding.
-    # Four lanes: three ranks serve 1, 1 and 2 of them, so two ranks are padded. Two ranks accumulate twice.
+    # Four lanes: three ranks serve 1, 1 and 2 of them, so two ranks are padded. One rank and two accumulate twice.
     path = configuration(
         digits,
         tmp_path,

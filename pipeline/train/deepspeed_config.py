@@ -32,7 +32,7 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
 
     Raises InputError where `engine.deepspeed` would contradict a generated key.
     """
-    stage, clip = config.engine.zero_stage, config.optim.clip_grad or 0.0
+    stage, clip = config.engine.stage(num_parameters), config.optim.clip_grad or 0.0
     generated = {
         # Required by DeepSpeed and otherwise unused: batches are made by the feed.
         "train_micro_batch_size_per_gpu": 1,

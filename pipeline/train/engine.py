@@ -126,9 +126,10 @@ class Engine:
         _import_muon()
         self._config, self._world, self._blank = config, world, blank
         self._accumulation = len(blank(0))
-        self._stage = config.engine.zero_stage
         self._model = task.model.to(world.device)
         self._parameters = dict(trainable(self._model))
+        num_parameters = sum(p.numel() for p in self._parameters.values())
+        self.stage = config.engine.stage(num_parameters)
         self._skeleton = copy.deepcopy(task.model).to("meta")  # to be run with other weights
         if config.engine.compile:
             compile_blocks(
@@ -149,7 +150,6 @@ class Engine:
         )
         self._objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
         # Any, because DeepSpeed's annotations name every optimiser it might hold.
-        num_parameters = sum(p.numel() for p in self._parameters.values())
         self.deepspeed_config = deepspeed_config(config, world, self._accumulation, num_parameters)
         self._engine: Any = deepspeed.initialize(
             model=self._objective,
@@ -157,6 +157,8 @@ class Engine:
             config=copy.deepcopy(self.deepspeed_config),  # which DeepSpeed edits
             dist_init_required=False,
         )[0]
+        if self.stage == 0 and world.size == 1:  # DeepSpeed would copy all gradients into one piece and back
+            self._engine.enable_backward_allreduce = False
 
     def step(
         self,
@@ -222,7 +224,7 @@ class Engine:
 
     def _backward(self, loss: Tensor, is_last: bool) -> None:
         """Add a micro-batch's gradients. After the last one `_update` has to follow."""
-        if self.loss_scale and self._stage == 0:
+        if self.loss_scale and self.stage == 0:
             loss = loss * self.loss_scale.value
         elif self.loss_scale:
             self._engine.optimizer.override_loss_scale(self.loss_scale.value)
@@ -234,29 +236,27 @@ class Engine:
         """Clip and apply the gradients. Returns whether they were applied and their norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        if self._stage == 0:
-            applied, norm = self._clip()
+        if self.stage == 0:
+            norm = self._clip()
             self._engine.step()
-            return applied, norm
+            return math.isfinite(norm.item()), norm.item()
         self._engine.step()
         # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
         return not self._engine.optimizer.overflow, float(self._engine.optimizer._global_grad_norm)
 
-    def _clip(self) -> tuple[bool, float]:
-        """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite."""
+    def _clip(self) -> Tensor:
+        """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite. Fused
+        AdamW is told in the way of torch.amp.GradScaler, on the device: the host need not wait for the norm first."""
         scale = self.loss_scale.value if self.loss_scale else 1.0
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / scale
-        if not math.isfinite(norm):
-            for parameter in self._parameters.values():
-                parameter.grad = None  # AdamW passes over parameters without a gradient
-            return False, norm
-        limit = self._config.optim.clip_grad
-        factor = max(1.0, (norm + 1e-6) / limit) * scale if limit else scale
-        if factor != 1.0:
-            for gradient in gradients:
-                gradient.mul_(1 / factor)
-        return True, norm
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        divisor = torch.full_like(norm, scale)
+        if limit := self._config.optim.clip_grad:
+            divisor *= ((norm + 1e-6) / limit).clamp(min=1.0)
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale = divisor if limit or self.loss_scale else None
+        optimizer.found_inf = 1.0 - norm.isfinite().float()
+        return norm
 
     def gradients(self, batch: MicroBatch, *, step: int, micro: int) -> dict[str, Tensor]:
         """The loss ("loss") and its gradients by parameter for one micro-batch, of this rank alone, before any
@@ -298,14 +298,14 @@ class Engine:
         """Buffers and frozen parameters."""
         frozen = {name: p for name, p in self._model.named_parameters() if name not in self._parameters}
         state = {name: value for name, value in self._model.state_dict().items() if name not in self._parameters}
-        if frozen and self._stage == 3:
+        if frozen and self.stage == 3:
             with deepspeed.zero.GatheredParameters(list(frozen.values())):
                 state.update((name, parameter.detach().clone()) for name, parameter in frozen.items())
         return state
 
     def local_weights(self) -> dict[str, Tensor]:
         """What this rank holds of each trainable parameter, fp32: all of it; at stage 3 its partition, flat."""
-        if self._stage == 3:
+        if self.stage == 3:
             return self._partitions
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
@@ -317,11 +317,11 @@ class Engine:
     @property
     def keeps_copies(self) -> bool:
         """Whether every rank holds all parameters."""
-        return self._stage < 3
+        return self.stage < 3
 
     def whole(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Full tensors from such as `local_weights` gives. Collective at stage 3."""
-        if self._stage != 3:
+        if self.stage != 3:
             return local
         zero = self._engine.optimizer
         return {name: zero._fp32_state_allgather(self._parameters[name], part) for name, part in local.items()}
@@ -329,7 +329,7 @@ class Engine:
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """What `local_weights` would hold on this rank if the parameter `name` had the value `whole`."""
         parameter: Any = self._parameters[name]
-        if self._stage != 3:
+        if self.stage != 3:
             return whole
         size = parameter.partition_numel()
         part = whole.flatten()[self._world.rank * size :][:size]
@@ -343,7 +343,7 @@ class Engine:
         """This rank's share of Adam's moments: (parameter name, moment, where in the flattened parameter it begins,
         view of the values, flat). The ranks' shares together are everything, each value once. No communication."""
         self._have_moments()
-        if self._stage == 0:
+        if self.stage == 0:
             total = sum(parameter.numel() for parameter in self._parameters.values())
             rank, size = self._world.rank, self._world.size
             return self._range(total * rank // size, total * (rank + 1) // size)
@@ -351,9 +351,9 @@ class Engine:
 
     def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """All of the moments that this rank holds."""
-        if self._stage == 0:
+        if self.stage == 0:
             return self._range(0, sum(parameter.numel() for parameter in self._parameters.values()))
-        return self._partitioned_share() if self._stage == 3 else self._linked_share()
+        return self._partitioned_share() if self.stage == 3 else self._linked_share()
 
     def _range(self, first: int, last: int) -> Iterator[tuple[str, str, int, Tensor]]:
         """At stage 0, those of the given range of all parameters, laid end to end."""
@@ -397,7 +397,7 @@ class Engine:
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Put the network into a state that `weights` gave, as if the engine had been built on it. Collective."""
-        if self._stage == 3:
+        if self.stage == 3:
             with deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=0):
                 for name, parameter in self._parameters.items():
                     parameter.copy_(weights[name])
@@ -407,7 +407,7 @@ class Engine:
         else:
             self._model.load_state_dict(weights)
         for name, parameter in self._parameters.items():
-            if self._stage == 3:
+            if self.stage == 3:
                 self._partition(parameter).copy_(self.part_of(name, weights[name]))
             elif mapping := getattr(parameter, "_hp_mapping", None):
                 start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
@@ -423,7 +423,7 @@ class Engine:
     def _link_moments(self) -> None:
         """Let DeepSpeed find the moments of all parameters. At stages 1 and 2 it looks for them once, when the first
         of the optimiser's groups has taken its first step and the others have no moments yet."""
-        if self._stage in (1, 2):
+        if self.stage in (1, 2):
             zero = self._engine.optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
