@@ -1,6 +1,6 @@
 """PVT's attention, forward and backward, by each way to compute it: which is quickest for which shape, on this device.
 
-python -m benchmarks.attention [--size 224] [--batch N] [--precision bf16] [--rounds 7]
+python -m benchmarks.attention [--size 224] [--batch N] [--precision bf16] [--rounds 7] [--out DIR]
 
     each stage's q, k, v ──▶ rounds: products, PyTorch's backends, pvt.model.attend, in turns ──▶ medians ──▶ table
 
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.step import Contender, device_name, take_turns, timed
+from benchmarks import report
+from benchmarks.step import Contender, take_turns, timed
 from launch import command
 from pipeline.flops import DTYPES
 from pipeline.world import keep_freed_memory
@@ -70,8 +71,17 @@ def main() -> dict[str, Any]:
             flush=True,
         )
         stages.append({"queries": queries, "keys": keys, "heads": heads, "ms": ms, "ratio": ms[OURS] / quickest})
-    about = {"batch": batch, "size": arguments.size, "precision": arguments.precision, "device": device_name(device)}
-    return {**about, "torch": torch.__version__, "threads": torch.get_num_threads(), "stages": stages}
+    about = {"batch": batch, "size": arguments.size, "precision": arguments.precision}
+    bars = {
+        f"stage {number}, {stage['keys']} keys": {name: [ms] for name, ms in stage["ms"].items()}
+        for number, stage in enumerate(stages, 1)
+    }
+    title = f"attention, {arguments.size} px, batch {batch}, {arguments.precision}: {report.device_name(device.type)}"
+    return report.finish(
+        *("attention", {**about, "threads": torch.get_num_threads(), "stages": stages}, arguments.out),
+        device=device.type,
+        draw=report.bars(bars, "ms", title),
+    )
 
 
 def _by(backend: SDPBackend) -> Attend:
@@ -101,6 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
+    report.add_out(parser, "attention")
     arguments = parser.parse_args()
     if arguments.size % STRIDES[-1] or arguments.size < STRIDES[-1]:
         parser.error(f"--size {arguments.size} is not a multiple of {STRIDES[-1]}")

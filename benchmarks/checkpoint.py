@@ -37,6 +37,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+from benchmarks import report
 from benchmarks.savers import Contender, Distributed, Ours, contenders, share_of
 from launch import command
 from pipeline import world
@@ -77,8 +78,19 @@ def main() -> dict[str, Any] | None:
         return None
     result = summary(rounds)
     print(table(rounds, result), file=sys.stderr)
-    about = {"model": arguments.model, "bytes": bench.num_bytes, "device": _device(here), "ranks": here.size}
-    return {**about, **result, "saves": arguments.saves, "threads": torch.get_num_threads(), "load_before": load}
+    about = {"model": arguments.model, "bytes": bench.num_bytes, "ranks": here.size, "saves": arguments.saves}
+    bars = {
+        f"{what} of {arguments.model}": {
+            name: of[f"{what}_s"][1:] for name, of in rounds.items() if f"{what}_s" in of and "stall_s" in of
+        }
+        for what in ("stall", "total")
+    }
+    return report.finish(
+        *("checkpoint", {**about, **result, "threads": torch.get_num_threads(), "load_before": load}, arguments.out),
+        device=here.device.type,
+        details={"rounds": rounds},
+        draw=report.bars(bars, "s", f"saving: {report.device_name(here.device.type)}"),
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; what is written there is removed")
     parser.add_argument("--saves", type=int, default=5, help="of each contender, after a first one")
     parser.add_argument("--ranks", type=int, default=1, help="processes to start here")
+    report.add_out(parser, "checkpoint")
     arguments = parser.parse_args()
     if arguments.saves < 1 or arguments.ranks < 1:
         parser.error("--saves and --ranks are at least 1")
@@ -304,10 +317,6 @@ def _write_and_sync(path: Path, data: memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _device(here: World) -> str:
-    return torch.cuda.get_device_name() if here.device.type == "cuda" else "cpu"
 
 
 def summary(found: dict[str, Readings]) -> dict[str, Any]:

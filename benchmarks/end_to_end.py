@@ -2,7 +2,7 @@
 
     photographs ──▶ shards ──▶ rounds: each contender a process of its own, in rotated order ──▶ table, JSON line
 
-python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--rounds 5]
+python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--rounds 5] [--out DIR]
 
 On one rank, at the same model, batch and precision (bf16), random resized crops and mirroring, AdamW; after so many
 steps of warm-up:
@@ -17,8 +17,6 @@ steps of warm-up:
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,7 +29,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from benchmarks import photographs
+from benchmarks import photographs, report
 from launch import command
 from pipeline.shards.pack import pack
 
@@ -55,7 +53,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="the baseline's decoding processes")
     parser.add_argument("--data", type=Path, default=Path("runs/data/feed"), help="made when missing: 0.2 GB")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="for end_to_end.json")
+    report.add_out(parser, "end_to_end")
     arguments = parser.parse_args()
     if arguments.steps % LOG_EVERY or arguments.steps < LOG_EVERY:
         parser.error(f"--steps {arguments.steps} is not a multiple of {LOG_EVERY}")
@@ -86,12 +84,15 @@ def _measure(job: dict[str, Any], rounds: int, out: Path) -> dict[str, Any]:
         "overhead": medians[STEP] / ours - 1,
         "images_per_second": medians,
         **{name: value for name, value in job.items() if name not in ("shards", "folder")},
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "end_to_end.json").write_text(json.dumps({**result, "rounds": speeds}, indent=1) + "\n")
-    return result
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    title = f"whole training of {job['model']}, batch {job['batch']}, bf16"
+    return report.finish(
+        *("end_to_end", result, out),
+        device=device,
+        details={"rounds": speeds},
+        draw=report.bars({title: speeds}, "images/s", report.device_name(device)),
+    )
 
 
 def _prepared(data: Path) -> Path:

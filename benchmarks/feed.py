@@ -18,18 +18,16 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import peers, photographs
+from benchmarks import peers, photographs, report
 from benchmarks.peers import BATCH_SIZE, Job
 from launch import command
 from pipeline.errors import InputError
@@ -69,20 +67,25 @@ def main() -> dict[str, Any]:
             progress.set_postfix_str(f"{name}, {recipe}: {result['images_per_second']:.0f} img/s")
     _check_pixels(rounds)
 
-    machine = _machine(arguments.device, len(arguments.cores))
-    print(f"{machine}\n\n{table(rounds, workers)}\n")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(rounds, machine, arguments.out / "feed.png")
+    print(table(rounds, workers), file=sys.stderr)
     medians = {recipe: {name: median(runs) for name, runs in of.items()} for recipe, of in rounds.items()}
     result = {
         **{f"ratio_{recipe}": _ratio(of) for recipe, of in medians.items()},
         "images_per_second": medians,
-        "device": arguments.device,
-        "cores": len(arguments.cores),
     }
-    details = {"machine": machine, "versions": environment.versions(), "workers": workers, "rounds": rounds}
-    (arguments.out / "feed.json").write_text(json.dumps({**result, **details}, indent=1) + "\n")
-    return result
+    bars = {
+        f"{recipe} recipe": {
+            name: [run["images_per_second"] for run in of[name]]
+            for name in sorted(of, key=lambda name: -medians[recipe][name])
+        }
+        for recipe, of in rounds.items()
+    }
+    return report.finish(
+        *("feed", result, arguments.out),
+        device=arguments.device,
+        details={"peers": environment.peers_versions(), "workers": workers, "rounds": rounds},
+        draw=report.bars(bars, "images/s", f"the feed: {report.device_name(arguments.device)}", columns=2),
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -97,7 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="decoding processes of peers; without it the best of cores ± 1")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, default=Path("runs/data/feed"), help="made when missing: 0.5 GB")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/feed"), help="for feed.json and feed.png")
+    report.add_out(parser, "feed")
     parser.add_argument("--peers-python", type=Path, default=Path(".venv-peers/bin/python"))
     arguments = parser.parse_args()
     arguments.images = arguments.images or 1600 * len(arguments.cores)
@@ -132,12 +135,9 @@ class Environment:
             versions = _run(self.python, "-P", peers.__file__, "convert", json.dumps(options))
             converted.write_text(json.dumps(versions))
 
-    def versions(self) -> dict[str, Any]:
-        installed = {found.name: found.version for found in distributions()}
-        ours = {name: of for name, of in installed.items() if name == "torch" or name.startswith("nvidia-dali")}
+    def peers_versions(self) -> dict[str, str]:
         converted = self.data / "converted.json"
-        theirs = json.loads(converted.read_text()) if converted.exists() else {}
-        return {"python": platform.python_version(), "ours": ours, "peers": theirs}
+        return json.loads(converted.read_text()) if converted.exists() else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,44 +236,6 @@ def table(rounds: Rounds, workers: dict[str, int]) -> str:
         lines.append("")
     disturbed = max(run["others_share"] for of in rounds.values() for runs in of.values() for run in runs)
     return "\n".join([*lines, f"Other processes took at most {disturbed:.0%} of the cores' time in a run."])
-
-
-def plot(rounds: Rounds, machine: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(rounds), figsize=(5.5 * len(rounds), 3.2), squeeze=False, layout="constrained")
-    for panel, (recipe, contenders) in zip(panels[0], rounds.items(), strict=True):
-        names = sorted(contenders, key=lambda name: median(contenders[name]))
-        medians = [median(contenders[name]) for name in names]
-        rates = [[run["images_per_second"] for run in contenders[name]] for name in names]
-        whiskers = [
-            [middle - min(of) for middle, of in zip(medians, rates, strict=True)],
-            [max(of) - middle for middle, of in zip(medians, rates, strict=True)],
-        ]
-        colours = ["tab:orange" if name == OURS else "tab:gray" for name in names]
-        panel.barh(names, medians, xerr=whiskers, color=colours, capsize=3, error_kw={"linewidth": 1})
-        for place, value in enumerate(medians):
-            panel.text(max(medians) * 0.02, place, f"{value:.0f}", va="center", color="white")
-        panel.set_title(f"{recipe} recipe")
-        panel.set_xlabel("images a second: median, slowest and fastest round")
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(machine, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _machine(device: str, cores: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    machine = f"{cores} cores of {cpu}"
-    if device == "cuda":
-        import torch
-
-        machine += f", {torch.cuda.get_device_name()}"
-    return machine
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the order costs: seeking, start-up, memory.
 
-python -m benchmarks.order
+python -m benchmarks.order [--out DIR]
 
 Each figure is of a process of its own. Seeking is the time to compute a whole global batch of 1,024 samples at a
 random place of the run, all lanes of it: a rank computes its part alone.
@@ -19,37 +19,48 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks import report
+from launch import command
+
 BATCH, LANES, WINDOW = 1024, 64, 4096
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks.order", description="Measure the order.")
+def main() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.order", description=(__doc__ or "").splitlines()[0])
+    report.add_out(parser, "order")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         kind, folder = arguments.measure
-        print(json.dumps(seek() if kind == "seek" else open_manifest(Path(folder))))
-        return
+        return seek() if kind == "seek" else open_manifest(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder))
         seeking, opening = measured("seek", folder), measured("open", folder)
-    print(f"{'simulated epoch of':32}{'seek, ms a batch':>20}{'95 %':>8}{'start-up, s':>14}")
+    lines = ["| simulated epoch of | seek, ms a batch | 95 % | start-up, s |", "|---|---:|---:|---:|"]
     for name, figures in seeking.items():
-        print(f"{name:32}{figures['median_ms']:20.2f}{figures['p95_ms']:8.2f}{figures['startup_s']:14.2f}")
-    print(
+        lines.append(f"| {name} | {figures['median_ms']:.2f} | {figures['p95_ms']:.2f} | {figures['startup_s']:.2f} |")
+    lines += [
+        "",
         f"opening a manifest of 10^9 samples in 10^5 shards, and its first batch: "
-        f"{opening['startup_s']:.2f} s, {opening['startup_mb']:.0f} MB more than Python with its imports"
-    )
+        f"{opening['startup_s']:.2f} s, {opening['startup_mb']:.0f} MB more than Python with its imports",
+    ]
+    print("\n".join(lines), file=sys.stderr)
     result = {"seek_ms": seeking["10^12 samples, 10^6 shards"]["median_ms"], **opening}
-    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+    bars = {"seek to a batch, ms": {name: figures["times_ms"] for name, figures in seeking.items()}}
+    return report.finish(
+        *("order", {name: round(value, 3) for name, value in result.items()}, arguments.out),
+        device="cpu",
+        details={"seeking": seeking},
+        draw=report.bars(bars, "ms", f"the order: {report.device_name('cpu')}"),
+    )
 
 
 def measured(kind: str, folder: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.order", "--measure", kind, folder]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    own = [sys.executable, "-m", "benchmarks.order", "--measure", kind, folder]
+    return json.loads(subprocess.run(own, check=True, capture_output=True, text=True).stdout)
 
 
-def seek() -> dict[str, dict[str, float]]:
+def seek() -> dict[str, dict[str, Any]]:
     from pipeline.feed.order import Order
 
     figures = {}
@@ -73,7 +84,7 @@ def seek() -> dict[str, dict[str, float]]:
             order.samples(step)
             times.append(1e3 * (time.perf_counter() - began))
         median, p95 = np.percentile(times, [50, 95])
-        figures[name] = {"median_ms": median, "p95_ms": p95, "startup_s": startup_s}
+        figures[name] = {"median_ms": median, "p95_ms": p95, "startup_s": startup_s, "times_ms": times}
     return figures
 
 
@@ -112,4 +123,4 @@ def open_manifest(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

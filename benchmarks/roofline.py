@@ -14,8 +14,7 @@ alone. Caches can undercut the memory floor.
 import argparse
 import functools
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -25,12 +24,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import pvt  # noqa: F401  registers the models
-from benchmarks.step import DEPTHS, SIZE_PX, Contender, device_name, take_turns, timed
+from benchmarks import report
+from benchmarks.step import DEPTHS, SIZE_PX, Contender, take_turns, timed
 from launch import command
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.train.compile import compile_blocks
 from pipeline.world import keep_freed_memory
 from pvt.model import STRIDES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COPIED_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 
@@ -86,12 +89,13 @@ def main() -> dict[str, Any]:
     print(table(rows), file=sys.stderr)
     about = {
         **{"model": arguments.model, "batch": batch, "precision": arguments.precision, "compile": arguments.compile},
-        **{"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        **{"matrix_tflop_s": flop_s / 1e12, "memory_gb_s": bytes_s / 1e9},
+        **{"matrix_tflop_s": flop_s / 1e12, "memory_gb_s": bytes_s / 1e9, "threads": torch.get_num_threads()},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(rows, about, arguments.out / "roofline.png")
-    return {**about, "stages": rows}
+    return report.finish(
+        *("roofline", {**about, "stages": rows}, arguments.out),
+        device=device.type,
+        draw=functools.partial(plot, rows, about, report.device_name(device.type)),
+    )
 
 
 def _input(network: Any, stage: int, batch: int, device: torch.device) -> Tensor:
@@ -140,13 +144,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], about: dict[str, Any], file: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def plot(rows: list[dict[str, Any]], about: dict[str, Any], device: str, figure: "Figure") -> None:
     peak, bandwidth = about["matrix_tflop_s"], about["memory_gb_s"] / 1e3
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(6.5, 4)
     axes = figure.subplots()
     intensities = [row["gflop"] / row["moved_gb"] for row in rows]
     ends = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
@@ -164,10 +164,7 @@ def plot(rows: list[dict[str, Any]], about: dict[str, Any], file: Path) -> None:
         axis.set_minor_formatter("{x:.2g}")
     axes.legend(loc="lower right")
     compiled = ", compiled" if about["compile"] else ""
-    figure.suptitle(
-        f"{about['model']}, batch {about['batch']}, {about['precision']}{compiled}: {about['device']}", fontsize=9
-    )
-    figure.savefig(file, dpi=130)
+    figure.suptitle(f"{about['model']}, batch {about['batch']}, {about['precision']}{compiled}: {device}", fontsize=9)
 
 
 def _arguments() -> argparse.Namespace:
@@ -177,7 +174,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="the blocks; takes minutes on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="for roofline.png")
+    report.add_out(parser, "roofline")
     return parser.parse_args()
 
 

@@ -24,6 +24,7 @@ Efficiency: images a second of a GPU, over those of one GPU alone at ZeRO-0.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,13 +44,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import peers, scaling_model, sizing
+from benchmarks import peers, report, scaling_model, sizing
 from benchmarks.scaling_model import RING_PASSES, Hardware, Link, Network, Pieces, Setting, Step, Weight
 from launch import command
 from pipeline import config, network
 from pipeline.config import Config
 from pipeline.errors import ExternalError, InputError
 from pipeline.train.optim import parameter_groups
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GPUS = (8, 16, 64, 256, 1024, 4096)
 SETTINGS = {
@@ -130,8 +134,6 @@ def main() -> dict[str, Any]:
     if checked:
         hooks = (f"{1e-3 * us * len(model.weights):.0f} ms at {name}" for name, us in checked["hook_us"].items())
         print(f"\nNot counted: hooks, if GPUs' hosts are like this one: {'; '.join(hooks)}", file=sys.stderr)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    plot(efficiency, f"{title}: computed, not measured", arguments.out / "scaling.png")
     step_ms = {name: {gpus: 1e3 * step.total_s for gpus, step in of.items()} for name, of in steps.items()}
     result = {
         "worst_error": checked.get("worst_error"),
@@ -141,8 +143,9 @@ def main() -> dict[str, Any]:
         "model": settings.model.name,
         "assumed": {**dataclasses.asdict(pieces), "mfu": arguments.mfu, "link_efficiency": LINK_EFFICIENCY},
     }
-    (arguments.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    # Nothing but the check is measured, and that on a CPU.
+    draw = functools.partial(plot, efficiency, f"{title}: computed, not measured")
+    return report.finish("scaling", result, arguments.out, device="cpu", draw=draw)
 
 
 def _settings(path: Path) -> Config:
@@ -375,14 +378,11 @@ def table(steps: Mapping[str, Mapping[int, Step]], efficiency: Mapping[str, Mapp
     return "\n".join(lines)
 
 
-def plot(efficiency: Mapping[str, Mapping[int, float]], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+def plot(efficiency: Mapping[str, Mapping[int, float]], title: str, figure: "Figure") -> None:
     from matplotlib.ticker import PercentFormatter
 
-    figure, panel = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    figure.set_size_inches(7.5, 3.8)
+    panel = figure.subplots()
     for name, of in efficiency.items():
         stage = SETTINGS[name].stage
         line = "-" if name == f"ZeRO-{stage}" else "--"
@@ -398,8 +398,6 @@ def plot(efficiency: Mapping[str, Mapping[int, float]], title: str, path: Path) 
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, bbox_to_anchor=(1, 0.5), loc="center left")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _arguments() -> argparse.Namespace:
@@ -415,7 +413,7 @@ def _arguments() -> argparse.Namespace:
     add("--stall-s", STALL_S, "how long a save keeps training waiting")
     add("--save-every-s", SAVE_EVERY_S, "time between saves")
     parser.add_argument("--no-check", action="store_true", help="compute alone, which takes seconds")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="for scaling.json and scaling.png")
+    report.add_out(parser, "scaling")
     arguments = parser.parse_args()
     if not 0 < arguments.mfu <= 1:
         parser.error(f"--mfu is a number above 0 and up to 1, found {arguments.mfu:g}")

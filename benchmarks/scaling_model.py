@@ -227,9 +227,10 @@ def _fetches(weights: Sequence[Weight]) -> list[Call]:
 def passes(network: Network, setting: Setting, world_size: int) -> float:
     """How many times DeepSpeed copies, scales or converts as many bytes as the gradients have, by its source and as
     counted: into buckets and flat tensors and back, divided by W, clipped, and for the norm as fp64; of what a rank
-    keeps, only its part. At stage 3 also weights, into and out of what is fetched."""
+    keeps, only its part. At stage 3 also weights, into and out of what is fetched. At stage 0 AdamW clips
+    as it goes, and a rank alone copies nothing."""
     if setting.stage == 0:
-        return 3 + (world_size > 1)
+        return 3 * (world_size > 1)
     if setting.stage < 3:
         return 2 + (world_size > 1) + 7 / world_size
     fetched_bytes = sum(call.num_bytes for call in traffic(network, setting, world_size).fetches)

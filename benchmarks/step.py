@@ -1,24 +1,22 @@
 """A training step of each PVT: ours, Transformers' and a plain one, as they are and compiled.
 
-python -m benchmarks.step [MODEL …] [--batch N] [--precision bf16] [--compile] [--rounds 7] [--plot FILE]
+python -m benchmarks.step [MODEL …] [--batch N] [--precision bf16] [--compile] [--rounds 7] [--out DIR]
 
     contenders, all of one size in memory ──▶ rounds: each takes its turn ──▶ medians ──▶ table, JSON lines, plot
 
 A step is forward, loss, backward and AdamW (fused) at the same precision and batch, on the GPU if there is one. Drop
-path is on. Needs torch, timm and transformers alone, so that it can be carried to any machine; twins_pcpvt_large of
-timm, PVT-Large's nearest relative, is there for scale. MFU (pipeline/flops.py) is over what this device reaches in
-products of large matrices at the same precision, measured in the same run.
+path is on. Needs torch, timm and transformers alone, so that it can be carried to any machine, and for the picture
+matplotlib; twins_pcpvt_large of timm, PVT-Large's nearest relative, is there for scale. MFU (pipeline/flops.py) is over
+what this device reaches in products of large matrices at the same precision, measured in the same run.
 """
 
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -28,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 import pvt  # noqa: F401  registers the models
+from benchmarks import report
 from benchmarks.plain_pvt import PlainPvt
 from pipeline.flops import DTYPES, matrix_flop_s, training_flops
 from pipeline.train.compile import compile_blocks
@@ -59,8 +58,7 @@ def main() -> None:
         keep_freed_memory()  # for all of them; it is our training that does so
     about = {
         **{"batch": batch, "precision": arguments.precision, "rounds": arguments.rounds},
-        **{"device": device_name(device), "threads": torch.get_num_threads(), "date": time.strftime("%F")},
-        **{package.__name__: package.__version__ for package in (torch, timm, transformers)},
+        **{"threads": torch.get_num_threads(), **report.measured_on(device.type)},
         "matrix_tflop_s": round(matrix_flop_s(device, dtype) / 1e12, 3),
     }
     print(json.dumps(about), "| model | contender | images/s | over the best peer | MFU |", sep="\n", file=sys.stderr)
@@ -77,8 +75,16 @@ def main() -> None:
             cells = f"{each['images_per_second']:.2f} | {each['over_best_peer']:.2f} | {each['mfu']:.1%}"
             print(f"| {model} | {name} | {cells} |", file=sys.stderr, flush=True)
         print(json.dumps({**result, **about}), flush=True)
-    if arguments.plot:
-        plot(results, f"{about['device']}, batch {batch}, {arguments.precision}", arguments.plot)
+    bars = {
+        result["model"]: {name: [each["images_per_second"]] for name, each in result["contenders"].items()}
+        for result in results
+    }
+    title = f"a training step, batch {batch}, {arguments.precision}: {about['device']}"
+    report.finish(
+        *("step", {**about, "models": results}, arguments.out),
+        device=device.type,
+        draw=report.bars(bars, "images/s", title),
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -88,7 +94,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="all of them compiled, too; takes minutes on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of it, which needs matplotlib")
+    report.add_out(parser, "step")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(DEPTHS):
         parser.error(f"{', '.join(sorted(unknown))}: no such model; there are {', '.join(DEPTHS)}")
@@ -176,14 +182,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names)} cores"
-
-
 def summary(model: str, seconds: dict[str, float], batch: int, matrix_flop_s: float) -> dict[str, Any]:
     flop = training_flops(lambda: PlainPvt(DEPTHS[model], NUM_CLASSES), SIZE_PX)
     peer = min(took for name, took in seconds.items() if name.startswith(PEERS))
@@ -201,25 +199,6 @@ def summary(model: str, seconds: dict[str, float], batch: int, matrix_flop_s: fl
             for name, took in seconds.items()
         },
     }
-
-
-def plot(results: list[dict[str, Any]], title: str, file: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
-    for ax, result in zip(axes, results, strict=True):
-        names = list(result["contenders"])
-        speeds = [each["images_per_second"] for each in result["contenders"].values()]
-        colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
-        ax.bar_label(ax.barh(names, speeds, color=colours), fmt="%.1f", label_type="center", color="white")
-        ax.invert_yaxis()
-        ax.set_title(result["model"])
-        ax.set_xlabel("images/s")
-    figure.suptitle(title)
-    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

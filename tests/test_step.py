@@ -4,13 +4,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import PIL.Image
 import pytest
 import timm
 import torch
 import transformers
+from matplotlib.figure import Figure
 
-from benchmarks import step
+from benchmarks import report, step
 from benchmarks.plain_pvt import PlainPvt
 from tests.ranks import ROOT
 
@@ -49,11 +52,28 @@ def test_all_contenders_are_of_one_size(model: str) -> None:
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_the_command_prints_a_line_a_model() -> None:
-    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", "--batch", "1", "--rounds", "1"]
+def test_the_command_prints_a_line_a_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", "--batch", "1", "--rounds", "1", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
     assert result["model"] == "pvt_tiny"
     fastest = max(result["contenders"][name]["images_per_second"] for name in step.PEERS)
     assert result["ratio_best_peer"] == pytest.approx(result["images_per_second"] / fastest, rel=1e-2)
+    assert result["versions"]["torch"] == torch.__version__.partition("+")[0]
+    kept = json.loads((tmp_path / "step.json").read_text())
+    assert kept["models"] == [{key: result[key] for key in kept["models"][0]}]
+    assert all(kept[key] == result[key] for key in ("date", "device", "cores", "versions"))
+    with PIL.Image.open(tmp_path / "step.png") as picture:
+        picture.load()
+
+
+def test_a_bar_is_the_median_of_its_readings() -> None:
+    figure = Figure()
+    report.bars({"a panel": {"ours": [1.0, 9.0, 2.0], "theirs": [4.0]}, "another": {"ours": [3.0]}}, "s", "title")(
+        figure
+    )
+    first, second = figure.axes
+    assert [bar.get_width() for bar in first.patches] == [2.0, 4.0]  # pyright: ignore[reportAttributeAccessIssue]
+    assert [text.get_text() for text in first.texts] == ["2", "4"]
+    assert [bar.get_width() for bar in second.patches] == [3.0]  # pyright: ignore[reportAttributeAccessIssue]

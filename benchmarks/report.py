@@ -1,0 +1,123 @@
+"""What the benchmarks' results have in common: hardware and versions beside the figures, a file, a picture.
+
+    figures ──finish──▶ DIR/NAME.json, DIR/NAME.png, and the result that the command prints
+
+Needs nothing but Python, so that benchmarks.step can be carried to any machine; without matplotlib there is no picture.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PACKAGES = ("torch", "timm", "transformers", "deepspeed", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "webdataset")
+
+Draw = Callable[["Figure"], None]
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help=f"for {name}.json and {name}.png"
+    )
+
+
+def finish(
+    name: str,
+    result: dict[str, Any],
+    folder: Path,
+    *,
+    device: str,
+    details: dict[str, Any] | None = None,
+    draw: Draw | None = None,
+) -> dict[str, Any]:
+    """The result of `name` with what it was measured on, "cpu" or "cuda". The file has the details as well."""
+    result = {**result, **measured_on(device)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n")
+    if draw:
+        _save(draw, folder / f"{name}.png")
+    return result
+
+
+def measured_on(device: str) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%F"),
+        "device": device_name(device),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {"python": platform.python_version(), **_installed()},
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        import torch  # takes seconds
+
+        return torch.cuda.get_device_name()
+    names = [platform.machine()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0]}"
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _save(draw: Draw, path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path}: not drawn, there is no matplotlib", file=sys.stderr)
+        return
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(path, dpi=130)
+
+
+def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str, title: str, *, columns: int = 4) -> Draw:
+    """Draws a panel for each title, in it a bar for each name: the median of its readings, with whiskers from the least
+    to the most. Ours are orange."""
+
+    def draw(figure: "Figure") -> None:
+        across = min(columns, len(panels))
+        down = -(-len(panels) // across)
+        most = max(map(len, panels.values()))
+        figure.set_size_inches(max(4.5, 3.2 * across), down * (0.32 * most + 0.9) + 0.3)
+        axes = figure.subplots(down, across, squeeze=False).flat
+        for ax, (name, of) in zip(axes, panels.items(), strict=False):
+            medians = [statistics.median(readings) for readings in of.values()]
+            whiskers = [
+                [middle - min(readings) for middle, readings in zip(medians, of.values(), strict=True)],
+                [max(readings) - middle for middle, readings in zip(medians, of.values(), strict=True)],
+            ]
+            colours = ["tab:orange" if each.startswith("ours") else "tab:gray" for each in of]
+            drawn = ax.barh(list(of), medians, xerr=whiskers, color=colours, capsize=2, error_kw={"linewidth": 1})
+            ax.bar_label(drawn, fmt="{:.3g}", padding=4)
+            ax.set_xlim(right=1.2 * max(max(readings) for readings in of.values()))
+            ax.invert_yaxis()
+            ax.set_title(name, fontsize=10)
+            ax.set_xlabel(unit)
+            ax.spines[["top", "right"]].set_visible(False)
+        for ax in list(axes):
+            ax.set_visible(False)  # left over in the last row
+        figure.suptitle(title, fontsize=9)
+
+    return draw
