@@ -10,7 +10,7 @@ import datetime
 import os
 import resource
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +44,12 @@ class World:
         if given := os.environ.get("SLURM_CPUS_PER_TASK"):  # perhaps bound to them already
             return max(1, min(cores, int(given)))
         return max(1, cores // self.local_size)
+
+    def tensor(self, values: Sequence[float]) -> torch.Tensor:
+        """float64 on the device, which this process does not wait for."""
+        return torch.tensor(values, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(
+            self.device, non_blocking=True
+        )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""

@@ -21,12 +21,15 @@ from pipeline.config import Config
 from pipeline.feed import mix
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
+from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.stream import tensors_in
 from pipeline.keys import Stream
 from pipeline.shards import adopt
 from pipeline.shards.index import Manifest, ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
 from pipeline.world import World
+from pvt.detector import Objects
 from tests.damage import CLASSES, build
 from tests.servers import FaultyServer
 
@@ -263,6 +266,23 @@ def test_damaged_samples_are_replaced_the_same_on_every_world(
             assert lone[where][0] not in {sample_id, lone[where[0], where[1] ^ 1][0]}
         elif where not in mixed_with:
             assert lone[where] == (sample_id, *tensors)
+
+
+def test_all_tensors_of_a_batch_are_handed_over(settings: Make) -> None:
+    feed = TrainFeed(settings(), ShardSet(*settings().data.train_paths), World())
+    batch = feed.blank(0)[0]
+    feed.close()
+    objects = [Objects(torch.ones(2, 4), torch.ones(2), torch.ones(2, 8, 8)), Objects(torch.ones(0, 4), torch.ones(0))]
+    maps = [MaskTarget(torch.ones(8, 8), (8, 8))]
+    drop_path = torch.ones(3, len(batch.weights))
+    for targets, inside in (
+        (batch.targets, [batch.targets]),
+        (objects, [objects[0].boxes, objects[0].labels, objects[0].masks, objects[1].boxes, objects[1].labels]),
+        (maps, [maps[0].labels]),
+    ):
+        made = batch._replace(targets=targets, drop_path=drop_path)
+        found = list(tensors_in(made))
+        assert [id(tensor) for tensor in found] == list(map(id, [made.images, *inside, made.weights, drop_path]))
 
 
 def test_too_many_damaged_samples_stop_the_run_with_a_list(settings: Make, damaged: Path) -> None:

@@ -57,6 +57,24 @@ def test_bad_batches_are_left_out_and_divergence_is_rolled_back_at_every_stage(p
         assert losses[48] < losses[20]
 
 
+def test_when_a_step_is_read_changes_nothing(path: Path) -> None:
+    # Steps that are not logged are read with the next one's loss: the rollback is due in the middle of step 38, which
+    # then is taken again.
+    faults = {20: "nan", 25: "labels", 33: "lr"}
+    jobs = [f"run.name={name},engine.zero_stage=0,train.log_every={n} steps" for name, n in (("each", 1), ("few", 48))]
+    run_ranks(2, "faulty", path, json.dumps(faults), *jobs)
+    each, few = (run(path, name) for name in ("each", "few"))
+    assert digest(last(few)) == digest(last(each))
+    assert lines(few / "anomalies.jsonl") == lines(each / "anomalies.jsonl")
+    steps = [[line["step"] for line in lines(folder / "metrics.jsonl") if "loss" in line] for folder in (each, few)]
+    assert steps == [list(range(1, 49)), [48]]
+    [(skipped, norm), (skipped_few, norm_few)] = [
+        (lines(folder / "metrics.jsonl")[-2][key] for key in ("skipped", "grad_norm")) for folder in (each, few)
+    ]
+    assert (skipped_few, norm_few) == (skipped, norm)
+    assert skipped == 5
+
+
 def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None:
     def train(name: str, **faults: str) -> None:
         steps = {33: "lr", **{int(step[1:]): fault for step, fault in faults.items()}}

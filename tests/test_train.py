@@ -190,3 +190,9 @@ def test_layers_learn_at_rates_of_their_own_and_ranks_share_batch_norms(
         assert moved == pytest.approx(1e-3 * 0.5 ** (top - report["depths"][name]), rel=0.01), name
     assert report["spread"] == 0.0
     assert report["size"] > 0.01
+
+
+def test_a_step_waits_for_the_device_once(digits: Path, tmp_path: Path) -> None:
+    settings = "train.length=8 steps,train.log_every=8 steps,train.micro_batch_size=12,train.ema_decay=0.9"
+    [found] = run_ranks(1, "reads", write_config(digits, tmp_path), f"{settings},data.val=null")
+    assert found["reads"][:-1] == [["tolist"]] * 7  # the last step is logged

@@ -71,6 +71,7 @@ class TrainFeed:
         noisy = config.augment.erase_prob > 0 and config.augment.erase_mode == "pixel"
         self._stream = ImageStream(
             self.plan,
+            self._finish,
             first_step * self.deal.accumulation,
             shards,
             self._quarantine,
@@ -86,7 +87,7 @@ class TrainFeed:
 
     def next(self) -> list[MicroBatch]:
         """The micro-batches of the next step. Raises what ImageStream.next raises."""
-        return [self._finish(*self._stream.next()) for _ in range(self.deal.accumulation)]
+        return [self._stream.next() for _ in range(self.deal.accumulation)]
 
     def blank(self, step: int) -> list[MicroBatch]:
         """Micro-batches of a step's shape in which nothing counts."""
@@ -234,6 +235,7 @@ class EvalFeed:
     def __iter__(self) -> Iterator[MicroBatch]:
         stream = ImageStream(
             self.plan,
+            self._finish,
             0,
             self._shards,
             self._quarantine,
@@ -247,12 +249,14 @@ class EvalFeed:
         )
         try:
             for _ in range(self.num_batches):
-                plan, images = stream.next()
-                targets = self._recipe.evaluation_batch(plan.targets, images.device)
-                weights = torch.from_numpy(plan.weights).to(images.device)
-                yield MicroBatch(images, _extents(plan), targets, weights, None, plan.samples)
+                yield stream.next()
         finally:
             stream.close()
+
+    def _finish(self, plan: Plan, images: Tensor) -> MicroBatch:
+        targets = self._recipe.evaluation_batch(plan.targets, images.device)
+        weights = torch.from_numpy(plan.weights).to(images.device)
+        return MicroBatch(images, _extents(plan), targets, weights, None, plan.samples)
 
     def blank(self) -> MicroBatch:
         """A batch in which nothing counts and nothing is to be found."""

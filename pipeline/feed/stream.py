@@ -1,8 +1,10 @@
 """Carries out plans: reads bytes ahead, decodes, finishes, and replaces what turns out to be damaged.
 
-    Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images     on a CPU
-                │                                      ─▶ resized ─▶ finish (a batch at a time) ─▶ images   on a GPU
-                └─▶ annotations ─▶ views, targets
+    Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images ─┐   on a CPU
+                │                                      ─▶ resized ─▶ finish (a batch at a time) ─▶ images ─┤   on a GPU
+                └─▶ annotations ─▶ views, targets ─────────────────────────────────────────────────────────┴─▶ batch
+
+A thread of its own conducts all of it ahead of need. On a GPU it does so on a CUDA stream of its own, beside training.
 
 A plan is a pure function of its number and of the quarantine. So a batch that holds a damaged sample is planned
 again, with the sample known, and comes out the same on every replay.
@@ -13,8 +15,8 @@ import concurrent.futures
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,7 @@ from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.world import World
 
 Array = npt.NDArray[Any]
+Made = TypeVar("Made")
 
 _TOGETHER = 8  # samples that a thread reads or finishes in one call: few calls, and no thread waits long for another
 
@@ -66,16 +69,14 @@ class _Reading:
     num_bad: int  # known when it was planned
 
 
-# A plan, its images, and the work on them that is still to be waited for.
-_Produced = tuple[Plan, Tensor, list[concurrent.futures.Future[None]]]
-
-
-class ImageStream:
-    """Carries out plans `first`, `first + 1`, … in order. `target` is called for each sample of annotated data."""
+class ImageStream(Generic[Made]):
+    """Carries out plans `first`, `first + 1`, … in order. `target` is called for each sample of annotated data, and
+    `make` for each plan and its images, [N, 3, H, W] float32 on the device, as large as the plan's canvas."""
 
     def __init__(
         self,
         plan: Callable[[int], Plan],
+        make: Callable[[Plan, Tensor], Made],
         first: int,
         shards: ShardSet,
         quarantine: Quarantine,
@@ -89,16 +90,20 @@ class ImageStream:
         prefetch: int,
         deterministic: bool,
     ) -> None:
-        self._plan, self._shards, self._quarantine, self._target = plan, shards, quarantine, target
+        self._plan, self._make, self._shards, self._quarantine, self._target = plan, make, shards, quarantine, target
         self._on_gpu = world.device.type == "cuda"
         self._finisher = pixels.Finisher(image, world.device, noise)
+        self._cuda_stream = None
+        if self._on_gpu:
+            self._cuda_stream = torch.cuda.Stream(world.device)
+            self._cuda_stream.wait_stream(torch.cuda.current_stream(world.device))  # for what the finisher holds
         threads = num_threads or world.num_cores
         self._readers = concurrent.futures.ThreadPoolExecutor(threads, "read")
         self._finishers = _single_threaded_pool(0 if self._on_gpu else threads)
         self._conductor = concurrent.futures.ThreadPoolExecutor(1, "feed")
         self._prefetch = prefetch
         self._buffers = _Buffers()
-        self._ahead: collections.deque[concurrent.futures.Future[_Produced]] = collections.deque()
+        self._ahead: collections.deque[concurrent.futures.Future[Callable[[], Made]]] = collections.deque()
         self._reading: dict[int, _Reading] = {}
         self._decoding: collections.deque[tuple[Plan, list[Array]]] = collections.deque()
         self._source_error: BaseException | None = None
@@ -113,28 +118,30 @@ class ImageStream:
         self._batch_size = batch_size
         self._decoder = self._new_decoder()
 
-    def next(self) -> tuple[Plan, Tensor]:
-        """The next plan and its images, [N, 3, H, W] float32 on the device, as large as the plan's canvas.
+    def next(self) -> Made:
+        """What `make` makes of the next plan.
 
         Raises StoreError when samples cannot be read and TooManyBadSamplesError when too many are damaged.
         """
-        if self._on_gpu:
-            # DALI works ahead by itself, and torch's kernels belong to this thread's stream.
-            plan, images, _ = self._produce()
-            return plan, images
         while len(self._ahead) < self._prefetch:
             self._ahead.append(self._conductor.submit(self._produce))
-        plan, images, parts = self._ahead.popleft().result()
-        for part in parts:
-            part.result()
-        return plan, images
+        return self._ahead.popleft().result()()
 
     def close(self) -> None:
         for pool in (self._conductor, self._readers, self._finishers):
             pool.shutdown(cancel_futures=True)
         self._decoder.close()
 
-    def _produce(self) -> _Produced:
+    def _produce(self) -> Callable[[], Made]:
+        """Returns what is left to be done in the thread that wants the batch."""
+        if self._cuda_stream is None:
+            return self._produced()
+        with torch.cuda.stream(self._cuda_stream):
+            take = self._produced()
+            self._cuda_stream.synchronize()  # which nobody but this thread waits for
+            return take
+
+    def _produced(self) -> Callable[[], Made]:
         decoded = self._decode()
         plan, _ = self._decoding.popleft()
         self._number += 1
@@ -147,11 +154,19 @@ class ImageStream:
             else:
                 for i, image in enumerate(decoded):
                     self._finisher.finish(image[None], views[i : i + 1], images[i : i + 1])
-            return plan, images, []
+            made = self._make(plan, images)
+            return lambda: _handed_over(made)
         assert isinstance(decoded, list), "windows of any size"
         images = self._buffers.take(shape)
         parts = [range(first, first + _TOGETHER) for first in range(0, len(decoded), _TOGETHER)]
-        return plan, images, [self._finishers.submit(self._finish, decoded, views, images, part) for part in parts]
+        working = [self._finishers.submit(self._finish, decoded, views, images, part) for part in parts]
+
+        def take() -> Made:
+            for part in working:
+                part.result()
+            return self._make(plan, images)  # here, where all of torch's threads are at hand
+
+        return take
 
     def _finish(self, windows: list[Tensor], views: Views, images: Tensor, part: range) -> None:
         for i in part[: len(windows) - part.start]:
@@ -263,6 +278,27 @@ class ImageStream:
                 finally:
                     probe.close()
         return found
+
+
+def _handed_over(made: Made) -> Made:
+    """For this thread's CUDA stream: PyTorch gives the memory back to the one that it was made on, which must not use
+    it again before this one is done with it."""
+    for tensor in tensors_in(made):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return made
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All of them in a batch, wherever they are."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
 
 
 class _Buffers:

@@ -62,10 +62,6 @@ class State:
     scored_step: int | None = None
     run_id: str | None = None
 
-    def advance(self, applied: bool) -> None:
-        self.step += 1
-        self.skipped += not applied
-
 
 @dataclasses.dataclass(frozen=True)
 class Retention:

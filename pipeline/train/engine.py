@@ -41,15 +41,30 @@ from pipeline.world import World
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Outcome:
-    """What one optimiser step did. Equal on all ranks."""
+    """What one optimiser step did. Equal on all ranks. Whoever asks for more than is known waits for the device."""
 
     loss: float  # mean over the global batch
-    grad_norm: float  # before clipping
-    applied: bool  # False: the weights did not move
-    overflow: bool  # fp16's gradients overflowed, and a smaller loss scale is left to try
     own_s: float  # this rank's forward passes, in seconds: what it works before it waits for others
+    norm: Tensor | float  # of the gradients, before clipping; a tensor on the device until it is known
+    left_out: bool | None = None  # None: if the norm is not finite
+    overflow: bool = False  # fp16's gradients overflowed, and a smaller loss scale is left to try
+
+    @property
+    def is_known(self) -> bool:
+        return not isinstance(self.norm, Tensor)
+
+    @property
+    def grad_norm(self) -> float:
+        if isinstance(self.norm, Tensor):
+            self.norm = self.norm.item()
+        return self.norm
+
+    @property
+    def applied(self) -> bool:
+        """False: the weights did not move."""
+        return math.isfinite(self.grad_norm) if self.left_out is None else not self.left_out
 
 
 @dataclasses.dataclass
@@ -194,16 +209,16 @@ class Engine:
             with record_function("backward"):
                 self._backward(loss * (share if go_on else math.nan), is_last)
         with record_function("update"):
-            applied, grad_norm = self._update(lr)
-        if not applied:
+            norm, left_out = self._update(lr)
+        outcome = Outcome(mean, timer.seconds(), norm, left_out)
+        if buffers and not outcome.applied:
             for buffer, before in zip(self._model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         self._share_statistics()
-        overflow = False
         if self.loss_scale and go_on:
-            overflow = not applied and self.loss_scale.value > self.loss_scale.floor
-            self.loss_scale.update(applied)
-        return Outcome(mean, grad_norm, applied, overflow, timer.seconds())
+            outcome.overflow = not outcome.applied and self.loss_scale.value > self.loss_scale.floor
+            self.loss_scale.update(outcome.applied)
+        return outcome
 
     def _mean(self, loss: Tensor) -> tuple[float, bool]:
         return self._world.sum(loss.clone()).item() / self._config.train.global_batch_size, True
@@ -232,17 +247,18 @@ class Engine:
         if not is_last:
             self._engine.step()  # counts the micro-batch
 
-    def _update(self, lr: float) -> tuple[bool, float]:
-        """Clip and apply the gradients. Returns whether they were applied and their norm before clipping."""
+    def _update(self, lr: float) -> tuple[Tensor | float, bool | None]:
+        """Clip and apply the gradients. Returns their norm before clipping and whether they were left out; None: if
+        the norm is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.stage == 0:
             norm = self._clip()
             self._engine.step()
-            return math.isfinite(norm.item()), norm.item()
+            return norm, None
         self._engine.step()
         # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
-        return not self._engine.optimizer.overflow, float(self._engine.optimizer._global_grad_norm)
+        return float(self._engine.optimizer._global_grad_norm), bool(self._engine.optimizer.overflow)
 
     def _clip(self) -> Tensor:
         """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite. Fused

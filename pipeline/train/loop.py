@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,6 +101,14 @@ class Summary:
     stopped: bool  # by a signal, before the end
 
 
+class _Taken(NamedTuple):
+    """A step that was taken."""
+
+    step: int  # what State.step was before
+    outcome: Outcome
+    data_wait_s: float
+
+
 @dataclasses.dataclass
 class Trainer:
     """One run, joined from its parts. Everything here is collective and goes the same way on all ranks."""
@@ -127,6 +135,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._meters = Meters(self.config.train.global_batch_size)
+        self._last: _Taken | None = None  # the last step, until it is known what came of it
         self._stragglers = Stragglers()
         self._own_s = 0.0  # since the last reading: what this rank waited for data and worked before others mattered
         self._trouble: ExternalError | None = None  # this rank's feed has failed
@@ -145,8 +154,8 @@ class Trainer:
         while self.state.step < self.schedule.total and not self._stopping:
             with self._profiled():
                 batch = self._fetch()
-                outcome = self._step(batch)
-                self._meter(batch, outcome)
+                self._step(batch)
+                self._meter(batch)
             self._evaluate_if_due()
             self._save_if_due()
         return self._finish()
@@ -164,7 +173,7 @@ class Trainer:
         self._data_wait_s = time.perf_counter() - began
         return batch
 
-    def _step(self, batch: list[MicroBatch]) -> Outcome:
+    def _step(self, batch: list[MicroBatch]) -> None:
         began = time.perf_counter()
         step = self.state.step
         if self.schedule.replay_check_every and step % self.schedule.replay_check_every == 0:
@@ -184,44 +193,68 @@ class Trainer:
         outcome = self.engine.step(batch, step=step, lr=self._lr, exchange=self._exchange)
         if self._in_trouble:
             self._give_up("could not read its data", self._trouble)
-        if self.ema and outcome.applied:
-            with record_function("moving average"):
-                self.ema.update()
-        self.state.advance(outcome.applied)
+        if self.guard.must_roll_back:  # for the step before: this one was left out and is taken again
+            self._roll_back()
+            began = time.perf_counter()
+            outcome = self.engine.step(batch, step=step, lr=self._lr, exchange=self._exchange)
+        self._last = _Taken(step, outcome, self._data_wait_s)
+        self._own_s += self._data_wait_s + outcome.own_s
+        self.state.step += 1
         self.goodput.step(self.state.step, time.perf_counter() - began)
-        self._settle(outcome)
-        return outcome
+        if outcome.is_known:
+            self._settle()
 
-    @record_function("exchange of losses")
     def _exchange(self, loss: Tensor) -> tuple[float, bool]:
-        """The step's one reduction: the loss, and all that ranks have to tell each other. See Engine.step."""
+        """The step's one reduction: the loss, and all that ranks have to tell each other. See Engine.step.
+
+        It is also the one time that this process waits for the device: what came of the step before is read along.
+        """
         self.watch.at(self.state.step, "exchange of losses")
         clock = self.config.checkpoint.every_minutes
         overdue = self.world.is_first and clock and time.monotonic() - self._saved_at >= 60 * clock
         words = [bool(self.stop.requested), bool(overdue), self._trouble is not None, *self.saver.progress()]
-        message = torch.tensor([0.0, *words], dtype=torch.float64, device=self.world.device)
-        message[0] = loss
-        total, stop, save, trouble, *saving = self.world.sum(message).tolist()
+        with record_function("exchange of losses"):
+            message = self.world.sum(torch.cat([loss.double().view(1), self.world.tensor(words)]))
+            total, stop, save, trouble, *saving = self._read(message)
         self._stopping, self._save_now, self._in_trouble = stop > 0, save > 0, trouble > 0
+        self._account()
         if whole := self.saver.settle(*saving):
             self._tell_saved(whole)
         mean = total / self.config.train.global_batch_size
-        anomaly = None if self._in_trouble else self.guard.judge(self.state.step, mean, self._regime)
-        if anomaly:
+        go_on = not (self._in_trouble or self.guard.must_roll_back)
+        if go_on and (anomaly := self.guard.judge(self.state.step, mean, self._regime)):
             self._record(anomaly)
+            go_on = False
         self.watch.at(self.state.step, "backward and update")
-        return mean, anomaly is None and not self._in_trouble
+        return mean, go_on
 
-    def _settle(self, outcome: Outcome) -> None:
-        """What the step means for the run's health."""
-        anomaly = self.guard.settle(
-            self.state.step - 1, outcome.loss, outcome.grad_norm, outcome.applied, excused=outcome.overflow
-        )
+    def _read(self, message: Tensor) -> list[float]:
+        """The message's values; with them comes what is not known yet of the last step."""
+        outcome = self._last.outcome if self._last else None
+        if outcome is None or not isinstance(outcome.norm, Tensor):
+            return message.tolist()
+        *values, outcome.norm = torch.cat([message, outcome.norm.double().view(1)]).tolist()
+        return values
+
+    def _settle(self) -> None:
+        """See to it that everything is known of the steps so far, and done."""
+        self._account()
+        if self.guard.must_roll_back:
+            self._roll_back()
+
+    def _account(self) -> None:
+        """What came of the last step and what it means for the run's health."""
+        if self._last is None:
+            return
+        (step, outcome, data_wait_s), self._last = self._last, None
+        if self.ema and outcome.applied:
+            with record_function("moving average"):
+                self.ema.update()
+        self.state.skipped += not outcome.applied
+        self._meters.add(outcome, data_wait_s)
+        anomaly = self.guard.settle(step, outcome.loss, outcome.grad_norm, outcome.applied, excused=outcome.overflow)
         if anomaly:
             self._record(anomaly)
-        if self.guard.must_roll_back:
-            with self.goodput.spend("rollback"):
-                self._roll_back()
 
     def _record(self, anomaly: Anomaly) -> None:
         if self.anomalies:
@@ -234,6 +267,10 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the weights from before trouble began, and on from the same place in the data: what lies between
         is passed over. Raises Diverged where that has been done too often or there is nothing to go back to."""
+        with self.goodput.spend("rollback"):
+            self._go_back()
+
+    def _go_back(self) -> None:
         self.watch.at(self.state.step, "rollback")
         self.saver.finish()
         safe, found = self.guard.safe_step, None
@@ -262,14 +299,13 @@ class Trainer:
                     self.saver.checkpoints.remove(step)
         self.world.barrier()
 
-    def _meter(self, batch: list[MicroBatch], outcome: Outcome) -> None:
+    def _meter(self, batch: list[MicroBatch]) -> None:
         step = self.state.step
         if self.trace:
             self.trace.write(step, batch)
-        self._meters.add(outcome, self._data_wait_s)
-        self._own_s += self._data_wait_s + outcome.own_s
         if not self.schedule.due(self.schedule.log_every, step):
             return
+        self._settle()
         reading = {"epoch": step / self.feed.order.steps_per_epoch, "lr": self._lr, **self._meters.read()}
         reading |= {"skipped": self.state.skipped, "ettr": self.goodput.report()["ettr"], **self._compare_ranks()}
         if self.utilisation:
@@ -300,6 +336,7 @@ class Trainer:
         due = state.step > 0 and self.schedule.due(self.schedule.eval_every, state.step)
         if self.evaluation is None or not due or state.scored_step == state.step or self._stopping:
             return
+        self._settle()
         with self._pause("evaluation"):
             try:
                 scores = self.evaluation(self._still_evaluating)
@@ -322,6 +359,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
+        self._settle()
         self.watch.at(self.state.step, "checkpoint")
         with self._pause("checkpoint_stall"):
             self.state.guard = self.guard.state()

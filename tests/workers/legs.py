@@ -69,7 +69,8 @@ def main() -> None:
             if outcome.applied:
                 ema.update()
             losses[state.step] = outcome.loss
-            state.advance(outcome.applied)
+            state.step += 1
+            state.skipped += not outcome.applied
         feed.close()
         saver = Saver(checkpoints, Retention(), engine, ema, here)
         saver.save(state, safe_step=state.step)
