@@ -378,7 +378,7 @@ def table(found: dict[str, Readings], result: dict[str, Any]) -> str:
         f"a training step: {result['step_s']:.2f} s; its steps: how much longer while a save is being written",
         "dcp_async_staged copies behind training as well: weights may change after "
         f"{peers['dcp_async_staged']['staged_s']:.3f} s",
-        "deepspeed: without the average, with the weights twice; deepspeed and torch_save are not synced to the disk",
+        "deepspeed: without the average; deepspeed and torch_save are not synced to the disk",
     ]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
     begin ──▶ training may go on ──▶ done? done? … ──▶ on disk
 
 Each writes below a folder of its own. What they write is the same (`share_of`), with one exception: DeepSpeed's
-engine knows nothing of the average, and writes its copy of the weights beside the network's instead.
+engine knows nothing of the average.
 """
 
 import os
