@@ -172,8 +172,11 @@ class Engine:
             config=copy.deepcopy(self.deepspeed_config),  # which DeepSpeed edits
             dist_init_required=False,
         )[0]
-        if self.stage == 0 and world.size == 1:  # DeepSpeed would copy all gradients into one piece and back
-            self._engine.enable_backward_allreduce = False
+        self._engine.train()
+        if self.stage == 0:
+            self._engine.zero_grad = self._optimizer.zero_grad  # DeepSpeed's goes through all modules, each time
+            # For one rank DeepSpeed would copy all gradients into one piece and back.
+            self._engine.enable_backward_allreduce = world.size > 1
 
     def step(
         self,
@@ -190,8 +193,8 @@ class Engine:
         Without it the loss is reduced and the step taken.
         """
         assert len(batches) == self._accumulation
-        self._engine.train()
-        buffers = [buffer.clone() for buffer in self._model.buffers()]
+        self._train()
+        buffers = [buffer.clone() for buffer in self._buffers.values()]
         # DeepSpeed divides by the accumulation in `backward` and by the world in its reduction; this cancels both.
         share = self._world.size * self._accumulation / self._config.train.global_batch_size
         total = torch.zeros((), device=self._world.device)
@@ -212,7 +215,7 @@ class Engine:
             norm, left_out = self._update(lr)
         outcome = Outcome(mean, timer.seconds(), norm, left_out)
         if buffers and not outcome.applied:
-            for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+            for buffer, before in zip(self._buffers.values(), buffers, strict=True):
                 buffer.copy_(before)
         self._share_statistics()
         if self.loss_scale and go_on:
@@ -223,10 +226,17 @@ class Engine:
     def _mean(self, loss: Tensor) -> tuple[float, bool]:
         return self._world.sum(loss.clone()).item() / self._config.train.global_batch_size, True
 
+    def _train(self) -> None:
+        if not self._objective.training:  # telling a thousand modules takes milliseconds
+            self._engine.train()
+
     def seed_modules(self, step: int, micro: int) -> None:
         """For modules that draw by themselves (dropout): keyed, so that a resumed run draws the same."""
-        seed = keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank)
-        torch.manual_seed(keys.torch_seed(seed))
+        seed = keys.torch_seed(keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank))
+        # As torch.manual_seed, which formats the call stack for each kind of device that is not there.
+        torch.default_generator.manual_seed(seed)
+        if self._world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _share_statistics(self) -> None:
         """Batch norms collect statistics of their own rank's samples; all go on with the first rank's, which are those
@@ -446,14 +456,14 @@ class Engine:
 
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
-        self._engine.train()
-        buffers = [buffer.clone() for buffer in self._model.buffers()]
+        self._train()
+        buffers = [buffer.clone() for buffer in self._buffers.values()]
         for micro, batch in enumerate(self._blank(0), 1):
             self._backward(self._engine(batch), is_last=micro == self._accumulation)
         self._update(lr=0.0)
         for state in self._optimizer.state.values():
             state["step"].zero_()
-        for buffer, before in zip(self._model.buffers(), buffers, strict=True):
+        for buffer, before in zip(self._buffers.values(), buffers, strict=True):
             buffer.copy_(before)
 
 
