@@ -109,8 +109,9 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str, title: 
                 [max(readings) - middle for middle, readings in zip(medians, of.values(), strict=True)],
             ]
             colours = ["tab:orange" if each.startswith("ours") else "tab:gray" for each in of]
-            drawn = ax.barh(list(of), medians, xerr=whiskers, color=colours, capsize=2, error_kw={"linewidth": 1})
-            ax.bar_label(drawn, fmt="{:.3g}", padding=4)
+            have_spread = any(len(readings) > 1 for readings in of.values())
+            drawn = ax.barh(list(of), medians, xerr=whiskers if have_spread else None, color=colours, capsize=2)
+            ax.bar_label(drawn, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", padding=4)
             ax.set_xlim(right=1.2 * max(max(readings) for readings in of.values()))
             ax.invert_yaxis()
             ax.set_title(name, fontsize=10)

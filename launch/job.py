@@ -105,6 +105,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         parts.callback(saver.close)
         if settings.tracking.system_metrics and world.local_rank == 0:
             parts.enter_context(SystemLoad(folder, node=world.rank // world.local_size))
+        utilisation = _utilisation(settings, world, len(training.classes))  # before MLflow is imported beside it
         publisher = parts.enter_context(_published(settings, world, training, validation, task, claim, parent))
         if publisher:
             state.run_id = publisher.record.uuid
@@ -124,7 +125,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
             goodput=_goodput(folder, world, state),
             stop=stop,
             evaluation=_evaluation(settings, world, validation, task, engine, ema),
-            utilisation=_utilisation(settings, world, len(training.classes)),
+            utilisation=utilisation,
         )
         if publisher:
             trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), publisher]
