@@ -78,7 +78,9 @@ def main() -> dict[str, Any]:
     }
     title = f"attention, {arguments.size} px, batch {batch}, {arguments.precision}: {report.device_name(device.type)}"
     return report.finish(
-        *("attention", {**about, "threads": torch.get_num_threads(), "stages": stages}, arguments.out),
+        "attention",
+        {**about, "threads": torch.get_num_threads(), "stages": stages},
+        arguments.out,
         device=device.type,
         draw=report.bars(bars, "ms", title),
     )

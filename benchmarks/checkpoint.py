@@ -86,7 +86,9 @@ def main() -> dict[str, Any] | None:
         for what in ("stall", "total")
     }
     return report.finish(
-        *("checkpoint", {**about, **result, "threads": torch.get_num_threads(), "load_before": load}, arguments.out),
+        "checkpoint",
+        {**about, **result, "threads": torch.get_num_threads(), "load_before": load},
+        arguments.out,
         device=here.device.type,
         details={"rounds": rounds},
         draw=report.bars(bars, "s", f"saving: {report.device_name(here.device.type)}"),

@@ -88,7 +88,9 @@ def _measure(job: dict[str, Any], rounds: int, out: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     title = f"whole training of {job['model']}, batch {job['batch']}, bf16"
     return report.finish(
-        *("end_to_end", result, out),
+        "end_to_end",
+        result,
+        out,
         device=device,
         details={"rounds": speeds},
         draw=report.bars({title: speeds}, "images/s", report.device_name(device)),

@@ -81,7 +81,9 @@ def main() -> dict[str, Any]:
         for recipe, of in rounds.items()
     }
     return report.finish(
-        *("feed", result, arguments.out),
+        "feed",
+        result,
+        arguments.out,
         device=arguments.device,
         details={"peers": environment.peers_versions(), "workers": workers, "rounds": rounds},
         draw=report.bars(bars, "images/s", f"the feed: {report.device_name(arguments.device)}", columns=2),

@@ -48,7 +48,9 @@ def main() -> dict[str, Any]:
     result = {"seek_ms": seeking["10^12 samples, 10^6 shards"]["median_ms"], **opening}
     bars = {"seek to a batch, ms": {name: figures["times_ms"] for name, figures in seeking.items()}}
     return report.finish(
-        *("order", {name: round(value, 3) for name, value in result.items()}, arguments.out),
+        "order",
+        {name: round(value, 3) for name, value in result.items()},
+        arguments.out,
         device="cpu",
         details={"seeking": seeking},
         draw=report.bars(bars, "ms", f"the order: {report.device_name('cpu')}"),

@@ -92,7 +92,9 @@ def main() -> dict[str, Any]:
         **{"matrix_tflop_s": flop_s / 1e12, "memory_gb_s": bytes_s / 1e9, "threads": torch.get_num_threads()},
     }
     return report.finish(
-        *("roofline", {**about, "stages": rows}, arguments.out),
+        "roofline",
+        {**about, "stages": rows},
+        arguments.out,
         device=device.type,
         draw=functools.partial(plot, rows, about, report.device_name(device.type)),
     )

@@ -81,7 +81,9 @@ def main() -> None:
     }
     title = f"a training step, batch {batch}, {arguments.precision}: {about['device']}"
     report.finish(
-        *("step", {**about, "models": results}, arguments.out),
+        "step",
+        {**about, "models": results},
+        arguments.out,
         device=device.type,
         draw=report.bars(bars, "images/s", title),
     )
