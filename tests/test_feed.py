@@ -268,6 +268,26 @@ def test_damaged_samples_are_replaced_the_same_on_every_world(
             assert lone[where] == (sample_id, *tensors)
 
 
+def test_the_way_of_a_gpu_makes_the_same_batches(settings: Make) -> None:
+    # Everything but CUDA's own: DALI resizes, a batch is finished and mixed at a time, in the feed's thread.
+    mixed = settings("augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.5", "mix.cutmix_alpha=1.0")
+    shards = ShardSet(*mixed.data.train_paths)
+    usual, other = (TrainFeed(mixed, shards, World(), drop_path_rates=[0.1, 0.2]) for _ in range(2))
+    stream = other._stream
+    stream._decoder.close()
+    stream._decoder_settings["resizes"] = stream._on_gpu = True
+    stream._decoder = stream._new_decoder()
+    stream._cuda_stream = mock.Mock()
+    with contextlib.closing(usual), contextlib.closing(other), mock.patch("torch.cuda.stream") as entered:
+        for number in range(1, 4):
+            (expected,), (made,) = usual.next(), other.next()
+            assert stream._cuda_stream.synchronize.call_count >= number
+            assert entered.call_args.args == (stream._cuda_stream,)
+            assert (made.images - expected.images).abs().mean() < 0.02  # of a standard deviation: DALI's filter
+            for name in ("targets", "weights", "drop_path"):
+                assert torch.equal(getattr(made, name), getattr(expected, name)), name
+
+
 def test_all_tensors_of_a_batch_are_handed_over(settings: Make) -> None:
     feed = TrainFeed(settings(), ShardSet(*settings().data.train_paths), World())
     batch = feed.blank(0)[0]
