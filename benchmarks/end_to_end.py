@@ -30,6 +30,7 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks import photographs, report
+from benchmarks.step import DEPTHS
 from launch import command
 from pipeline.shards.pack import pack
 
@@ -47,7 +48,7 @@ def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.end_to_end", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--model", default="pvt_tiny")
+    parser.add_argument("--model", default="pvt_tiny", choices=DEPTHS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30, help="measured in each run, after a warm-up")
     parser.add_argument("--rounds", type=int, default=5)
