@@ -41,7 +41,8 @@ def finish(
     details: dict[str, Any] | None = None,
     draw: Draw | None = None,
 ) -> dict[str, Any]:
-    """The result of `name` with what it was measured on, "cpu" or "cuda". The file has the details as well."""
+    """Keeps the result of the benchmark `name` in `folder`, with details and a picture. Returns it for the command to
+    print, with what it was measured on; `device` is "cpu" or "cuda"."""
     result = {**result, **measured_on(device)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**result, **(details or {})}, indent=1) + "\n")
@@ -101,7 +102,7 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str, title: 
         down = -(-len(panels) // across)
         most = max(map(len, panels.values()))
         figure.set_size_inches(max(4.5, 3.2 * across), down * (0.32 * most + 0.9) + 0.3)
-        axes = figure.subplots(down, across, squeeze=False).flat
+        axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (name, of) in zip(axes, panels.items(), strict=False):
             medians = [statistics.median(readings) for readings in of.values()]
             whiskers = [
@@ -117,8 +118,8 @@ def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str, title: 
             ax.set_title(name, fontsize=10)
             ax.set_xlabel(unit)
             ax.spines[["top", "right"]].set_visible(False)
-        for ax in list(axes):
-            ax.set_visible(False)  # left over in the last row
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
         figure.suptitle(title, fontsize=9)
 
     return draw

@@ -77,3 +77,9 @@ def test_a_bar_is_the_median_of_its_readings() -> None:
     assert [bar.get_width() for bar in first.patches] == [2.0, 4.0]  # pyright: ignore[reportAttributeAccessIssue]
     assert [text.get_text() for text in first.texts] == ["2", "4"]
     assert [bar.get_width() for bar in second.patches] == [3.0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_row_that_is_not_full_shows_no_empty_panels() -> None:
+    figure = Figure()
+    report.bars({str(number): {"ours": [1.0]} for number in range(5)}, "s", "title")(figure)
+    assert [panel.get_visible() for panel in figure.axes] == [True] * 5 + [False] * 3

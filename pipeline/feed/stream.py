@@ -1,7 +1,7 @@
 """Carries out plans: reads bytes ahead, decodes, finishes, and replaces what turns out to be damaged.
 
-    Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images ─┐   on a CPU
-                │                                      ─▶ resized ─▶ finish (a batch at a time) ─▶ images ─┤   on a GPU
+    Plan k ─▶ bytes (reader threads) ─▶ Decoder (DALI) ─▶ windows ─▶ resize, finish (threads) ─▶ images ───┐  on a CPU
+                │                                      ─▶ resized ─▶ finish (a batch at a time) ─▶ images ─┤  on a GPU
                 └─▶ annotations ─▶ views, targets ─────────────────────────────────────────────────────────┴─▶ batch
 
 A thread of its own conducts all of it ahead of need. On a GPU it does so on a CUDA stream of its own, beside training.
@@ -133,15 +133,16 @@ class ImageStream(Generic[Made]):
         self._decoder.close()
 
     def _produce(self) -> Callable[[], Made]:
-        """Returns what is left to be done in the thread that wants the batch."""
+        """Carries out the next plan, on a GPU on the feed's own stream."""
         if self._cuda_stream is None:
-            return self._produced()
+            return self._carry_out()
         with torch.cuda.stream(self._cuda_stream):
-            take = self._produced()
+            take = self._carry_out()
             self._cuda_stream.synchronize()  # which nobody but this thread waits for
             return take
 
-    def _produced(self) -> Callable[[], Made]:
+    def _carry_out(self) -> Callable[[], Made]:
+        """Returns what is left to be done by the thread that wants the batch."""
         decoded = self._decode()
         plan, _ = self._decoding.popleft()
         self._number += 1
