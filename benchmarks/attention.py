@@ -110,9 +110,9 @@ def _works(contender: Contender, device: torch.device) -> bool:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=224, help="of the image in pixels, a multiple of 32 (default: 224)")
-    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=report.count, default=7)
     report.add_out(parser, "attention")
     arguments = parser.parse_args()
     if arguments.size % STRIDES[-1] or arguments.size < STRIDES[-1]:

@@ -26,6 +26,13 @@ PACKAGES = ("torch", "timm", "transformers", "deepspeed", "nvidia-dali-cuda120",
 Draw = Callable[["Figure"], None]
 
 
+def count(text: str) -> int:
+    """An argument of argparse: how many rounds, images and the like."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help=f"for {name}.json and {name}.png"

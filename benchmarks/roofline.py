@@ -172,10 +172,10 @@ def plot(rows: list[dict[str, Any]], about: dict[str, Any], device: str, figure:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="pvt_large", choices=DEPTHS, metavar="MODEL")
-    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="the blocks; takes minutes on a CPU")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=report.count, default=5)
     report.add_out(parser, "roofline")
     return parser.parse_args()
 

@@ -92,10 +92,10 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(DEPTHS), metavar="MODEL", help=f"of {', '.join(DEPTHS)}")
-    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 8 on a CPU)")
+    parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="all of them compiled, too; takes minutes on a CPU")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=report.count, default=7)
     report.add_out(parser, "step")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(DEPTHS):

@@ -1,5 +1,6 @@
 """benchmarks.step: what is measured against computes the same."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -83,3 +84,9 @@ def test_a_row_that_is_not_full_shows_no_empty_panels() -> None:
     figure = Figure()
     report.bars({str(number): {"ours": [1.0]} for number in range(5)}, "s", "title")(figure)
     assert [panel.get_visible() for panel in figure.axes] == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_no_rounds_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of at least 1"):
+        report.count(text)
