@@ -30,6 +30,7 @@ from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
 from pipeline.world import World
 from pvt.detector import Objects
+from tests.chaos import damaged_feed
 from tests.damage import CLASSES, build
 from tests.servers import FaultyServer
 
@@ -266,6 +267,12 @@ def test_damaged_samples_are_replaced_the_same_on_every_world(
             assert lone[where][0] not in {sample_id, lone[where[0], where[1] ^ 1][0]}
         elif where not in mixed_with:
             assert lone[where] == (sample_id, *tensors)
+
+
+def test_what_is_fed_is_a_function_of_the_files_and_the_views(tmp_path: Path) -> None:
+    packed, indexed = damaged_feed.run(0, tmp_path)
+    assert packed["replaced"] > 20
+    assert indexed["replaced"] > 20
 
 
 def test_the_way_of_a_gpu_makes_the_same_batches(settings: Make) -> None:

@@ -6,6 +6,7 @@ With `resizes=False` it ends after decoding, with images of any size. The CPU pa
 because DALI's resize is 9 times slower there than torch's.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,44 @@ class Decoder:
     def close(self) -> None:
         """Free the pipeline's threads and memory now: it and its source refer to each other."""
         self._pipeline = None
+
+
+class Probe:
+    """Decodes samples one at a time, because DALI does not say which sample of a batch it failed on. Thread-safe.
+
+    `settings` are a Decoder's, but for batch_size and prefetch.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._batch: Batch | None = None
+        self._decoder: Decoder | None = None
+
+    def decodes(self, encoded: Any, view: Views) -> bool:
+        """Returns whether DALI can decode the window of a view [1] of an image [bytes] uint8."""
+        with self._lock:
+            self._batch = [encoded], view
+            self._decoder = self._decoder or Decoder(self._source, batch_size=1, prefetch=1, **self._settings)
+            try:
+                self._decoder.next()
+            except RuntimeError:
+                self._close()  # a new one costs 20 ms, and nobody promises that one that failed can go on
+                return False
+            return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _source(self, iteration: int) -> Batch:
+        assert self._batch
+        return self._batch
+
+    def _close(self) -> None:
+        if self._decoder:
+            self._decoder.close()
+        self._decoder = None
 
 
 def _inputs(encoded: Sequence[Any], views: Views, resizes: bool) -> list[Any]:

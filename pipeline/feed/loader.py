@@ -6,6 +6,7 @@
 A Plan is a pure function of the micro-batch's number, so there is no state but that number.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,17 +18,18 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.config import Classification, Config, Image, Task
 from pipeline.feed import mix, pixels
+from pipeline.feed.augment import Views
 from pipeline.feed.order import Order, Samples, deal
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.recipe import recipe_of, require_kind
-from pipeline.feed.stream import ImageStream, Plan
+from pipeline.feed.stream import Choice, ImageStream, Plan
 from pipeline.keys import Stream
 from pipeline.shards.index import ShardSet
 from pipeline.world import World
 
 Array = npt.NDArray[Any]
 
-_MOST_TRIES = 10_000
+_MOST_TRIES = 1_000
 
 
 class MicroBatch(NamedTuple):
@@ -117,49 +119,45 @@ class TrainFeed:
         weights = (place < part.samples).astype(np.float32)
         # Fillers repeat the rank's first samples: something that decodes, and even in number for mixing.
         place = np.where(weights > 0, place, np.arange(part.micro_batch_size) % part.samples)
-        samples = self._without_bad(step, self.order.samples(step, part.lanes)).take(place)
-        records = self._shards.records(samples.shard, samples.row)
-        key = keys.key(config.run.seed, Stream.AUGMENT, samples.epoch, samples.id, samples.copy)
-        size = self.image_size(step)
+        samples = self.order.samples(step, part.lanes).take(place)
         return Plan(
             samples,
             weights,
-            self._recipe.training_views(size, key, _height_width(records)),
-            _labels(records),
-            self._blends(step, samples.position // self.order.share, size) if config.mix.active else None,
+            *self._seen(step, samples),
+            functools.partial(self._substitutes, step, place, weights),
+            self._blends(step, samples.position // self.order.share) if config.mix.active else None,
             self._drop_path(step, samples.position) if self._keep.min(initial=1) < 1 else None,
         )
+
+    def _seen(self, step: int, samples: Samples) -> tuple[Views, Array]:
+        """Returns the views that a step takes of samples, and their class labels."""
+        records = self._shards.records(samples.shard, samples.row)
+        key = keys.key(self._config.run.seed, Stream.AUGMENT, samples.epoch, samples.id, samples.copy)
+        views = self._recipe.training_views(self.image_size(step), key, _height_width(records))
+        return views, _labels(records)
+
+    def _substitutes(self, step: int, place: Array, weights: Array, number: int) -> Iterator[Choice]:
+        """Yields the samples of the later steps at the same place of the same lane.
+
+        So nothing shifts, and the lane's own rank finds them on every world.
+        """
+        for later in range(step + 1, step + 1 + _MOST_TRIES):
+            samples = self.order.samples(later, self.deal.lanes).take(place[number : number + 1])
+            views, labels = self._seen(step, samples)
+            yield Choice(samples, weights[number], views, labels[0])
 
     def image_size(self, step: int) -> int:
         """Height and width of the images of a step."""
         return [size for first, size in self._image_sizes if first <= step][-1]
 
-    def _without_bad(self, step: int, samples: Samples) -> Samples:
-        """The samples with each damaged one replaced by the next good one that takes its place in a later step.
-
-        So nothing shifts, the lane's own rank finds it on every world, and it is never the one it is mixed with.
-        """
-        for place in np.flatnonzero(self._quarantine.holds(samples.shard, samples.row)):
-            found = self._replacement(step, int(place), samples)
-            for field in ("epoch", "shard", "row", "id"):
-                getattr(samples, field)[place] = getattr(found, field)[0]
-        return samples
-
-    def _replacement(self, step: int, place: int, samples: Samples) -> Samples:
-        partner = samples.id[min(place ^ 1, len(samples.id) - 1)]  # of an odd share nothing is mixed
-        for later in range(step + 1, step + 1 + _MOST_TRIES):
-            found = self.order.samples(later, self.deal.lanes).take([place])
-            if found.id[0] != partner and not self._quarantine.holds(found.shard, found.row)[0]:
-                return found
-        raise RuntimeError(f"no good sample to replace position {samples.position[place]} of step {step}")
-
     def _fetch_ahead(self, step: int, micro: int) -> None:
         if self._shards.is_remote and micro == 0 and (step - self._first_step) % self.order.steps_per_window == 0:
             self._shards.prefetch(self.order.shards_ahead(step, self.deal.lanes))
 
-    def _blends(self, step: int, lane: Array, size: int) -> mix.Blends:
+    def _blends(self, step: int, lane: Array) -> mix.Blends:
         lanes, of_sample = np.unique(lane, return_inverse=True)
         key = keys.key(self._config.run.seed, Stream.MIX, step, lanes)
+        size = self.image_size(step)
         return mix.draw(self._config.mix, key, size, size)[of_sample]
 
     def _drop_path(self, step: int, position: Array) -> Array:
@@ -262,22 +260,28 @@ class EvalFeed:
         """A batch in which nothing counts and nothing is to be found."""
         size, device = self._image.size, self._world.device
         images, weights = torch.zeros(1, 3, size, size, device=device), torch.zeros(1, device=device)
-        return MicroBatch(images, [(size, size)], None, weights, None, self._samples(np.zeros(1, np.int64)))
+        return MicroBatch(images, [(size, size)], None, weights, None, self._samples(*np.zeros((2, 1), np.int64)))
 
     def plan(self, number: int) -> Plan:
         """The plan of this rank's batch `number`. Reading ahead may ask beyond the last: those are all fillers."""
         place = (number * self._world.size + self._world.rank) * self._batch_size + np.arange(self._batch_size)
         weights = (place < len(self._shards)).astype(np.float32)
-        samples = self._samples(place)
-        while (bad := self._quarantine.holds(samples.shard, samples.row)).any():
-            weights[bad] = 0
-            samples = self._samples(place, (samples.id + bad) % len(self._shards))
-        records = self._shards.records(samples.shard, samples.row)
-        views = self._recipe.evaluation_views(_height_width(records))
-        return Plan(samples, weights, views, _labels(records))
+        samples = self._samples(np.minimum(place, len(self._shards) - 1), place)
+        return Plan(samples, weights, *self._seen(samples), functools.partial(self._substitutes, samples))
 
-    def _samples(self, position: Array, sample_id: Array | None = None) -> Samples:
-        sample_id = np.minimum(position, len(self._shards) - 1) if sample_id is None else sample_id
+    def _seen(self, samples: Samples) -> tuple[Views, Array]:
+        records = self._shards.records(samples.shard, samples.row)
+        return self._recipe.evaluation_views(_height_width(records)), _labels(records)
+
+    def _substitutes(self, planned: Samples, number: int) -> Iterator[Choice]:
+        """Yields the samples that follow, which only fill the place."""
+        for distance in range(1, min(len(self._shards), _MOST_TRIES)):
+            samples = planned.take(slice(number, number + 1))
+            samples = self._samples((samples.id + distance) % len(self._shards), samples.position)
+            views, labels = self._seen(samples)
+            yield Choice(samples, np.float32(0), views, labels[0])
+
+    def _samples(self, sample_id: Array, position: Array) -> Samples:
         shard = np.searchsorted(self._first_id, sample_id, side="right") - 1
         nought = np.zeros_like(sample_id)
         return Samples(position, nought, nought, shard, sample_id - self._first_id[shard], sample_id)

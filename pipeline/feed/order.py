@@ -46,8 +46,14 @@ class Samples:
     row: Ints  # in the shard's index
     id: Ints  # over all data sets: shards end to end
 
-    def take(self, places: npt.ArrayLike) -> "Samples":
+    def take(self, places: npt.ArrayLike | slice) -> "Samples":
         return Samples(**{field.name: getattr(self, field.name)[places] for field in dataclasses.fields(self)})
+
+    @classmethod
+    def joined(cls, samples: "Sequence[Samples]") -> "Samples":
+        """Returns all of them, one behind the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(each, name) for each in samples]) for name in names})
 
 
 class Lanes:

@@ -1,16 +1,15 @@
 """The samples that a run has found damaged, in runs/NAME/quarantine.jsonl: one line each, shared by all ranks.
 
-A sample is known by the data set's digest, its shard's number and its row. Lines are only ever appended.
+A sample is identified by the data set's digest, its shard's number and its row. Lines are only ever appended. They
+report, and count towards data.max_bad_fraction; what is fed never depends on them.
 """
 
 import fcntl
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import ExternalError
 from pipeline.shards.index import ShardSet
@@ -27,18 +26,24 @@ class Quarantine:
         self._shards, self._path = shards, path
         self._limit = int(max_fraction * len(shards))
         self._found = {(line["shard"], line["row"]): line for line in self._lines()}
+        self._lock = threading.Lock()  # several threads read samples
 
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def holds(self, shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of the samples, [n], are known to be damaged."""
-        if not self._found:
-            return np.zeros(len(shard), bool)
-        return np.array([pair in self._found for pair in zip(shard.tolist(), row.tolist(), strict=True)], bool)
+    def holds(self, shard: int, row: int) -> bool:
+        """Returns whether a sample has been found damaged before."""
+        return (shard, row) in self._found
 
     def add(self, shard: int, row: int, reason: str) -> None:
-        """Record a damaged sample. Raises TooManyBadSamplesError, which lists them, above the allowed fraction."""
+        """Records a damaged sample, once.
+
+        Raises TooManyBadSamplesError, which lists them, above the allowed fraction.
+        """
+        with self._lock:
+            if not self.holds(shard, row):
+                self._record(shard, row, reason)
+            if len(self._found) > self._limit:
+                raise TooManyBadSamplesError(self._report())
+
+    def _record(self, shard: int, row: int, reason: str) -> None:
         line = {
             "data": self._shards.digest,
             "shard": shard,
@@ -48,13 +53,11 @@ class Quarantine:
             "reason": reason,
         }
         self._found[shard, row] = line
-        print(f"left out: {line['tar']}: sample {line['key']!r}: {reason}", file=sys.stderr, flush=True)
+        print(f"skipped: {line['tar']}: sample {line['key']!r}: {reason}", file=sys.stderr, flush=True)
         try:
             self._append(line)
         except OSError as error:  # a full disk ends no run; whoever meets the sample finds it damaged again
             print(f"{self._path}: {error}: known to this process alone", file=sys.stderr, flush=True)
-        if len(self._found) > self._limit:
-            raise TooManyBadSamplesError(self._report())
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is None:

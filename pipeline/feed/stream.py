@@ -6,16 +6,20 @@
 
 A thread of its own conducts all of it ahead of need. On a GPU it does so on a CUDA stream of its own, beside training.
 
-A plan is a pure function of its number and of the quarantine. So a batch that holds a damaged sample is planned
-again, with the sample known, and comes out the same on every replay.
+A plan is a pure function of its number. Whether a sample can be used is a function of the file's bytes and of the view
+that the plan takes of it: the bytes match their checksum, and the window decodes. Where it cannot be used, the first of
+the plan's substitutes for its place that can is taken. So what is fed depends neither on the world nor on what was
+found before. The quarantine only says which files to decode by themselves before they enter a batch, because a file
+that fails in one costs all others their decoding.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,10 +30,10 @@ from torch import Tensor
 from pipeline.config import Image
 from pipeline.feed import pixels
 from pipeline.feed.augment import Views
-from pipeline.feed.dali import Batch, Decoder
+from pipeline.feed.dali import Batch, Decoder, Probe
 from pipeline.feed.mix import Blends
 from pipeline.feed.order import Samples
-from pipeline.feed.quarantine import Quarantine
+from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
 from pipeline.feed.recipe import Target
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.world import World
@@ -38,6 +42,20 @@ Array = npt.NDArray[Any]
 Made = TypeVar("Made")
 
 _TOGETHER = 8  # samples that a thread reads or finishes in one call: few calls, and no thread waits long for another
+_UNDECODABLE = "its bytes are as they were packed, but they do not decode"
+
+
+class Choice(NamedTuple):
+    """A sample that may fill a place in a micro-batch, and how it is seen there."""
+
+    samples: Samples  # one
+    weight: np.float32
+    view: Views  # one
+    target: Any
+
+    @property
+    def shard_and_row(self) -> tuple[int, int]:
+        return int(self.samples.shard[0]), int(self.samples.row[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +66,33 @@ class Plan:
     weights: Array  # [N] float32
     views: Views
     targets: Any  # [N] int64 class labels; or, once annotations are read, a list of what `target` made of them
+    substitutes: Callable[[int], Iterator[Choice]]  # for a place whose sample cannot be used, in order of preference
     blends: Blends | None = None
     drop_path: Array | None = None  # [num_branches, N] float32
 
+    def planned(self, place: int) -> Choice:
+        """Returns the sample that is planned for a place."""
+        here = slice(place, place + 1)
+        return Choice(self.samples.take(here), self.weights[place], self.views[here], self.targets[place])
 
-class _Sample(NamedTuple):
-    """What was read of one."""
+    def filled(self, choices: Sequence[Choice]) -> "Plan":
+        """Returns this plan with N choices in place of those planned."""
+        samples, weights, views, targets = zip(*choices, strict=True)
+        return dataclasses.replace(
+            self,
+            samples=Samples.joined(samples),
+            weights=np.array(weights),
+            views=Views.joined(views),
+            targets=np.array(targets) if isinstance(targets[0], np.integer) else list(targets),
+        )
 
+
+class _Read(NamedTuple):
+    """A sample that can be used, as far as its bytes tell."""
+
+    choice: Choice
     encoded: Array  # [bytes] uint8
-    view: Views
-    target: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """A plan whose samples are being read."""
-
-    plan: Plan
-    parts: list[concurrent.futures.Future[list[_Sample | CorruptSampleError]]]
-    num_bad: int  # known when it was planned
+    is_planned: bool
 
 
 class ImageStream(Generic[Made]):
@@ -104,7 +130,7 @@ class ImageStream(Generic[Made]):
         self._prefetch = prefetch
         self._buffers = _Buffers()
         self._ahead: collections.deque[concurrent.futures.Future[Callable[[], Made]]] = collections.deque()
-        self._reading: dict[int, _Reading] = {}
+        self._reading: dict[int, tuple[Plan, list[concurrent.futures.Future[list[_Read]]]]] = {}
         self._decoding: collections.deque[tuple[Plan, list[Array]]] = collections.deque()
         self._source_error: BaseException | None = None
         self._number = first  # of the next batch to come out of the decoder
@@ -117,6 +143,7 @@ class ImageStream(Generic[Made]):
         }
         self._batch_size = batch_size
         self._decoder = self._new_decoder()
+        self._probe = Probe(**self._decoder_settings)
 
     def next(self) -> Made:
         """What `make` makes of the next plan.
@@ -131,6 +158,7 @@ class ImageStream(Generic[Made]):
         for pool in (self._conductor, self._readers, self._finishers):
             pool.shutdown(cancel_futures=True)
         self._decoder.close()
+        self._probe.close()
 
     def _produce(self) -> Callable[[], Made]:
         """Carries out the next plan, on a GPU on the feed's own stream."""
@@ -209,76 +237,72 @@ class ImageStream(Generic[Made]):
         return encoded, plan.views
 
     def _read(self, number: int) -> tuple[Plan, list[Array]]:
-        while True:
-            self._start_reading(number)
-            reading = self._reading.pop(number)
-            self._start_reading(number + 1)
-            if reading.num_bad == len(self._quarantine):
-                samples = self._collect(reading)
-                if reading.num_bad == len(self._quarantine):
-                    return self._settled(reading.plan, samples), [sample.encoded for sample in samples]
-
-    def _settled(self, plan: Plan, samples: list[_Sample]) -> Plan:
-        """The plan with what the annotations say."""
-        if self._target is None:
-            return plan
-        views, targets = Views.joined([sample.view for sample in samples]), [sample.target for sample in samples]
-        return dataclasses.replace(plan, views=views, targets=targets)
+        self._start_reading(number)
+        plan, parts = self._reading.pop(number)
+        self._start_reading(number + 1)
+        read = [each for part in parts for each in part.result()]
+        if self._target or not all(each.is_planned for each in read):
+            plan = plan.filled([each.choice for each in read])
+        return plan, [each.encoded for each in read]
 
     def _start_reading(self, number: int) -> None:
         if number not in self._reading:
-            num_bad, plan = len(self._quarantine), self._plan(number)
+            plan = self._plan(number)
             places = range(len(plan.weights))
             parts = [places[first : first + _TOGETHER] for first in range(0, len(places), _TOGETHER)]
-            futures = [self._readers.submit(self._read_part, plan, part) for part in parts]
-            self._reading[number] = _Reading(plan, futures, num_bad)
+            self._reading[number] = plan, [self._readers.submit(self._read_part, plan, part) for part in parts]
 
-    def _read_part(self, plan: Plan, part: range) -> list[_Sample | CorruptSampleError]:
-        found: list[_Sample | CorruptSampleError] = []
-        for i in part:
+    def _read_part(self, plan: Plan, part: range) -> list[_Read]:
+        read: list[_Read] = []
+        for place in part:
+            read.append(self._read_place(plan, place, _partner(plan, place, read)))
+        return read
+
+    def _read_place(self, plan: Plan, place: int, partner: int | None) -> _Read:
+        """Reads the sample of a place, or the first substitute that can be used and is not `partner`, an id."""
+        planned = plan.planned(place)
+        substitutes = (choice for choice in plan.substitutes(place) if choice.samples.id[0] != partner)
+        for choice in itertools.chain([planned], substitutes):
             try:
-                found.append(self._read_sample(plan, i))
+                return self._read_sample(choice)._replace(is_planned=choice is planned)
             except CorruptSampleError as error:
-                found.append(error)
-        return found
+                self._quarantine.add(*choice.shard_and_row, str(error))
+        shard, row = planned.shard_and_row
+        raise TooManyBadSamplesError(
+            f"{self._shards.url(shard)}: sample {self._shards.key(shard, row)!r} is damaged, and so are all that could "
+            "replace it: restore the data set from its source"
+        )
 
-    def _read_sample(self, plan: Plan, i: int) -> _Sample:
-        shard, row = int(plan.samples.shard[i]), int(plan.samples.row[i])
-        encoded, view, target = np.frombuffer(self._shards.read(shard, row), np.uint8), plan.views[i : i + 1], None
+    def _read_sample(self, choice: Choice) -> _Read:
+        shard, row = choice.shard_and_row
+        encoded = np.frombuffer(self._shards.read(shard, row), np.uint8)
         if self._target:
-            view, target = self._target(self._shards.read_annotation(shard, row), view)
-        return _Sample(encoded, view, target)
-
-    def _collect(self, reading: _Reading) -> list[_Sample]:
-        """What was read; a short list where some samples were damaged, which the quarantine then holds."""
-        samples = []
-        for number, found in enumerate(found for part in reading.parts for found in part.result()):
-            if isinstance(found, CorruptSampleError):
-                self._put_away(reading.plan, number, str(found))
-            else:
-                samples.append(found)
-        return samples
-
-    def _put_away(self, plan: Plan, number: int, reason: str) -> None:
-        shard, row = plan.samples.shard[number : number + 1], plan.samples.row[number : number + 1]
-        if not self._quarantine.holds(shard, row)[0]:  # a filler may repeat a sample of its batch
-            self._quarantine.add(int(shard[0]), int(row[0]), reason)
+            view, target = self._target(self._shards.read_annotation(shard, row), choice.view)
+            choice = choice._replace(view=view, target=target)
+        if self._quarantine.holds(shard, row) and not self._probe.decodes(encoded, choice.view):
+            raise CorruptSampleError(_UNDECODABLE)
+        return _Read(choice, encoded, is_planned=True)
 
     def _find_undecodable(self) -> bool:
-        """Decode each sample under way by itself and put away those that fail. Returns whether there are any."""
+        """Decodes each sample under way by itself and reports those that fail. Returns whether there are any."""
         found = False
         for plan, encoded in self._decoding:
-            for number, data in enumerate(encoded):
-                view = plan.views[number : number + 1]
-                probe = Decoder(lambda _: ([data], view), batch_size=1, prefetch=1, **self._decoder_settings)  # noqa: B023
-                try:
-                    probe.next()
-                except RuntimeError:
-                    self._put_away(plan, number, "its bytes are as they were packed, but they do not decode")
+            for place, data in enumerate(encoded):
+                choice = plan.planned(place)
+                if not self._probe.decodes(data, choice.view):
+                    self._quarantine.add(*choice.shard_and_row, _UNDECODABLE)
                     found = True
-                finally:
-                    probe.close()
         return found
+
+
+def _partner(plan: Plan, place: int, read: Sequence[_Read]) -> int | None:
+    """Returns the id that must not take the place: a sample is never mixed with itself.
+
+    Of a pair, the first sample avoids the second one as planned, and the second the first as it was read.
+    """
+    if plan.blends is None:
+        return None
+    return int(plan.samples.id[place + 1]) if place % 2 == 0 else int(read[-1].choice.samples.id[0])
 
 
 def _handed_over(made: Made) -> Made:
