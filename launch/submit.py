@@ -20,10 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from launch import command, handoff
-from pipeline import config, files
+from pipeline import config, files, yaml_text
 from pipeline.cluster import script, slurm, status
 from pipeline.cluster.script import quoted
 from pipeline.cluster.supervise import LOG, SLURM, STOP
@@ -88,10 +86,7 @@ def _sweep(file: str, overrides: list[str], sweeps: list[str]) -> list[tuple[Con
     choices: list[list[tuple[str, Any]]] = []
     for each in sweeps:
         key, equals, text = each.partition("=")
-        try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = []
+        values = yaml_text.read(f"[{text}]", f"--sweep {each!r}")
         if not equals or not values:
             raise InputError(f"--sweep {each!r}: expected KEY=A,B,… such as --sweep optim.lr=1e-3,5e-4")
         choices.append([(key, value) for value in values])

@@ -25,10 +25,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from launch import command
-from pipeline import config, files
+from pipeline import config, files, yaml_text
 from pipeline.cluster.slurm import node_name
 from pipeline.config import Config, Data
 from pipeline.errors import ExternalError, InputError
@@ -499,7 +497,7 @@ def fragment(
     for key, value in chosen.items():
         _put(tree, key, value)
     comment = "".join(f"# {line}".rstrip() + "\n" for line in head)
-    return f"{comment}\n{yaml.safe_dump(tree, sort_keys=False)}"
+    return f"{comment}\n{yaml_text.write(tree)}"
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -1,6 +1,6 @@
 """Every setting of a run, typed; reading YAML, command-line overrides, and the fingerprint.
 
-    configs/*.yaml ──yaml.safe_load──▶ tree ──--set key=value──▶ tree ──pydantic──▶ Config (frozen)
+    configs/*.yaml ──yaml_text.read──▶ tree ──--set key=value──▶ tree ──pydantic──▶ Config (frozen)
 
 A key that is not a field is an error that names the nearest field, so a typing mistake cannot become a default.
 """
@@ -11,24 +11,30 @@ import hashlib
 import json
 import math
 import re
+import typing
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from pipeline import yaml_text
 from pipeline.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -122,15 +128,70 @@ class RandAugment:
 RandAugmentField = Annotated[RandAugment, PlainValidator(RandAugment.parse), PlainSerializer(str)]
 
 
+NOT_SET = ("null", "none", "off")
+MAX_EXTENDED = 20
+"""Files that extend one another."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """None for the words that stand for it, which not every setting takes. Numbers are not booleans: pydantic would
+        take false for 0."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = _kinds(annotation)
+        word = "null" if value is None else str(value).lower()
+        if word in NOT_SET and not (word == "off" and bool in kinds):
+            if type(None) in typing.get_args(annotation):
+                return None
+            raise ValueError(f"{word} means not set, and this setting needs a value: give one, or remove the line")
+        if (int in kinds or float in kinds or 0 in kinds) and any(isinstance(each, bool) for each in _scalars(value)):
+            raise ValueError("true and false are not numbers; where a setting may be unset, null does that")
+        return value
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types in an annotation: of tuple[int, float] | None int, float and NoneType."""
+    parts = typing.get_args(annotation)
+    return [kind for part in parts for kind in _kinds(part)] if parts else [annotation]
+
+
+def _sections(annotation: Any) -> "list[type[Section]]":
+    return [kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    if parts is None:
+        yield value
+    for part in parts or ():
+        yield from _scalars(part)
+
+
+def _written(pattern: str, rule: str) -> AfterValidator:
+    """Text that matches a regular expression from end to end, or an error that states the rule in words."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(rule)
+        return value
+
+    return AfterValidator(check)
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[
+        str,
+        _written(
+            "[A-Za-z0-9][A-Za-z0-9._-]*", "a name has letters, digits, . _ and -, and begins with a letter or digit"
+        ),
+    ]
     root: str = "runs"
     """Folder of all runs; this one lives in root/name."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -291,8 +352,12 @@ TASKS: dict[str, type[Section]] = {
 }
 
 Task = Annotated[
-    Classification | SemanticFpn | RetinaNet | MaskRcnn | Detr,
-    Field(discriminator="name"),
+    Annotated[Classification, Tag("classification")]
+    | Annotated[SemanticFpn, Tag("semantic_fpn")]
+    | Annotated[RetinaNet, Tag("retinanet")]
+    | Annotated[MaskRcnn, Tag("mask_rcnn")]
+    | Annotated[Detr, Tag("detr")],
+    Discriminator(lambda task: task.get("name") if isinstance(task, dict) else getattr(task, "name", None)),
     BeforeValidator(_by_name),
 ]
 """What is learnt. A name alone stands for the task with its defaults."""
@@ -519,6 +584,14 @@ class Engine(Section):
     deepspeed: dict[str, Any] = {}
     """Further keys of the DeepSpeed configuration. They may not contradict the generated ones."""
 
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _switches(cls, value: Any) -> Any:
+        """DeepSpeed is given booleans for on and off. Its `device: none` is a word of its own."""
+        if isinstance(value, dict):
+            return {name: cls._switches(part) for name, part in value.items()}
+        return {"on": True, "yes": True, "off": False, "no": False}.get(str(value).lower(), value)
+
     def stage(self, num_parameters: int) -> int:
         """ZeRO's stage for a network with as many trainable parameters."""
         if self.zero_stage is not None:
@@ -568,7 +641,7 @@ class Tracking(Section):
     """MLflow tracking server. None: MLFLOW_TRACKING_URI or, without one, sqlite:///ROOT/mlflow.db with artifacts beside
     it."""
     experiment: str = "pretrain"
-    model_name: str | None = Field(default=None, pattern=r"^[^/:@]+$")
+    model_name: Annotated[str, _written("[^/:@]+", "a model's name is not empty and has none of / : @")] | None = None
     """Registered model that receives this run's versions. None: the run's name."""
     system_metrics: bool = True
     """Load of each node's cores, memory, disk, network and GPUs, every ten seconds."""
@@ -656,7 +729,7 @@ class Handoff(Section):
     """What this run's model has to reach, or the job is not started."""
 
 
-_Word = Annotated[str, Field(pattern=r"^[\w.,:&|*\[\]-]+$")]
+_Word = Annotated[str, _written(r"[\w.,:&|*\[\]-]+", "expected letters, digits and . , : & | * [ ] - _ without spaces")]
 """What goes into a batch script as it is."""
 
 
@@ -695,7 +768,9 @@ class Cluster(Section):
     cpus_per_rank: int = Field(default=8, gt=0)
     memory_gb: int | None = Field(default=None, gt=0)
     """Of a node. None: what the partition gives."""
-    time: str = Field(default="24:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    time: Annotated[
+        str, _written("([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
+    ] = "24:00:00"
     """Limit for one stretch, as SLURM writes it: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS. A run
     that needs longer saves and goes to the end of the queue."""
     constraint: _Word | None = None
@@ -703,7 +778,7 @@ class Cluster(Section):
     """Nodes never to be used, such as node[07,12-14]."""
     exclusive: bool = False
     """Share the nodes with no other job."""
-    options: tuple[Annotated[str, Field(pattern=r"^--[a-z][^\n]*$")], ...] = ()
+    options: tuple[Annotated[str, _written("--[a-z][^\n]*", "an option of sbatch begins with --")], ...] = ()
     """Further options of sbatch, such as --mail-type=END."""
     grace_s: int = Field(default=180, ge=10)
     """So long before the time limit a run is told to save. Longer than train.preempt_deadline_s."""
@@ -875,11 +950,7 @@ def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | No
         name, equals, text = override.partition("=")
         if not equals or not name:
             raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from error
-        _put(tree, name.strip().split("."), value, override)
+        _put(tree, name.strip().split("."), yaml_text.read(text, f"--set {override!r}"), override)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -887,34 +958,28 @@ def load_as(kind: type[SomeSection], path: str | Path, overrides: list[str] | No
         raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
 
 
-class _Loader(yaml.SafeLoader):
-    """yaml.safe_load's, but that 24:00:00 stays what it says. In YAML 1.1 it is the number 86400."""
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        tag = super().resolve(kind, value, implicit)
-        is_number = tag in (self.DEFAULT_SCALAR_TAG.replace("str", name) for name in ("int", "float"))
-        return self.DEFAULT_SCALAR_TAG if is_number and ":" in value else tag
-
-
 def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file. `extends: OTHER`, a path from the file's folder, lays it over that other file:
     mappings key by key, everything else whole. Raises InputError."""
     try:
-        tree = yaml.load(Path(path).read_text(), _Loader)
+        text = Path(path).read_text()
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:  # bytes that are no text, or a path that cannot be one
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
+    here = Path(path).resolve()
+    if here in extended_by:
+        raise InputError(f"{extended_by[-1]}: extends {here.name}, which extends it in turn")
+    if len(extended_by) > MAX_EXTENDED:
+        raise InputError(f"{path}: the last of more than {MAX_EXTENDED} files that extend one another: join some")
+    tree = yaml_text.read(text, path)
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+        raise InputError(f"{path}: expected a mapping of sections, found {_shown(tree)}")
     if (base := tree.pop("extends", None)) is None:
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: extends {base!r}; expected the path of one other YAML file")
-    chain = (*extended_by, Path(path).resolve())
-    if (Path(path).parent / base).resolve() in chain:
-        raise InputError(f"{path}: extends {base}, which extends it in turn")
-    return _overlaid(read_yaml(Path(path).parent / base, extended_by=chain), tree)
+    return _overlaid(read_yaml(Path(path).parent / base, extended_by=(*extended_by, here)), tree)
 
 
 def _overlaid(below: Any, above: Any) -> Any:
@@ -925,7 +990,7 @@ def _overlaid(below: Any, above: Any) -> Any:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` reads it back to an equal Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml_text.write(config.model_dump(mode="json"))
 
 
 def fingerprint(value: Any) -> str:
@@ -948,31 +1013,97 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> No
     tree[path[-1]] = value
 
 
-def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
+_RULES = {
+    "value_error": "{error}",
+    "assertion_error": "{error}",
+    "extra_forbidden": "no such setting",
+    "greater_than_equal": "has to be at least {ge}",
+    "greater_than": "has to be more than {gt}",
+    "less_than_equal": "has to be at most {le}",
+    "less_than": "has to be less than {lt}",
+    "multiple_of": "has to be a multiple of {multiple_of}",
+    "finite_number": "has to be a finite number",
+    "float": "expected a number",
+    "int": "expected a whole number",
+    "bool": "expected true or false",
+    "string_too_short": "expected text that is not empty",
+    "string": "expected text; put a number into quotes to make it text",
+    "literal_error": "expected {expected}",
+    "union_tag_invalid": "expected one of {expected_tags}",
+    "union_tag_not_found": "its name is missing",
+    "too_short": "expected at least {min_length} values",
+    "too_long": "expected at most {max_length} values",
+    "missing": "a value is missing here",
+    "tuple": "expected a list",
+    "list": "expected a list",
+    "dict": "expected a mapping",
+    "model": "expected a mapping of settings",
+}
+"""In our words, by how the type of pydantic's error begins; the first one that fits."""
+
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "epochs": "train.length",
+    "max_steps": "train.length",
+    "img_size": "image.size",
+    "num_workers": "data.num_threads",
+}
+"""Settings by the names that other trainers have for them."""
+
+
+def _explain(kind: type[Section], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"]]
     names = _fields_at(kind, path[:-1])
     if path[:1] == ["task"] and path[1:2] and path[1] in TASKS:  # which of them it was, says pydantic
         del path[1]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
         valid = f"; valid here: {', '.join(names)}" if names else ""
-        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else valid
-        return f"{key}: no such setting{hint}"
+        near = " or ".join(_near(kind, path, names))
+        return f"{key}: no such setting{f'; did you mean {near}?' if near else valid}"
     if detail["type"] == "missing" and not path[-1].isdigit():
         return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = rule_of(detail)
     # A whole section as "the value found" would bury the rule that compares several of its settings.
-    found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {detail['input']!r})"
+    found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {_shown(detail['input'])})"
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
-def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
+def rule_of(detail: ErrorDetails) -> str:
+    """What an error of pydantic's says, in our words."""
+    rules = (rule for beginning, rule in _RULES.items() if detail["type"].startswith(beginning))
+    return next(rules, "this cannot be its value").format(**detail.get("ctx", {}))
+
+
+def _near(kind: type[Section], path: list[str], names: list[str]) -> list[str]:
+    """Settings that somebody may have meant by an unknown one."""
+    *above, last = path
+    known = dict.fromkeys(keys(kind))
+    same = [key for key in known if key.rpartition(".")[2] == last or key == _ELSEWHERE.get(last)]
+    return same[:3] or [".".join([*above, name]) for name in difflib.get_close_matches(last, names, n=1, cutoff=0.5)]
+
+
+def keys(kind: type[Section], prefix: str = "") -> Iterator[str]:
+    """All settings of a section, and of those in it, but for those of lists."""
+    for name, field in kind.model_fields.items():
+        yield f"{prefix}{name}"
+        if typing.get_origin(field.annotation) not in (tuple, dict):
+            for section in _sections(field.annotation):
+                yield from keys(section, f"{prefix}{name}.")
+
+
+def _fields_at(section: type[Section], path: list[str]) -> list[str]:
     for name in path:
-        if name == "task":
-            continue
-        annotation = TASKS.get(name) or section.model_fields[name].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
+        if name in section.model_fields or name in TASKS:  # otherwise a place in a list
+            inside = [TASKS[name]] if name in TASKS else _sections(section.model_fields[name].annotation)
+            if not inside:
+                return []
+            section = inside[0]
     return list(section.model_fields)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 100 else f"{text[:99]}…"

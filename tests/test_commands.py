@@ -255,7 +255,7 @@ def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, 
         ("image.size=33", 1, "input of 33x33 px: both sides must be divisible by 32"),
         ("engine.deepspeed.bf16.enabled=true", 1, "engine.deepspeed.bf16: the precision is set by engine.precision"),
         ("engine.deepspeed.zero_optimisation.stage=3", 1, "zero_optimisation: not a key that is passed on"),
-        ("engine.deepspeed.zero_optimization.overlap_com=true", 1, "zero_optimization.overlap_com: Extra inputs"),
+        ("engine.deepspeed.zero_optimization.overlap_com=true", 1, "zero_optimization.overlap_com: no such setting"),
         ("model.name=vgg11", 1, "model.name 'vgg11' cannot be built here"),
         ("train.length=0 steps", 1, "train.length 0 steps is less than one step"),
         (

@@ -6,7 +6,7 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from pipeline.config import Config
+from pipeline.config import Config, rule_of
 from pipeline.errors import InputError
 from pipeline.world import World
 
@@ -71,7 +71,7 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"engine.deepspeed.zero_optimization.{key}: {first['msg']}") from None
+        raise InputError(f"engine.deepspeed.zero_optimization.{key}: {rule_of(first)}") from None
     return merged
 
 
