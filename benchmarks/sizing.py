@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 from launch import command
 from pipeline import config, network
 from pipeline.config import Config
+from pipeline.flops import MFU, PEAK_FLOPS
 
 CONFIGS = tuple(f"configs/pretrain/pvt_{size}_in1k.yaml" for size in ("tiny", "small", "medium", "large"))
 SAMPLES, NUM_CLASSES = 1_281_167, 1000
 """Of ImageNet-1K."""
 GPUS_PER_NODE = 8
-PEAK_FLOPS = {"H100, H200": 989e12, "A100": 312e12}
-"""Of dense bf16 matrix products, by NVIDIA's data sheets."""
-MFU, EFFICIENCY, FEED = 0.30, 0.95, 5000
+EFFICIENCY, FEED = 0.95, 5000
 
 
 class Speed(NamedTuple):

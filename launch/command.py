@@ -65,6 +65,31 @@ def _fail(code: int, message: str) -> NoReturn:
     os._exit(code)
 
 
+def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
+    """Read something on every rank before the ranks have met; returns the function that gives it once they have.
+
+    A mistake is raised where there is one rank. Of several rank 0 reports it at once, and all end when they have met.
+    """
+    value, wrong = cast(Value, None), None
+    try:
+        value = read()
+    except InputError as error:
+        if (os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1") == "1":
+            raise
+        if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        wrong = error
+
+    def on_all(world: "World") -> Value:
+        if world.from_first(wrong is not None):
+            os._exit(USAGE)
+        if wrong:  # on this rank alone
+            raise wrong
+        return value
+
+    return on_all
+
+
 def first_then_all(world: "World", build: Callable[[], Value]) -> Value:
     """Build something on every rank, but on rank 0 first, so that a mistake all ranks would make is told once.
 

@@ -11,10 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-
 from launch import command
 from pipeline.errors import InputError
 
@@ -27,6 +23,11 @@ def main() -> dict[str, Any]:
     parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
     arguments = parser.parse_args()
     out, classes = arguments.out, digit_range(arguments.classes)
+    # These take seconds to import, which --help and wrong usage do without.
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     digits: Any = load_digits()
     counts = {"train": 0, "val": 0}
     for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):

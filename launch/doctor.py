@@ -5,10 +5,11 @@ python launch/doctor.py --node --config FILE --sent SECONDS    one task a node, 
 srun … python launch/doctor.py --all-reduce                    one task a rank; the bandwidth between them
 python launch/doctor.py --tune --config FILE [--ranks N]       the run's quickest micro-batch and engine settings here
 
-A table of what was looked at goes to standard error. Exit code 1: something is not as it has to be. The tracking server
-is only warned of: training goes on without it. With --all-reduce each rank says that it has arrived before it joins the
-others, so that who is missing can be told from what was printed. --tune tries settings for some minutes and writes what
-makes the run quicker into a new file that extends its configuration.
+A table of what was looked at goes to standard error. Exit code 1: something is not as it has to be; 2: pretrain.py
+would refuse the configuration. The tracking server is only warned of: training goes on without it. With --all-reduce
+each rank says that it has arrived before it joins the others, so that who is missing can be told from what was printed.
+--tune tries settings for some minutes and writes what makes the run quicker into a new file that extends its
+configuration.
 """
 
 import argparse
@@ -66,7 +67,12 @@ def main() -> dict[str, Any] | None:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="--all-reduce: wait so long (default 120)"
     )
-    parser.add_argument("--ranks", type=int, metavar="N", help="--tune: with so many (default: one for each GPU, or 1)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="of the run (default: as cluster asks for; --tune: one for each GPU, or 1)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="--tune: to be made (default runs/tuned/NAME.yaml)")
     parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="--tune: at most (default 5)")
     arguments = parser.parse_args()
@@ -83,11 +89,22 @@ def main() -> dict[str, Any] | None:
         checks = [*preflight.of_node(settings, arguments.sent), tracking(settings).as_warning()]
         return {"node": node_name(), **_result(checks)}
     checks = list(_told(_of_machine(settings)))
+    if settings and all(found.ok for found in checks if found.name == "shards"):
+        from launch import rules  # what it imports in turn takes seconds
+
+        checks += _told([Check("run", True, rules.forecast(settings, arguments.ranks or _ranks(settings)))])
     return _result(checks)
 
 
 def _result(checks: list[Check]) -> dict[str, Any]:
     return {"ok": all(found.ok for found in checks), "checks": [dataclasses.asdict(found) for found in checks]}
+
+
+def _ranks(settings: Config) -> int:
+    """What the run asks SLURM for, if it does; otherwise one for each GPU of this machine, or one."""
+    if "cluster" in settings.model_fields_set:
+        return settings.cluster.nodes * settings.cluster.ranks
+    return len(preflight.driver_states()) or 1
 
 
 def _told(checks: Iterable[Check]) -> Iterator[Check]:

@@ -9,25 +9,23 @@ model's. Several ranks share the work: deepspeed launch/evaluate.py …
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch import command
-from pipeline import config, world
+from pipeline import config
 from pipeline.errors import InputError
-from pipeline.feed.loader import EvalFeed
-from pipeline.feed.recipe import require_kind
 from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
-from pipeline.tasks import predictions, probe
-from pipeline.tasks.build import AnyTask, build_trained
-from pipeline.tasks.classify import Classification, ClassificationMetric
-from pipeline.track import registry, server
 from pipeline.track.card import Card
-from pipeline.train.evaluate import evaluate
-from pipeline.world import World
+
+if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage do without
+    import torch
+    from torch import Tensor
+
+    from pipeline.tasks.build import AnyTask
+    from pipeline.tasks.classify import Classification
+    from pipeline.track import registry
+    from pipeline.world import World
 
 
 class Opened(NamedTuple):
@@ -35,7 +33,7 @@ class Opened(NamedTuple):
     """With the version's number."""
     data: str
     card: Card
-    task: AnyTask
+    task: "AnyTask"
     shards: ShardSet
 
 
@@ -45,7 +43,7 @@ def main() -> dict[str, Any] | None:
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="packed data set, or label maps of ADE20K's layout"
     )
-    parser.add_argument("--tracking-uri", default=server.tracking_uri(None), metavar="URI")
+    parser.add_argument("--tracking-uri", metavar="URI")
     parser.add_argument("--draw", type=int, metavar="N", help="draw N predictions")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="of --draw (default ./NAME-VERSION.png)")
     parser.add_argument(
@@ -59,6 +57,8 @@ def main() -> dict[str, Any] | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     _check(arguments)
+    from pipeline import world
+
     here = world.start()
     if arguments.probe:
         result = probed(
@@ -88,7 +88,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it")
 
 
-def open_all(uri: str, data: str, tracking_uri: str, here: World) -> Opened:
+def open_all(uri: str, data: str, tracking_uri: str | None, here: "World") -> Opened:
     """A registered model on this rank's device, in evaluation mode, and a data set of its classes.
 
     Raises InputError where one of them cannot be read or they do not fit.
@@ -98,8 +98,13 @@ def open_all(uri: str, data: str, tracking_uri: str, here: World) -> Opened:
     return opened
 
 
-def score(opened: Opened, here: World) -> dict[str, Any] | None:
+def score(opened: Opened, here: "World") -> dict[str, Any] | None:
     """Evaluate as the training run did: the registered weights in fp32, its batches, its view of each image."""
+    import torch
+
+    from pipeline.feed.loader import EvalFeed
+    from pipeline.train.evaluate import evaluate
+
     uri, data, card, task, shards = opened
     batches = EvalFeed(shards, here, card.image, task=card.task, batch_size=card.eval_batch_size)
     with torch.inference_mode():
@@ -111,9 +116,13 @@ def score(opened: Opened, here: World) -> dict[str, Any] | None:
 
 
 def probed(
-    uri: str, data: str, train: str, kind: str, tracking_uri: str, here: World, k: int = 20
+    uri: str, data: str, train: str, kind: str, tracking_uri: str | None, here: "World", k: int = 20
 ) -> dict[str, Any] | None:
     """Score k nearest neighbours, or a linear classifier, on the features of the registered classifier's backbone."""
+    from pipeline.tasks import probe
+    from pipeline.tasks.classify import ClassificationMetric
+    from pipeline.world import World
+
     pinned, card, task, fitted, shards = command.first_then_all(
         here, lambda: _open_for_probe(uri, data, train, tracking_uri)
     )
@@ -142,8 +151,15 @@ def probed(
     }
 
 
-def _features(network: torch.nn.Module, card: Card, shards: ShardSet, here: World) -> tuple[Tensor, Tensor, Tensor]:
+def _features(
+    network: "torch.nn.Module", card: Card, shards: ShardSet, here: "World"
+) -> "tuple[Tensor, Tensor, Tensor]":
     """Features [n, d], labels [n] and weights [n] of all samples, on all ranks."""
+    import torch
+
+    from pipeline.feed.loader import EvalFeed
+    from pipeline.tasks import probe
+
     batches = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
     with torch.inference_mode():
         parts = [(probe.features(network, batch.images), batch.targets, batch.weights) for batch in batches]
@@ -155,9 +171,13 @@ def _features(network: torch.nn.Module, card: Card, shards: ShardSet, here: Worl
 
 
 def _open_for_probe(
-    uri: str, data: str, train: str, tracking_uri: str
-) -> tuple[str, Card, Classification, ShardSet, ShardSet]:
-    server.connect(tracking_uri)
+    uri: str, data: str, train: str, tracking_uri: str | None
+) -> "tuple[str, Card, Classification, ShardSet, ShardSet]":
+    from pipeline.feed.recipe import require_kind
+    from pipeline.tasks.classify import Classification
+    from pipeline.track import registry, server
+
+    server.connect(server.tracking_uri(tracking_uri))
     fitted, shards = ShardSet(train), ShardSet(data)
     for each in (fitted, shards):
         require_kind(config.Classification(), each)
@@ -173,8 +193,11 @@ def _open_for_probe(
     return version.uri, version.card, task, fitted, shards
 
 
-def _open(uri: str, data: str, tracking_uri: str) -> Opened:
-    server.connect(tracking_uri)
+def _open(uri: str, data: str, tracking_uri: str | None) -> Opened:
+    from pipeline.feed.recipe import require_kind
+    from pipeline.track import registry, server
+
+    server.connect(server.tracking_uri(tracking_uri))
     shards = ShardSet(layouts.root_of(data))
     version = registry.resolve(uri)
     card = version.card
@@ -187,12 +210,17 @@ def _open(uri: str, data: str, tracking_uri: str) -> Opened:
     return Opened(version.uri, data, card, _task(version), shards)
 
 
-def _task(version: registry.Version) -> AnyTask:
+def _task(version: "registry.Version") -> "AnyTask":
+    from pipeline.tasks.build import build_trained
+
     card = version.card
     return build_trained(card.task, card.model, card.image, card.classes, version.weights)
 
 
 def _draw(opened: Opened, count: int, out: Path | None, log: bool) -> Path:
+    from pipeline.tasks import predictions
+    from pipeline.track import registry
+
     name, number = opened.uri.removeprefix("models:/").split("/")
     path = out or Path(f"{name}-{number}.png")
     predictions.draw(opened.task, opened.shards, opened.card, count, path, opened.uri)

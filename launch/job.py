@@ -14,37 +14,34 @@ import psutil
 import safetensors.torch
 import torch
 
-from launch import command, handoff
+from launch import command, handoff, rules
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files, network
 from pipeline.config import Config, Data, Detection
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
-from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.feed.quarantine import Quarantine
-from pipeline.feed.recipe import require_kind
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
 from pipeline.shards.store import Cache
 from pipeline.tasks.build import AnyTask, build_task, start_from
-from pipeline.tasks.classify import check_image_sizes
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.record import RECORD, Record
 from pipeline.track.system import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
-from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.evaluate import evaluate
 from pipeline.train.goodput import Goodput
 from pipeline.train.guard import Guard
-from pipeline.train.loop import Schedule, Summary, Trainer
+from pipeline.train.loop import Summary, Trainer
 from pipeline.train.meters import Anomalies, MetricsFile, Progress, Utilisation
 from pipeline.train.preempt import StopSignal
 from pipeline.train.profile import Profiler
 from pipeline.train.saver import Saver
+from pipeline.train.schedule import Schedule
 from pipeline.train.trace import Trace
 from pipeline.train.watch import Watch
 from pipeline.world import World
@@ -296,22 +293,11 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     training = ShardSet(*roots, cache=cache)
     val = settings.data.val and layouts.root_of(settings.data.val, settings.data.cache)
     validation = ShardSet(val, cache=cache) if val else None
-    for shards in filter(None, (training, validation)):
-        require_kind(settings.task, shards)
-    if validation and validation.classes != training.classes:
-        raise InputError(
-            f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "
-            "different things: pack the validation split again with --classes-from"
-        )
-    if sizes := settings.augment.image_size.values():
-        check_image_sizes(settings.model, settings.image.size, len(training.classes), sizes)
+    order = rules.check_data(settings, training, validation, world.size)
+    rules.check_network(settings, training, validation, order, world)
     if world.is_first:
         for shards in filter(None, (training, validation)):
             shards.check()
-    order = Order.of(settings, training.part_samples)
-    part = deal(order, world.rank, world.size, settings)
-    Schedule.of(settings, order.steps_per_epoch)
-    deepspeed_config(settings, world, part.accumulation, num_parameters=1)
     return training, validation
 
 
@@ -408,10 +394,6 @@ def _say_start(
         f"({feed.order.steps_per_epoch} an epoch), {world.size} ranks × {part.accumulation} × {part.micro_batch_size} "
         f"samples on {world.device.type}, ZeRO-{zero_stage} {settings.engine.precision}"
     ]
-    if waste := padding_waste(feed.order, world.size, settings):
-        worlds = range(1, min(2 * world.size, feed.order.lanes) + 1)
-        better = [str(size) for size in worlds if not padding_waste(feed.order, size, settings)]
-        lines.append(
-            f"{waste:.1%} of the work is padding; ranks without any: {', '.join(better) or 'none up to double'}"
-        )
+    if padding := rules.padding(feed.order, world.size, settings):
+        lines.append(padding)
     print("\n".join(lines), file=sys.stderr, flush=True)

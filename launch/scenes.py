@@ -13,15 +13,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from launch import command
 from launch.digits import digit_range
 from pipeline.errors import InputError
-from pipeline.scenes import layouts
-from pipeline.scenes.photographs import Split
+
+if TYPE_CHECKING:
+    from pipeline.scenes.photographs import Split
 
 MIN_SIDE_PX, MAX_SIDE_PX = 128, 512
 
@@ -39,6 +38,11 @@ def main() -> dict[str, Any]:
     out, sides = arguments.out, _sides(arguments.sides)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
+    # These take seconds to import, which --help and wrong usage do without.
+    from tqdm import tqdm
+
+    from pipeline.scenes import layouts
+
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
         partial = out.resolve().with_name(f".{out.resolve().name}.partial")  # what was cut short must not look finished

@@ -17,6 +17,7 @@ from typing import Any
 
 from launch import command
 from launch.command import Subcommand
+from pipeline import config
 from pipeline.errors import InputError
 from pipeline.shards import ade20k, coco
 from pipeline.shards.adopt import index
@@ -24,7 +25,6 @@ from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.parallel import cores
-from pipeline.shards.show import show, table
 from pipeline.shards.sources import Listing
 from pipeline.shards.verify import verify
 
@@ -131,6 +131,8 @@ def _show_arguments(parser: ArgumentParser) -> None:
 
 
 def _show(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.shards.show import show, table  # matplotlib takes a second to import
+
     sheet = arguments.out or Path(f"{Path(arguments.root).absolute().name}-sheet.png")
     summary = show(arguments.root, sheet, arguments.seed)
     print(table(summary), file=sys.stderr)
@@ -144,11 +146,10 @@ def _preview_arguments(parser: ArgumentParser) -> None:
 
 
 def _preview(arguments: Namespace) -> dict[str, Any]:
+    settings = config.load(arguments.config, arguments.set)
     # The feed's libraries take seconds to import, and the other commands do without them.
-    from pipeline import config
     from pipeline.feed.preview import preview
 
-    settings = config.load(arguments.config, arguments.set)
     return preview(settings, arguments.out or Path(f"{settings.run.name}-preview.png"))
 
 

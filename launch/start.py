@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import command, handoff
-from launch.job import run_job
-from pipeline import config, world
-from pipeline.config import Config
+from pipeline import config
 from pipeline.errors import InputError
 
 
@@ -22,24 +20,17 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     parser.add_argument("--claim", type=Path, metavar="FILE", help="the hand-off that this job answers to")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
+    read = command.read_early(lambda: _read(arguments, fine_tuning))
+    from launch.job import run_job  # which takes seconds, for nothing where a setting is wrong
+    from pipeline import world
+
     here = world.start()
     if arguments.ranks not in (None, here.size):
         raise InputError(
             f"{here.size} ranks have come up, and --ranks {arguments.ranks} were asked for: start them with srun, "
             "torchrun or deepspeed, and as many as there should be"
         )
-
-    def load() -> tuple[Config, handoff.Claim | None]:
-        claim = handoff.Claim.read(arguments.claim) if arguments.claim else None
-        settings = config.load(arguments.config, arguments.set)
-        if (settings.init is not None) != fine_tuning:
-            raise InputError(
-                f"{arguments.config}: init.model is {'missing: it names' if fine_tuning else 'given, but is'} what a "
-                f"fine-tuning run starts from{'' if fine_tuning else ': use launch/finetune.py'}"
-            )
-        return settings, claim
-
-    settings, claim = command.first_then_all(here, load)
+    settings, claim = read(here)
     result = run_job(settings, here, claim)
     stopped = here.from_first(bool(result and result.get("requeue")))
     world.stop()
@@ -48,3 +39,14 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     if result and result.get("model") and settings.handoff and not arguments.no_handoff:
         handoff.begin(settings.run.folder, here.local_size)
     return result
+
+
+def _read(arguments: argparse.Namespace, fine_tuning: bool) -> tuple[config.Config, handoff.Claim | None]:
+    claim = handoff.Claim.read(arguments.claim) if arguments.claim else None
+    settings = config.load(arguments.config, arguments.set)
+    if (settings.init is not None) != fine_tuning:
+        raise InputError(
+            f"{arguments.config}: init.model is {'missing: it names' if fine_tuning else 'given, but is'} what a "
+            f"fine-tuning run starts from{'' if fine_tuning else ': use launch/finetune.py'}"
+        )
+    return settings, claim

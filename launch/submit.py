@@ -68,6 +68,11 @@ def main() -> dict[str, Any]:
     for each, _ in runs:
         script.check(each)
         handoff.check(each)
+    if arguments.dry_run:
+        from launch import rules  # what it imports in turn takes seconds
+
+        for each, _ in runs:
+            print(f"{each.run.name}: {rules.forecast(each, each.cluster.nodes * each.cluster.ranks)}", file=sys.stderr)
     code = settings.run.folder.resolve() / SLURM / time.strftime("code-%Y%m%dT%H%M%S")
     main_job = _job(settings, code, len(runs) if arguments.sweep else None)
     children = [_handoff_job(settings, entry, code) for entry in settings.handoff]

@@ -14,22 +14,20 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from launch import command
 from launch.tune import open_training
-from pipeline import config, world
+from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import ExternalError
-from pipeline.feed.loader import TrainFeed
 from pipeline.feed.order import Deal, Order, deal, padding_waste
-from pipeline.tasks.build import AnyTask, build_task
-from pipeline.train.engine import Engine, make_deterministic
-from pipeline.world import World
-from pvt.model import set_fast
+
+if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage do without
+    from pipeline.tasks.build import AnyTask
+    from pipeline.world import World
 
 WARM_UP = 2
 """Steps that are not measured: the first one compiles, allocates and connects ranks."""
@@ -47,31 +45,40 @@ def main() -> dict[str, Any] | None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of steps that are measured, at least three")
     parser.add_argument("--limit", type=float, default=600.0, metavar="S", help="end after so long, come what may")
     arguments = parser.parse_args()
+    settings = config.load(arguments.config, arguments.set)
     # Also where whoever started this was killed, and nobody is left to end a rank that waits for others.
     signal.alarm(math.ceil(arguments.limit))
+    import torch
+
+    from pipeline import world
+
     here = world.start()
     try:
-        measured = _measure(arguments.config, arguments.set, here, arguments.seconds)
+        measured = _measure(settings, arguments, here)
     except torch.cuda.OutOfMemoryError as error:
         raise ExternalError("out of memory") from error
     world.stop()
     return measured if here.is_first else None
 
 
-def _measure(path: str, overrides: list[str], here: World, seconds: float) -> dict[str, Any]:
-    settings = config.load(path, overrides)
+def _measure(settings: Config, arguments: argparse.Namespace, here: "World") -> dict[str, Any]:
+    import torch
+
+    from pipeline.feed.loader import TrainFeed
+    from pipeline.train.engine import Engine, make_deterministic
+
     if settings.train.deterministic:
         make_deterministic()
     training = open_training(settings.data)
     order = Order.of(settings, training.part_samples)
     part = deal(order, here.rank, here.size, settings)
-    small = in_small(path, overrides, settings, part, here.size)
+    small = in_small(arguments.config, arguments.set, settings, part, here.size)
     task = _task(small, training.classes)
     num_parameters = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     with contextlib.closing(TrainFeed(small, training, here, drop_path_rates=task.drop_path_rates)) as feed:
         engine = Engine(small, task, here, feed.blank)
         batches = feed.next()
-        step_s = _step_s(lambda step: engine.step(batches, step=step, lr=LR), here, seconds)
+        step_s = _step_s(lambda step: engine.step(batches, step=step, lr=LR), here, arguments.seconds)
         useful = 1 - padding_waste(order, here.size, settings)
         peak, memory = _memory_gb(here)
     return {
@@ -101,15 +108,22 @@ def in_small(path: str, overrides: list[str], settings: Config, part: Deal, rank
     return config.load(path, [*overrides, *(f"{key}={value}" for key, value in small.items())])
 
 
-def _task(settings: Config, classes: list[str]) -> AnyTask:
+def _task(settings: Config, classes: list[str]) -> "AnyTask":
+    import torch
+
+    from pipeline.tasks.build import build_task
+    from pvt.model import set_fast
+
     torch.manual_seed(settings.run.seed)
     task = build_task(settings.task, settings.model, settings.image, classes)
     set_fast(task.model, settings.engine.fast)
     return task
 
 
-def _step_s(step: Callable[[int], object], here: World, seconds: float) -> float:
+def _step_s(step: Callable[[int], object], here: "World", seconds: float) -> float:
     """The median of as many steps as rank 0 has time for. Collective."""
+    import torch
+
     took: list[float] = []
     end = math.inf
     # Rank 0 is asked between steps, where it costs none of them anything.
@@ -124,11 +138,13 @@ def _step_s(step: Callable[[int], object], here: World, seconds: float) -> float
     return statistics.median(took[WARM_UP:])
 
 
-def _memory_gb(here: World) -> tuple[float, float]:
+def _memory_gb(here: "World") -> tuple[float, float]:
     """The most that a rank has taken, and how much the one with the least could have had, in 10⁹ bytes. Collective.
 
     On a GPU both are of torch's allocator: what DALI and NCCL take is not to be had.
     """
+    import torch
+
     if here.device.type == "cuda":
         there_is = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:

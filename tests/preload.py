@@ -12,8 +12,7 @@ import mlflow.store.model_registry.sqlalchemy_workspace_store
 import mlflow.store.tracking.sqlalchemy_workspace_store  # noqa: F401
 import torch
 
-import launch.evaluate
-import launch.start  # noqa: F401
+import launch.job  # noqa: F401
 import pipeline.track.mirror
 import pipeline.track.registry  # noqa: F401
 

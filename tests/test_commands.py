@@ -249,7 +249,7 @@ def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, 
     ("override", "ranks", "message"),
     [
         ("optim.lrr=1", 2, "optim.lrr: no such setting; did you mean optim.lr?"),
-        ("data.lanes=1", 2, "2 ranks but data.lanes is 1"),
+        ("data.lanes=1", 2, "2 ranks, but data.lanes is 1"),
         ("data.train=nowhere", 1, "nowhere/manifest.json: cannot read the manifest"),
         ("model.name=pvt_larg", 1, "model.name 'pvt_larg' is no timm model; near: pvt_large"),
         ("image.size=33", 1, "input of 33x33 px: both sides must be divisible by 32"),
@@ -278,7 +278,7 @@ def test_wrong_settings_are_told_once_and_leave_nothing(
 def test_under_the_launcher_a_wrong_setting_is_told_once(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
     process = launched(tmp_path, "data.lanes=1", f"run.root={tmp_path / 'runs'}")
-    assert_told_once_and_nothing_left(process, "2 ranks but data.lanes is 1", tmp_path)
+    assert_told_once_and_nothing_left(process, "2 ranks, but data.lanes is 1", tmp_path)
 
 
 def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch.profiler import record_function
 from pipeline.config import Config, load
 from pipeline.errors import InputError
 from pipeline.train.kinds import kind_of_kernel, kind_of_operator
-from pipeline.train.loop import Schedule
 from pipeline.train.profile import PHASES, STEP, Profiler, summarise
+from pipeline.train.schedule import Schedule
 from pipeline.world import World
 from tests.conftest import run_ranks, write_config
 from tests.workers.legs import digest

@@ -21,8 +21,8 @@ from pipeline.feed.order import Order
 from pipeline.track.record import DataInput, Record
 from pipeline.train.commit import Commit, Entry
 from pipeline.train.goodput import Goodput
-from pipeline.train.loop import Schedule
 from pipeline.train.meters import MetricsFile
+from pipeline.train.schedule import Schedule
 from tests.ranks import ROOT
 
 SAMPLES = 1013

@@ -20,9 +20,9 @@ import pvt  # noqa: F401 - registers its models with timm
 from pipeline.config import Config, Length, Optim
 from pipeline.tasks.classify import Classification
 from pipeline.train.engine import LossScale
-from pipeline.train.loop import Schedule
 from pipeline.train.meters import MetricsFile
 from pipeline.train.optim import lr_at, parameter_groups
+from pipeline.train.schedule import Schedule
 from pipeline.world import World
 from tests.batches import batch_of
 from tests.conftest import run_ranks, write_config

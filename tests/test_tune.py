@@ -403,7 +403,7 @@ def test_one_run_writes_what_the_next_can_start_from(digits: Path, tmp_path: Pat
     [
         ([], 2, "--tune needs --config"),
         (["--config", "{config}", "--set", "data.train={folder}/gone"], 2, "{folder}/gone/manifest.json"),
-        (["--config", "{config}", "--ranks", 13], 2, "13 ranks but data.lanes is 12"),
+        (["--config", "{config}", "--ranks", 13], 2, "13 ranks, but data.lanes is 12"),
         (["--config", "{config}", "--ranks", 0], 2, "--ranks 0"),
         (["--config", "{config}", "--ranks", 1, "--out", "{config}"], 2, "is there already"),
         (["--config", "{config}", "--ranks", 1, "--out", "{config}/x.yaml"], 2, "cannot be written"),

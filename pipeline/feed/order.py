@@ -259,7 +259,7 @@ def deal(order: Order, rank: int, world_size: int, config: Config) -> Deal:
     """Rank's Deal. Raises InputError when there are more ranks than lanes."""
     if world_size > order.lanes:
         raise InputError(
-            f"{world_size} ranks but data.lanes is {order.lanes}: a rank needs at least one lane; "
+            f"{world_size} ranks, but data.lanes is {order.lanes}: a rank needs at least one lane; "
             f"start at most {order.lanes} ranks or raise data.lanes to a divisor of {order.global_batch_size}"
         )
     first, last = (r * order.lanes // world_size for r in (rank, rank + 1))

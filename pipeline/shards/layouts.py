@@ -60,5 +60,10 @@ def packed(path: str | Path, cache: Path | None = None) -> Path:
     return out
 
 
+def is_public(path: str | Path) -> bool:
+    """Whether a setting names a data set as it is distributed, which a run packs."""
+    return _layout_of(path) is not None
+
+
 def _layout_of(path: str | Path) -> _Layout | None:
     return next((layout for layout in _LAYOUTS if layout.is_meant(path)), None)

@@ -15,17 +15,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.index import MAX_CLASSES
 from pipeline.shards.parallel import advance
+
+if TYPE_CHECKING:  # which commands without Parquet files do without
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 RUN_BYTES = 128 << 20
 
@@ -55,7 +57,9 @@ def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | 
     return columns, None
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
+def _check_columns(path: Path, schema: "pa.Schema") -> None:
+    import pyarrow as pa
+
     types = dict(zip(schema.names, schema.types, strict=True))
     if not {"image", "label"} <= types.keys():
         raise InputError(f"{path}: has the columns {', '.join(types)}; expected image and label: rename them")
@@ -68,7 +72,7 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         raise InputError(f"{path}: column label is {label}; expected numbers or class names")
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
+def _class_names(schema: "pa.Schema") -> list[str] | None:
     """Of Hugging Face's ClassLabel, which the schema's metadata describes."""
     try:
         tree = json.loads((schema.metadata or {})[b"huggingface"])
@@ -152,6 +156,8 @@ def _runs(
 
 def _images(path: Path) -> Iterator[bytes]:
     """Of every row, in order; of a row without an image, no bytes."""
+    import pyarrow as pa
+
     with _opened(path) as file:
         for batch in file.iter_batches(batch_size=64, columns=["image"], use_threads=False):
             column = batch.column(0)
@@ -162,8 +168,11 @@ def _images(path: Path) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
     """Read in small blocks rather than by row groups, which may be as large as the file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             yield file

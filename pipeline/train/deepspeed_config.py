@@ -3,7 +3,6 @@
 import difflib
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from pipeline.config import Config, rule_of
@@ -66,6 +65,10 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
         # By default DeepSpeed keeps copies of weights below 100,000 elements and gathers each by a call of its own,
         # after every update: 542 calls for PVT-Large. Partitioned they come with the others.
         zero.setdefault("stage3_param_persistence_threshold", 0)
+    if "zero_optimization" not in extra:
+        return merged
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds, and what is generated fits it
+
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:

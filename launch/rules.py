@@ -1,0 +1,102 @@
+"""What a run is refused for before it starts: the same for pretrain.py, doctor.py --config and submit.py --dry-run.
+
+    config.load ──▶ check_data, without torch ──▶ check_network ──▶ what the run will take, in one line
+
+The quick rules come first, and what takes seconds to import is imported behind them.
+"""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from launch import handoff
+from pipeline.config import Config, Detection
+from pipeline.errors import InputError
+from pipeline.feed.order import Order, deal, padding_waste
+from pipeline.shards import layouts
+from pipeline.shards.index import ShardSet
+from pipeline.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from pipeline.world import World
+
+
+def check_data(settings: Config, training: ShardSet, validation: ShardSet | None, ranks: int) -> Order:
+    """Returns the order of the training samples. Raises InputError for settings that do not fit the data or the
+    ranks."""
+    if validation and validation.classes != training.classes:
+        raise InputError(
+            f"{settings.data.val} and {settings.data.train_paths[0]} have different classes, so their labels mean "
+            "different things: pack the validation split again with --classes-from"
+        )
+    order = Order.of(settings, training.part_samples)
+    deal(order, 0, ranks, settings)
+    Schedule.of(settings, order.steps_per_epoch)
+    return order
+
+
+def check_network(
+    settings: Config, training: ShardSet, validation: ShardSet | None, order: Order, world: "World"
+) -> None:
+    """Raises InputError for data that the task does not take, image sizes that the network does not take, and keys that
+    DeepSpeed does not take."""
+    from pipeline.feed.recipe import require_kind
+    from pipeline.tasks.classify import check_image_sizes
+    from pipeline.train.deepspeed_config import deepspeed_config
+
+    for shards in filter(None, (training, validation)):
+        require_kind(settings.task, shards)
+    if sizes := settings.augment.image_size.values():
+        check_image_sizes(settings.model, settings.image.size, len(training.classes), sizes)
+    accumulation = deal(order, world.rank, world.size, settings).accumulation
+    deepspeed_config(settings, world, accumulation, num_parameters=1)
+
+
+def forecast(settings: Config, ranks: int) -> str:
+    """Says how long a run on `ranks` GPUs is, once nothing refuses it. Raises InputError as the run would.
+
+    A data set in a public layout is packed by the run, so that only the network is checked without it.
+    """
+    handoff.check(settings)
+    if any(map(layouts.is_public, filter(None, [*settings.data.train_paths, settings.data.val]))):
+        _build(settings, ["of", "unpacked", "data"])
+        return "steps are known once the run has packed its data"
+    training = ShardSet(*settings.data.train_paths)
+    validation = ShardSet(settings.data.val) if settings.data.val else None
+    order = check_data(settings, training, validation, ranks)
+    from pipeline.world import World
+
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed reports its device, and a result has standard output
+        check_network(settings, training, validation, order, World(size=ranks))
+    _build(settings, training.classes)
+    steps = Schedule.of(settings, order.steps_per_epoch).total
+    hours = _hours(settings, steps, ranks, len(training.classes))
+    length = f"{steps:,} steps ({order.steps_per_epoch:,} an epoch) with {ranks} rank{'s' * (ranks > 1)}"
+    return "; ".join([length, padding(order, ranks, settings) or "no padding", hours])
+
+
+def padding(order: Order, ranks: int, settings: Config) -> str:
+    """Says what part of the work is padding, and with how many ranks there is none; empty where there is none."""
+    waste = padding_waste(order, ranks, settings)
+    if not waste:
+        return ""
+    worlds = range(1, min(2 * ranks, order.lanes) + 1)
+    better = [str(size) for size in worlds if not padding_waste(order, size, settings)]
+    return f"{waste:.1%} of the work is padding; ranks without any: {', '.join(better) or 'none up to double'}"
+
+
+def _build(settings: Config, classes: list[str]) -> None:
+    from pipeline.tasks.build import build_task
+
+    build_task(settings.task, settings.model, settings.image, classes)
+
+
+def _hours(settings: Config, steps: int, ranks: int, num_classes: int) -> str:
+    if isinstance(settings.task, Detection):
+        return "hours depend on the sizes of whole images and are not computed"
+    from pipeline import flops, network
+
+    per_image = network.training_flops(settings.task, settings.model, settings.image.size, num_classes)
+    work = per_image * steps * settings.train.global_batch_size / ranks / flops.MFU / 3600
+    each = ", ".join(f"{work / peak:,.1f} on {name}" for name, peak in flops.PEAK_FLOPS.items())
+    return f"hours of training if each rank has a GPU and reaches {flops.MFU:.0%} of its bf16 peak: {each}"
