@@ -1,12 +1,20 @@
 """The batch scripts, without a cluster."""
 
+import json
+import os
+import re
+import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from pipeline import config
 from pipeline.cluster import script
 from pipeline.cluster.slurm import seconds
-from pipeline.config import Cluster
+from pipeline.config import Cluster, Config, Environment
+from pipeline.errors import InputError
+from tests.conftest import write_config
 from tests.ranks import ROOT
 
 
@@ -26,6 +34,66 @@ def test_a_job_asks_for_whole_shares_of_nodes() -> None:
     assert set(wanted.split()) | {"--requeue", "--no-kill"} <= set(options)
     assert lines[0] == "#!/bin/bash"
     assert lines[-1] == "exec python /code/launch/supervise.py --config x"
+
+
+CONDA = """
+PS1="($NAME_OF_NOTHING) $PS1"
+test -n "$NAME_OF_NOTHING" | grep -q something
+export PATH="{bin}:$PATH"
+[[ -n "$NAME_OF_NOTHING" ]] && export NOTHING=1
+"""
+"""As in the scripts of conda and its packages: variables that are not set, and tests that fail."""
+
+
+def run_script(activate: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a batch script in bash. Its `python` is a program in folder/bin that prints its arguments."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    cluster = Cluster(environment=Environment(activate=activate))
+    text = script.render(cluster, name="x", log="log", code="'/the code'", command="--config 'a b'", python="python")
+    environ = {name: value for name, value in os.environ.items() if name not in ("PS1", "NAME_OF_NOTHING")}
+    return subprocess.run(["bash"], input=text, env=environ, capture_output=True, text=True)
+
+
+def test_activation_may_use_unset_variables_and_failing_tests(tmp_path: Path) -> None:
+    activation = tmp_path / "activate"
+    activation.write_text(CONDA.format(bin=tmp_path / "bin"))
+    done = run_script(f"source {activation}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["/the code", "/the code/launch/supervise.py", "--config", "a b"]
+    assert f"exit status 1, python is {tmp_path}/bin/python" in done.stderr
+
+
+def test_what_follows_the_activation_is_strict_again(tmp_path: Path) -> None:
+    text = script.render(
+        Cluster(environment=Environment(activate="true")), name="x", log="log", code="/c", command="$NAME_OF_NOTHING"
+    )
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "NAME_OF_NOTHING: unbound variable" in done.stderr
+
+
+def test_a_log_in_a_folder_with_spaces_is_one_word() -> None:
+    text = script.render(Cluster(), name="x", log="/two words/it's/log", code="/c", command="")
+    (line,) = re.findall(r"^#SBATCH (--output.*)$", text, re.MULTILINE)
+    assert shlex.split(line) == ["--output=/two words/it's/log"]
+
+
+@pytest.mark.parametrize("name", ["100%j", "a:b", "a\\b", "a\nb", "a\x7f"])
+def test_folders_that_slurm_would_misread_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"run\.root .* under SLURM it may contain no %") as refused:
+        script.check(with_root(f"/runs/{name}", tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_folders_with_spaces_are_not_refused(tmp_path: Path) -> None:
+    script.check(with_root("/runs of/two words", tmp_path))
+
+
+def with_root(root: str, folder: Path) -> Config:
+    return config.load(write_config(folder, folder), [f"run.root={json.dumps(root)}", "cluster.gpus_per_node=1"])
 
 
 @pytest.mark.parametrize(

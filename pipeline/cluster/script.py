@@ -5,12 +5,16 @@ Cluster ──render──▶ #SBATCH lines
                     exec python …/launch/supervise.py …      now the batch shell, to which SLURM sends its signals
 """
 
+import re
 import shlex
 from pathlib import Path
 
 from pipeline.cluster.slurm import seconds
 from pipeline.config import Cluster, Config, Environment
 from pipeline.errors import InputError
+
+_NOT_IN_PATHS = re.compile(r"[%\\:\x00-\x1f\x7f]")
+"""Of a run's folder: sbatch and srun replace what follows a %, sbatch drops a backslash, PYTHONPATH ends at a colon."""
 
 
 def render(
@@ -52,7 +56,8 @@ def render(
         "open-mode": "append",
         "output": log,
     }
-    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    # sbatch reads quotes and spaces in these lines as a shell does.
+    given = [f"--{key}={quoted(value)}" for key, value in options.items() if value is not None]
     flags = ["--requeue", "--no-kill", *(["--exclusive"] if cluster.exclusive else [])]
     lines = [
         "#!/bin/bash",
@@ -60,15 +65,19 @@ def render(
         *(f"#SBATCH {option}" for option in (*given, *flags, *cluster.options)),
         "set -euo pipefail",
         f"export PYTHONPATH={code} PYTHONUNBUFFERED=1",
-        *([cluster.environment.activate] if cluster.environment.activate else []),
+        *_activation(cluster.environment),
         *([prepare] if prepare else []),
         f"exec {python} {code}/launch/supervise.py {command}",
     ]
     return "\n".join(lines) + "\n"
 
 
-READY = Cluster(environment=Environment(activate='export PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"'))
-"""What slurm/*.sbatch ask for."""
+def _activation(environment: Environment) -> list[str]:
+    """Lines of the script. Activation scripts, such as conda's, use variables that are not set and tests that fail."""
+    if environment.activate is None:
+        return []
+    report = 'echo "environment.activate: exit status $?, python is $(command -v python)" >&2'
+    return ["set +eu", environment.activate, report, "set -eu"]
 
 
 def ready(program: str) -> str:
@@ -77,19 +86,27 @@ def ready(program: str) -> str:
 From the root of a checkout in which `make setup` was run. Options given to sbatch win over those below."""
     shape = ('"cluster.nodes=$SLURM_JOB_NUM_NODES"', '"cluster.gpus_per_node=${gpus##*:}"')
     return render(
-        READY,
+        Cluster(),
         name=program,
         log=f"{program}-%j.log",
         code='"$SLURM_SUBMIT_DIR"',
         command=" ".join(['--config "$1"', *(f"--set {each}" for each in shape), '"${@:2}"']),
         comment=usage,
-        prepare="gpus=${SLURM_GPUS_PER_NODE:-0}  # perhaps TYPE:NUMBER",
+        prepare=(
+            'export PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"\ngpus=${SLURM_GPUS_PER_NODE:-0}  # perhaps TYPE:NUMBER'
+        ),
     )
 
 
 def check(settings: Config) -> None:
     """Raises InputError for what can be known to be wrong before SLURM is asked."""
     cluster = settings.cluster
+    folder = str(settings.run.folder.resolve())
+    if found := _NOT_IN_PATHS.search(folder):
+        raise InputError(
+            f"run.root {settings.run.root!r}: the run's folder would be {folder!r}; under SLURM it may contain no %, "
+            f"backslash, colon or control character, but contains {found[0]!r}: choose another folder"
+        )
     if cluster.nodes * cluster.ranks > settings.data.lanes:
         raise InputError(
             f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {cluster.nodes * cluster.ranks} ranks, but "
