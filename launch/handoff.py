@@ -73,8 +73,8 @@ class Claim(BaseModel):
 
     def overrides(self, parent: Config) -> list[str]:
         """What the child's configuration is given."""
-        uri = [f"tracking.uri={parent.tracking.uri}"] if parent.tracking.uri else []
-        return [*self.set, f"init.model={self.model}", f"run.name={self.name}", f"run.root={self.root}", *uri]
+        uri = [f"tracking.uri={_yaml(parent.tracking.uri)}"] if parent.tracking.uri else []
+        return [*self.set, f"init.model={self.model}", f"run.name={self.name}", f"run.root={_yaml(self.root)}", *uri]
 
     @property
     def folder(self) -> Path:
@@ -130,7 +130,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
 
     Raises InputError for a run that has not ended, and ExternalError where its versions are not registered yet.
     """
-    settings = config.load(folder / "config.yaml")
+    settings = settings_of(folder)
     _require_end(folder)
     children, refused = [], []
     (folder / "handoff").mkdir(exist_ok=True)
@@ -145,6 +145,17 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
             children.append(_run(claim, path_of(folder, entry), settings, ranks))
     ok = all(child["result"] is not None for child in children)
     return {"run": str(folder), "ok": ok, "children": children, "refused": refused}
+
+
+def settings_of(folder: Path) -> Config:
+    """The configuration of the run in `folder`. Its run.root, which the children share, holds in any working
+    directory."""
+    return with_root(config.load(folder / "config.yaml"), folder.resolve().parent)
+
+
+def with_root(settings: Config, root: Path) -> Config:
+    run = settings.run.model_copy(update={"root": str(root)})
+    return settings.model_copy(update={"run": run})
 
 
 def cluster_of(settings: Config, entry: Handoff) -> Cluster:
@@ -230,6 +241,11 @@ def key_of(entry: Handoff) -> str:
 def child_of(entry: Handoff) -> Config:
     """The child's configuration, but for the version that it starts from."""
     return config.load(entry.config, [*entry.set, "init.model=models:/NAME/1"])
+
+
+def _yaml(text: str) -> str:
+    """A text as the value of an override, in which ` #` would begin a comment."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _is_named(entry: Handoff) -> bool:

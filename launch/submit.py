@@ -63,7 +63,7 @@ def main() -> dict[str, Any]:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and write nothing")
     arguments = parser.parse_args()
-    settings = config.load(arguments.config, arguments.set)
+    settings = _load(arguments.config, arguments.set)
     runs = [(settings, {})] if not arguments.sweep else _sweep(arguments.config, arguments.set, arguments.sweep)
     for each, _ in runs:
         script.check(each)
@@ -73,7 +73,7 @@ def main() -> dict[str, Any]:
 
         for each, _ in runs:
             print(f"{each.run.name}: {rules.forecast(each, each.cluster.nodes * each.cluster.ranks)}", file=sys.stderr)
-    code = settings.run.folder.resolve() / SLURM / time.strftime("code-%Y%m%dT%H%M%S")
+    code = settings.run.folder / SLURM / time.strftime("code-%Y%m%dT%H%M%S")
     main_job = _job(settings, code, len(runs) if arguments.sweep else None)
     children = [_handoff_job(settings, entry, code) for entry in settings.handoff]
     jobs = [main_job, *children]
@@ -96,18 +96,24 @@ def _sweep(file: str, overrides: list[str], sweeps: list[str]) -> list[tuple[Con
             raise InputError(f"--sweep {each!r}: expected KEY=A,B,… such as --sweep optim.lr=1e-3,5e-4")
         choices.append([(key, value) for value in values])
     runs = []
-    base = config.load(file, overrides)
+    base = _load(file, overrides)
     if base.handoff:
         raise InputError(f"{file}: handoff with --sweep: leave it out, and hand off from the best of the runs")
     for number, chosen in enumerate(itertools.product(*choices)):
         own = [f"{key}={json.dumps(value)}" for key, value in chosen]
         name = f"run.name={base.run.name}-{number}"
-        runs.append((config.load(file, [*overrides, *own, name]), dict(chosen)))
+        runs.append((_load(file, [*overrides, *own, name]), dict(chosen)))
     return runs
 
 
+def _load(file: str, overrides: list[str]) -> Config:
+    """The configuration with an absolute run.root: what follows the run may be started in another folder."""
+    settings = config.load(file, overrides)
+    return handoff.with_root(settings, Path(settings.run.root).resolve())
+
+
 def _job(settings: Config, code: Path, array: int | None = None) -> Job:
-    folder = settings.run.folder.resolve()
+    folder = settings.run.folder
     log = f"{folder}-%a/{LOG}" if array else folder / LOG
     # Quoted in two pieces, for the shell has to see the variable.
     words = (
@@ -124,8 +130,8 @@ def _handoff_job(settings: Config, entry: config.Handoff, code: Path) -> Job:
     run = child.run.model_copy(update={"name": handoff.name_of(settings, entry), "root": settings.run.root})
     child = child.model_copy(update={"run": run, "cluster": handoff.cluster_of(settings, entry)})
     script.check(child)
-    words = quoted("--of", settings.run.folder.resolve(), "--handoff", handoff.key_of(entry))
-    return Job(child, _render(child, child.run.folder.resolve() / LOG, code, words))
+    words = quoted("--of", settings.run.folder, "--handoff", handoff.key_of(entry))
+    return Job(child, _render(child, child.run.folder / LOG, code, words))
 
 
 def _render(settings: Config, log: Path | str, code: Path, words: str, array: int | None = None) -> str:

@@ -61,7 +61,7 @@ def _on_scratch(settings: Config) -> list[str]:
 
 def _handed_off(parent: Path, key: str) -> Program | None:
     """The child's; None where the parent's model has not reached what the entry asks for."""
-    settings = config.load(parent / "config.yaml")
+    settings = handoff.settings_of(parent)
     (entry,) = (entry for entry in settings.handoff if handoff.key_of(entry) == key)
     claim, why = handoff.decide(parent, settings, entry)
     if claim is None:

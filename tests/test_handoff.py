@@ -1,6 +1,7 @@
 """Hand-off: a finished run starts its fine-tuning jobs, each once, from the exact version that it made."""
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from launch.handoff import Claim
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.shards.pack import pack
+from pipeline.track import server
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, Record
@@ -195,24 +197,39 @@ def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path
         handoff.check(config.load(jobs / "parent.yaml", [f"handoff={entries}"]))
 
 
+def test_a_hand_off_started_in_another_folder_finds_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run whose run.root is relative, in a folder whose name would be cut short if it were read as bare YAML."""
+    tree = yaml.safe_load(write_config(tmp_path, tmp_path).read_text())
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({**tree, "run": {"name": "child"}}))
+    folder = tmp_path / "of #7" / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    Record.begin(folder, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
+    tree |= {"run": {"name": "tiny", "root": "runs"}, "handoff": [{"config": str(child)}]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "result.json").write_text("{}")
+    _register(folder, 1, top1=0.9, val_loss=1.0)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    done = handoff.hand_off(folder, ranks=1)
+    assert [each["run"] for each in done["children"]] == [str(folder.parent / "tiny-child")]
+    (command,) = commands
+    overrides = [word for before, word in itertools.pairwise(command) if before == "--set"]
+    started = config.load(child, overrides)
+    assert started.run.folder == folder.parent / "tiny-child"
+    assert server.tracking_uri(started.tracking.uri, started.run.root) == f"sqlite:///{folder.parent}/mlflow.db"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> None:
     """Of three, with room for the best one and the last: the second, which alone passes the gate, is gone."""
     Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
-    outbox = Outbox(tmp_path)
     for step, (top1, val_loss) in enumerate([(0.9, 3.0), (0.8, 1.0), (0.7, 2.0)], 1):
-        weights = tmp_path / "weights"
-        weights.write_bytes(b"%d" % step)
-        card = Card(
-            task=config.Classification(),
-            model=config.Model(name="pvt_pico"),
-            image=config.Image(),
-            eval_batch_size=1,
-            classes=["a"],
-            metrics={"top1": top1, "val_loss": val_loss},
-            sha256={WEIGHTS: f"{step:064x}"[::-1]},
-            lineage={"step": str(step)},
-        )
-        outbox.note(outbox.put({WEIGHTS: weights}, card), f"models:/tiny/{step}")
+        _register(tmp_path, step, top1=top1, val_loss=val_loss)
 
     def chosen(most: float, keep_best: int) -> str | None:
         gate = {"val_loss": config.Bound(max=most)}
@@ -222,6 +239,23 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
     assert chosen(1.5, keep_best=2) == "models:/tiny/2"
     assert chosen(2.5, keep_best=1) == "models:/tiny/3"
     assert chosen(3.5, keep_best=1) == "models:/tiny/1"
+
+
+def _register(folder: Path, step: int, **metrics: float) -> None:
+    """Notes a version of the run in `folder` as registered."""
+    outbox, weights = Outbox(folder), folder / "weights"
+    weights.write_bytes(b"%d" % step)
+    card = Card(
+        task=config.Classification(),
+        model=config.Model(name="pvt_pico"),
+        image=config.Image(),
+        eval_batch_size=1,
+        classes=["a"],
+        metrics=metrics,
+        sha256={WEIGHTS: f"{step:064x}"[::-1]},
+        lineage={"step": str(step)},
+    )
+    outbox.note(outbox.put({WEIGHTS: weights}, card), f"models:/tiny/{step}")
 
 
 def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from tests.slurm.conftest import STEPS
 
 @pytest.fixture
 def own(config: Path, tmp_path: Path) -> Path:
-    """The configuration with a root of runs for one test."""
+    """The configuration with a root of runs for one test, whose name has a space in it."""
     tree = yaml.safe_load(config.read_text())
-    tree["run"]["root"] = str(tmp_path / "runs")
+    tree["run"]["root"] = str(tmp_path / "my runs")
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -81,7 +81,7 @@ def test_hand_off_jobs_follow(cluster: Cluster, own: Path, tmp_path: Path) -> No
     known, told = status(cluster, run.folder)
     assert [each["phase"] for each in known["handoffs"]] == ["finished", "finished", "not started"]
     assert "hands off to" in told
-    registered = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").search_registered_models()
+    registered = MlflowClient(f"sqlite:///{tmp_path}/my runs/mlflow.db").search_registered_models()
     assert {model.name for model in registered} == {"tiny", "classes", "slowly"}
 
 
@@ -95,7 +95,7 @@ def test_a_sweep_is_one_parent(cluster: Cluster, own: Path, tmp_path: Path) -> N
     assert known["phase"] == "finished"
     assert [child["step"] for child in known["children"]] == [STEPS] * 2
     assert "tiny-0" in told
-    parent, *others = sorted(runs_of(tmp_path / "runs"), key=lambda each: MLFLOW_PARENT_RUN_ID in each.data.tags)
+    parent, *others = sorted(runs_of(tmp_path / "my runs"), key=lambda each: MLFLOW_PARENT_RUN_ID in each.data.tags)
     assert {each.data.tags[MLFLOW_PARENT_RUN_ID] for each in others} == {parent.info.run_id}
     assert sorted(each.data.params["optim.lr"] for each in others) == ["0.0005", "0.001"]
 
@@ -155,7 +155,7 @@ def test_ready_scripts_run(cluster: Cluster, own: Path) -> None:
     command = ["sbatch", "--parsable", *shape, "slurm/pretrain.sbatch", own, *with_settings("run.name=by-hand")]
     done = subprocess.run(command, cwd=checkout, env=cluster.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run = Submitted(cluster, own.parent / "runs/by-hand", {"job": done.stdout.strip()})
+    run = Submitted(cluster, own.parent / "my runs/by-hand", {"job": done.stdout.strip()})
     assert run.wait() == "COMPLETED", run.log[-3000:]
     assert run.events("start")[0]["ranks"] == 2
     assert json.loads((run.folder / "result.json").read_text())["steps"] == STEPS
@@ -249,4 +249,4 @@ def test_a_machine_without_slurm(cluster: Cluster, own: Path) -> None:
     done = cluster.command("--config", own, PATH=path)
     assert done.returncode == 2
     assert "this machine has no SLURM. Submit from a login node" in done.stderr
-    assert not (own.parent / "runs").exists()
+    assert not (own.parent / "my runs").exists()
