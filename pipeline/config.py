@@ -783,7 +783,7 @@ class Cluster(Section):
     grace_s: int = Field(default=180, ge=10)
     """So long before the time limit a run is told to save. Longer than train.preempt_deadline_s."""
     max_restarts: int = Field(default=3, ge=0)
-    """A run that has failed more often than this without a new checkpoint stays down."""
+    """A run stays down that has crashed, or reached its time limit, more often than this without a newer checkpoint."""
     environment: Environment = Environment()
     scratch: str | None = None
     """Folder on each node's own disk, for the shard cache and the copy of the environment. Variables such as

@@ -197,9 +197,7 @@ def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path
         handoff.check(config.load(jobs / "parent.yaml", [f"handoff={entries}"]))
 
 
-def test_a_hand_off_started_in_another_folder_finds_its_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run whose run.root is relative, in a folder whose name would be cut short if it were read as bare YAML."""
     tree = yaml.safe_load(write_config(tmp_path, tmp_path).read_text())
     child = tmp_path / "child.yaml"
@@ -241,7 +239,7 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
     assert chosen(3.5, keep_best=1) == "models:/tiny/1"
 
 
-def _register(folder: Path, step: int, **metrics: float) -> None:
+def _register(folder: Path, step: int, **metrics: float | None) -> None:
     """Notes a version of the run in `folder` as registered."""
     outbox, weights = Outbox(folder), folder / "weights"
     weights.write_bytes(b"%d" % step)

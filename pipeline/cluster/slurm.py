@@ -91,6 +91,12 @@ class Allocation:
         """Whether SLURM has ended it: somebody has cancelled it, or its time is up."""
         return states(self.job).get(self.job) == "COMPLETING"
 
+    def is_preempted(self) -> bool:
+        """Whether SLURM is taking its nodes for another job. It may send the signal of the time limit then, too: a
+        preemption with a GraceTime moves the limit to the end of that."""
+        record = ask("scontrol", "show", "job", self.job, "--oneliner")
+        return re.search(r"\bPreemptTime=(?!None)\S", record) is not None
+
     def requeue(self, exclude: set[str]) -> None:
         """Back into the queue, without the nodes in `exclude`. SLURM then ends this job's processes, with SIGTERM
         first, and starts it again two minutes later or when there is room. Raises ExternalError if it will not."""

@@ -24,6 +24,7 @@ from typing import IO, Any, Literal
 import yaml
 
 from pipeline.cluster import slurm
+from pipeline.cluster.supervise import FAILURES
 from pipeline.config import Length
 from pipeline.errors import ExternalError, InputError
 
@@ -37,7 +38,7 @@ _SWEEP: tuple[Phase, ...] = (
     *("lost", "unknown", "failed", "finished"),
 )
 """A sweep is in the first of these that one of its children is in."""
-_ERRORS = ("crash", "gave up")
+_ERRORS = (*FAILURES, "gave up")
 _POLL_S = 0.5
 
 
@@ -72,7 +73,7 @@ class Error:
     time: float
     """Seconds since 1970."""
     event: str
-    """crash, after which the run is started again; or gave up."""
+    """crash or no progress, after which the run is started again; or gave up."""
     message: str
 
 
@@ -229,10 +230,10 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
 
 
 def _restarts_without_progress(events: list[Document], checkpoint_step: int | None) -> int:
-    crash = next((event for event in reversed(events) if event.get("event") == "crash"), None)
-    if crash is None or (checkpoint_step or 0) > (crash.get("step") or 0):
+    failure = next((event for event in reversed(events) if event.get("event") in FAILURES), None)
+    if failure is None or (checkpoint_step or 0) > (failure.get("step") or 0):
         return 0
-    return int(crash.get("restarts") or 0)
+    return int(failure.get("restarts") or 0)
 
 
 def _last_error(events: list[Document]) -> Error | None:

@@ -6,7 +6,7 @@
     │          │                        │                ├─ too few nodes are left ─────────────┘
     └──────────┴────────────────────────┴─────── crash ◀─┤
                                                          └─ configuration refused ─────────────────▶ 2
-More than cluster.max_restarts crashes without a new checkpoint ───────────────────────────────────▶ 1
+More than cluster.max_restarts crashes, or stretches up to the time limit, without a new checkpoint ▶ 1
 
 Each of these is a line of events.jsonl, from which a job that SLURM has started again learns what has been.
 """
@@ -37,6 +37,12 @@ SLURM = "slurm"
 EVENTS, LOG, STOP, DEPUTY_LOG = (f"{SLURM}/{name}" for name in ("events.jsonl", "log", "stop", "deputy.log"))
 """Below a run's folder."""
 PREFLIGHT_S, ALL_REDUCE_S, LAST_WAIT_S, POLL_S, DEPUTY_S = 300, 300, 60, 1, 20
+TIME_LIMIT = signal.SIGUSR1.name
+"""What SLURM sends to the batch script cluster.grace_s before the time limit; at a preemption it is SIGTERM."""
+FAILURES = ("crash", "no progress")
+"""Events that count towards cluster.max_restarts."""
+_GOES_ON = ("stopping", "stopped", "requeue", "ended")
+"""Last events of jobs that SLURM starts again for a reason that is known."""
 _WHY = re.compile(r"\berror: |^\s*\w*(Error|Exception|Interrupt)\b")
 _LABEL = re.compile(r"^\s*\d+: ")
 
@@ -99,10 +105,12 @@ class _NotReady(Exception):
 
 class Supervisor:
     def __init__(self, program: Program, allocation: Allocation) -> None:
+        """For one stretch: from a start of the batch script to its end."""
         self._program, self._allocation = program, allocation
         self._cluster: Cluster = program.settings.cluster
         self._journal = Journal(program.folder, allocation.job)
-        self._stop: str | None = None  # name of the signal that this job has been sent
+        self._first_step = self._newest_step()
+        self._stop: str | None = None  # name of the first signal that this job has been sent
         self._step: subprocess.Popen[str] | None = None
         self._deputy: subprocess.Popen[bytes] | None = None
         self._starts = 0  # of the ranks
@@ -114,16 +122,18 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         events = self._journal.of_this_job()
         self._starts = sum(event["event"] == "start" for event in events)
-        gone = events and events[-1]["event"] == "start"
-        if gone and (code := self._crash("the job was gone without a word, as when its first node is lost")):
-            return code
+        last = events[-1]["event"] if events else None
+        if self._allocation.restarts and last not in _GOES_ON:
+            error = "the job was gone without a word, as when its first node is lost"
+            if code := self._failure("crash", error):
+                return code
         while True:
             try:
                 nodes = self._choose()
             except _NotReady as trouble:
                 if self._stop:
-                    return self._leave(f"{self._stop} came before training began")
-                return self._crash(trouble.why) or self._leave(trouble.why, trouble.bad)
+                    return self._in_vain() or self._leave(f"{self._stop} came before training began")
+                return self._failure("crash", trouble.why) or self._leave(trouble.why, trouble.bad)
             ending = self._attempt(nodes)
             if ending.code == DONE or (ending.result and not ending.result.get("requeue")):
                 self._journal.write("finished")
@@ -135,13 +145,14 @@ class Supervisor:
                 return USAGE
             if ending.result or self._stop:
                 self._journal.write("stopped", step=self._newest_step())
-                return self._leave(self._stop or "the ranks were told to stop")
-            if code := self._crash(ending.error, ending.code):
+                return self._in_vain() or self._leave(self._stop or "the ranks were told to stop")
+            if code := self._failure("crash", ending.error, ending.code):
                 return code
 
     def _on_signal(self, number: int, _: object) -> None:
-        self._stop = signal.Signals(number).name
-        say(f"{self._stop}: stopping")
+        name = signal.Signals(number).name
+        self._stop = self._stop or name
+        self._journal.write("stopping", signal=name)
         if self._step:
             self._step.send_signal(signal.SIGUSR1)  # srun hands it on to the ranks
 
@@ -359,24 +370,40 @@ class Supervisor:
         commits = (self._program.folder / "checkpoints").glob("step-*/COMMIT.json")
         return max((int(commit.parent.name[5:]) for commit in commits), default=0)
 
-    def _crash(self, error: str, code: int = FAILED) -> int | None:
-        """Note it. Returns the exit code where there have been too many."""
-        step, crashes = self._newest_step(), 1
-        for event in reversed(self._journal.of_this_job()):
-            if event["event"] == "crash" and event["step"] == step:
-                crashes = event["restarts"] + 1
-            if event["event"] in ("crash", "stopped"):
-                break
-        self._journal.write("crash", code=code, step=step, restarts=crashes, error=error)
-        if crashes <= self._cluster.max_restarts:
+    def _in_vain(self) -> int | None:
+        """Counts a stretch that its time limit has ended without a newer checkpoint. Returns the exit code where there
+        have been too many."""
+        step = self._newest_step()
+        if self._stop != TIME_LIMIT or step != self._first_step or self._is_called_off:
             return None
-        why = f"{crashes} failures without a checkpoint after step {step}, the last one: {error}"
+        if self._allocation.is_preempted():
+            return None
+        error = f"the time limit (cluster.time {self._cluster.time}) came before a checkpoint after step {step}"
+        remedy = "raise it, or save more often (checkpoint.every_minutes, train.save_every)"
+        return self._failure("no progress", f"{error}: {remedy}", REQUEUE)
+
+    def _failure(self, event: str, error: str, code: int = FAILED) -> int | None:
+        """Notes it. Returns the exit code where there have been too many without a newer checkpoint, whether or not the
+        job was preempted in between."""
+        step, failures = self._newest_step(), 1
+        earlier = [each for each in self._journal.of_this_job() if each["event"] in FAILURES]
+        if earlier and earlier[-1]["step"] == step:
+            failures = earlier[-1]["restarts"] + 1
+        self._journal.write(event, code=code, step=step, restarts=failures, error=error)
+        if failures <= self._cluster.max_restarts:
+            return None
+        why = f"{failures} failures without a checkpoint after step {step}, the last one: {error}"
         self._journal.write("gave up", why=why)
         return FAILED
 
+    @property
+    def _is_called_off(self) -> bool:
+        """Whether a person wants the run to stop."""
+        return (self._program.folder / STOP).exists()
+
     def _leave(self, why: str, exclude: Iterable[str] = ()) -> int:
         """Go back into the queue, unless a person wants the run to stop."""
-        if (self._program.folder / STOP).exists():
+        if self._is_called_off:
             say(f"{why}; {self._program.folder / STOP} says that this is all")
             return REQUEUE
         if self._allocation.is_ending():  # a job that somebody has cancelled would be taken back

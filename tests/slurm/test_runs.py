@@ -1,5 +1,6 @@
 """Runs on three nodes: what SLURM, people and accidents do to them changes nothing in the weights."""
 
+import functools
 import hashlib
 import json
 import subprocess
@@ -57,12 +58,30 @@ def test_the_time_limit_saves_and_queues_again(cluster: Cluster, config: Path, u
         rank.suspend()
     # Two minutes before its limit SLURM sends SIGUSR1. It looks every half a minute whether that is now.
     cluster.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={2 + int(run.seconds() // 60)}")
-    until(lambda: "SIGUSR1: stopping" in run.log, 60)
+    until(lambda: "stopping: signal SIGUSR1" in run.log, 60)
     for rank in run.ranks():
         rank.resume()
     until(lambda: run.state() == "PENDING", 60)
     cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     check_a_stretch_more(run, undisturbed)
+
+
+def test_stretches_that_save_nothing_are_not_queued_for_ever(cluster: Cluster, config: Path) -> None:
+    """The signal of the time limit comes as soon as the ranks have been started, each time."""
+    run = cluster.submit(config, "--set", "run.name=in-vain")
+
+    def has_started(times: int) -> bool:
+        run.hurry()
+        return len(run.events("start")) == times
+
+    for times in (1, 2):
+        until(functools.partial(has_started, times), 300, lambda: run.log[-3000:])
+        cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
+    assert run.wait() == "FAILED", run.log[-3000:]
+    assert [event["restarts"] for event in run.events("no progress")] == [1, 2]
+    (end,) = run.events("gave up")
+    assert "2 failures without a checkpoint after step 0" in end["why"]
+    assert not run.events("crash")
 
 
 def test_preemption_saves_and_queues_again(cluster: Cluster, config: Path, undisturbed: Path) -> None:

@@ -198,7 +198,7 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
     run.wait_for_step(10)
     cluster.ask("scancel", run.job)
     assert run.wait() == "CANCELLED"
-    assert [event["event"] for event in run.events()] == ["start", "stopped", "ended"]
+    assert [event["event"] for event in run.events()] == ["start", "stopping", "stopped", "ended"]
     assert json.loads((run.folder / "result.json").read_text())["requeue"]
     assert status(cluster, run.folder)[0]["phase"] == "stopped"
 
