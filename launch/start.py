@@ -1,6 +1,7 @@
 """What pretrain.py and finetune.py share: from the command line to the job, and from its end to those that follow."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     read = command.read_early(lambda: _read(arguments, fine_tuning))
-    from launch.job import run_job  # which takes seconds, for nothing where a setting is wrong
-    from pipeline import world
+    from pipeline import world  # which imports torch, for nothing where a setting is wrong
 
-    here = world.start()
-    if arguments.ranks not in (None, here.size):
+    place = world.read_place(world.launcher_variables(os.environ))
+    if arguments.ranks not in (None, place.size):
         raise InputError(
-            f"{here.size} ranks have come up, and --ranks {arguments.ranks} were asked for: start them with srun, "
-            "torchrun or deepspeed, and as many as there should be"
+            f"--ranks {arguments.ranks}: the launcher names {place.size}: start as many as there should be, with srun, "
+            "torchrun or deepspeed; in a shell of several tasks (srun --pty) `srun --ntasks=1 --overlap` starts one"
         )
+    here = world.start()
     settings, claim = read(here)
+    from launch.job import run_job  # which imports DeepSpeed and DALI, in some seconds
+
     result = run_job(settings, here, claim)
     stopped = here.from_first(bool(result and result.get("requeue")))
     world.stop()

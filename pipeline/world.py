@@ -4,19 +4,21 @@ Rendezvous is read from the variables that `deepspeed`, `torchrun` or `srun` set
 one process.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import datetime
 import os
 import resource
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import InputError
+from pipeline.errors import ExternalError, InputError
 
 Value = TypeVar("Value")
 
@@ -95,7 +97,7 @@ class World:
 def start(timeout_s: float = 1800.0) -> World:
     """Join the process group that the launcher describes and pick this rank's device.
 
-    Raises InputError when the launcher's variables contradict each other.
+    Raises InputError when the launcher's variables contradict each other, and ExternalError where ranks cannot meet.
     """
     variables = launcher_variables(os.environ)
     place = read_place(variables)
@@ -114,8 +116,28 @@ def start(timeout_s: float = 1800.0) -> World:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        with _waiting_for_others(place):
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return dataclasses.replace(place, device=device)
+
+
+@contextlib.contextmanager
+def _waiting_for_others(place: World) -> Iterator[None]:
+    """Rank 0 says at once for whom it waits: in a shell of `srun --pty` it is a task whose others have ended."""
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise InputError(f"the launcher set WORLD_SIZE {place.size} but not {', '.join(missing)}: set all of them")
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if place.is_first:
+        others = "1 other rank" if place.size == 2 else f"{place.size - 1} other ranks"
+        print(f"waiting for {others} at {where}", file=sys.stderr, flush=True)
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).partition("\n")[0]
+        if "EADDRINUSE" in reason:
+            reason = "the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)"
+        who = f"rank {place.rank} of {place.size} on {os.uname().nodename}"
+        raise ExternalError(f"{who} cannot meet the others at {where}: {reason}") from error
 
 
 def _device(place: World) -> torch.device:

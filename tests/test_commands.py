@@ -281,6 +281,18 @@ def test_under_the_launcher_a_wrong_setting_is_told_once(digits: Path, tmp_path:
     assert_told_once_and_nothing_left(process, "2 ranks, but data.lanes is 1", tmp_path)
 
 
+def test_another_number_of_ranks_is_refused_before_ranks_meet(tmp_path: Path) -> None:
+    """As in a shell that `srun --pty` has opened with two tasks: the other one never comes."""
+    first, second = start(2, "launch/pretrain.py", ["--config", "x", "--ranks", 1], [tmp_path / "0", tmp_path / "1"])
+    second.kill()
+    try:
+        assert first.wait(240) == 2
+    finally:
+        first.kill()
+    (line,) = (tmp_path / "0.err").read_text().splitlines()
+    assert line.startswith("error: --ranks 1: the launcher names 2: start as many as there should be")
+
+
 def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
     assert process.returncode == 2, process.stderr[-2000:]
     assert process.stderr.count("error: ") == 1

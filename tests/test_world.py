@@ -1,13 +1,19 @@
 """Where a rank stands, from each launcher's variables, and how its process keeps memory."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
-from pipeline.errors import InputError
+from pipeline import world
+from pipeline.errors import ExternalError, InputError
 from pipeline.world import World, launcher_variables, read_place
+from tests.ranks import ROOT, free_port
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,48 @@ def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World
 def test_contradictions_are_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_place(launcher_variables(environ))
+
+
+def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "7")
+    for place in (World(0, 2), World(0, 4), World(1, 4)):
+        with world._waiting_for_others(place):
+            pass
+    told = "waiting for 1 other rank at 127.0.0.1:7\nwaiting for 3 other ranks at 127.0.0.1:7\n"
+    assert capsys.readouterr().err == told
+
+
+def test_ranks_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    message = rf"^rank 0 of 2 on \S+ cannot meet the others at 127\.0\.0\.1:{port}: Timed out [^\n]+$"
+    store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.raises(ExternalError, match=message), world._waiting_for_others(World(0, 2)):
+        store("127.0.0.1", port, 2, is_master=True, timeout=timedelta(seconds=1))
+
+
+def test_ranks_without_a_place_to_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    message = "WORLD_SIZE 2 but not MASTER_PORT: set all of them"
+    with pytest.raises(InputError, match=message), world._waiting_for_others(World(0, 2)):
+        pass
+
+
+def test_a_port_in_use_is_one_line_with_the_option() -> None:
+    script = "from launch import command; from pipeline import world; command.run(lambda: world.start() and None)"
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environ = {**os.environ, **place, "MASTER_PORT": str(server.getsockname()[1])}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    waits, error = done.stderr.splitlines()
+    assert waits.startswith("waiting for 1 other rank at 127.0.0.1:")
+    assert error.startswith("error: rank 0 of 2 on ")
+    assert error.endswith("the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)")
 
 
 def test_freed_memory_is_kept() -> None:
