@@ -1,14 +1,16 @@
 """What all commands share: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
 
 import json
+import math
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 from pipeline.errors import ExternalError, InputError
+from pipeline.shards.cache import CacheOptions
 
 if TYPE_CHECKING:
     from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
@@ -88,6 +90,24 @@ def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
         return value
 
     return on_all
+
+
+def add_cache(parser: ArgumentParser) -> None:
+    """Adds the options of a command that reads data without a run's configuration."""
+    parser.add_argument("--cache", metavar="DIR", help="folder for shards fetched from URLs, as data.cache of a run")
+    parser.add_argument("--cache-gb", type=_gigabytes, metavar="GB", help="its most disk space, as data.cache_gb")
+
+
+def cache_of(arguments: Namespace) -> CacheOptions:
+    """Returns what `add_cache` has made of the command line."""
+    return CacheOptions(arguments.cache, arguments.cache_gb)
+
+
+def _gigabytes(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def first_then_all(world: "World", build: Callable[[], Value]) -> Value:

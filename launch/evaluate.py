@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from launch import command
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.shards import layouts
+from pipeline.shards.cache import CacheOptions
 from pipeline.shards.index import ShardSet
+from pipeline.shards.open import open_data
 from pipeline.track.card import Card
 
 if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage do without
@@ -53,6 +54,7 @@ def main() -> dict[str, Any] | None:
     )
     parser.add_argument("--probe", choices=("knn", "linear"), help="classify by the features of the frozen backbone")
     parser.add_argument("--train", metavar="DIR", help="packed data set that the probe is fitted to")
+    command.add_cache(parser)
     parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours of --probe knn (default 20)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
@@ -61,11 +63,10 @@ def main() -> dict[str, Any] | None:
 
     here = world.start()
     if arguments.probe:
-        result = probed(
-            arguments.model, arguments.data, arguments.train, arguments.probe, arguments.tracking_uri, here, arguments.k
-        )
+        result = probed(arguments, here)
     else:
-        opened = open_all(arguments.model, arguments.data, arguments.tracking_uri, here)
+        cache = command.cache_of(arguments)
+        opened = open_all(arguments.model, arguments.data, arguments.tracking_uri, here, cache)
         result = score(opened, here)
         if result and arguments.draw:
             result["drawing"] = str(_draw(opened, arguments.draw, arguments.out, arguments.log))
@@ -88,12 +89,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it")
 
 
-def open_all(uri: str, data: str, tracking_uri: str | None, here: "World") -> Opened:
+def open_all(uri: str, data: str, tracking_uri: str | None, here: "World", cache: CacheOptions) -> Opened:
     """A registered model on this rank's device, in evaluation mode, and a data set of its classes.
 
     Raises InputError where one of them cannot be read or they do not fit.
     """
-    opened = command.first_then_all(here, lambda: _open(uri, data, tracking_uri))
+    opened = command.first_then_all(here, lambda: _open(uri, data, tracking_uri, cache))
     opened.task.model.to(here.device)
     return opened
 
@@ -115,23 +116,19 @@ def score(opened: Opened, here: "World") -> dict[str, Any] | None:
     return {"model": uri, "data": data, "digest": shards.digest, "samples": len(shards), **scores}
 
 
-def probed(
-    uri: str, data: str, train: str, kind: str, tracking_uri: str | None, here: "World", k: int = 20
-) -> dict[str, Any] | None:
+def probed(arguments: argparse.Namespace, here: "World") -> dict[str, Any] | None:
     """Score k nearest neighbours, or a linear classifier, on the features of the registered classifier's backbone."""
     from pipeline.tasks import probe
     from pipeline.tasks.classify import ClassificationMetric
     from pipeline.world import World
 
-    pinned, card, task, fitted, shards = command.first_then_all(
-        here, lambda: _open_for_probe(uri, data, train, tracking_uri)
-    )
+    pinned, card, task, fitted, shards = command.first_then_all(here, lambda: _open_for_probe(arguments))
     network = task.model.to(here.device)
     (train_x, train_y, _), (x, y, weights) = (_features(network, card, each, here) for each in (fitted, shards))
     if not here.is_first:
         return None
-    if kind == "knn":
-        scores = probe.knn(train_x, train_y, x, len(shards.classes), k=k)
+    if arguments.probe == "knn":
+        scores = probe.knn(train_x, train_y, x, len(shards.classes), k=arguments.k)
     else:
         scores = probe.linear_probe(train_x, train_y, x, len(shards.classes))
     metric = ClassificationMetric()
@@ -139,10 +136,10 @@ def probed(
     found = metric.result(World())
     return {
         "model": pinned,
-        "probe": kind,
-        **({"k": k} if kind == "knn" else {}),
-        "train": train,
-        "data": data,
+        "probe": arguments.probe,
+        **({"k": arguments.k} if arguments.probe == "knn" else {}),
+        "train": arguments.train,
+        "data": arguments.data,
         "digest": shards.digest,
         "samples": len(shards),
         "top1": found["top1"],
@@ -170,15 +167,14 @@ def _features(
     return features[counts], labels[counts], weights[counts]
 
 
-def _open_for_probe(
-    uri: str, data: str, train: str, tracking_uri: str | None
-) -> "tuple[str, Card, Classification, ShardSet, ShardSet]":
+def _open_for_probe(arguments: argparse.Namespace) -> "tuple[str, Card, Classification, ShardSet, ShardSet]":
     from pipeline.feed.recipe import require_kind
     from pipeline.tasks.classify import Classification
     from pipeline.track import registry, server
 
-    server.connect(server.tracking_uri(tracking_uri))
-    fitted, shards = ShardSet(train), ShardSet(data)
+    server.connect(server.tracking_uri(arguments.tracking_uri))
+    train, data, cache = arguments.train, arguments.data, command.cache_of(arguments)
+    fitted, shards = open_data(train, cache=cache), open_data(data, cache=cache)
     for each in (fitted, shards):
         require_kind(config.Classification(), each)
     if fitted.classes != shards.classes:
@@ -186,19 +182,19 @@ def _open_for_probe(
             f"--train {train} has the classes {_some(fitted.classes)} but --data {data} {_some(shards.classes)}: "
             "pack one of them with --classes-from of the other"
         )
-    version = registry.resolve(uri)
+    version = registry.resolve(arguments.model)
     task = _task(version)
     if not isinstance(task, Classification):
         raise InputError(f"--probe {version.uri}: is a {version.card.task.name}; features are those of a classifier")
     return version.uri, version.card, task, fitted, shards
 
 
-def _open(uri: str, data: str, tracking_uri: str | None) -> Opened:
+def _open(uri: str, data: str, tracking_uri: str | None, cache: CacheOptions) -> Opened:
     from pipeline.feed.recipe import require_kind
     from pipeline.track import registry, server
 
     server.connect(server.tracking_uri(tracking_uri))
-    shards = ShardSet(layouts.root_of(data))
+    shards = open_data(data, cache=cache)
     version = registry.resolve(uri)
     card = version.card
     require_kind(card.task, shards)

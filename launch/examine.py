@@ -23,10 +23,11 @@ from pipeline.detections import as_results
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, MicroBatch
 from pipeline.feed.objects import Truth
-from pipeline.shards import layouts
 from pipeline.shards.attribution import ATTRIBUTION
+from pipeline.shards.cache import CacheOptions
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
+from pipeline.shards.open import open_data
 from pipeline.tasks import segment
 from pipeline.tasks.build import build_trained
 from pipeline.tasks.detect import DetectionMetric
@@ -53,17 +54,18 @@ PICTURE_PX = 340
 """Long side of a picture with objects."""
 
 
-def examine(folder: Path, *, samples: bool) -> Examination:
-    """`samples`: with images of the data set. Raises InputError, ExternalError or OSError where it cannot be told."""
+def examine(folder: Path, *, samples: bool, cache: CacheOptions) -> Examination:
+    """Returns what the run's network does with its validation data. `samples`: with images of the data set. `cache`
+    comes before the run's data.cache and data.cache_gb. Raises InputError, ExternalError or OSError where it cannot be
+    known."""
     settings = config.load(folder / "config.yaml")
-    path = settings.data.val
-    if path is None:
+    data = settings.data
+    if data.val is None:
         raise InputError("the run has no validation data: data.val is not set")
     source, step, weights = _newest_weights(folder)
-    root = layouts.root_of(path, settings.data.cache)
-    shards = ShardSet(root)
+    shards = open_data(data.val, cache=CacheOptions(cache.folder or data.cache, cache.gb or data.cache_gb))
     try:
-        _require_same_data(folder, shards, path)
+        _require_same_data(folder, shards, data.val)
         found = _run_of(settings.task)(settings, shards, weights)
         with torch.inference_mode():
             pictures, seconds_each = found.look_inside(samples)
@@ -72,7 +74,7 @@ def examine(folder: Path, *, samples: bool) -> Examination:
         return Examination(
             source=source,
             step=step,
-            data=path,
+            data=data.val,
             total=len(shards),
             looked_at=scored.looked_at,
             is_whole=most >= len(shards),
@@ -81,7 +83,7 @@ def examine(folder: Path, *, samples: bool) -> Examination:
             confusion=scored.confusion,
             scores=scored.scores,
             pictures=pictures,
-            attribution=_attribution(shards, root) if samples else None,
+            attribution=_attribution(shards, data.val) if samples else None,
             precisions=scored.precisions,
         )
     finally:
@@ -379,7 +381,7 @@ def _class_attention(network: nn.Module, images: Tensor) -> Map | None:
     return weights.float().mean(dim=0).unflatten(0, grid).cpu().numpy()
 
 
-def _attribution(shards: ShardSet, root: str | Path) -> str:
+def _attribution(shards: ShardSet, path: str) -> str:
     return shards.attribution or (
-        f"{root}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before passing this page on."
+        f"{path}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before passing this page on."
     )

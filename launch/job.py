@@ -18,14 +18,13 @@ from launch import command, handoff, rules
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files, network
-from pipeline.config import Config, Data, Detection
+from pipeline.config import Config, Detection
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
-from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
-from pipeline.shards.store import Cache
+from pipeline.shards.open import open_training, open_validation
 from pipeline.tasks.build import AnyTask, build_task, start_from
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.record import RECORD, Record
@@ -288,24 +287,13 @@ def _start_from(settings: Config, world: World, task: AnyTask, classes: list[str
 def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     """The data sets, once everything that can be refused before the model is made has been looked at."""
     handoff.check(settings)
-    cache = _cache(settings.data)
-    roots = [layouts.root_of(path, settings.data.cache) for path in settings.data.train_paths]
-    training = ShardSet(*roots, cache=cache)
-    val = settings.data.val and layouts.root_of(settings.data.val, settings.data.cache)
-    validation = ShardSet(val, cache=cache) if val else None
+    training, validation = open_training(settings.data), open_validation(settings.data)
     order = rules.check_data(settings, training, validation, world.size)
     rules.check_network(settings, training, validation, order, world)
     if world.is_first:
         for shards in filter(None, (training, validation)):
             shards.check()
     return training, validation
-
-
-def _cache(data: Data) -> Cache | None:
-    """None where the default will do, which is only made when a remote data set needs it."""
-    if data.cache is None and data.cache_gb is None:
-        return None
-    return Cache.default(data.cache, None if data.cache_gb is None else int(data.cache_gb * 1e9))
 
 
 def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoint | None:

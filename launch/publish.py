@@ -60,7 +60,7 @@ class Publisher:
         if settings.tracking.log_diff:
             files.write(self.folder / "diff.patch", uncommitted().encode())
         if settings.tracking.log_samples:
-            preview(settings, self.folder / "samples.png")
+            preview(settings, training, self.folder / "samples.png")
         tags = {
             "seed": str(settings.run.seed),
             "data.digest": training.digest,

@@ -135,6 +135,7 @@ def _lineage(arguments: Namespace) -> dict[str, Any]:
 def _promote_arguments(parser: ArgumentParser) -> None:
     _add_uri(parser)
     parser.add_argument("--gates", required=True, metavar="FILE", help="YAML; see configs/gates/classification.yaml")
+    command.add_cache(parser)
     _add_why(parser)
 
 
@@ -153,7 +154,8 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         here = world.start()
 
         def score(model: str, data: str) -> dict[str, Any]:
-            return evaluate.score(evaluate.open_all(model, data, tracking_uri, here), here) or {}
+            opened = evaluate.open_all(model, data, tracking_uri, here, command.cache_of(arguments))
+            return evaluate.score(opened, here) or {}
 
         result = promote(arguments.uri, gates, score=score, why=arguments.why)
         world.stop()

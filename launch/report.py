@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import command
 from pipeline.errors import ExternalError, InputError
+from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 
 if TYPE_CHECKING:
     from pipeline.track.report import Examination
@@ -31,10 +32,12 @@ def main() -> dict[str, Any]:
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default RUN/{REPORT})")
     parser.add_argument("--no-model", action="store_true", help="do not run the network on the validation data")
     parser.add_argument("--samples", action="store_true", help="show images of the data set")
+    command.add_cache(parser)
     arguments = parser.parse_args()
     began = time.perf_counter()
     if len(arguments.runs) == 1:
-        out = write(arguments.runs[0], arguments.out, model=not arguments.no_model, samples=arguments.samples)
+        (run,), cache = arguments.runs, command.cache_of(arguments)
+        out = write(run, arguments.out, model=not arguments.no_model, samples=arguments.samples, cache=cache)
     else:
         if arguments.out is None:
             raise InputError("--out is missing: a comparison belongs to no run's folder, so name its file")
@@ -43,18 +46,25 @@ def main() -> dict[str, Any]:
     return {"report": str(out), "bytes": out.stat().st_size, "seconds": seconds}
 
 
-def write(folder: Path, out: Path | None = None, *, model: bool = True, samples: bool = False) -> Path:
+def write(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    model: bool = True,
+    samples: bool = False,
+    cache: CacheOptions = DEFAULT_CACHE,
+) -> Path:
     """Draw the run in `folder` into `out`, by default its report.html; returns the page's path.
 
     `model`: run the newest whole checkpoint on the validation data. `samples`: show images of the data sets, also done
-    where the run's tracking.log_samples says so. Writes nothing else. Raises InputError for a folder that holds no run,
-    and where the page cannot be written.
+    where the run's tracking.log_samples says so. `cache`: for remote shards, instead of the run's own. Writes nothing
+    else. Raises InputError for a folder that holds no run, and where the page cannot be written.
     """
     from pipeline.track.report import RunFiles, page
 
     run = RunFiles(folder)
     samples = samples or run.get("tracking", "log_samples") is True
-    examined = _examined(folder, samples=samples) if model else "Left out: the page was made with --no-model."
+    examined = _examined(folder, samples, cache) if model else "Left out: the page was made with --no-model."
     return _write(out or folder / REPORT, page(run, examined, samples=samples))
 
 
@@ -78,12 +88,12 @@ def _write(out: Path, text: str) -> Path:
     return out
 
 
-def _examined(folder: Path, *, samples: bool) -> "Examination | str":
+def _examined(folder: Path, samples: bool, cache: CacheOptions) -> "Examination | str":
     """What the run's network does with its validation data, or why that cannot be told. `samples`: with the images."""
     try:
         from launch import examine  # torch takes seconds to import, which pages without pictures do without
 
-        return examine.examine(folder, samples=samples)
+        return examine.examine(folder, samples=samples, cache=cache)
     except (InputError, ExternalError, OSError) as error:
         return f"Not known: {error}"
     except Exception as error:  # the rest of the page is worth more than a traceback

@@ -61,6 +61,7 @@ def forecast(settings: Config, ranks: int) -> str:
     if any(map(layouts.is_public, filter(None, [*settings.data.train_paths, settings.data.val]))):
         _build(settings, ["of", "unpacked", "data"])
         return "steps are known once the run has packed its data"
+    # Only manifests are read, so no cache is made: data.cache may lie on the nodes' own disks.
     training = ShardSet(*settings.data.train_paths)
     validation = ShardSet(settings.data.val) if settings.data.val else None
     order = check_data(settings, training, validation, ranks)

@@ -10,6 +10,7 @@ python launch/shards.py preview --config FILE              what a run's augmenta
 """
 
 import argparse
+import contextlib
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -149,8 +150,10 @@ def _preview(arguments: Namespace) -> dict[str, Any]:
     settings = config.load(arguments.config, arguments.set)
     # The feed's libraries take seconds to import, and the other commands do without them.
     from pipeline.feed.preview import preview
+    from pipeline.shards.open import open_training
 
-    return preview(settings, arguments.out or Path(f"{settings.run.name}-preview.png"))
+    with contextlib.closing(open_training(settings.data)) as shards:
+        return preview(settings, shards, arguments.out or Path(f"{settings.run.name}-preview.png"))
 
 
 SUBCOMMANDS = {

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launch import command
-from launch.tune import open_training
 from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import ExternalError
 from pipeline.feed.order import Deal, Order, deal, padding_waste
+from pipeline.shards.open import open_training
 
 if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage do without
     from pipeline.tasks.build import AnyTask

@@ -28,12 +28,10 @@ from typing import Any, NamedTuple
 from launch import command
 from pipeline import config, files, yaml_text
 from pipeline.cluster.slurm import node_name
-from pipeline.config import Config, Data
+from pipeline.config import Config
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.order import Order, deal
-from pipeline.shards import layouts
-from pipeline.shards.cache import Cache
-from pipeline.shards.index import ShardSet
+from pipeline.shards.open import open_training
 from pipeline.shards.parallel import cores
 
 TRIAL = Path(__file__).with_name("trial.py")
@@ -339,13 +337,6 @@ def _command() -> str:
 
 
 # The data
-
-
-def open_training(data: Data) -> ShardSet:
-    """The data that a run trains on. Raises InputError."""
-    budget = None if data.cache_gb is None else int(data.cache_gb * 1e9)
-    cache = Cache.default(data.cache, budget) if data.cache or budget else None
-    return ShardSet(*(layouts.root_of(path, data.cache) for path in data.train_paths), cache=cache)
 
 
 def micro_batch_sizes(settings: Config, ranks: int) -> tuple[list[int], int]:

@@ -21,9 +21,11 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from pipeline.shards.index import ShardSet
+from pipeline.shards.pack import pack
 from pipeline.track import server
 from tests.conftest import write_config
 from tests.ranks import ROOT, free_port, start
+from tests.servers import FaultyServer
 
 STEPS = 30
 
@@ -163,6 +165,40 @@ def test_a_fresh_process_reproduces_the_score_exactly(job: Job, digits: Path) ->
     assert scored["model"] == result["model"]
     assert scored["top1"] == result["top1"]
     assert scored["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
+
+
+def test_remote_shards_are_kept_where_each_command_is_told(digit_images: Path, tmp_path: Path) -> None:
+    """Training with its samples and report, the report made again, preview, and evaluate."""
+    data = {}
+    for split in ("train", "val"):  # with digests that no other test has cached
+        seed = int.from_bytes(os.urandom(4), "little")
+        data[split] = pack(digit_images / split, tmp_path / "data" / split, samples_per_shard=1500, seed=seed)
+    tars = {split: {shard.sha256 for shard in manifest.shards} for split, manifest in data.items()}
+    elsewhere = Path(tempfile.gettempdir()) / f"pvt-shards-{os.getuid()}"
+
+    def kept(name: str) -> set[str]:
+        assert not [sha256 for each in tars.values() for sha256 in each if (elsewhere / sha256).exists()]
+        return {split for split in tars if all((tmp_path / name / sha256).exists() for sha256 in tars[split])}
+
+    with FaultyServer(tmp_path / "data") as http:
+        tree = yaml.safe_load(write_config(tmp_path, tmp_path).read_text())
+        tree["data"] |= {"train": f"{http.url}/train", "val": f"{http.url}/val", "cache": str(tmp_path / "run")}
+        tree["train"] |= {"length": "6 steps"}
+        tree["run"]["root"] = "runs"
+        tree["tracking"] |= {"log_samples": True, "report": True}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+        model = result_of(pretrain(tmp_path))["model"]
+        assert kept("run") == {"train", "val"}
+        # Each of them is told of another folder, so that it has to fetch what it reads.
+        result_of(forked("launch/report.py", "runs/tiny", "--cache", tmp_path / "report", cwd=tmp_path))
+        assert "Not known" not in (tmp_path / "runs/tiny/report.html").read_text()
+        assert kept("report") == {"val"}
+        options = [*arguments_of((f"data.cache={tmp_path}/preview",)), "--out", "preview.png"]
+        result_of(forked("launch/shards.py", "preview", *options, cwd=tmp_path))
+        assert kept("preview") == {"train"}
+        options = ["--model", model, "--data", f"{http.url}/val", "--cache", tmp_path / "scored"]
+        result_of(forked("launch/evaluate.py", *options, cwd=tmp_path))
+        assert kept("scored") == {"val"}
 
 
 def test_mlflow_serves_the_model(job: Job, digit_images: Path) -> None:

@@ -30,6 +30,7 @@ from pipeline.scenes import layouts as scene_layouts
 from pipeline.shards import coco
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.objects import Annotated, encode
+from pipeline.shards.open import open_training
 from pipeline.shards.pack import pack
 from pipeline.world import World
 from pvt.detector import Objects
@@ -475,7 +476,7 @@ def test_the_preview_shows_boxes_and_masks(painted: Path, tmp_path: Path) -> Non
     chosen = settings(painted / "packed", tmp_path, **CROP)
     # Packed on first use.
     data = chosen.data.model_copy(update={"train": (config.Source(path=str(path)),), "cache": str(tmp_path / "cache")})
-    result = preview(chosen.model_copy(update={"data": data}), tmp_path / "preview.png")
+    result = preview(chosen.model_copy(update={"data": data}), open_training(data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
     pixels = np.asarray(Image.open(tmp_path / "preview.png")).reshape(-1, 3)
     found = sum(int((pixels == colour).all(axis=1).sum()) for colour in palette(10))

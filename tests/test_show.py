@@ -13,6 +13,7 @@ from pipeline import config
 from pipeline.errors import InputError
 from pipeline.feed.preview import preview
 from pipeline.shards.index import ShardSet
+from pipeline.shards.open import open_training
 from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
 from tests.conftest import write_config
@@ -149,7 +150,7 @@ def test_the_commands_end_with_their_result(packed: Path, tmp_path: Path) -> Non
 
 def test_a_preview_shows_views_with_their_parameters(digits: Path, tmp_path: Path) -> None:
     settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
-    result = preview(settings, tmp_path / "preview.png")
+    result = preview(settings, open_training(settings.data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
     with Image.open(tmp_path / "preview.png") as sheet:
         pixels = np.asarray(sheet.convert("L"))

@@ -25,9 +25,9 @@ import psutil
 from pipeline.config import Config, Data, Run
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.ade20k import is_ade20k
-from pipeline.shards.cache import Cache
+from pipeline.shards.cache import CacheOptions
 from pipeline.shards.coco import is_coco
-from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index import CorruptSampleError
 
 if TYPE_CHECKING:
     import torch
@@ -183,8 +183,10 @@ def shards(path: str, data: Data) -> str:
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder on this node")
         return f"{path}: is there, to be packed by the run"
+    from pipeline.shards.open import open_data  # which can pack, so it imports pyarrow
+
     start = time.perf_counter()
-    with contextlib.closing(ShardSet(path, cache=Cache.default(data.cache, budget_bytes=0))) as found:
+    with contextlib.closing(open_data(path, cache=CacheOptions(data.cache, gb=0))) as found:
         try:
             found.read(0, 0)
             if found.annotations:

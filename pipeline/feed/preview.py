@@ -25,7 +25,7 @@ from pipeline.feed.order import Samples
 from pipeline.feed.recipe import Boxes, Recipe, recipe_of
 from pipeline.keys import Stream
 from pipeline.palette import colourise
-from pipeline.shards import layouts, objects
+from pipeline.shards import objects
 from pipeline.shards.images import decode
 from pipeline.shards.index import ShardSet
 from pipeline.shards.show import draw_annotated
@@ -39,10 +39,8 @@ _CPU = torch.device("cpu")
 _WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
 
-def preview(settings: Config, path: Path) -> dict[str, Any]:
-    """Draw a grid of augmented samples into the PNG file `path`."""
-    roots = [layouts.root_of(path, settings.data.cache) for path in settings.data.train_paths]
-    shards = ShardSet(*roots)
+def preview(settings: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
+    """Draw a grid of augmented samples of the run's training data `shards` into the PNG file `path`."""
     feed = TrainFeed(settings, shards, World())
     (batch, *_) = feed.next()
     note = shards.attribution

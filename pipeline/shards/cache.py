@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import files
 from pipeline.errors import InputError
@@ -25,6 +26,20 @@ from pipeline.errors import InputError
 PARTIAL = ".partial"
 _OURS = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL)})?")
 _LEDGER_DIGITS = 20
+
+
+class CacheOptions(NamedTuple):
+    """`data.cache` and `data.cache_gb` of a run, or a command's --cache and --cache-gb. None: as `Cache.default`."""
+
+    folder: str | None = None
+    gb: float | None = None
+
+    def make(self) -> "Cache":
+        """Returns the cache. Raises as `Cache.default` does."""
+        return Cache.default(self.folder, None if self.gb is None else int(self.gb * 1e9))
+
+
+DEFAULT_CACHE = CacheOptions()
 
 
 class Cache:
@@ -54,8 +69,12 @@ class Cache:
     def default(cls, folder: str | Path | None = None, budget_bytes: int | None = None) -> "Cache":
         """Without a folder, a private one below $TMPDIR (or /tmp); without a budget, half of what is free there,
         counting what the cache already holds. Variables such as $SLURM_TMPDIR in `folder` mean what they do on
-        this node. Raises InputError where somebody else owns the private folder."""
+        this node. Raises InputError where one has no value, and where somebody else owns the private folder."""
         place = files.private_folder("pvt-shards") if folder is None else os.path.expandvars(folder)
+        if "$" in str(place):
+            raise InputError(
+                f"{place}: names a variable that has no value here: set it, or choose another cache folder"
+            )
         cache = cls(place, budget_bytes or 0)
         if budget_bytes is None:
             taken = sum(status.st_size for _, status in _entries(cache.folder))

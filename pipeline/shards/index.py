@@ -19,6 +19,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -184,7 +185,7 @@ class ShardSet:
     cannot be read and for data sets whose classes or annotations differ.
     """
 
-    def __init__(self, *roots: str | Path, cache: Cache | None = None):
+    def __init__(self, *roots: str | Path, cache: Cache | Callable[[], Cache] | None = None):
         self._stores = [Store(root, cache) for root in roots]
         self.manifests = [read_manifest(root, store) for root, store in zip(roots, self._stores, strict=True)]
         self.classes = self.manifests[0].classes

@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
@@ -35,14 +35,20 @@ FULL_PAUSE_S = 5.0
 
 class Store:
     """The files below `root`: a folder, file://, s3://, http(s):// or what else fsspec speaks. Remote files are kept in
-    `cache`, None meaning `Cache.default()`. `timeout_s` bounds connecting and each wait for bytes.
+    `cache`, or in what it returns when one is needed first; None means `Cache.default()`. `timeout_s` bounds connecting
+    and each wait for bytes.
 
     `root` and `url` never contain credentials. Reading raises StoreError where retrying did not help; InputError is for
     names that are no names and for protocols that cannot be had.
     """
 
     def __init__(
-        self, root: str | Path, cache: Cache | None = None, *, retry: Retry | None = None, timeout_s: float = 30.0
+        self,
+        root: str | Path,
+        cache: Cache | Callable[[], Cache] | None = None,
+        *,
+        retry: Retry | None = None,
+        timeout_s: float = 30.0,
     ):
         self._retry = retry or Retry()
         self.is_local = "://" not in str(root) or str(root).startswith("file://")
@@ -64,7 +70,10 @@ class Store:
     @functools.cached_property
     def _cache(self) -> Cache | None:
         # When it is needed: listing and indexing do without.
-        return None if self.is_local else self._given_cache or Cache.default()
+        if self.is_local:
+            return None
+        cache = self._given_cache or Cache.default
+        return cache if isinstance(cache, Cache) else cache()
 
     def url(self, name: str) -> str:
         """The file's full name for messages."""

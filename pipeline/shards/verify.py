@@ -6,6 +6,7 @@ A missing or unreadable shard is a fault like others.
 """
 
 import functools
+import tempfile
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -22,7 +23,7 @@ from pipeline.shards.images import BadImageError
 from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, Manifest, ShardSet, key_and_extension
 from pipeline.shards.objects import BadObjectsError
 from pipeline.shards.parallel import advance, each
-from pipeline.shards.store import Blob, Store, StoreError
+from pipeline.shards.store import Blob, Cache, Store, StoreError
 from pipeline.shards.tar import Reader, TarError, members
 
 
@@ -32,16 +33,18 @@ def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[Fa
     `deep` also decodes every image and annotation. Raises InputError when the manifest itself cannot be read.
     """
     _open.cache_clear()  # of an earlier call, since which the files may have been replaced
-    shards = _open(str(root))
-    num_shards = len(shards.shard_samples)
-    tasks = ((str(root), number, deep) for number in range(num_shards))
-    results = each(_verify_shard, tasks, workers=min(workers, num_shards), total=len(shards), name="verifying")
-    return [fault for faults in results for fault in faults]
+    # What is cached says nothing about the origin, so indices come from there: an empty cache without room for them.
+    with tempfile.TemporaryDirectory() as cache:
+        shards = _open(str(root), cache)
+        num_shards = len(shards.shard_samples)
+        tasks = ((str(root), cache, number, deep) for number in range(num_shards))
+        results = each(_verify_shard, tasks, workers=min(workers, num_shards), total=len(shards), name="verifying")
+        return [fault for faults in results for fault in faults]
 
 
 @functools.lru_cache(maxsize=1)
-def _open(root: str) -> ShardSet:
-    return ShardSet(root)
+def _open(root: str, cache: str) -> ShardSet:
+    return ShardSet(root, cache=Cache(cache, 0))
 
 
 @functools.lru_cache(maxsize=1)
@@ -49,9 +52,9 @@ def _tars(root: str) -> Store:
     return Store(root)
 
 
-def _verify_shard(task: tuple[str, int, bool]) -> list[Fault]:
-    root, number, deep = task
-    shards = _open(root)
+def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
+    root, cache, number, deep = task
+    shards = _open(root, cache)
     manifest = shards.manifests[0]
     tar = manifest.shards[number].tar
     try:

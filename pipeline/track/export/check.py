@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.images import BadImageError, decode
-from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index import CorruptSampleError
+from pipeline.shards.open import open_data
 from pipeline.track.export.graphs import BOXES, LOGITS
 from pipeline.track.export.source import Source
 
@@ -63,7 +64,7 @@ def real_images(data: str | None, most: int = MOST_IMAGES) -> list[Image.Image]:
     """
     if data is None:
         return [part for photograph in _photographs() for part in (photograph, *_halves(photograph))]
-    shards = ShardSet(data)
+    shards = open_data(data)
     ends = np.cumsum(shards.shard_samples)
     places = np.linspace(0, len(shards) - 1, min(len(shards), most)).astype(int)
     images = []

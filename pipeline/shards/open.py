@@ -1,0 +1,34 @@
+"""Opens the data sets that a configuration or a command names: the one place that does, so that all cache alike.
+
+path or URL ──layouts: packed on first use──▶ root ──▶ ShardSet ──shards from URLs──▶ data.cache, data.cache_gb
+"""
+
+import functools
+
+from pipeline.config import Data
+from pipeline.shards import layouts
+from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
+from pipeline.shards.index import ShardSet
+
+
+def open_training(data: Data) -> ShardSet:
+    """Returns what a run trains on: one data set, or several end to end. Raises as `open_data` does."""
+    return open_data(*data.train_paths, cache=CacheOptions(data.cache, data.cache_gb))
+
+
+def open_validation(data: Data) -> ShardSet | None:
+    """Returns what a run is evaluated on, None where data.val is not set. Raises as `open_data` does."""
+    return open_data(data.val, cache=CacheOptions(data.cache, data.cache_gb)) if data.val else None
+
+
+def open_data(*paths: str, cache: CacheOptions = DEFAULT_CACHE) -> ShardSet:
+    """Returns the data sets at `paths`, end to end. One in a public layout is packed on first use.
+
+    Raises InputError for a data set that cannot be read and, where shards are remote, for a cache that cannot be used.
+    Packed data sets on a disk need no cache, so a `data.cache` on another node's own disk is no fault there.
+    """
+    make_cache = functools.cache(cache.make)
+    shards = ShardSet(*(layouts.root_of(path, cache.folder) for path in paths), cache=make_cache)
+    if shards.is_remote:
+        make_cache()  # now, so that a folder that cannot be used is refused before anything is written
+    return shards
