@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.shards import layouts
 from pipeline.shards.index import ShardSet
+from pipeline.shards.open import open_manifests
 from pipeline.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -61,9 +62,7 @@ def forecast(settings: Config, ranks: int) -> str:
     if any(map(layouts.is_public, filter(None, [*settings.data.train_paths, settings.data.val]))):
         _build(settings, ["of", "unpacked", "data"])
         return "steps are known once the run has packed its data"
-    # Only manifests are read, so no cache is made: data.cache may lie on the nodes' own disks.
-    training = ShardSet(*settings.data.train_paths)
-    validation = ShardSet(settings.data.val) if settings.data.val else None
+    training, validation = open_manifests(settings.data)
     order = check_data(settings, training, validation, ranks)
     from pipeline.world import World
 

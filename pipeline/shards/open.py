@@ -21,6 +21,14 @@ def open_validation(data: Data) -> ShardSet | None:
     return open_data(data.val, cache=CacheOptions(data.cache, data.cache_gb)) if data.val else None
 
 
+def open_manifests(data: Data) -> tuple[ShardSet, ShardSet | None]:
+    """Returns what a run trains on and is evaluated on, packed, to count samples where the run itself does not go on.
+
+    No cache is made: data.cache may lie on the nodes' own disks.
+    """
+    return ShardSet(*data.train_paths), ShardSet(data.val) if data.val else None
+
+
 def open_data(*paths: str, cache: CacheOptions = DEFAULT_CACHE) -> ShardSet:
     """Returns the data sets at `paths`, end to end. One in a public layout is packed on first use.
 
