@@ -44,7 +44,7 @@ def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
     assert summary["shards"] == 3
     assert summary["samples_per_class"] == {"min": 2, "median": 3.0, "max": 5}
     assert summary["largest_classes"] == {"red": 5, "green": 3, "blue": 2}
-    assert list(summary["smallest_classes"]) == ["blue", "green", "red"]
+    assert summary["smallest_classes"] == {}, "each class is listed once"
     assert summary["short_side_px"]["p0"] == summary["short_side_px"]["p100"] == 20
     assert (summary["long_side_px"]["p0"], summary["long_side_px"]["p100"]) == (40, 49)
     sizes = [path.stat().st_size for path in (tmp_path / "images").rglob("*.png")]
@@ -53,6 +53,24 @@ def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
     text = table(summary)
     assert "10 samples of 3 classes in 3 shards" in text
     assert "min 2   median 3   max 5" in text
+
+
+@pytest.mark.parametrize("num_classes", [1, 5, 7, 10, 12])
+def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
+    sizes = {f"c{number:02}": number + 1 for number in range(num_classes)}
+    for name, size in sizes.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(size):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{number}.png")
+    pack(tmp_path / "images", tmp_path / "packed")
+    summary = show(tmp_path / "packed", tmp_path / "sheet.png")
+    descending = list(sizes)[::-1]
+    assert list(summary["largest_classes"]) == descending[:5]
+    assert list(summary["smallest_classes"]) == descending[5:][::-1][:5]
+    listed = [
+        line.split()[-1] for line in table(summary).splitlines() if line.split()[-1:] and line.split()[-1] in sizes
+    ]
+    assert sorted(listed) == sorted({*descending[:5], *descending[-5:]})
 
 
 def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path) -> None:

@@ -83,8 +83,7 @@ def _sample_balance(classes: list[str], counts: npt.NDArray[np.int64]) -> dict[s
     named = _by_size(classes, counts)
     return {
         "samples_per_class": {"min": named[-1][1], "median": float(np.median(counts)), "max": named[0][1]},
-        "largest_classes": dict(named[:5]),
-        "smallest_classes": dict(named[::-1][:5]),
+        **_extremes(named),
     }
 
 
@@ -104,8 +103,7 @@ def _pixel_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
         "maps_read": num_maps,
         "labelled_share": float(counts.sum() / max(num_pixels, 1)),
         "pixel_share_per_class": {"min": named[-1][1], "median": float(np.median(shares)), "max": named[0][1]},
-        "largest_classes": dict(named[:5]),
-        "smallest_classes": dict(named[::-1][:5]),
+        **_extremes(named),
     }
 
 
@@ -131,13 +129,17 @@ def _object_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
             "max": int(per_image.max()),
         },
         "objects_by_size": dict(zip(("small", "medium", "large"), sizes, strict=True)),
-        "largest_classes": dict(named[:5]),
-        "smallest_classes": dict(named[::-1][:5]),
+        **_extremes(named),
     }
 
 
 def _by_size(classes: list[str], sizes: npt.NDArray[Any]) -> list[tuple[str, Any]]:
     return [(classes[label], sizes[label].item()) for label in np.argsort(-sizes, kind="stable").tolist()]
+
+
+def _extremes(named: list[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest and the smallest classes, each class once: of few there may be no more than the largest."""
+    return {"largest_classes": dict(named[:5]), "smallest_classes": dict(named[:4:-1][:5])}
 
 
 def _labels(shards: ShardSet, shard: int, row: int) -> npt.NDArray[np.uint8] | None:
