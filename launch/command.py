@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -95,19 +95,14 @@ def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
 def add_cache(parser: ArgumentParser) -> None:
     """Adds the options of a command that reads data without a run's configuration."""
     parser.add_argument("--cache", metavar="DIR", help="folder for shards fetched from URLs, as data.cache of a run")
-    parser.add_argument("--cache-gb", type=_gigabytes, metavar="GB", help="its most disk space, as data.cache_gb")
+    parser.add_argument("--cache-gb", type=float, metavar="GB", help="its most disk space, as data.cache_gb")
 
 
 def cache_of(arguments: Namespace) -> CacheOptions:
-    """Returns what `add_cache` has made of the command line."""
+    """Returns what the options of `add_cache` say. Raises InputError."""
+    if arguments.cache_gb is not None and not 0 < arguments.cache_gb < math.inf:
+        raise InputError(f"--cache-gb {arguments.cache_gb:g}: a positive number was expected")
     return CacheOptions(arguments.cache, arguments.cache_gb)
-
-
-def _gigabytes(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 def first_then_all(world: "World", build: Callable[[], Value]) -> Value:

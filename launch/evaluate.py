@@ -59,13 +59,13 @@ def main() -> dict[str, Any] | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     _check(arguments)
+    cache = command.cache_of(arguments)
     from pipeline import world
 
     here = world.start()
     if arguments.probe:
         result = probed(arguments, here)
     else:
-        cache = command.cache_of(arguments)
         opened = open_all(arguments.model, arguments.data, arguments.tracking_uri, here, cache)
         result = score(opened, here)
         if result and arguments.draw:

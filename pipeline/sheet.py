@@ -60,6 +60,10 @@ class Sheet:
         for line, text in enumerate(details):
             self._draw.text((x, y + size + 20 + _LINE_PX * line), self._fit(text, tiny), _FAINT, tiny)
 
+    def end_row(self) -> None:
+        """Leave the rest of the row empty."""
+        self._count += -self._count % self._columns
+
     def save(self, path: Path) -> None:
         """Write a PNG. Raises InputError where that is not possible."""
         try:
@@ -68,12 +72,12 @@ class Sheet:
             raise InputError(f"{path}: cannot be written: {error.strerror}; name another file with --out") from error
 
     def _fit(self, text: str, font: ImageFont.FreeTypeFont) -> str:
-        """The text, cut to the width of a tile."""
-        if font.getlength(text) <= self._tile_px:
-            return text
-        while text and font.getlength(f"{text}…") > self._tile_px:
-            text = text[:-1]
-        return f"{text}…"
+        """The text, cut in the middle to the width of a tile: the ends of keys tell them apart."""
+        kept, short = len(text), text
+        while kept and font.getlength(short) > self._tile_px:
+            kept -= 1
+            short = f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}"
+        return short
 
 
 @functools.cache

@@ -1,9 +1,13 @@
 """What a person is shown of a data set: the right counts, and a sheet with the right pictures."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +15,16 @@ from PIL import Image
 
 from pipeline import config
 from pipeline.errors import InputError
+from pipeline.feed.loader import TrainFeed
+from pipeline.feed.order import Order
 from pipeline.feed.preview import preview
+from pipeline.shards.adopt import index
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open import open_training
 from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
+from pipeline.sheet import Sheet
+from pipeline.world import World
 from tests.conftest import write_config
 from tests.ranks import ROOT
 from tests.servers import FaultyServer
@@ -166,11 +175,109 @@ def test_the_commands_end_with_their_result(packed: Path, tmp_path: Path) -> Non
     assert result["skipped"] == found["faults"]
 
 
-def test_a_preview_shows_views_with_their_parameters(digits: Path, tmp_path: Path) -> None:
+# The preview of a run's augmentation
+
+
+class Drawn:
+    """What a preview puts on its sheet, row by row: pictures, captions and lines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[list[tuple[Any, ...]]] = [[]]
+        add, end_row = Sheet.add, Sheet.end_row
+
+        def noted_add(sheet: Sheet, *tile: Any) -> None:
+            self.rows[-1].append(tile)
+            add(sheet, *tile)
+
+        def noted_end(sheet: Sheet) -> None:
+            self.rows.append([])
+            end_row(sheet)
+
+        monkeypatch.setattr(Sheet, "add", noted_add)
+        monkeypatch.setattr(Sheet, "end_row", noted_end)
+
+    def of(self, settings: config.Config, path: Path) -> list[list[tuple[Any, ...]]]:
+        preview(settings, open_training(settings.data), path)
+        return [row for row in self.rows if row]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    return Drawn(monkeypatch)
+
+
+def test_a_preview_shows_views_with_their_parameters(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
     result = preview(settings, open_training(settings.data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
+    assert capsys.readouterr().err == "tiny: reading the first batch, 48 samples\n"
     with Image.open(tmp_path / "preview.png") as sheet:
         pixels = np.asarray(sheet.convert("L"))
-    assert pixels.shape[0] > 7 * 150
+    assert pixels.shape[0] > 9 * 150
     assert len(np.unique(pixels)) > 100
+
+
+@pytest.mark.parametrize("extra", [[], ["data.copies=3", "mix.mixup_alpha=0", "mix.cutmix_alpha=0"]])
+def test_a_preview_shows_several_classes(drawn: Drawn, digit_images: Path, tmp_path: Path, extra: list[str]) -> None:
+    """Also of shards that hold one class after the other, as those that others have made often do."""
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    for number, folder in enumerate(sorted((digit_images / "train").iterdir())):
+        with tarfile.open(tmp_path / "train" / f"{number}.tar", "w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+                label = tarfile.TarInfo(f"{path.stem}.cls")
+                label.size = 1
+                tar.addfile(label, io.BytesIO(str(number).encode()))
+    index(str(tmp_path / "train"))
+    overrides = ["data.lanes=4", "train.micro_batch_size=8", "data.shuffle_window=16", *extra]
+    settings = config.load(write_config(tmp_path, tmp_path), overrides)
+    rows = drawn.of(settings, tmp_path / "preview.png")
+    originals = [row[0] for row in rows if len(row) == 7]
+    assert len({caption for _, caption, *_ in originals}) == 6, "different samples"
+    classes = [lines[0] for _, _, *lines in originals]
+    shards = open_training(settings.data)
+    fed = Order.of(settings, shards.part_samples).samples(0)
+    num_classes = len(set(shards.records(fed.shard, fed.row)["label"].tolist()))
+    assert 1 < num_classes <= 6
+    assert len(set(classes[:num_classes])) == num_classes, "each class of the first batch before any comes again"
+
+
+def test_a_preview_explains_mixed_images(drawn: Drawn, digits: Path, tmp_path: Path) -> None:
+    """The partners are those that were mixed, and ratio and labels those of the pixels and targets that are fed."""
+    settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
+    rows = [row for row in drawn.of(settings, tmp_path / "preview.png") if len(row) == 4]
+    assert len(rows) == 3
+    shards = open_training(settings.data)
+    with contextlib.closing(TrainFeed(settings, shards, World())) as feed:
+        (batch,) = feed.next()
+    of = batch.samples.shard, batch.samples.row
+    places = {shards.key(int(s), int(r)): n for n, (s, r) in enumerate(zip(*of, strict=True))}
+    kinds = set()
+    for one, other, *mixed in rows:
+        assert one[2] != other[2], "partners of two classes"
+        unmixed = {tile[1]: np.asarray(tile[0], np.float64) for tile in (one, other)}
+        for kind, picture, lines in ((tile[1], np.asarray(tile[0], np.float64), tile[2:]) for tile in mixed):
+            parts = [line.split(" of ") for line in lines[:2]]
+            shares, names = [float(share) for share, _ in parts], [key for _, key in parts]
+            assert sum(shares) == pytest.approx(1)
+            if kind == "mixup":
+                expected = sum(share * unmixed[key] for share, key in zip(shares, names, strict=True))
+                assert np.abs(picture - expected).max() < 3
+            else:
+                assert kind == "cutmix"
+                own = (picture == unmixed[names[0]]).all(axis=-1)
+                assert (own | (picture == unmixed[names[1]]).all(axis=-1)).all()
+                differ = (unmixed[names[0]] != unmixed[names[1]]).any(axis=-1)
+                assert own[differ].mean() == pytest.approx(shares[0], abs=0.25)
+            target = batch.targets[places[names[0]]].numpy()
+            told = dict(line.removeprefix("label ").rsplit(": ", 1) for line in lines[2:])
+            assert list(told) == [names[0].split("/")[0], names[1].split("/")[0], "other labels"]
+            for label in list(told)[:2]:
+                assert float(told[label]) == pytest.approx(target[shards.classes.index(label)], abs=0.006)
+            assert float(told[next(iter(told))]) == pytest.approx(0.01 + 0.9 * shares[0], abs=0.011)
+            assert float(told["other labels"]) == pytest.approx(0.08, abs=0.001)
+            kinds.add(kind)
+    assert kinds == {"mixup", "cutmix"}

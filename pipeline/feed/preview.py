@@ -1,27 +1,32 @@
 """What augmentation makes of a run's first samples, drawn with its parameters.
 
 each of some samples:      the original │ its views in epochs 0, 1, 2, …
-where images are mixed:    the first batch, as it is fed
+where images are mixed:    two partners before mixing │ each of them mixed with the other, as they are fed
 of images with label maps: the first crops │ their targets
 of images with objects:    as of others, with what is to be found drawn
 """
 
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline import keys
 from pipeline.boxes import draw_boxes
 from pipeline.config import Config
-from pipeline.feed import pixels
+from pipeline.feed import mix, pixels
 from pipeline.feed.augment import Op, Views
 from pipeline.feed.dali import Decoder
 from pipeline.feed.loader import MicroBatch, TrainFeed
-from pipeline.feed.order import Samples
 from pipeline.feed.recipe import Boxes, Recipe, recipe_of
 from pipeline.keys import Stream
 from pipeline.palette import colourise
@@ -33,91 +38,177 @@ from pipeline.sheet import Sheet
 from pipeline.world import World
 from pvt.detector import Objects
 
-SAMPLES, VIEWS, MAPS = 6, 6, 12
+SAMPLES, VIEWS, PAIRS, MAPS = 6, 6, 3, 12
 OBJECTS_TILE_PX = 240
 _CPU = torch.device("cpu")
 _WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
+Tile = tuple[Any, ...]
+"""What Sheet.add takes: a picture, its caption and smaller lines."""
+
+
+class _Fed(NamedTuple):
+    """A sample as it was fed, and where it came from."""
+
+    batch: MicroBatch
+    place: int
+    shard: int
+    row: int
+    label: int
+
+
+class _Grid(NamedTuple):
+    """What is drawn: rows of tiles, each made when it is its turn."""
+
+    about: str
+    rows: Sequence[Callable[[], list[Tile]]]
+    columns: int = VIEWS + 1
+    num_details: int = 5
+    tile_px: int = 150
+
 
 def preview(settings: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
-    """Draw a grid of augmented samples of the run's training data `shards` into the PNG file `path`."""
-    feed = TrainFeed(settings, shards, World())
-    (batch, *_) = feed.next()
-    note = shards.attribution
-    if shards.annotations == "semantic":
-        feed.close()
-        return _preview_maps(settings, shards, batch, path, note)
-    _, first = np.unique(batch.samples.id, return_index=True)  # with repeated augmentation some are there twice
-    samples = batch.samples.take(np.sort(first)[:SAMPLES])
-    mixed = batch.images[: VIEWS + 1] if settings.mix.active else batch.images[:0]
-    feed.close()
-    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
-    if isinstance(recipe, Boxes):
-        return _preview_objects(settings, shards, recipe, samples, path, note)
+    """Draw a grid of augmented samples of the run's training data `shards` into the PNG file `path`.
 
-    columns, rows = VIEWS + 1, len(samples.id)
-    about = f"seed {settings.run.seed}; each row an image, then its views in epochs 0 to {VIEWS - 1}"
-    about += "; last row: a batch as it is fed, mixed" if len(mixed) else ""
-    count = columns * rows + len(mixed)
-    sheet = Sheet(settings.run.name, about, columns=columns, count=count, num_details=4, note=note)
-    for number in range(rows):
-        shard, row = int(samples.shard[number]), int(samples.row[number])
-        original = decode(shards.read(shard, row))
-        label = shards.classes[shards.index(shard)[row]["label"]]
-        sheet.add(original, shards.key(shard, row), f"class {label}", f"{original.width} × {original.height}")
-        views, images = _views(settings, shards, recipe, samples, number)
-        for epoch, image in enumerate(images):
-            sheet.add(_picture(settings, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1]))
-    for image in mixed:
-        sheet.add(_picture(settings, image), "mixed")
-    sheet.save(path)
-    return {"sheet": str(path), "samples": rows, "views": VIEWS}
-
-
-def _preview_maps(
-    settings: Config, shards: ShardSet, batch: MicroBatch, path: Path, note: str | None
-) -> dict[str, Any]:
-    count = min(len(batch.images), MAPS)
-    about = f"seed {settings.run.seed}; crops of the first batch and, beside each, the classes of its pixels"
-    sheet = Sheet(settings.run.name, about, columns=6, count=2 * count, num_details=0, note=note)
-    for number in range(count):
-        key = shards.key(int(batch.samples.shard[number]), int(batch.samples.row[number]))
-        sheet.add(_picture(settings, batch.images[number]), key)
-        sheet.add(colourise(batch.targets[number].byte().numpy(), len(shards.classes)), "target")
-    sheet.save(path)
-    return {"sheet": str(path), "samples": count, "views": 1}
-
-
-def _preview_objects(
-    settings: Config, shards: ShardSet, recipe: Boxes, samples: Samples, path: Path, note: str | None
-) -> dict[str, Any]:
-    rows, columns = len(samples.id), VIEWS + 1
-    about = f"seed {settings.run.seed}; each row an image with its crowds, then its views in epochs 0 to {VIEWS - 1}"
+    Progress goes to standard error. Raises InputError where the data does not fit the run, or for a file that cannot be
+    written.
+    """
+    name, batch_size = settings.run.name, settings.train.global_batch_size
+    print(f"{name}: reading the first batch, {batch_size:,} samples", file=sys.stderr, flush=True)
+    with contextlib.closing(TrainFeed(settings, shards, World())) as feed:
+        fed = [each for batch in feed.next() for each in _fed(shards, batch)]
+    draw = {None: _labelled, "semantic": _maps, "objects": _objects}[shards.annotations]
+    chosen = fed[:MAPS] if shards.annotations == "semantic" else _of_many_classes(fed)
+    grid = draw(settings, shards, chosen)
+    if settings.mix.active:
+        grid = _with_mixed(settings, shards, grid, fed)
     sheet = Sheet(
-        settings.run.name,
-        about,
-        columns=columns,
-        count=columns * rows,
-        num_details=5,
-        tile_px=OBJECTS_TILE_PX,
-        note=note,
+        name,
+        f"seed {settings.run.seed}; {grid.about}",
+        columns=grid.columns,
+        count=grid.columns * len(grid.rows),
+        num_details=grid.num_details,
+        tile_px=grid.tile_px,
+        note=shards.attribution,
     )
-    for number in range(rows):
-        shard, row = int(samples.shard[number]), int(samples.row[number])
-        original, stored = decode(shards.read(shard, row)), shards.read_annotation(shard, row)
+    for row in tqdm(grid.rows, "drawing", unit="row", file=sys.stderr, disable=None, dynamic_ncols=True):
+        for tile in row():
+            sheet.add(*tile)
+        sheet.end_row()
+    sheet.save(path)
+    return {"sheet": str(path), "samples": len(chosen), "views": 1 if draw is _maps else VIEWS}
+
+
+def _fed(shards: ShardSet, batch: MicroBatch) -> list[_Fed]:
+    """Returns the samples of a batch that are not just fillers."""
+    samples = batch.samples
+    labels = shards.records(samples.shard, samples.row)["label"]
+    columns = (column.tolist() for column in (samples.shard, samples.row, labels))
+    fed = [_Fed(batch, place, *row) for place, row in enumerate(zip(*columns, strict=True))]
+    return [each for each in fed if batch.weights[each.place]]
+
+
+def _of_many_classes(fed: list[_Fed]) -> list[_Fed]:
+    """Returns at most SAMPLES different ones in their order, first one of each class."""
+    different = {(each.shard, each.row): each for each in fed}.values()  # else with repeated augmentation some repeat
+    first = {each.label: each for each in reversed(different)}
+    return sorted(different, key=lambda each: each is not first[each.label])[:SAMPLES]
+
+
+def _labelled(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
+
+    def row(fed: _Fed) -> list[Tile]:
+        original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
+        class_, size = f"class {shards.classes[fed.label]}", f"{original.width} × {original.height}"
+        views, images = _views(settings, shards, recipe, fed, range(VIEWS), settings.image.size)
+        tiles: list[Tile] = [(original, key, class_, size)]
+        for epoch, image in enumerate(images):
+            tiles.append((_picture(settings, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1])))
+        return tiles
+
+    about = f"each row an image, then its views in epochs 0 to {VIEWS - 1}"
+    return _Grid(about, [functools.partial(row, fed) for fed in chosen])
+
+
+def _with_mixed(settings: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]) -> _Grid:
+    """The grid with rows of two partners, before mixing and mixed: first those of two classes, and of different lanes,
+    because a lane has one draw."""
+    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
+    share = settings.train.global_batch_size // settings.data.lanes
+
+    def position(fed: _Fed) -> int:
+        return int(fed.batch.samples.position[fed.place])
+
+    def row(pair: tuple[_Fed, _Fed]) -> list[Tile]:
+        tiles, size = [], pair[0].batch.images.shape[-1]
+        for one in pair:
+            epoch = int(one.batch.samples.epoch[one.place])
+            _, (image,) = _views(settings, shards, recipe, one, [epoch], size)
+            class_ = f"class {shards.classes[one.label]}"
+            tiles.append((_picture(settings, image), shards.key(one.shard, one.row), class_, "before mixing"))
+        key = keys.key(settings.run.seed, Stream.MIX, 0, np.array([position(pair[0]) // share]))
+        blend = mix.draw(settings.mix, key, size, size)
+        for one, other in (pair, pair[::-1]):
+            picture = _picture(settings, one.batch.images[one.place])
+            tiles.append((picture, *_describe_mix(shards, blend, one, other)))
+        return tiles
+
+    neighbours = itertools.pairwise(fed)
+    partners = (pair for pair in neighbours if pair[0].place % 2 == 0 and pair[1].place == pair[0].place + 1)
+    pairs = sorted(partners, key=lambda pair: (pair[0].label == pair[1].label, position(pair[0]) % share))
+    about = f"{grid.about}; below two partners of the first batch, then each mixed with the other, as it is fed"
+    return grid._replace(about=about, rows=[*grid.rows, *(functools.partial(row, pair) for pair in pairs[:PAIRS])])
+
+
+def _describe_mix(shards: ShardSet, blend: mix.Blends, one: _Fed, other: _Fed) -> list[str]:
+    weight, target = float(blend.label_weight[0]), one.batch.targets[one.place]
+    kind = "cutmix" if blend.box.any() else "mixup" if weight < 1 else "not mixed"
+    labels = dict.fromkeys((one.label, other.label))
+    parts = (weight, one), (1 - weight, other)
+    lines = [kind, *(f"{part:.2f} of {shards.key(fed.shard, fed.row)}" for part, fed in parts)]
+    lines += [f"label {shards.classes[label]}: {target[label]:.2f}" for label in labels]
+    rest = 1 - sum(float(target[label]) for label in labels)
+    return [*lines, f"other labels: {rest:.2f}"] if rest > 0.005 else lines
+
+
+def _maps(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+    def row(some: list[_Fed]) -> list[Tile]:
+        tiles: list[Tile] = []
+        for fed in some:
+            target = colourise(fed.batch.targets[fed.place].byte().numpy(), len(shards.classes))
+            tiles += [
+                (_picture(settings, fed.batch.images[fed.place]), shards.key(fed.shard, fed.row)),
+                (target, "target"),
+            ]
+        return tiles
+
+    about = "crops of the first batch and, beside each, the classes of its pixels"
+    rows = [functools.partial(row, chosen[first : first + 3]) for first in range(0, len(chosen), 3)]
+    return _Grid(about, rows, columns=6, num_details=0)
+
+
+def _objects(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
+    assert isinstance(recipe, Boxes)
+
+    def row(fed: _Fed) -> list[Tile]:
+        original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
+        stored = shards.read_annotation(fed.shard, fed.row)
         annotated = objects.decode(stored, len(shards.classes))
         drawn = draw_annotated(original, annotated, shards.classes, OBJECTS_TILE_PX)
         counts = f"{len(annotated.annotations)} annotations"
-        sheet.add(drawn, shards.key(shard, row), counts, f"{original.width} × {original.height}")
-        views, images = _views(settings, shards, recipe, samples, number)
+        tiles: list[Tile] = [(drawn, key, counts, f"{original.width} × {original.height}")]
+        views, images = _views(settings, shards, recipe, fed, range(VIEWS), settings.image.size)
         for epoch, image in enumerate(images):
             view, target = recipe.training_target(stored, views[epoch : epoch + 1])
             height, width = view.extent[0].tolist()
             drawn = _with_objects(_picture(settings, image[:, :height, :width]), target, shards.classes)
-            size = f"{len(target)} objects on {width} × {height}"
-            sheet.add(drawn, f"epoch {epoch}", size, *_describe(view))
-    sheet.save(path)
-    return {"sheet": str(path), "samples": rows, "views": VIEWS}
+            tiles.append((drawn, f"epoch {epoch}", f"{len(target)} objects on {width} × {height}", *_describe(view)))
+        return tiles
+
+    about = f"each row an image with its crowds, then its views in epochs 0 to {VIEWS - 1}"
+    return _Grid(about, [functools.partial(row, fed) for fed in chosen], tile_px=OBJECTS_TILE_PX)
 
 
 def _with_objects(picture: Image.Image, target: Objects, classes: list[str]) -> Image.Image:
@@ -127,17 +218,19 @@ def _with_objects(picture: Image.Image, target: Objects, classes: list[str]) -> 
     return draw_boxes(picture, boxes, labels, None, masks, classes, side_px=OBJECTS_TILE_PX)
 
 
-def _views(settings: Config, shards: ShardSet, recipe: Recipe, samples: Samples, number: int) -> tuple[Views, Tensor]:
-    """One sample's views in the first epochs, and their images before mixing, [VIEWS, 3, H, W]."""
-    shard, row = int(samples.shard[number]), int(samples.row[number])
-    record = shards.index(shard)[row]
-    hw = np.full((VIEWS, 2), (record["height"], record["width"]))
-    key = keys.key(settings.run.seed, Stream.AUGMENT, np.arange(VIEWS), samples.id[number], samples.copy[number])
-    views = recipe.training_views(settings.image.size, key, hw)
-    encoded = [np.frombuffer(shards.read(shard, row), np.uint8)] * VIEWS
+def _views(
+    settings: Config, shards: ShardSet, recipe: Recipe, fed: _Fed, epochs: Sequence[int], size: int
+) -> tuple[Views, Tensor]:
+    """A sample's views in n epochs, and their images before mixing, [n, 3, H, W]."""
+    record, samples = shards.index(fed.shard)[fed.row], fed.batch.samples
+    hw = np.full((len(epochs), 2), (record["height"], record["width"]))
+    id_, copy = samples.id[fed.place], samples.copy[fed.place]
+    key = keys.key(settings.run.seed, Stream.AUGMENT, np.array(epochs), id_, copy)
+    views = recipe.training_views(size, key, hw)
+    encoded = [np.frombuffer(shards.read(fed.shard, fed.row), np.uint8)] * len(epochs)
     decoder = Decoder(
         lambda _: (encoded, views),
-        batch_size=VIEWS,
+        batch_size=len(epochs),
         interpolation=settings.image.interpolation,
         device=_CPU,
         num_threads=1,
@@ -146,7 +239,7 @@ def _views(settings: Config, shards: ShardSet, recipe: Recipe, samples: Samples,
         resizes=False,
     )
     noise = pixels.noise(settings.run.seed, _CPU) if settings.augment.erase_mode == "pixel" else None
-    finisher, images = pixels.Finisher(settings.image, _CPU, noise), torch.empty(VIEWS, 3, *views.canvas)
+    finisher, images = pixels.Finisher(settings.image, _CPU, noise), torch.empty(len(epochs), 3, *views.canvas)
     for place, window in enumerate(decoder.next()):
         finisher.finish_window(window, views[place : place + 1], images[place : place + 1])
     decoder.close()

@@ -34,10 +34,6 @@ class CacheOptions(NamedTuple):
     folder: str | None = None
     gb: float | None = None
 
-    def make(self) -> "Cache":
-        """Returns the cache. Raises as `Cache.default` does."""
-        return Cache.default(self.folder, None if self.gb is None else int(self.gb * 1e9))
-
 
 DEFAULT_CACHE = CacheOptions()
 

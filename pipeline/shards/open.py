@@ -7,7 +7,7 @@ import functools
 
 from pipeline.config import Data
 from pipeline.shards import layouts
-from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
+from pipeline.shards.cache import DEFAULT_CACHE, Cache, CacheOptions
 from pipeline.shards.index import ShardSet
 
 
@@ -35,7 +35,8 @@ def open_data(*paths: str, cache: CacheOptions = DEFAULT_CACHE) -> ShardSet:
     Raises InputError for a data set that cannot be read and, where shards are remote, for a cache that cannot be used.
     Packed data sets on a disk need no cache, so a `data.cache` on another node's own disk is no fault there.
     """
-    make_cache = functools.cache(cache.make)
+    budget_bytes = None if cache.gb is None else int(cache.gb * 1e9)
+    make_cache = functools.cache(lambda: Cache.default(cache.folder, budget_bytes))
     shards = ShardSet(*(layouts.root_of(path, cache.folder) for path in paths), cache=make_cache)
     if shards.is_remote:
         make_cache()  # now, so that a folder that cannot be used is refused before anything is written
