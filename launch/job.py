@@ -87,7 +87,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         if found:
             task.model.load_state_dict(found.weights())
             parent = parent_of(folder)
-        elif begun:  # its checkpoints are all damaged
+        elif begun:  # and no checkpoint was finished, or they have been put aside
             parent = _start_from(settings, world, task, training.classes)
         engine = Engine(settings, task, world, feed.blank)
         ema = None if settings.train.ema_decay is None else Ema(engine, settings.train.ema_decay)
@@ -301,6 +301,8 @@ def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoin
         if not world.is_first:
             return None
         checkpoints.sweep()
+        if settings.resume.start_over:
+            checkpoints.set_aside()
         return checkpoints.find(settings.resume.source, settings.resume.allow)
 
     folder = world.from_first(command.first_then_all(world, look))
@@ -309,12 +311,11 @@ def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoin
 
 def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:
     result = folder / RESULT
-    if state.step < schedule.total or not result.exists():
+    document = json.loads(result.read_text()) if result.exists() else {"requeue": True}
+    # By its result, too: the checkpoints of a finished run may have been deleted.
+    if document.get("requeue") or max(state.step, document.get("steps", 0)) < schedule.total:
         return None
-    document = json.loads(result.read_text())
-    if document.get("requeue"):
-        return None
-    print(f"{folder}: finished before, at step {state.step}; nothing to do", file=sys.stderr)
+    print(f"{folder}: finished before, at step {schedule.total}; nothing to do", file=sys.stderr)
     return document
 
 

@@ -615,6 +615,9 @@ class Resume(Section):
     checkpoint folder, where a run starts that has none of its own; once it has, they count."""
     allow: list[str] = []
     """Names of identity entries that may differ from the checkpoint's."""
+    start_over: bool = False
+    """Start at step 0 where the run has checkpoints and none that can be used: all are damaged or of an older format.
+    They are put aside. Without this such a run is refused."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.train.checkpoint import Checkpoints
+from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention
 from pipeline.train.commit import damage
 from pipeline.world import World
 from tests.conftest import run_ranks, write_config
@@ -120,14 +120,58 @@ def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> 
     assert find(folder) == folder / "step-00000002"
     with pytest.raises(InputError, match=r"resume\.source"):
         find(folder / "empty", str(folder / "step-00000004"))
-    shutil.rmtree(folder / "step-00000002")
-    assert find(folder) is None
 
 
 def test_a_newer_format_is_refused_rather_than_walked_past(folder: Path) -> None:
     (folder / "step-00000004" / "COMMIT.json").write_text('{"format": 9, "files": []}')
     with pytest.raises(InputError, match="format 9, but this version reads format 2"):
         find(folder)
+
+
+@pytest.mark.parametrize("case", [case for case in SPOILS if case != "uncommitted"])
+def test_a_run_is_not_started_over_unless_told_so(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    spoil, message = SPOILS[case]
+    for checkpoint in folder.iterdir():
+        spoil(checkpoint)
+    before = contents(folder)
+    for source in ("auto", str(folder / "step-00000002")):
+        with pytest.raises(InputError, match=r"none of 2 checkpoints can be used.*resume\.start_over=true") as error:
+            find(folder, source)
+        assert "step-00000004" in str(error.value)
+        assert message in str(error.value)
+    assert contents(folder) == before
+    checkpoints = Checkpoints(folder, World(), IDENTITY)
+    checkpoints.set_aside()
+    assert checkpoints.find("auto", []) is None
+    (aside,) = folder.parent.glob("checkpoints-*")
+    assert contents(aside) == before
+    assert f"starting at step 0; {aside} holds" in capfd.readouterr().err
+
+
+def test_starting_over_leaves_a_whole_checkpoint_alone(folder: Path) -> None:
+    flip_bit(folder / "step-00000004" / "model.safetensors")
+    checkpoints = Checkpoints(folder, World(), IDENTITY)
+    checkpoints.set_aside()
+    assert checkpoints.find("auto", []) == folder / "step-00000002"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_later_checkpoints_take_no_place_from_new_ones(folder: Path) -> None:
+    flip_bit(folder / "step-00000004" / "model.safetensors")
+    shutil.copytree(folder / "step-00000002", folder / "step-00000003")
+    Checkpoints(folder, World(), IDENTITY).retain(Retention(last=1, best=0), newest=3, safe_step=3)
+    assert find(folder) == folder / "step-00000003"
+    assert not (folder / "step-00000002").exists()
+
+
+def test_a_state_with_more_in_it_is_read(folder: Path) -> None:
+    document = json.loads((folder / "step-00000004/state.json").read_text())
+    document["state"]["bad_samples"] = 3
+    (folder / "step-00000004/state.json").write_text(json.dumps(document))
+    assert Checkpoint(folder / "step-00000004").state.step == 4
 
 
 def test_a_source_that_does_not_exist_is_named(folder: Path) -> None:
@@ -151,7 +195,8 @@ def test_a_source_is_where_a_run_starts_and_not_where_it_goes_on(
     assert capfd.readouterr().err == ""
     for step in (2, 4):
         flip_bit(folder / f"step-{step:08d}" / "model.safetensors")
-    assert find(folder, source) == saved / "step-00000002"
+    with pytest.raises(InputError, match="none of 2 checkpoints can be used"):
+        find(folder, source)
 
 
 def test_a_damaged_step_is_written_again(digits: Path, folder: Path) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,10 @@ class Checkpoints:
         listing = {name: entry for part in parts for name, entry in part.items()}
         files.write(folder / COMMIT, json_bytes({"format": FORMAT, "files": listing}))
 
-    def retain(self, retention: Retention, safe_step: int) -> None:
-        """Remove the checkpoints that need not be kept. On rank 0."""
-        scores = {step: score_of(self.path(step), retention.metric) for step in self.steps()}
+    def retain(self, retention: Retention, newest: int, safe_step: int) -> None:
+        """Remove the checkpoints up to `newest` that need not be kept; later ones are damaged, and written again. On
+        rank 0."""
+        scores = {step: score_of(self.path(step), retention.metric) for step in self.steps() if step <= newest}
         for step in scores.keys() - retention.kept(scores, safe_step):
             self.remove(step)
 
@@ -143,9 +145,10 @@ class Checkpoints:
         """The checkpoint folder that resume.source means, or None to start fresh. For one rank to ask: it reads
         every byte, and the others take its answer.
 
-        A path is where a run starts that has no whole checkpoint of its own: started again, it goes on from its own.
+        A path is where a run starts that has no checkpoint of its own: started again, it goes on from its own.
 
-        Raises InputError for a checkpoint of another run's making, a damaged named one, or one nobody asked for.
+        Raises InputError for a checkpoint of another run's making, a damaged named one, or one nobody asked for, and
+        for a run none of whose own can be used, which is not started over unless `set_aside` is called first.
         """
         own = sorted(self.folder.glob("step-*"), reverse=True)
         if source == "never" and own:
@@ -153,11 +156,25 @@ class Checkpoints:
                 f"{self.folder} holds checkpoints but resume.source is never: give the run another run.name"
             )
         folder = next(filter(is_whole, own), None)
+        if own and folder is None:
+            raise InputError(
+                f"{self.folder}: none of {len(own)} checkpoints can be used, {own[0].name} because: {damage(own[0])}; "
+                "restore one, go on with the version of this project that saved them, choose another run.name, or set "
+                "resume.start_over=true, which puts them aside and starts at step 0"
+            )
         if source not in ("auto", "never"):
             folder = _start(Path(source), folder)
         if folder:
             self._compare(folder, allow)
         return folder
+
+    def set_aside(self) -> None:
+        """Rename the folder of checkpoints if none of those in it can be used, so that the run starts over."""
+        own = sorted(self.folder.glob("step-*"), reverse=True)
+        if own and not any(map(is_whole, own)):
+            aside = self.folder.with_name(f"{self.folder.name}-{time.strftime('%Y%m%dT%H%M%S')}")
+            self.folder.rename(aside)
+            print(f"resume.start_over: starting at step 0; {aside} holds the checkpoints", file=sys.stderr, flush=True)
 
     def find_regular(self, retention: Retention, safe_step: int) -> Path | None:
         """The newest whole checkpoint on the regular grid at or before `safe_step`. For one rank to ask."""
@@ -193,7 +210,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = State(**read_document(folder)["state"])
+        known = {field.name for field in dataclasses.fields(State)}  # earlier versions have saved more
+        self.state = State(**{name: value for name, value in read_document(folder)["state"].items() if name in known})
 
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)

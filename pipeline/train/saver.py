@@ -21,7 +21,7 @@ import torch
 from pipeline import files
 from pipeline.errors import ExternalError
 from pipeline.train.checkpoint import Checkpoints, Retention, State
-from pipeline.train.commit import EMA, MODEL, STATE, json_bytes, range_key
+from pipeline.train.commit import EMA, MODEL, STATE, json_bytes, range_key, step_of
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.snapshot import Snapshot
@@ -117,7 +117,7 @@ class Saver:
     def _commit_and_retain(self, folder: Path) -> None:
         self.checkpoints.commit(folder)
         try:
-            self.checkpoints.retain(self.retention, self._safe_step)
+            self.checkpoints.retain(self.retention, step_of(folder), self._safe_step)
         except OSError as error:
             print(f"old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
