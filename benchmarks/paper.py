@@ -150,8 +150,8 @@ def _best(client: MlflowClient, settings: config.Config, table: Table) -> ModelV
     metric = table.metrics[0]
     tags = {"task": settings.task.name, "model": settings.model.name, "num_classes": str(table.num_classes)}
     name = settings.tracking.model_name or settings.run.name
-    scored = [each for each in registry.versions(client, name, **tags) if registry.metric_of(each, metric) is not None]
-    return max(scored, key=lambda each: registry.worth(metric, registry.metric_of(each, metric)), default=None)
+    scored = [each for each in registry.versions(client, name, **tags) if registry.score_of(each, metric) is not None]
+    return max(scored, key=lambda each: registry.worth(metric, registry.score_of(each, metric)), default=None)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pipeline import config
 from pipeline.config import Cluster, Config, Handoff
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.card import Card
-from pipeline.track.outbox import Outbox
+from pipeline.track.outbox import Outbox, faults_of, is_given_up
 from pipeline.track.record import MAIN_METRIC, Record, new_uuid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,12 +209,12 @@ def _choose(folder: Path, entry: Handoff, keep_best: int) -> tuple[str | None, s
         )
     scores, why = outbox.scores(metric), ""
     by_score = sorted(registered, key=lambda each: scores.get(each, float("-inf")), reverse=True)
-    last = max(registered)
+    last = max((each for each in registered if not is_given_up(each)), default=None)
     for place, version in enumerate(by_score):
         if place >= keep_best and version != last:
             continue  # has been removed
         metrics = Card.read(version).metrics
-        failed = [
+        failed = faults_of(version) + [
             f"{name} is {metrics.get(name)}, but {bound} is asked for"
             for name, bound in entry.gate.items()
             if not bound.holds(metrics.get(name))

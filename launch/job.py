@@ -125,6 +125,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         )
         if publisher:
             trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), publisher]
+            trainer.on_rollback = publisher.outbox.give_up
             trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
             if schedule.profile_at is not None:
                 trainer.profiler = Profiler(folder / "profile", settings, world, schedule.profile_at)

@@ -208,7 +208,7 @@ def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, m
     tree |= {"run": {"name": "tiny", "root": "runs"}, "handoff": [{"config": str(child)}]}
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     (folder / "result.json").write_text("{}")
-    _register(folder, 1, top1=0.9, val_loss=1.0)
+    offer(folder, 1, top1=0.9, val_loss=1.0)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     commands: list[list[str]] = []
@@ -223,25 +223,9 @@ def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, m
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> None:
-    """Of three, with room for the best one and the last: the second, which alone passes the gate, is gone."""
-    Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
-    for step, (top1, val_loss) in enumerate([(0.9, 3.0), (0.8, 1.0), (0.7, 2.0)], 1):
-        _register(tmp_path, step, top1=top1, val_loss=val_loss)
-
-    def chosen(most: float, keep_best: int) -> str | None:
-        gate = {"val_loss": config.Bound(max=most)}
-        return handoff._choose(tmp_path, config.Handoff(config="c.yaml", gate=gate), keep_best)[0]
-
-    assert chosen(1.5, keep_best=1) is None
-    assert chosen(1.5, keep_best=2) == "models:/tiny/2"
-    assert chosen(2.5, keep_best=1) == "models:/tiny/3"
-    assert chosen(3.5, keep_best=1) == "models:/tiny/1"
-
-
-def _register(folder: Path, step: int, **metrics: float | None) -> None:
-    """Notes a version of the run in `folder` as registered."""
-    outbox, weights = Outbox(folder), folder / "weights"
+def offer(folder: Path, step: int, uri: str | None = None, **metrics: float | None) -> Path:
+    """A version of the run in `folder`, registered as `uri`."""
+    weights = folder / "weights"
     weights.write_bytes(b"%d" % step)
     card = Card(
         task=config.Classification(),
@@ -253,7 +237,56 @@ def _register(folder: Path, step: int, **metrics: float | None) -> None:
         sha256={WEIGHTS: f"{step:064x}"[::-1]},
         lineage={"step": str(step)},
     )
-    outbox.note(outbox.put({WEIGHTS: weights}, card), f"models:/tiny/{step}")
+    entry = Outbox(folder).put({WEIGHTS: weights}, card)
+    Outbox(folder).note(entry, uri or f"models:/tiny/{step}")
+    return entry
+
+
+def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> None:
+    """Of three, with room for the best one and the last: the second, which alone passes the gate, is gone."""
+    Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
+    for step, (top1, val_loss) in enumerate([(0.9, 3.0), (0.8, 1.0), (0.7, 2.0)], 1):
+        offer(tmp_path, step, top1=top1, val_loss=val_loss)
+
+    def chosen(most: float, keep_best: int) -> str | None:
+        gate = {"val_loss": config.Bound(max=most)}
+        return handoff._choose(tmp_path, config.Handoff(config="c.yaml", gate=gate), keep_best)[0]
+
+    assert chosen(1.5, keep_best=1) is None
+    assert chosen(1.5, keep_best=2) == "models:/tiny/2"
+    assert chosen(2.5, keep_best=1) == "models:/tiny/3"
+    assert chosen(3.5, keep_best=1) == "models:/tiny/1"
+
+
+@pytest.mark.parametrize("gate", [{}, {"top1": config.Bound(min=0.1)}, {"val_loss": config.Bound(max=9.0)}])
+def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(
+    tmp_path: Path, gate: dict[str, config.Bound]
+) -> None:
+    Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
+    good = offer(tmp_path, 10, top1=0.3, val_loss=1.0)
+    offer(tmp_path, 20, top1=0.9, val_loss=1.0, top5=None)
+    offer(tmp_path, 35, top1=0.8, val_loss=1.0)
+    outbox = Outbox(tmp_path)
+    outbox.give_up(since=30, step=37)
+    assert outbox.scores("top1") == {good: 0.3}
+    assert list(outbox.given_up()) == ["models:/tiny/35"]
+    entry = config.Handoff(config="c.yaml", gate=gate)
+    assert handoff._choose(tmp_path, entry, keep_best=1)[0] == "models:/tiny/10"
+    outbox.give_up(since=0, step=37)
+    model, why = handoff._choose(tmp_path, entry, keep_best=9)
+    assert model is None
+    assert "were rolled back" in why
+
+
+def test_what_was_rolled_back_before_it_was_registered_never_is(tmp_path: Path) -> None:
+    entry = offer(tmp_path, 35, top1=0.8)
+    (entry / "registered.json").unlink()
+    outbox = Outbox(tmp_path)
+    assert outbox.waiting() == [entry]
+    outbox.give_up(since=30, step=37)
+    assert outbox.waiting() == []
+    outbox.trim(1, "top1")
+    assert not entry.exists()
 
 
 def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:

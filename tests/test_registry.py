@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -464,16 +465,38 @@ def test_a_promotion_that_was_noted_and_never_made_is_no_way_back(tiny: Registry
     [
         ({"metrics": {"top1": {"min": 0.91}}}, "metrics.top1"),
         ({"metrics": {"val_loss": {"max": 0.4}}}, "metrics.val_loss"),
-        ({"metrics": {"top5": {"min": 0.0}}}, "metrics.top5"),
+        ({"metrics": {"top5": {"min": 0.9}}}, "metrics.top5"),
         ({"metrics": {"top3": {"min": 0.0}}}, "metrics.top3"),
         ({"champion": {"val_loss": 0.09}}, "champion.val_loss"),
     ],
 )
 def test_each_bound_refuses(tiny: Registry, tree: dict[str, Any], gate: str) -> None:
     promote.promote(tiny.add(1, top1=0.9, val_loss=0.4), gates())
-    result = promote.promote(tiny.add(2, top1=0.9, val_loss=0.5, top5=None), gates(**tree))
+    result = promote.promote(tiny.add(2, top1=0.9, val_loss=0.5, top5=0.8), gates(**tree))
     assert [row["gate"] for row in result["gates"] if not row["passed"]] == [gate]
     assert promote.promote("models:/tiny/2", gates(metrics={"top1": {"min": 0.9}}, champion={"val_loss": 0.11}))["ok"]
+
+
+def test_a_version_that_is_no_good_passes_no_gate_and_is_no_best(tiny: Registry) -> None:
+    good = tiny.add(1, top1=0.5, val_loss=1.0)
+    tiny.add(2, top1=0.9, val_loss=None)
+    tiny.add(3, top1=0.8, val_loss=1.0)
+    last = tiny.add(4, top1=0.4, val_loss=1.0)
+    registry.give_up(tiny.client, "models:/tiny/3", "rolled back")
+    for tree in ({}, {"metrics": {"top1": {"min": 0.1}}}, {"champion": {"top1": 1.0}}):
+        for uri, why in (("models:/tiny/2", "has a metric that is not finite"), ("models:/tiny/3", "rolled back")):
+            result = promote.promote(uri, gates(**tree))
+            assert not result["ok"]
+            assert [(row["gate"], row["value"]) for row in result["gates"] if not row["passed"]] == [("good", why)]
+    scored = promote.promote(last, gates(data="x"), score=lambda model, data: {"top1": 0.9, "val_loss": math.nan})
+    assert not scored["ok"]
+    removed = registry.prune(tiny.client, "tiny", "a" * 32, keep_best=1, metric="top1")
+    assert removed == ["models:/tiny/2", "models:/tiny/3"]
+    registry.give_up(tiny.client, "models:/tiny/3", "rolled back")  # has been removed
+    registry.give_up(tiny.client, last, "rolled back")
+    assert tiny.alias("candidate") == good
+    registry.give_up(tiny.client, good, "rolled back")
+    assert tiny.alias("candidate") is None
 
 
 def test_models_are_compared_on_the_same_data_alone(tiny: Registry) -> None:

@@ -1,13 +1,14 @@
 """A safetensors file in memory; which checkpoints are kept; saving by the clock."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-from pipeline.train.checkpoint import Checkpoints, Retention
+from pipeline.train.checkpoint import Checkpoints, Retention, State
 from pipeline.train.snapshot import Snapshot
 from pipeline.world import World
 from tests.conftest import run_ranks, write_config
@@ -58,6 +59,17 @@ def test_what_is_kept(retention: Retention, safe_step: int, kept: set[int]) -> N
     scores: dict[int, float | None] = dict.fromkeys([0, *range(10, 101, 10), 45], None)
     scores |= {30: 0.7, 50: 0.8, 70: 0.7}  # of equals the older one is the better
     assert retention.kept(scores, safe_step) == kept
+
+
+def test_a_checkpoint_with_a_score_that_is_not_finite_is_not_kept_as_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, World(), {})
+    for step, top1, val_loss in ((1, 0.5, 1.0), (2, 0.9, math.nan), (3, math.nan, 1.0), (4, 0.4, 1.0), (5, 0.3, 1.0)):
+        state = State(step=step, scores={"top1": top1, "val_loss": val_loss}, scored_step=step)
+        checkpoints.make(step)
+        (checkpoints.path(step) / "state.json").write_bytes(checkpoints.state_document(state))
+        (checkpoints.path(step) / "COMMIT.json").write_text("{}")
+    checkpoints.retain(Retention(last=1, best=1), newest=5, safe_step=5)
+    assert checkpoints.steps() == [1, 5]
 
 
 def test_saves_by_the_clock_leave_the_regular_grid_alone(digits: Path, tmp_path: Path) -> None:

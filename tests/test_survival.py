@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.track.outbox import Outbox
 from tests.conftest import run_ranks, write_config
 from tests.workers.legs import digest
 
@@ -96,10 +97,16 @@ def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None
     assert [step for step, _, top1 in numbers[0] if top1] == [12, 24, 36, 48]
 
 
-def test_divergence_without_end_stops_the_run(path: Path) -> None:
+def test_divergence_without_end_stops_the_run_and_what_it_gave_up_is_not_the_best(path: Path) -> None:
+    often = "train.eval_every=2 steps,checkpoint.every_minutes=1e-9"
     with pytest.raises(AssertionError, match=r"ended with 1:\n(.|\n)*training has diverged and guard") as error:
-        run_ranks(1, "faulty", path, json.dumps({20: "lr"}), "run.name=hopeless,guard.max_rollbacks=0")
+        run_ranks(1, "faulty", path, json.dumps({27: "lr"}), f"run.name=hopeless,guard.max_rollbacks=0,{often}")
     assert "Traceback" not in str(error.value)
+    top1 = {line["step"]: line["top1"] for line in lines(run(path, "hopeless") / "metrics.jsonl") if "top1" in line}
+    best = max(score for step, score in top1.items() if step <= 20)
+    assert best < max(score for step, score in top1.items() if step > 20)
+    # It would have gone back to step 20.
+    assert all(score <= best for score in Outbox(run(path, "hopeless")).scores("top1").values())
 
 
 def test_a_failing_store_costs_no_step(path: Path) -> None:

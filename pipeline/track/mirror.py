@@ -89,7 +89,7 @@ class Sent(BaseModel):
     files: dict[str, str] = {}
     """SHA-256 of each artifact as it was sent."""
     pruned: int = 0
-    """Registered versions that there were when surplus ones were last removed."""
+    """Registered versions, and those of them given up, that there were when surplus ones were last removed."""
     linked: bool = False
     """With the version that training started from."""
     sweep: str | None = None
@@ -140,8 +140,8 @@ class Mirror:
         with (self.folder / f".{NOTE}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self._record, self._sent = Record.read(self.folder), self._noted()
-            if len(self._outbox.waiting()) > 1:  # before connecting: they would pile up while the server is away
-                self._outbox.trim(self._settings.tracking.keep_versions, self._record.tags[MAIN_METRIC])
+            # Before connecting: they would pile up while the server is away.
+            self._outbox.trim(self._settings.tracking.keep_versions, self._record.tags[MAIN_METRIC])
             try:
                 client = self._connected()
                 self._send_facts(client)
@@ -329,7 +329,7 @@ class Mirror:
 
     def _send_versions(self, client: MlflowClient) -> None:
         waiting = self._outbox.waiting()
-        if not waiting and len(self._outbox.registered()) == self._sent.pruned:
+        if not waiting and self._num_changes() == self._sent.pruned:
             return
         from pipeline.track import registry  # which takes seconds to import
 
@@ -340,9 +340,14 @@ class Mirror:
             self._outbox.note(entry, uri)
         metric = self._record.tags[MAIN_METRIC]
         with self._where_allowed("surplus versions stay"):
+            for uri, why in self._outbox.given_up().items():
+                registry.give_up(client, uri, why)
             registry.prune(client, name, self._record.uuid, keep_best=tracking.keep_versions, metric=metric)
-        self._sent.pruned = len(self._outbox.registered())
+        self._sent.pruned = self._num_changes()
         self._note()
+
+    def _num_changes(self) -> int:
+        return len(self._outbox.registered()) + len(self._outbox.given_up())
 
     def _link_parent(self, client: MlflowClient) -> None:
         parent = self._record.tags.get(PARENT)

@@ -4,6 +4,7 @@ meanwhile costs one.
     checkpoints/step-00000420/ ──put: hard links──▶ versions/step-00000420-DIGEST/ ──Mirror──▶ registry
                                                       model.safetensors  [raw.safetensors]  model.json
                                                       registered.json    once it is; the weights go
+                                                      given-up.txt       if the run has gone back behind it
 
 An entry counts once it has a model.json, which is written last. Knows no MLflow.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from pipeline import files
 from pipeline.track.card import CARD, Card
 
-REGISTERED = "registered.json"
+REGISTERED, GIVEN_UP = "registered.json", "given-up.txt"
 
 
 class Outbox:
@@ -47,7 +48,7 @@ class Outbox:
 
     def waiting(self) -> list[Path]:
         """Entries that are not registered yet, by step."""
-        return [entry for entry in self._entries() if not (entry / REGISTERED).exists()]
+        return [entry for entry in self._entries() if not ((entry / REGISTERED).exists() or is_given_up(entry))]
 
     def registered(self) -> dict[Path, str]:
         """URIs of those that are, by entry, by step."""
@@ -60,23 +61,47 @@ class Outbox:
         for weights in entry.glob("*.safetensors"):
             weights.unlink()
 
+    def give_up(self, since: int, step: int) -> None:
+        """Mark the entries between two steps, whose weights the run has rolled back: they are not registered any more,
+        and never the best."""
+        for entry in self._entries():
+            if since < int(entry.name.split("-")[1]) < step:
+                with contextlib.suppress(FileNotFoundError):  # trimmed this instant
+                    files.write(entry / GIVEN_UP, f"at step {step} the run went back to step {since}".encode())
+
+    def given_up(self) -> dict[str, str]:
+        """Why, by URI, of the registered entries that are."""
+        return {uri: (at / GIVEN_UP).read_text() for at, uri in self.registered().items() if is_given_up(at)}
+
     def trim(self, keep_best: int, metric: str) -> None:
-        """Give up entries that better ones have overtaken before they were registered: all but the best and the last.
-        To be called by who registers them."""
+        """Remove entries that better ones have overtaken before they were registered, all but the best and the last,
+        and those given up before. To be called by who registers them."""
         waiting = self.waiting()
         scores = self.scores(metric)
         best = sorted(waiting, key=lambda entry: scores.get(entry, -math.inf), reverse=True)[:keep_best]
-        for entry in set(waiting[:-1]) - set(best):
+        given_up = {entry for entry in self._entries() if is_given_up(entry) and not (entry / REGISTERED).exists()}
+        for entry in set(waiting[:-1]) - set(best) | given_up:
             shutil.rmtree(entry)
 
     def scores(self, metric: str) -> dict[Path, float]:
-        """Of the entries that were scored, waiting and registered, by step."""
+        """Of the entries that were scored and are without `faults_of`, waiting and registered, by step."""
         scores: dict[Path, float] = {}
         for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):  # trimmed this instant
-                if (score := Card.read(entry).metrics.get(metric)) is not None:
+                score = Card.read(entry).metrics.get(metric)
+                if score is not None and not faults_of(entry):
                     scores[entry] = score
         return scores
 
     def _entries(self) -> list[Path]:
         return [card.parent for card in sorted(self.folder.glob(f"step-*/{CARD}"))]
+
+
+def is_given_up(entry: Path) -> bool:
+    return (entry / GIVEN_UP).exists()
+
+
+def faults_of(entry: Path) -> list[str]:
+    """Why an entry is no best and is handed off to nobody."""
+    unknown = [f"{name} is not finite" for name, value in Card.read(entry).metrics.items() if value is None]
+    return ["its weights were rolled back", *unknown] if is_given_up(entry) else unknown

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config import Bound, Gates
 from pipeline.errors import InputError
 from pipeline.track import package, registry, server
-from pipeline.track.registry import CHAMPION, PROMOTED, SCORED, Version, metric_of, uri_of, worth
+from pipeline.track.registry import CHAMPION, GIVEN_UP, PROMOTED, SCORED, Version, metric_of, uri_of, worth
 
 MOVE = "champion."
 
@@ -51,6 +51,7 @@ def promote(uri: str, gates: Gates, *, score: Scorer | None = None, why: str | N
     rows = [
         digests,
         _loads(pinned) if digests["passed"] else {"gate": "loads", "value": _UNTRIED, "passed": False},
+        *_faults(version, ours),
         *(_bound(name, bound, ours) for name, bound in gates.metrics.items()),
         *(_comparison(name, slack, ours, theirs, comparable) for name, slack in gates.champion.items()),
     ]
@@ -181,12 +182,21 @@ def _metrics(version: ModelVersion, gates: Gates, score: Scorer | None) -> Metri
         scores = score(uri_of(version), gates.data)
     except InputError as error:
         return f"cannot be scored on {gates.data}: {error}"
-    return {name: scores.get(name) for name in names}
+    measured = {name for name, value in scores.items() if isinstance(value, float)}
+    return {name: scores.get(name) for name in names | measured}
 
 
 def _same_data(version: ModelVersion, champion: ModelVersion | None) -> bool:
     """Whether the registered metrics of both were measured on the same data."""
     return champion is not None and SCORED in version.tags and version.tags[SCORED] == champion.tags.get(SCORED)
+
+
+def _faults(version: ModelVersion, ours: Metrics) -> list[Row]:
+    """A row that fails, whatever the gates name, for a version that is given up or has a metric that is not finite."""
+    numbers = [] if isinstance(ours, str) else filter(None, ours.values())
+    why = version.tags.get(GIVEN_UP, "has a metric that is not finite")
+    good = registry.is_good(version) and all(map(math.isfinite, numbers))
+    return [] if good else [{"gate": "good", "value": why, "passed": False}]
 
 
 def _bound(name: str, bound: Bound, ours: Metrics) -> Row:

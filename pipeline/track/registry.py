@@ -42,10 +42,12 @@ from pipeline.track.server import Unreachable, reaching
 CANDIDATE, CHAMPION = "candidate", "champion"
 DIGEST, METRIC, CHILD, PROMOTED = "sha256.", "metric.", "child.", "promoted."
 """How names of tags begin."""
+GIVEN_UP = "given_up"
+"""A tag of a version whose weights its run has rolled back: why."""
 SCORED = "scored"
 """A tag: digest of the data that the metrics were measured on."""
 
-_ENTRY, _LOGGED = "entry", "logged_model"
+_ENTRY, _LOGGED, _GOOD = "entry", "logged_model", "good"
 _ATTEMPTS = 6
 _jitter = random.SystemRandom()  # leaves the seeded generators as they were
 
@@ -198,17 +200,31 @@ def link_child(client: MlflowClient, parent_uri: str, child_uuid: str, child_run
 def prune(client: MlflowClient, name: str, run_uuid: str, *, keep_best: int, metric: str) -> list[str]:
     """Remove what a run has registered beyond its best `keep_best` versions and its last; returns their URIs.
 
-    Those with an alias, with a child, or that have been champion stay in any case.
+    A version that was given up is neither, and one with a metric that is not finite is not best. Those with an alias,
+    with a child, or that have been champion stay in any case.
     """
     ours = versions(client, name, run=run_uuid)
-    scored = [version for version in ours if metric_of(version, metric) is not None]
-    best = sorted(scored, key=lambda version: worth(metric, metric_of(version, metric)), reverse=True)[:keep_best]
-    kept = {str(version.version) for version in [*best, *ours[-1:]]}
+    standing = [version for version in ours if GIVEN_UP not in version.tags]
+    scored = [version for version in standing if score_of(version, metric) is not None]
+    best = sorted(scored, key=lambda version: worth(metric, score_of(version, metric)), reverse=True)[:keep_best]
+    kept = {str(version.version) for version in [*best, *standing[-1:]]}
     removed = []
     for version in ours:
         if str(version.version) not in kept and _remove(client, version):
             removed.append(uri_of(version))
     return removed
+
+
+def give_up(client: MlflowClient, uri: str, why: str) -> None:
+    """Mark a version whose weights its run has rolled back, unless it was removed, and take @candidate from it."""
+    with contextlib.suppress(InputError), reaching(uri):
+        version = find(client, uri)
+        name, number = version.name, str(version.version)
+        client.set_model_version_tag(name, number, GIVEN_UP, why)
+        client.set_model_version_tag(name, number, _GOOD, "false")
+        _again(lambda: _point_candidate(client, name))
+        if CANDIDATE in client.get_model_version(name, number).aliases:  # there is no other
+            client.delete_registered_model_alias(name, CANDIDATE)
 
 
 def worth(metric: str, value: float | None) -> float:
@@ -222,6 +238,16 @@ def metric_of(version: ModelVersion, metric: str) -> float | None:
     text = version.tags.get(f"{METRIC}{metric}")
     value = float(text) if text else math.nan
     return value if math.isfinite(value) else None
+
+
+def is_good(version: ModelVersion) -> bool:
+    """Whether all metrics that were registered are finite and the version was not given up."""
+    return version.tags.get(_GOOD) != "false"
+
+
+def score_of(version: ModelVersion, metric: str) -> float | None:
+    """What a version is compared by; None for one that can be no best."""
+    return metric_of(version, metric) if is_good(version) else None
 
 
 def uri_of(version: ModelVersion) -> str:
@@ -285,7 +311,7 @@ def _tags(card: Card, staged: Path) -> dict[str, str]:
         **card.lineage,
         **{f"{METRIC}{name}": repr(value) for name, value in metrics.items()},
         **({SCORED: card.scored.digest} if card.scored else {}),
-        "good": str(good).lower(),
+        _GOOD: str(good).lower(),
         "task": card.task.name,
         "model": card.model.name,
         "image_size": str(card.image.size),
@@ -321,7 +347,7 @@ def _point_candidate(client: MlflowClient, name: str) -> None:
 
 
 def _newest_good(client: MlflowClient, name: str) -> str | None:
-    query = f"name = {quoted(name)} and tags.good = 'true'"
+    query = f"name = {quoted(name)} and tags.{_GOOD} = 'true'"
     found = client.search_model_versions(query, max_results=1, order_by=["version_number DESC"])
     return str(found[0].version) if found else None
 

@@ -265,7 +265,9 @@ def scores_of(folder: Path) -> dict[str, float] | None:
 
 
 def score_of(folder: Path, metric: str) -> float | None:
-    return (scores_of(folder) or {}).get(metric)
+    """What makes the checkpoint better than others; None where any of its scores is not finite."""
+    scores = scores_of(folder) or {}
+    return scores.get(metric) if all(map(math.isfinite, scores.values())) else None
 
 
 def json_bytes(value: Any) -> bytes:

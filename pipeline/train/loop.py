@@ -70,6 +70,8 @@ class Trainer:
     """Scores the network. Is given a function to call now and then: whether to give up, and return None."""
     utilisation: Utilisation | None = None  # None where it cannot be told
     listeners: Sequence[Listener] = ()  # empty on all ranks but the first
+    on_rollback: Callable[[int, int], None] = lambda since, step: None
+    """Called on rank 0 with the step gone back to and the present one: versions of the steps between are no good."""
     anomalies: Anomalies | None = None
     trace: Trace | None = None
     profiler: Profiler | None = None
@@ -218,12 +220,14 @@ class Trainer:
         if self.world.is_first:
             found = self.saver.checkpoints.find_regular(self.saver.retention, safe)
         folder = self.world.from_first(found)
-        if folder is None:
+        saved = Checkpoint(folder) if folder else None
+        # Before anything else, so that no version is missed should the run end here.
+        self.on_rollback(saved.state.step if saved else safe, self.state.step)
+        if saved is None:
             raise Diverged(
                 f"step {self.state.step}: nothing to go back to, no checkpoint on the grid of train.save_every is as "
                 f"old as step {safe}: set train.save_every, or lower optim.lr"
             )
-        saved = Checkpoint(folder)
         assert saved.state.guard, "every save notes the guard"
         self.guard.roll_back(saved.state.guard)
         self.engine.load_weights(saved.weights())

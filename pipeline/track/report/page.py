@@ -237,7 +237,8 @@ def _commands(run: RunFiles) -> list[Html]:
     def rank(uri_and_score: tuple[str, float]) -> float:
         return uri_and_score[1]
 
-    scored = [(each.uri, sign * as_number(each.metrics.get(metric))) for each in run.versions if each.uri]
+    good = [each for each in run.versions if all(np.isfinite(as_number(value)) for value in each.metrics.values())]
+    scored = [(each.uri, sign * as_number(each.metrics.get(metric))) for each in good if each.uri]
     known = [(uri, score if np.isfinite(score) else -np.inf) for uri, score in scored]
     if not known:
         told = f"python launch/registry.py sync {run.folder}"

@@ -22,6 +22,7 @@ import yaml
 
 from pipeline.errors import InputError
 from pipeline.track.masking import mask_secrets
+from pipeline.track.outbox import is_given_up
 
 Array = npt.NDArray[np.float64]
 Document = dict[str, Any]
@@ -296,7 +297,7 @@ class RunFiles:
             card, registered = self._document(f"{name}/model.json"), self._document(f"{name}/registered.json")
             step = as_number(path.parent.name.split("-")[1])
             metrics = {key: as_number(value) for key, value in mapping(card.get("metrics")).items()}
-            if math.isfinite(step):
+            if math.isfinite(step) and not is_given_up(path.parent):
                 uri = registered.get("uri")
                 digest = str(mapping(card.get("sha256")).get("model.safetensors") or "")
                 versions.append(Version(int(step), uri if isinstance(uri, str) else None, {**metrics}, digest))
