@@ -159,6 +159,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_checkpoint_that_is_saved_again_is_kept_until_the_new_one_counts(folder: Path) -> None:
+    newest, checkpoints = folder / "step-00000004", Checkpoints(folder, World(), IDENTITY)
+    before = contents(folder)
+    for half_made in ("renamed", "begun"):
+        checkpoints.make(4)
+        assert find(folder) == folder / "step-00000002"
+        if half_made == "renamed":
+            newest.rmdir()
+        else:
+            (newest / "state.json").write_text("{}")
+        checkpoints.sweep()
+        assert contents(folder) == before
+    checkpoints.make(4)
+    for name in ("model.safetensors", "part-0.json", "state.json"):
+        shutil.copy(folder / ".step-00000004.replaced" / name, newest)
+    checkpoints.commit(newest)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
+
+
 def test_damaged_later_checkpoints_take_no_place_from_new_ones(folder: Path) -> None:
     flip_bit(folder / "step-00000004" / "model.safetensors")
     shutil.copytree(folder / "step-00000002", folder / "step-00000003")

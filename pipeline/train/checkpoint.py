@@ -103,10 +103,18 @@ class Checkpoints:
         return [step_of(path.parent) for path in sorted(self.folder.glob(f"step-*/{COMMIT}"))]
 
     def make(self, step: int) -> None:
-        """An empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0."""
-        self.remove(step)
+        """An empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0.
+
+        That is kept until the new one is committed: it may be whole, and saved again for its scores alone.
+        """
+        if self.path(step).exists():
+            shutil.rmtree(self._replaced(step), ignore_errors=True)
+            self.path(step).rename(self._replaced(step))
         self.path(step).mkdir(parents=True)
         files.sync_folder(self.folder)
+
+    def _replaced(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.replaced"
 
     def remove(self, step: int) -> None:
         folder = self.path(step)
@@ -118,10 +126,17 @@ class Checkpoints:
             shutil.rmtree(discarded)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written or half-deleted. On rank 0, while nobody writes."""
+        """Remove what killed processes left half-written or half-deleted, and restore what the former was to replace.
+        On rank 0, while nobody writes."""
         for folder in self.folder.glob("step-*"):
             if not (folder / COMMIT).exists():
                 self.remove(step_of(folder))
+        for replaced in self.folder.glob(".step-*.replaced"):
+            folder = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+            if folder.exists():
+                shutil.rmtree(replaced)
+            else:
+                replaced.rename(folder)
         for folder in self.folder.glob(".step-*.discarded"):
             shutil.rmtree(folder)
 
@@ -133,6 +148,7 @@ class Checkpoints:
         parts = [json.loads((folder / f"part-{r}.json").read_text()) for r in range(self._world.size)]
         listing = {name: entry for part in parts for name, entry in part.items()}
         files.write(folder / COMMIT, json_bytes({"format": FORMAT, "files": listing}))
+        shutil.rmtree(self._replaced(step_of(folder)), ignore_errors=True)
 
     def retain(self, retention: Retention, newest: int, safe_step: int) -> None:
         """Remove the checkpoints up to `newest` that need not be kept; later ones are damaged, and written again. On

@@ -93,7 +93,7 @@ class Trainer:
         """
         if self.state.step == 0 and self.schedule.save_every:
             self._save()  # something to roll back to, and a disk that fails does so now
-        self._evaluate_if_due()
+        self._make_up()
         while self.state.step < self.schedule.total and not self._stopping:
             with self._profiled():
                 batch = self._fetch()
@@ -102,6 +102,19 @@ class Trainer:
             self._evaluate_if_due()
             self._save_if_due()
         return self._finish()
+
+    def _make_up(self) -> None:
+        """Do what the attempt before may have been stopped from: evaluate at this step, save its checkpoint with the
+        scores, report it. Where an undisturbed run saves nothing, the one that a signal asked for gets no scores."""
+        newest, scored_step, step = self.saver.newest, self.state.scored_step, self.state.step
+        self._evaluate_if_due()
+        if newest is None or newest != self.saver.checkpoints.path(step):
+            return
+        if self.state.scored_step != scored_step and self.schedule.due(self.schedule.save_every, step):
+            self.saver.newest = None
+            self._save()
+        else:
+            self._tell_saved(newest)
 
     def _fetch(self) -> list[MicroBatch]:
         self.watch.at(self.state.step, "data")

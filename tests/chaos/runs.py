@@ -73,6 +73,8 @@ class Job:
     ranks: int
     overrides: tuple[str, ...] = ()
     target: str = "launch/pretrain.py"
+    first: tuple[str, ...] = ()
+    """Arguments that the target takes before the others."""
 
     @property
     def folder(self) -> Path:
@@ -111,7 +113,7 @@ class Attempt:
         number = len(list(logs.glob(f"{job.name}-*-rank-0.err")))
         self._logs = [logs / f"{job.name}-{number:03d}-rank-{rank}" for rank in range(job.ranks)]
         settings = [f"run.name={job.name}", *job.overrides]
-        arguments = ["--config", job.config, *(part for setting in settings for part in ("--set", setting))]
+        arguments = [*job.first, "--config", job.config, *(part for setting in settings for part in ("--set", setting))]
         self.processes: list[Rank] = start(job.ranks, job.target, arguments, self._logs)
 
     def __enter__(self) -> "Attempt":

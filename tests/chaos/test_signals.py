@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences, write_config
+from tests.chaos.signals import sweep
 
 STEPS = 40
 LIMIT_S = 120
@@ -56,3 +57,15 @@ def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: i
         assert f"rank {rank} (" in line.partition(";")[2]
         assert "is behind: it no longer runs" in line
         assert "exchange" in (job.folder / "stacks" / f"rank-{1 - rank}.txt").read_text()
+
+
+def test_signals_in_evaluations_and_at_the_end_change_nothing(digits: Path, tmp_path: Path) -> None:
+    """A small sample of `python -m tests.chaos.signals`."""
+    blows = [
+        ("evaluation at a step with a save", "SIGUSR1"),
+        ("last evaluation", "SIGTERM"),
+        ("registration", "SIGINT,SIGTERM"),
+    ]
+    (row,) = sweep(tmp_path, digits, ranks=1, blows=[blows])
+    assert row["codes"] == [85, 85, 0]
+    assert row["differences"] == []
