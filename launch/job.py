@@ -370,8 +370,8 @@ def _published(
     )
     try:
         yield publisher
-    except BaseException as error:
-        publisher.fail(error)
+    except BaseException:
+        publisher.fail()
         raise
 
 

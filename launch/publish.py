@@ -111,8 +111,8 @@ class Publisher:
         self.tracker.end("KILLED" if stopped else "FINISHED", HURRY_S if stopped else None)
         files.write(self.folder / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
 
-    def fail(self, error: BaseException) -> None:
-        self.tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", HURRY_S)
+    def fail(self) -> None:
+        self.tracker.end("FAILED", HURRY_S)
 
     def _offer(self, step: int, checkpoint: Path) -> Path:
         averaged = self._settings.train.ema_decay is not None

@@ -69,7 +69,7 @@ def child(deadline_s: float) -> Iterator[Child]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.Signals) -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(number)
@@ -125,12 +125,46 @@ def test_ending_in_time_is_not_forced() -> None:
         assert stopped.ended() == 0
 
 
-def test_other_signals_keep_their_meaning() -> None:
-    with StopSignal(deadline_s=100) as stop:
-        with pytest.raises(KeyboardInterrupt):
+def test_ctrl_c_under_a_launcher_is_one_signal_and_a_later_ctrl_c_forces_out() -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(signal.SIGINT)
+        assert line(stopped.stderr) == "SIGINT: stopping after this step; a second signal or 100 s force it"
+        time.sleep(0.3)
+        stopped.signal(signal.SIGTERM)
+        time.sleep(5.5)
+        stopped.signal(signal.SIGTERM)  # of a launcher that waited for another rank first
+        time.sleep(0.2)
+        assert stopped.process.poll() is None
+        stopped.signal(signal.SIGINT)
+        assert stopped.ended() == 85
+        assert line(stopped.stderr) == "SIGINT after SIGINT: forced out, without saving"
+
+
+def test_a_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal(deadline_s=100) as stop:
             signal.raise_signal(signal.SIGINT)
-        time.sleep(0.1)
-    assert stop.requested is None
+            signal.raise_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 30
+            while stop.requested is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert stop.requested == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_other_signals_keep_their_meaning() -> None:
+    previous = signal.signal(signal.SIGUSR2, signal.default_int_handler)
+    try:
+        with StopSignal(deadline_s=100) as stop:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGUSR2)
+            time.sleep(0.1)
+        assert stop.requested is None
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
 
 
 def test_handlers_are_restored() -> None:
