@@ -1,11 +1,14 @@
 """ZeRO 0 to 3 against plain PyTorch, on one rank, on two, and on three with padding."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import run_ranks, write_config
+from tests.ranks import ROOT
 
 
 def configuration(digits: Path, folder: Path, **changes: object) -> Path:
@@ -48,3 +51,15 @@ def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, precisio
     for report in reports[1:]:
         assert report["losses"] == pytest.approx(reports[0]["losses"], rel=2e-3)
     assert reports[0]["losses"][-1] < 0.95 * reports[0]["losses"][0]
+
+
+def test_deepspeed_does_not_import_mlflow_which_stays_importable() -> None:
+    script = """
+import sys
+from pipeline.train import deepspeed_config
+print(*sorted(name for name in sys.modules if name.partition(".")[0] == "mlflow"))
+import mlflow
+print(mlflow.__name__, deepspeed_config.deepspeed.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["", "mlflow deepspeed"]

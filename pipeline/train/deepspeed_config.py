@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, rule_of
 from pipeline.errors import InputError
+from pipeline.train.lean import deepspeed
 from pipeline.world import World
 
 _MOST_BUCKET_ELEMENTS = 50_000_000
@@ -70,7 +71,7 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds, and what is generated fits it
 
     try:
-        DeepSpeedZeroConfig(**zero)
+        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -18,12 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import deepspeed
-import deepspeed.runtime.compiler
 import torch
 import torch.func
 import torch.utils.deterministic
-from deepspeed.utils import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -34,6 +31,7 @@ from pipeline.keys import Stream
 from pipeline.train.commit import MOMENTS
 from pipeline.train.compile import compile_blocks
 from pipeline.train.deepspeed_config import deepspeed_config
+from pipeline.train.lean import deepspeed
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.seams import Task
 from pipeline.world import World
@@ -452,7 +450,7 @@ class Engine:
         if self.stage in (1, 2):
             zero = self._engine.optimizer
             for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-                lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
+                deepspeed.utils.lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
 
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
@@ -516,8 +514,7 @@ def _import_muon() -> None:
 
 def _log_to_stderr() -> None:
     """DeepSpeed logs to standard output, whose last line is ours."""
-    from deepspeed.utils import logger
-
+    logger = deepspeed.utils.logger
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
