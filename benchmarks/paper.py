@@ -4,10 +4,12 @@ python -m benchmarks.paper [--tracking-uri URI]
 
 Each row is a configuration of this repository. Its parameters are counted; its score is that of the best version that
 is registered under the configuration's tracking.model_name and was trained for this task, with this backbone, on as
-many classes as the paper's data has. Where there is none the table says "not run": nothing is filled in.
+many classes as the paper's data has. Where there is none the table says "not run": nothing is filled in. So it does
+where no registry is named and runs/mlflow.db does not exist.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,9 +112,17 @@ TABLES = (
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tracking-uri", default=server.tracking_uri(None), metavar="URI")
-    client = server.connect(parser.parse_args().tracking_uri)
+    parser.add_argument("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI")
+    client = _registry(parser.parse_args().tracking_uri)
     return {table.title: [_compare(client, table, row) for row in table.rows] for table in map(_announced, TABLES)}
+
+
+def _registry(uri: str | None) -> MlflowClient | None:
+    """Returns a client of the registry that was named, or else of the one in runs/; None if there is neither."""
+    if uri is None and not Path("runs/mlflow.db").exists():
+        print("runs/mlflow.db does not exist, and --tracking-uri names no other registry", file=sys.stderr)
+        return None
+    return server.connect(server.tracking_uri(uri))
 
 
 def _announced(table: Table) -> Table:
@@ -122,10 +132,10 @@ def _announced(table: Table) -> Table:
     return table
 
 
-def _compare(client: MlflowClient, table: Table, row: Row) -> dict[str, Any]:
+def _compare(client: MlflowClient | None, table: Table, row: Row) -> dict[str, Any]:
     settings = config.load(Path(table.folder) / f"{row.name}.yaml")
     parameters = _millions(settings, table.num_classes)
-    version = _best(client, settings, table)
+    version = _best(client, settings, table) if client else None
     scores = {metric: registry.metric_of(version, metric) if version else None for metric in table.metrics}
     cells = [row.name, f"{row.parameters} M", f"{parameters:.1f} M"]
     for published, score in zip(row.scores, scores.values(), strict=True):
