@@ -451,7 +451,7 @@ def test_a_tampered_version_is_not_exported(models: Models, tmp_path: Path) -> N
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.delitem(sys.modules, "pipeline.track.export.to_onnx", raising=False)
-    with pytest.raises(InputError, match=r'needs the package onnxscript, .*: pip install "pvt-pipeline\[export\]"'):
+    with pytest.raises(InputError, match=r"needs the package onnxscript, .*: pip install -e '\.\[export\]' in"):
         export.export(PICO, "onnx", tmp_path / "out")
     assert left(tmp_path) == []
 

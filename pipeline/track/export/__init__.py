@@ -88,7 +88,8 @@ def _target(name: str) -> Target:
         return cast(Target, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
     except ModuleNotFoundError as error:
         raise InputError(
-            f'--to {name}: needs the package {error.name}, which is not installed: pip install "pvt-pipeline[export]"'
+            f"--to {name}: needs the package {error.name}, which is not installed: "
+            "pip install -e '.[export]' in this project's folder"
         ) from error
 
 
