@@ -54,8 +54,10 @@ class Claim(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Claim":
+        """Its root is where the parent's folder is now: runs may have been moved together."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            claim = cls.model_validate_json(path.read_bytes())
+            return claim.model_copy(update={"root": str(path.parent.parent.parent)})
         except OSError as error:
             raise InputError(f"--claim {path}: {error.strerror}: it is written by launch/handoff.py") from error
         except ValidationError as error:

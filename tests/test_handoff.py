@@ -164,6 +164,18 @@ def _make(path: Path, number: int) -> str:
     return claim.make(path).uuid
 
 
+def test_a_child_is_looked_for_where_its_parent_was_moved(tmp_path: Path) -> None:
+    claim = Claim(uuid="a" * 32, name="child", root=f"{tmp_path}/old", model="models:/m/1", config="c.yaml", set=[])
+    path = tmp_path / "old" / "parent" / "handoff" / "key.json"
+    path.parent.mkdir(parents=True)
+    assert claim.make(path) == claim
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = Claim.read(tmp_path / "new" / "parent" / "handoff" / "key.json")
+    assert moved.folder == tmp_path / "new" / "child"
+    assert moved.result() is None
+    assert not (tmp_path / "old").exists()
+
+
 def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refused(jobs: Path, tmp_path: Path) -> None:
     path = jobs / "parent.yaml"  # any job will do
     folder = tmp_path / "runs" / "tiny"
