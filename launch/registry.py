@@ -10,6 +10,7 @@ python launch/registry.py rollback NAME [--why TEXT]        undo that
 python launch/registry.py import FILE --name N --model M    published weights as a version
 python launch/registry.py export URI --to T --out FOLDER    for timm, Transformers, onnxruntime, torch.export
 python launch/registry.py sync RUN                          send what the tracking server lacks of a run
+python launch/registry.py relocate                          repair the paths of a runs folder that was moved or copied
 
 URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME.
 """
@@ -289,6 +290,18 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
     }
 
 
+def _relocate(arguments: Namespace) -> dict[str, Any]:
+    from pipeline.track import relocate, server
+
+    uri = server.tracking_uri(arguments.tracking_uri)
+    database = server.embedded(uri)
+    if database is None or not database.exists():
+        raise InputError(f"--tracking-uri {uri}: no such database; give the moved one, as sqlite:///NEW/runs/mlflow.db")
+    num_paths = relocate.relocate(database)
+    print(f"{database}: {num_paths} paths were changed", file=sys.stderr)
+    return {"database": str(database), "paths": num_paths}
+
+
 def _add_uri(parser: ArgumentParser) -> None:
     parser.add_argument("uri", metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
     _add_server(parser)
@@ -321,6 +334,7 @@ SUBCOMMANDS = {
     "import": Subcommand("register weights that others have published", _import_arguments, _import),
     "export": Subcommand("write a version for another program, once it computes the same", _export_arguments, _export),
     "sync": Subcommand("send what the tracking server lacks of a run", _sync_arguments, _sync),
+    "relocate": Subcommand("repair the paths of a database that was moved or copied", _add_server, _relocate),
 }
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,17 +28,20 @@ import yaml
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._tracking_service import utils as tracking_utils
 
 import pvt  # noqa: F401 - registers its models with timm
+from launch import registry as registry_command
 from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.track import mirror, runs, system
+from pipeline.track import mirror, registry, runs, system
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.masking import mask_secrets
 from pipeline.track.mirror import Mirror
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import SWEEP, DataInput, Record, Status, Sweep
+from pipeline.track.relocate import relocate
 from pipeline.track.runs import Tracker, record_failure
 from pipeline.track.server import Unreachable, connect
 from pipeline.track.system import SystemLoad
@@ -543,6 +549,107 @@ def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
     assert tags["parent.version"] == "models:/tiny/2"
     assert tags["mlflow.parentRunId"] == version.run_id
     assert f"child.{Record.read(child).uuid}" in client.get_model_version("tiny", "2").tags
+
+
+# A runs folder that was moved or copied
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def tracked(folder: Path, tmp_path: Path) -> Path:
+    """A run whose server has everything, one version included."""
+    log(folder, range(1, 11))
+    offer(folder, tmp_path, 10)
+    Mirror(folder).sync()
+    return folder
+
+
+@pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
+def test_a_runs_folder_that_was_moved_or_copied_is_repaired(
+    tracked: Path, tmp_path: Path, how: Callable[[Path, Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_utils, "_artifact_repos_cache", OrderedDict())  # which a new process does not have
+    old, new = tracked.parent, tmp_path / "new place" / "runs"
+    new.parent.mkdir()
+    how(old, new)
+    before = contents(old)
+    folder, uri = new / tracked.name, f"sqlite:///{new}/mlflow.db"
+    log(folder, range(11, 21))
+    end(folder)
+    for _ in range(2):
+        with pytest.raises(Unreachable, match=rf"moved or copied from .* relocate --tracking-uri '{uri}'"):
+            Mirror(folder).sync()
+    with pytest.raises(InputError, match="was moved or copied"):
+        connect(uri)
+    assert contents(old) == before
+
+    relocating = registry_command.SUBCOMMANDS["relocate"].run
+    assert relocating(Namespace(tracking_uri=uri))["paths"] == 5  # of experiment, run and logged model; the version's 2
+    client = connect(uri)
+    assert registry.verify("models:/tiny/1")["ok"]
+    assert registry.resolve("models:/tiny/1").card.lineage["run"] == Record.read(folder).uuid
+    Mirror(folder).sync()
+    run = the_run(folder, client)
+    assert written(folder).items() <= stored(client, run.info.run_id).items()
+    assert run.info.artifact_uri.startswith(new.as_uri())
+    assert {"config.yaml", "metrics.jsonl"} <= artifacts(folder).keys()
+    assert contents(old) == before
+    assert relocating(Namespace(tracking_uri=uri))["paths"] == 0
+
+
+def test_a_database_is_not_repaired_without_its_artifacts(tracked: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    shutil.copytree(tracked.parent, new)
+    (model,) = (new / "artifacts" / "pretrain" / "models").iterdir()
+    shutil.rmtree(model)
+    before = dump(new / tracked.name)
+    told = rf"{model}/artifacts: was left in .* rsync -a --ignore-existing {tracked.parent}/artifacts/ {new}/artifacts/"
+    with pytest.raises(InputError, match=told):
+        relocate(new / "mlflow.db")
+    assert dump(new / tracked.name) == before
+    (tmp_path / "text.db").write_text("no database")
+    with pytest.raises(InputError, match=r"text\.db: cannot be used as a database"):
+        relocate(tmp_path / "text.db")
+
+
+def test_a_database_may_be_moved_alone(tracked: Path, tmp_path: Path) -> None:
+    """Its artifacts stay where they were, as they do for those who put them elsewhere on purpose."""
+    (tmp_path / "alone").mkdir()
+    shutil.move(tracked.parent / "mlflow.db", tmp_path / "alone" / "mlflow.db")
+    connect(f"sqlite:///{tmp_path}/alone/mlflow.db")
+    assert registry.verify("models:/tiny/1")["ok"]
+    assert relocate(tmp_path / "alone" / "mlflow.db") == 0
+
+
+def test_another_name_of_the_same_folder_is_no_other_place(tracked: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tracked.parent)
+    connect(f"sqlite:///{tmp_path}/link/mlflow.db")
+    assert registry.verify("models:/tiny/1")["ok"]
+
+
+def test_an_experiment_that_was_deleted_is_named(
+    tracked: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(tracked)
+    experiment = client.get_experiment_by_name("pretrain")
+    assert experiment
+    client.delete_experiment(experiment.experiment_id)
+    log(tracked, range(11, 21))
+    told = (
+        rf"experiment pretrain: was deleted .* mlflow experiments restore --experiment-id {experiment.experiment_id};"
+    )
+    with pytest.raises(Unreachable, match=told):
+        Mirror(tracked).sync()
+    monkeypatch.setattr(runs, "AWAITED_RETRY_S", 0.05)
+    tracker = Tracker(tracked, patience_s=0.5)
+    assert not tracker.end("FINISHED")
+    assert re.search(told, capfd.readouterr().err)
+    client.restore_experiment(experiment.experiment_id)
+    Mirror(tracked).sync()
+    assert written(tracked).items() <= stored(client, the_run(tracked).info.run_id).items()
 
 
 def begin_sweep(root: Path, rates: list[float], **tags: str) -> list[Path]:

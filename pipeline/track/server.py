@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +20,13 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
 
 import mlflow
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.retry import redact
+from pipeline.track.relocate import former_folders
 
 # Errors of artifact stores' clients, which are not installed everywhere, are told by name.
 _CLIENTS = {"mlflow", "sqlalchemy", "boto3", "botocore", "azure", "google"}
@@ -41,9 +44,10 @@ def tracking_uri(configured: str | None, root: str | Path = "runs") -> str:
 def connect(uri: str, *, create: bool = False) -> MlflowClient:
     """A client, after MLflow's own functions have been pointed at the same server.
 
-    Raises InputError for what cannot be a server, and for an embedded database that does not exist unless `create`.
+    Raises InputError for what cannot be a server, for an embedded database that does not exist unless `create`, and for
+    one that was moved or copied and still has the paths of its old place.
     """
-    database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    database = embedded(uri)
     if database and not database.exists() and not create:
         raise InputError(f"{database}: no such database; start where runs/ is, or name the server with --tracking-uri")
     try:
@@ -58,9 +62,24 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
                 _create(database)
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
+            _require_own_paths(database)
             return client
     except MlflowException as error:
         raise InputError(f"tracking server {redact(uri)}: {redact(error.message)}") from error
+
+
+def embedded(uri: str) -> Path | None:
+    """Returns the path of an embedded database; None for the URI of a server."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def _require_own_paths(database: Path) -> None:
+    if former := sorted(former_folders(database)):
+        raise InputError(
+            f"{database}: was moved or copied from {', '.join(former)}, where MLflow's paths in it still lead; nothing "
+            "was read or written. To have them lead to the artifacts beside the database: "
+            f"python launch/registry.py relocate --tracking-uri {shlex.quote(f'{_SQLITE}{database}')}"
+        )
 
 
 def _create(database: Path) -> None:
@@ -83,14 +102,20 @@ def _use(uri: str) -> None:
 
 
 def find_experiment(client: MlflowClient, name: str) -> str:
-    """Its id; it is created where there is none."""
+    """Its id; it is created where there is none. Raises InputError for one that was deleted."""
     if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == LifecycleStage.DELETED:
+            raise InputError(
+                f"experiment {name}: was deleted in MLflow, which keeps its name: to restore it, with its runs: "
+                f"MLFLOW_TRACKING_URI={redact(client.tracking_uri)} mlflow experiments restore --experiment-id "
+                f"{found.experiment_id}; or set another tracking.experiment"
+            )
         return found.experiment_id
     # A server picks its own artifact store; for an embedded database the artifacts lie beside it.
-    embedded = client.tracking_uri.startswith(_SQLITE)
-    beside = Path(client.tracking_uri.removeprefix(_SQLITE)).parent / "artifacts" / name
+    database = embedded(client.tracking_uri)
+    beside = (database.parent / "artifacts" / name).resolve().as_uri() if database else None
     try:
-        return client.create_experiment(name, artifact_location=beside.resolve().as_uri() if embedded else None)
+        return client.create_experiment(name, artifact_location=beside)
     except MlflowException:
         if found := client.get_experiment_by_name(name):  # another process has created it meanwhile
             return found.experiment_id
