@@ -260,6 +260,7 @@ def _sync_arguments(parser: ArgumentParser) -> None:
 
 def _sync(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track.mirror import Mirror
+    from pipeline.track.outbox import Outbox
     from pipeline.track.record import Record
     from pipeline.track.server import Unreachable
 
@@ -273,12 +274,14 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
         if record.status == "RUNNING":  # and yet nobody is at work: the job was killed
             record.end(folder, "KILLED")
         mirror = Mirror(folder)
-        lacking = mirror.behind
+        lacking, before = mirror.behind, mirror.run_id
         try:
             mirror.sync()
         except Unreachable as error:
             raise Unreachable(f"{error}; still to be sent: {mirror.behind}") from error
-        left = mirror.behind
+        if before not in (None, mirror.run_id):
+            lacking = "everything, as the server had lost the run"
+        left, missing = mirror.behind, [entry.name for entry in Outbox(folder).missing()]
     print(f"{folder}: sent: {lacking or 'nothing was lacking'}", file=sys.stderr)
     return {
         "run": str(folder),
@@ -287,6 +290,7 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
         "status": record.status,
         "sent": lacking,
         "left": left,
+        "missing": missing,
     }
 
 

@@ -652,6 +652,70 @@ def test_an_experiment_that_was_deleted_is_named(
     assert written(tracked).items() <= stored(client, the_run(tracked).info.run_id).items()
 
 
+# A database that was lost
+
+
+@pytest.fixture
+def lost(folder: Path, database: Path, tmp_path: Path) -> Path:
+    """A run with versions of steps 10 and 30, in another place since MLflow keeps a removed database open."""
+    offer(folder, tmp_path, 10, 30)
+    Mirror(folder).sync()
+    place = tmp_path / "again"
+    folder.parent.rename(place)
+    shutil.copyfile(database, place / "mlflow.db")
+    note = place / folder.name / "mlflow.json"
+    note.write_text(note.read_text().replace("/runs/", "/again/"))
+    return place / folder.name
+
+
+def sync(folder: Path) -> dict[str, Any]:
+    return registry_command.SUBCOMMANDS["sync"].run(Namespace(run=folder))
+
+
+def steps_of(folder: Path) -> dict[int, str]:
+    return {int(entry.name.split("-")[1]): uri for entry, uri in Outbox(folder).registered().items()}
+
+
+def test_versions_are_registered_again_from_what_a_lost_database_left(
+    lost: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sync(lost)["sent"] == "everything, as the server had lost the run"
+    assert "models:/tiny/2 is not in the registry: it is registered again" in capfd.readouterr().err
+    assert steps_of(lost) == {10: "models:/tiny/1", 30: "models:/tiny/2"}
+    for version in registry.versions(client_of(lost), "tiny"):
+        assert registry.verify(registry.uri_of(version))["ok"]
+        assert version.run_id == the_run(lost).info.run_id
+    assert not list(lost.glob("versions/*/*.safetensors"))
+    again = sync(lost)
+    assert (again["sent"], again["left"], again["missing"]) == ("", "", [])
+
+
+def test_versions_are_registered_again_from_checkpoints_or_are_listed(
+    lost: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(lost.parent / "artifacts")
+    for step in (10, 30):  # the checkpoint of step 30 does not hold the weights of its version
+        checkpoint = lost / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        shutil.copyfile(tmp_path / "10.safetensors", checkpoint / "model.safetensors")
+    for _ in range(2):
+        result = sync(lost)
+        assert (result["ok"], result["left"]) == (False, "1 versions whose weights are gone")
+        assert [name.rpartition("-")[0] for name in result["missing"]] == ["step-00000030"]
+        assert steps_of(lost) == {10: "models:/tiny/1"}
+    assert "models:/tiny/2 is not in the registry: nothing holds its weights" in capfd.readouterr().err
+    assert registry.verify("models:/tiny/1")["ok"]
+
+
+def test_a_version_that_somebody_removed_stays_away(tracked: Path) -> None:
+    client = client_of(tracked)
+    client.delete_model_version("tiny", "1")
+    (tracked / "mlflow.json").unlink()
+    Mirror(tracked).sync()
+    assert registry.versions(client, "tiny") == []
+    assert Outbox(tracked).missing() == []
+
+
 def begin_sweep(root: Path, rates: list[float], **tags: str) -> list[Path]:
     """Runs that launch/submit.py has submitted together."""
     folders = []

@@ -41,6 +41,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline import config, files
 from pipeline.errors import InputError
 from pipeline.track import server
+from pipeline.track.card import Card
 from pipeline.track.masking import mask_secrets, mask_urls
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record, Status
@@ -126,6 +127,7 @@ class Mirror:
         left = {
             f"{left_bytes} bytes of metrics": left_bytes,
             f"{len(self._outbox.waiting())} versions": self._outbox.waiting(),
+            f"{len(self._outbox.missing())} versions whose weights are gone": self._outbox.missing(),
             "files": any(True for _ in self._changed_files()),
             "status": not self._status_sent,
         }
@@ -182,10 +184,27 @@ class Mirror:
         except InputError as error:
             raise server.Unreachable(mask_secrets(str(error))) from error
         if self._sent.run_id != run_id:
+            self._reopen_lost(client)
             self._sent = Sent(uri=mask_secrets(self.uri), run_id=run_id)
             self._note()
         self._client = client
         return client
+
+    def _reopen_lost(self, client: MlflowClient) -> None:
+        """Have the versions that a server should have of the run, but has lost or never had, registered again."""
+        if not (uris := self._outbox.registered()):
+            return
+        from pipeline.track import registry
+
+        scores, tracking = self._outbox.scores(self._record.tags[MAIN_METRIC]), self._settings.tracking
+        best = sorted(uris, key=lambda entry: scores.get(entry, -math.inf), reverse=True)[: tracking.keep_versions]
+        for entry in {*best, max(uris)}:  # the others were surplus
+            if registry.is_lost(client, self._model_name, Card.read(entry), self._experiment):
+                found = self._outbox.reopen(entry)
+                what = (
+                    "it is registered again, under the next number" if found else "nothing holds its weights any more"
+                )
+                print(f"{self.folder}: {uris[entry]} is not in the registry: {what}", file=sys.stderr, flush=True)
 
     def _find_run(self, client: MlflowClient, uuid: str, name: str) -> str:
         """MLflow's name for the run with this UUID; it is created where there is none."""
@@ -333,8 +352,7 @@ class Mirror:
             return
         from pipeline.track import registry  # which takes seconds to import
 
-        tracking = self._settings.tracking
-        name = tracking.model_name or self._settings.run.name
+        name = self._model_name
         for entry in waiting:
             uri = registry.register(client, name, entry, experiment_id=self._experiment, run_id=self._run_id)
             self._outbox.note(entry, uri)
@@ -342,7 +360,8 @@ class Mirror:
         with self._where_allowed("surplus versions stay"):
             for uri, why in self._outbox.given_up().items():
                 registry.give_up(client, uri, why)
-            registry.prune(client, name, self._record.uuid, keep_best=tracking.keep_versions, metric=metric)
+            keep_best = self._settings.tracking.keep_versions
+            registry.prune(client, name, self._record.uuid, keep_best=keep_best, metric=metric)
         self._sent.pruned = self._num_changes()
         self._note()
 
@@ -386,6 +405,10 @@ class Mirror:
                 client.set_terminated(self._run_id, status, ended_ms)
         self._sent.status, self._sent.ended_ms = status, ended_ms
         self._note()
+
+    @property
+    def _model_name(self) -> str:
+        return self._settings.tracking.model_name or self._settings.run.name
 
     @property
     def _run_id(self) -> str:

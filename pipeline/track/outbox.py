@@ -6,10 +6,12 @@ meanwhile costs one.
                                                       registered.json    once it is; the weights go
                                                       given-up.txt       if the run has gone back behind it
 
-An entry counts once it has a model.json, which is written last. Knows no MLflow.
+An entry counts once it has a model.json, which is written last. One without registered.json whose weights are gone is
+missing: the registry has lost it, and nothing holds its weights any more. Knows no MLflow.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import files
-from pipeline.track.card import CARD, Card
+from pipeline.track.card import CARD, WEIGHTS, Card
 
 REGISTERED, GIVEN_UP = "registered.json", "given-up.txt"
 
@@ -39,16 +41,17 @@ class Outbox:
         shutil.rmtree(entry, ignore_errors=True)
         entry.mkdir(parents=True)
         for name, path in weights.items():
-            try:
-                os.link(path, entry / name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, entry / name)
+            _link(path, entry / name)
         card.write(entry)
         return entry
 
     def waiting(self) -> list[Path]:
         """Entries that are not registered yet, by step."""
-        return [entry for entry in self._entries() if not ((entry / REGISTERED).exists() or is_given_up(entry))]
+        return [entry for entry in self._unregistered() if (entry / WEIGHTS).exists()]
+
+    def missing(self) -> list[Path]:
+        """Entries that the registry has lost and that nothing holds the weights of, by step."""
+        return [entry for entry in self._unregistered() if not (entry / WEIGHTS).exists()]
 
     def registered(self) -> dict[Path, str]:
         """URIs of those that are, by entry, by step."""
@@ -73,6 +76,19 @@ class Outbox:
         """Why, by URI, of the registered entries that are."""
         return {uri: (at / GIVEN_UP).read_text() for at, uri in self.registered().items() if is_given_up(at)}
 
+    def reopen(self, entry: Path) -> bool:
+        """Have an entry wait again that the registry has lost. False if nothing holds its weights: it is missing."""
+        wanted, found = Card.read(entry).sha256, dict[str, Path]()
+        for path in self._holders(entry):
+            with path.open("rb") as file:
+                found[hashlib.file_digest(file, "sha256").hexdigest()] = path
+        whole = found.keys() >= set(wanted.values())
+        for name, digest in wanted.items() if whole else ():
+            (entry / name).unlink(missing_ok=True)
+            _link(found[digest], entry / name)
+        (entry / REGISTERED).unlink(missing_ok=True)
+        return whole
+
     def trim(self, keep_best: int, metric: str) -> None:
         """Remove entries that better ones have overtaken before they were registered, all but the best and the last,
         and those given up before. To be called by who registers them."""
@@ -93,6 +109,19 @@ class Outbox:
                     scores[entry] = score
         return scores
 
+    def _holders(self, entry: Path) -> list[Path]:
+        """Files that may be an entry's weights: those of its checkpoint, and those that a lost database has left among
+        the artifacts beside it."""
+        checkpoint = self.folder.parent / "checkpoints" / entry.name.rpartition("-")[0]
+        cards = self.folder.parent.parent.glob(f"artifacts/*/models/*/artifacts/artifacts/{CARD}")
+        stored = [path.parent for path in cards if path.read_bytes() == (entry / CARD).read_bytes()]
+        weights = [path for folder in (checkpoint, *stored) for path in folder.glob("*.safetensors")]
+        return [path for path in weights if not path.name.startswith("optimizer-")]
+
+    def _unregistered(self) -> list[Path]:
+        entries = [entry for entry in self._entries() if not is_given_up(entry)]
+        return [entry for entry in entries if not (entry / REGISTERED).exists()]
+
     def _entries(self) -> list[Path]:
         return [card.parent for card in sorted(self.folder.glob(f"step-*/{CARD}"))]
 
@@ -105,3 +134,10 @@ def faults_of(entry: Path) -> list[str]:
     """Why an entry is no best and is handed off to nobody."""
     unknown = [f"{name} is not finite" for name, value in Card.read(entry).metrics.items() if value is None]
     return ["its weights were rolled back", *unknown] if is_given_up(entry) else unknown
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

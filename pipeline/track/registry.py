@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -188,6 +188,12 @@ def attach(uri: str, file: Path) -> None:
         client.log_artifact(version.run_id, str(file), "predictions")
 
 
+def is_lost(client: MlflowClient, name: str, card: Card, experiment_id: str) -> bool:
+    """Whether a database knows nothing of an entry that was registered. Not so of a version that somebody removed."""
+    with reaching(f"models:/{name}"):
+        return not _find_same(client, name, card) and not _logged_models(client, name, card, experiment_id)
+
+
 def link_child(client: MlflowClient, parent_uri: str, child_uuid: str, child_run_id: str) -> None:
     """Note on the parent's version and on the run that made it which run was started from it."""
     version = find(client, parent_uri)
@@ -273,10 +279,10 @@ def _find_same(client: MlflowClient, name: str, card: Card) -> str | None:
 
 def _create(client: MlflowClient, name: str, entry: Path, card: Card, experiment_id: str, run_id: str | None) -> str:
     """Upload the files, then have them counted, all at once, by creating the version."""
-    key = fingerprint([name, card.lineage["run"], card.lineage["step"], card.sha256[WEIGHTS]])
-    for half_made in client.search_logged_models([experiment_id], filter_string=f"tags.{_ENTRY} = '{key}'"):
+    for half_made in _logged_models(client, name, card, experiment_id):
         _remove_files(client, half_made.model_id, half_made.artifact_location)
-    logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags={_ENTRY: key})
+    mark = {_ENTRY: _key(name, card)}
+    logged = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags=mark)
     model = Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
     staged = entry / "staged"  # beside the weights, for hard links
     shutil.rmtree(staged, ignore_errors=True)
@@ -300,6 +306,15 @@ def _create(client: MlflowClient, name: str, entry: Path, card: Card, experiment
         )
 
     return _again(create)
+
+
+def _logged_models(client: MlflowClient, name: str, card: Card, experiment_id: str) -> list[LoggedModel]:
+    """Those of attempts to register the entry: a version's files, which outlive a version that is removed in MLflow."""
+    return client.search_logged_models([experiment_id], filter_string=f"tags.{_ENTRY} = '{_key(name, card)}'")
+
+
+def _key(name: str, card: Card) -> str:
+    return fingerprint([name, card.lineage["run"], card.lineage["step"], card.sha256[WEIGHTS]])
 
 
 def _tags(card: Card, staged: Path) -> dict[str, str]:
