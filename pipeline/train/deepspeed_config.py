@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, rule_of
 from pipeline.errors import InputError
-from pipeline.train.lean import deepspeed
 from pipeline.world import World
 
 _MOST_BUCKET_ELEMENTS = 50_000_000
@@ -68,7 +67,7 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
         zero.setdefault("stage3_param_persistence_threshold", 0)
     if "zero_optimization" not in extra:
         return merged
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds, and what is generated fits it
+    from pipeline.train.lean import deepspeed  # which takes seconds, and what is generated fits DeepSpeed
 
     try:
         deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**zero)
