@@ -418,7 +418,6 @@ def test_annotations_of_another_data_set_are_refused(root: Path, tmp_path: Path)
         (change("images", 4, file_name=...), "image 4: file_name None; expected a path below"),
         (change("images", 4, file_name="../x.jpg"), r"image 4: file_name '../x.jpg'; expected a path below"),
         (change("images", 4, file_name="/etc/x.jpg"), "image 4: file_name '/etc/x.jpg'; expected a path below"),
-        (change("images", 4, file_name="000000000003.jpg"), "would both be '000000000003' in the shards"),
         (change("images", 4, height=...), "image 4: height None and width 64; expected pixels"),
         (change("images", 4, width=0), "image 4: height 48 and width 0; expected pixels"),
         (change("categories", 5, id=2), "expected an id of its own"),
@@ -437,6 +436,14 @@ def test_a_wrong_file_is_refused(root: Path, damage: Any, reason: str) -> None:
     write(root, tree)
     with pytest.raises(InputError, match=reason):
         coco.find(annotations_of(root))
+
+
+def test_two_images_of_one_file_are_refused(root: Path, tmp_path: Path) -> None:
+    tree = read(root)
+    change("images", 4, file_name="000000000003.jpg")(tree, root)
+    write(root, tree)
+    with pytest.raises(InputError, match="would both be '000000000003' in the shards"):
+        pack(coco.find(annotations_of(root)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from launch import shards as shards_command
 from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.faults import read_skipped
@@ -570,6 +572,124 @@ def test_files_that_are_left_out_are_told(tree: Path, tmp_path: Path, capsys: py
     (tree / "readme").write_text("hello")
     pack(tree, tmp_path / "out")
     assert "left out 2 files" in capsys.readouterr().err
+
+
+HIDDEN = [
+    ".DS_Store",
+    ".hidden/0.jpg",
+    "._0.jpg",
+    "__MACOSX/cat/0.jpg",
+    "Thumbs.db",
+    "desktop.ini",
+    "@eaDir/0.jpg/SYNOPHOTO_THUMB_XL.jpg",
+    ".ipynb_checkpoints/0-checkpoint.jpg",
+    "lost+found/0.jpg",
+    "#recycle/0.jpg",
+    "0.jpg~",
+    "~$0.jpg",
+    "#0.jpg#",
+    "0.jpg:Zone.Identifier",
+]
+
+
+def test_hidden_and_system_entries_are_ignored(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(tree, tmp_path / "clean")
+    capsys.readouterr()
+    for name in HIDDEN:
+        for folder in (tree, tree / "cat"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / "cat" / "0.jpg", folder / name)
+    pack(tree, tmp_path / "out")
+    assert listing(tmp_path / "out") == listing(tmp_path / "clean")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ignored {2 * len(HIDDEN)} hidden and system entries, the first is ")
+
+
+def test_hidden_tables_are_ignored(digit_images: Path, tmp_path: Path) -> None:
+    write_hugging_face(tmp_path / "data", digit_rows(digit_images, 6), NAMES, num_files=1)
+    (tmp_path / "data" / "._train-00000-of-00001.parquet").write_text("of a Mac")
+    assert pack(tmp_path / "data", tmp_path / "out").samples == 6
+
+
+def test_a_folder_of_splits_is_refused_with_the_commands(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "my data"
+    for split in ("val", "Train"):
+        shutil.copytree(tree, root / split)
+    (root / "test").mkdir()
+    shutil.copy(tree / "cat" / "0.jpg", root / "test" / "0.jpg")
+    (root / ".cache").mkdir()
+    with pytest.raises(InputError) as error:
+        pack(root, tmp_path / "out")
+    message, *commands = str(error.value).splitlines()
+    assert message.startswith(f"{root}: its folders Train, test, val are splits, not classes")
+    assert "test without class folders need a .csv list" in message
+    assert len(commands) == 2
+    for command in commands:
+        python, *words = shlex.split(command)
+        assert python == "python"
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [*words, "--workers", "1"])
+        assert shards_command.main()["samples"] == 6
+    assert read_manifest(tmp_path / "data/Train").classes == read_manifest(tmp_path / "data/val").classes
+
+
+def test_classes_that_are_called_as_splits_are_accepted(tree: Path, tmp_path: Path) -> None:
+    (tree / "cat").rename(tree / "train")  # beside a class that is no split
+    assert pack(tree, tmp_path / "out").classes == ["dog", "train"]
+    shutil.rmtree(tree / "dog")  # without folders in it
+    assert pack(tree, tmp_path / "one").classes == ["train"]
+    (tree / "train" / "inner").mkdir()
+    with pytest.raises(InputError, match="are splits, not classes"):
+        pack(tree, tmp_path / "two")
+    assert pack(tree, tmp_path / "two", classes=["plane", "train"]).samples == 3
+
+
+def test_all_that_listing_finds_is_told_at_once(tree: Path, tmp_path: Path) -> None:
+    for name in ("emu", "fox"):
+        (tree / name).mkdir()
+    for number in (0, 2):
+        shutil.copy(tree / "cat" / f"{number}.jpg", tree / "cat" / f"{number}.png")
+    (tree / "dog" / "gone.jpg").symlink_to("nowhere")
+    with pytest.raises(InputError) as error:
+        pack(tree, tmp_path / "out")
+    for part in ("emu: no images", "fox: no images", "'cat/0'", "'cat/2'", "gone.jpg: cannot be read"):
+        assert part in str(error.value)
+    manifest = pack(tree, tmp_path / "out", skip_bad=True)
+    assert (manifest.classes, manifest.samples) == (["cat", "dog"], 6)
+    assert [line["key"] for line in read_skipped(tmp_path / "out")] == ["emu", "fox", "cat/0", "cat/2", "dog/gone"]
+
+
+def test_an_unreadable_folder_is_named(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(folder: str) -> Any:
+        if str(folder).endswith("dog"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="dog: cannot be read: Permission denied"):
+        pack(tree, tmp_path / "out")
+
+
+def test_bad_images_of_all_shards_are_told_at_once(tree: Path, tmp_path: Path) -> None:
+    bad = {str(tree / "cat" / f"bad-{number:02d}.jpg") for number in range(12)}
+    for path in bad:
+        Path(path).write_bytes(b"hello")
+    out, refused = tmp_path / "new" / "out", tmp_path / "new" / "out-refused.jsonl"
+    with pytest.raises(InputError) as error:
+        pack(tree, out, samples_per_shard=3)
+    lines = str(error.value).splitlines()
+    assert len([line for line in lines if line.endswith("not an image")]) == 10
+    assert f"all 12 are listed in {refused}" in lines
+    assert {json.loads(line)["path"] for line in refused.read_text().splitlines()} == bad
+    assert [path.name for path in refused.parent.iterdir()] == [refused.name]
+    for path in bad:
+        Path(path).unlink()
+    pack(tree, out)
+    assert not refused.exists()
 
 
 def test_names_in_any_script_and_of_any_length_survive(tree: Path, tmp_path: Path) -> None:

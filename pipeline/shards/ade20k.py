@@ -15,7 +15,8 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.shards.faults import BadSource
 from pipeline.shards.index import MANIFEST
-from pipeline.shards.sources import EXTENSIONS, Entry, Listing, files_below, key_of, listing
+from pipeline.shards.sources import EXTENSIONS, Entry, Listing, key_of, listing
+from pipeline.shards.tree import files_below, report_ignored
 
 ANNOTATIONS, IMAGES = "annotations", "images"
 CLASSES = "objectInfo150.txt"
@@ -79,13 +80,15 @@ def _images_folder(annotations: str | Path, root: Path | None, inner: Path) -> P
 def _files(folder: Path, extensions: tuple[str, ...]) -> dict[str, list[str]]:
     """The files below a folder by their path without extension."""
     found: dict[str, list[str]] = {}
-    left_out = []
-    for path in files_below(str(folder)):
+    left_out: list[str] = []
+    ignored: list[str] = []
+    for path in files_below(str(folder), ignored):
         stem, dot, extension = path.removeprefix(f"{folder}/").rpartition(".")
         if dot and extension.lower() in extensions:
             found.setdefault(stem, []).append(path)
         else:
             left_out.append(path)
+    report_ignored(ignored)
     if left_out:
         print(f"left out {len(left_out)} files that are not {', '.join(extensions)}: {left_out[0]} …", file=sys.stderr)
     return found

@@ -21,7 +21,8 @@ from pipeline.errors import InputError
 from pipeline.shards.faults import BadSource
 from pipeline.shards.index import MAX_CLASSES
 from pipeline.shards.objects import Annotated, BadObjectsError, encode, num_pointless, packed_form
-from pipeline.shards.sources import Entry, Listing, files_below, key_of, listing
+from pipeline.shards.sources import Entry, Listing, key_of, listing
+from pipeline.shards.tree import files_below
 
 EXPECTED = "ROOT/annotations/instances_SPLIT.json and images in ROOT/SPLIT"
 
@@ -45,7 +46,7 @@ def digest(annotations: str | Path) -> str:
     InputError where there are none."""
     path, folder = _places(annotations, None)
     try:
-        stats = [(name, os.stat(name)) for name in sorted([str(path), *files_below(str(folder))])]  # noqa: PTH116
+        stats = [(name, os.stat(name)) for name in sorted([str(path), *files_below(str(folder), [])])]  # noqa: PTH116
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

@@ -44,13 +44,17 @@ def first_few(faults: Sequence[Fault | BadSource]) -> str:
     return "\n".join(lines)
 
 
-def write_skipped(folder: Path, faults: Iterable[Fault | BadSource]) -> None:
+def write_faults(path: Path, faults: Iterable[Fault | BadSource]) -> None:
+    """List them in a file, one JSON object a line."""
+    files.write(path, "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode())
+
+
+def write_skipped(folder: Path, faults: Sequence[Fault | BadSource]) -> None:
     """List in FOLDER/skipped.jsonl what was left out; without faults there is no such file."""
     (folder / SKIPPED).unlink(missing_ok=True)
-    lines = [json.dumps(fault._asdict()) + "\n" for fault in faults]
-    if lines:
-        files.write(folder / SKIPPED, "".join(lines).encode())
-        print(f"left out {len(lines)}, listed in {SKIPPED}", file=sys.stderr)
+    if faults:
+        write_faults(folder / SKIPPED, faults)
+        print(f"left out {len(faults)}, listed in {SKIPPED}", file=sys.stderr)
 
 
 def read_skipped(folder: Path) -> list[dict[str, str | None]]:

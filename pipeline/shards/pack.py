@@ -38,7 +38,7 @@ from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards import attribution, images, objects, parquet, sources
-from pipeline.shards.faults import BadSource, first_few, write_skipped
+from pipeline.shards.faults import SHOWN, BadSource, first_few, write_faults, write_skipped
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import (
     ANNOTATED_RECORD,
@@ -87,14 +87,15 @@ def pack(
     `quality`; with either, formats other than JPEG and PNG are converted too. `skip_bad` leaves out images that cannot
     be used and lists them in skipped.jsonl. An ATTRIBUTION.txt of the images goes with them.
 
-    Raises InputError for anything wrong with the input, and then leaves nothing behind. Whatever else ends it, what is
-    done is kept for the next attempt.
+    Raises InputError for anything wrong with the input: first for all that listing it has found, then for all images
+    of all shards. It then leaves nothing behind but OUT-refused.jsonl, the list where that is long. Whatever else ends
+    it, what is done is kept for the next attempt.
     """
     out = out.resolve()
     _refuse_full(out)
     listing = source if isinstance(source, Listing) else sources.find(source, classes)
     bad = list(listing.bad)
-    _refuse_bad(bad, skip_bad)
+    _refuse_bad(bad, out, skip_bad)  # before any image is decoded, which may take hours
     options = _Options(max_side, quality, samples_per_shard, seed)
     identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
     with _partial(out, fingerprint(identity)[:16]) as folder:
@@ -107,8 +108,8 @@ def pack(
         workers = min(workers, -(-num_images // samples_per_shard))
         for done in each(_pack_shard, tasks, workers=workers, total=num_images, name="packing"):
             bad += done.bad
-            _refuse_bad(bad, skip_bad)
             shards += [done.shard] if done.shard else []
+        _refuse_bad(bad, out, skip_bad)
         if not shards:
             raise InputError(f"{out}: not one image can be packed:\n{first_few(bad)}")
         data = folder / "data"
@@ -120,6 +121,7 @@ def pack(
         files.write(data / MANIFEST, manifest.encode())
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
         data.rename(out)
+    _refused(out).unlink(missing_ok=True)
     return manifest
 
 
@@ -128,11 +130,26 @@ def _refuse_full(out: Path) -> None:
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
 
 
-def _refuse_bad(bad: list[BadSource], skip_bad: bool) -> None:
-    if bad and not skip_bad:
-        raise InputError(
-            f"images that cannot be packed:\n{first_few(bad)}\nrepair or remove them; --skip-bad leaves such images out"
-        )
+def _refused(out: Path) -> Path:
+    """Where all that was wrong with the input is listed, where it is more than a message holds."""
+    return out.with_name(f"{out.name}-refused.jsonl")
+
+
+def _refuse_bad(bad: list[BadSource], out: Path, skip_bad: bool) -> None:
+    if not bad or skip_bad:
+        return
+    listed = ""
+    if len(bad) > SHOWN:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_faults(_refused(out), bad)
+        except OSError as error:
+            raise InputError(f"{_refused(out)}: cannot be written: {error.strerror}\n{first_few(bad)}") from error
+        listed = f"\nall {len(bad)} are listed in {_refused(out)}"
+    raise InputError(
+        f"images that cannot be packed:\n{first_few(bad)}{listed}\n"
+        "repair or remove them; --skip-bad leaves such images out"
+    )
 
 
 @contextlib.contextmanager

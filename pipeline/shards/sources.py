@@ -14,10 +14,10 @@ import csv
 import dataclasses
 import glob
 import hashlib
-import itertools
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,9 +30,16 @@ from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.faults import BadSource
 from pipeline.shards.index import Annotations
+from pipeline.shards.tree import entries_of, files_below, is_folder, is_system, report_ignored
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """Files that are taken for images in a tree."""
+
+_NO_IMAGES = (
+    "no images; a class folder holds at least one file that ends in "
+    f"{', '.join(f'.{extension}' for extension in EXTENSIONS)}"
+)
+_SPLIT = re.compile(r"(train|training|trainval|val|valid|validation|dev|eval|evaluation|test|testing)[-_]?\d*", re.I)
 
 
 class Entry(NamedTuple):
@@ -76,7 +83,7 @@ def find(images: str | Path, classes: list[str] | None = None) -> Listing:
         matching = glob.glob(str(images), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
         return _from_tables(sorted(map(Path, matching)), images, classes)
     if path.is_dir():
-        tables = sorted(path.glob("*.parquet"))
+        tables = sorted(table for table in path.glob("*.parquet") if not is_system(table.name))
         return _from_tables(tables, images, classes) if tables else _from_tree(path, classes)
     if not path.is_file():
         raise InputError(f"{images}: no such file or folder")
@@ -88,50 +95,60 @@ def find(images: str | Path, classes: list[str] | None = None) -> Listing:
 
 
 def _from_tree(images: Path, classes: list[str] | None) -> Listing:
-    folders = sorted(entry.name for entry in images.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    ignored: list[str] = []
+    top = entries_of(str(images), ignored)
+    folders = [entry.name for entry in top if is_folder(entry)]
+    left_out = [entry.path for entry in top if not is_folder(entry)]
     if not folders:
         raise InputError(f"{images}: no class folders; expected {images}/CLASS/IMAGE.jpg")
+    if unreadable := [name for name in folders if not name.isprintable()]:
+        # Undecodable bytes of a file name show as lone surrogates.
+        names = ", ".join(map(repr, unreadable))
+        raise InputError(f"{str(images)!r}: a class name is readable text in UTF-8: rename the folders {names}")
+    if not set(folders) <= set(classes or ()):
+        _refuse_splits(images, folders)
+    pictures: dict[str, list[str]] = {name: [] for name in folders}
     for name in folders:
-        if not name.isprintable():  # undecodable bytes of a file name show as lone surrogates
-            raise InputError(f"{str(images / name)!r}: a class name is readable text in UTF-8: rename the folder")
+        for path in files_below(str(images / name), ignored):
+            is_image = path.rpartition(".")[2].lower() in EXTENSIONS
+            (pictures[name] if is_image else left_out).append(path)
+    report_ignored(ignored)
+    if left_out:
+        print(f"left out {len(left_out)} files that are no class's images: {left_out[0]} …", file=sys.stderr)
+    empty = [BadSource(str(images / name), name, _NO_IMAGES) for name in folders if not pictures[name]]
     if classes is None:
-        classes = folders
+        classes = [name for name in folders if pictures[name]]
     elif unknown := sorted(set(folders) - set(classes)):
         raise InputError(
             f"{images}: class folders {unknown} are not among the {len(classes)} classes of --classes-from; "
             "rename them or pack the split that has them first"
         )
     labels = {name: label for label, name in enumerate(classes)}
-    entries, left_out = [], []
-    for name in folders:
-        count, folder = len(entries), str(images / name)
-        for path in files_below(folder):
-            if path.rpartition(".")[2].lower() in EXTENSIONS:
-                entries.append(Entry(key_of(name + path.removeprefix(folder)), path, labels[name]))
-            else:
-                left_out.append(path)
-        if len(entries) == count:
-            raise InputError(
-                f"{images / name}: no images; a class folder holds at least one file that ends in "
-                f"{', '.join(f'.{extension}' for extension in EXTENSIONS)}"
-            )
-    left_out += [entry.path for entry in os.scandir(images) if not entry.is_dir()]
-    if left_out:
-        print(f"left out {len(left_out)} files that are no class's images: {left_out[0]} …", file=sys.stderr)
-    return listing(classes, entries)
+    found = [
+        Entry(key_of(name + path.removeprefix(str(images / name))), path, labels[name])
+        for name in folders
+        for path in pictures[name]
+    ]
+    return listing(classes, found, empty)
 
 
-def files_below(folder: str) -> Iterator[str]:
-    """Every file below a folder, links followed."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            yield f"{parent}/{name}"
+def _refuse_splits(images: Path, folders: list[str]) -> None:
+    """Raises InputError for a folder of splits, each with its class folders, which would become the classes."""
+    if not all(map(_SPLIT.fullmatch, folders)):
+        return
+    splits = [name for name in folders if any(map(is_folder, entries_of(str(images / name), [])))]
+    if not splits:
+        return
+    splits.sort(key=lambda name: not name.lower().startswith("train"))
+    command = "  python launch/shards.py pack --images {} --out data/{}"
+    lines = [command.format(shlex.quote(str(images / name)), name) for name in splits]
+    lines[1:] = [f"{line} --classes-from data/{splits[0]}" for line in lines[1:]]
+    flat = [name for name in folders if name not in splits]
+    without = f"; {', '.join(flat)} without class folders need a .csv list of path and label" if flat else ""
+    raise InputError(
+        f"{images}: its folders {', '.join(folders)} are splits, not classes: pack each by itself{without}; "
+        "if they are classes, list the images in a .csv\n" + "\n".join(lines)
+    )
 
 
 class _Row(NamedTuple):
@@ -251,15 +268,18 @@ def _from_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
 def listing(
     classes: list[str], entries: list[Entry], bad: Sequence[BadSource] = (), annotations: Annotations | None = None
 ) -> Listing:
-    """Of images in files of their own: sorted by key, which must differ, and without those that are not there."""
-    entries.sort()
-    for one, other in itertools.pairwise(entries):
-        if one.key == other.key:
-            raise InputError(
-                f"{one.place} and {other.place} would both be {one.key!r} in the shards: rename or remove one of them"
-            )
+    """Of images in files of their own: sorted by key. Those that are not there, and all but the first of one key, are
+    bad."""
+    unique: list[Entry] = []
+    twins: list[BadSource] = []
+    for entry in sorted(entries):
+        if unique and unique[-1].key == entry.key:
+            both = f"it and {unique[-1].place} would both be {entry.key!r} in the shards: rename or remove one of them"
+            twins.append(BadSource(entry.place, entry.key, both))
+        else:
+            unique.append(entry)
     there, missing, stats = [], [], []
-    for entry in entries:
+    for entry in unique:
         try:
             for place in (entry.place, entry.annotation):
                 if isinstance(place, str):
@@ -267,7 +287,7 @@ def listing(
             there.append(entry)
         except OSError as error:
             missing.append(BadSource(str(error.filename), entry.key, f"cannot be read: {error.strerror}"))
-    return Listing(classes, there, _digest(classes, stats, there), [*bad, *missing], annotations=annotations)
+    return Listing(classes, there, _digest(classes, stats, there), [*bad, *twins, *missing], annotations=annotations)
 
 
 def _digest(classes: list[str], stats: Iterable[tuple[str, os.stat_result]], entries: list[Entry]) -> str:
