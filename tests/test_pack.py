@@ -213,6 +213,7 @@ def test_numbers_in_a_list_are_sorted_as_numbers(tree: Path, tmp_path: Path) -> 
         ("x.jsonl", "{}\n", "line 1: path None"),
         ("x.jsonl", "[1]\n", "line 1: path None"),
         ("x.jsonl", '{"path": "a.jpg", "label": 1.5}\n', "line 1: label 1.5; expected a class name or number"),
+        ("x.jsonl", '{"path": "a.jpg", "label": "1 5"}\n', "line 1: label '1 5' is several numbers"),
         ("x.jsonl", "path,label\n", "not a .jsonl list in UTF-8"),
         ("x.jsonl", '{"path": "images/cat/0.jpg", "label": 1}\n' * 2, "would both be '0' in the shards"),
         ("x.txt", "path,label\n", "expected a folder, a .csv or .jsonl list, or a .parquet file"),
@@ -308,6 +309,22 @@ def test_parquet_without_names_or_labels(digit_images: Path, tmp_path: Path) -> 
     pack(tmp_path / "data", tmp_path / "named", classes=NAMES, skip_bad=True)
     found = {int(key[-8:]): label for key, (label, _) in contents(tmp_path / "named").items()}
     assert found == {row: NAMES[label] for row, (_, label) in enumerate(rows) if row not in (3, 4, 5)}
+
+
+def test_labels_that_count_from_one_are_noticed(
+    digit_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [(data, number % 3 + 1) for number, (data, _) in enumerate(digit_rows(digit_images, 6))]
+    for names in (None, ["ant", "bee", "cow"]):
+        write_hugging_face(tmp_path / str(bool(names)), rows, names, num_files=1)
+    for source, classes in ((tmp_path / "True", None), (tmp_path / "False", ["ant", "bee", "cow"])):
+        with pytest.raises(InputError, match="labels are 1 … 3 of 3 classes, so they count from 1"):
+            pack(source, tmp_path / "out", classes=classes, skip_bad=True)
+    assert pack(tmp_path / "False", tmp_path / "out").classes == ["0", "1", "2", "3"]
+    assert "labels are 1 … 3 and none is 0, so class 0 has no samples" in capsys.readouterr().err
+    few = write_csv(tmp_path / "list.csv", [(str(path), 3) for path in (digit_images / "val").rglob("0/*.jpg")][:2])
+    with pytest.raises(InputError, match="labels are 3 … 3 of 3 classes, so they count from 1"):
+        pack(few, tmp_path / "few", classes=["ant", "bee", "cow"])
 
 
 def test_parquet_of_names_and_plain_bytes(digit_images: Path, tmp_path: Path) -> None:

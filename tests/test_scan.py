@@ -340,6 +340,8 @@ def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, cl
         ([0, 1, float("nan")], "json", "label is NaN; a label is a number or a name"),
         ([0, 1, "a\u2028b"], "json", r"label 'a\u2028b': neither a number nor a readable name"),
         ([0, 1, ["dog"]], "json", 'label is ["dog"]; a label is a number or a name'),
+        ([0, 1, "1 5"], "cls", "label '1 5' is several numbers; a sample has one class"),
+        ([0, 1, "1, 5,7"], "json", "label '1, 5,7' is several numbers; a sample has one class"),
     ],
 )
 def test_odd_labels_are_faults(tmp_path: Path, labels: list, part: str, reason: str) -> None:
@@ -361,6 +363,28 @@ def test_classes_of_another_data_set(tmp_path: Path) -> None:
     _, faults = index(str(tmp_path / "numbers"), classes=["ant", "cat", "dog"], skip_bad=True)
     assert faults == [Fault("data.tar", "2", "label '3' is none of the 3 classes")]
     assert found(tmp_path / "numbers") == ["ant", "cat"]
+
+
+def test_numbers_are_names_where_the_classes_are_called_by_numbers(tmp_path: Path) -> None:
+    labelled(tmp_path / "root", [10, "02", 9])
+    index(str(tmp_path / "root"), classes=["2", "9", "10"])
+    assert found(tmp_path / "root") == ["10", "2", "9"]
+
+
+def test_labels_that_count_from_one_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled(tmp_path / "zero", [0, 1, 2])
+    index(str(tmp_path / "zero"))
+    assert "count from 1" not in capsys.readouterr().err
+    labelled(tmp_path / "one", [1, 2, 3, 2])
+    with pytest.raises(InputError, match="labels are 1 … 3 of 3 classes, so they count from 1"):
+        index(str(tmp_path / "one"), classes=["ant", "bee", "cow"], skip_bad=True)
+    assert listing(tmp_path / "one").keys() == {"data.tar"}
+    manifest, _ = index(str(tmp_path / "one"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert "labels are 1 … 3 and none is 0, so class 0 has no samples; if they count from 1" in line
+    assert manifest is not None
+    assert manifest.classes == ["0", "1", "2", "3"]
+    assert found(tmp_path / "one") == ["1", "2", "3", "2"]
 
 
 # Where things are written

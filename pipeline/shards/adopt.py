@@ -25,6 +25,7 @@ from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.faults import Fault, first_few, write_skipped
 from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, Manifest, Shard
+from pipeline.shards.labels import check_first, is_number, numbered
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.scan import Scan, samples, scan
 from pipeline.shards.store import Store
@@ -65,7 +66,7 @@ def index(
         result.drop({row: f"a sample of this key is in {seen[key]}" for row, key in enumerate(keys) if key in seen})
         seen |= {key: seen.get(key, result.name) for key in keys}
         scans.append(result)
-    classes = _number_labels(scans, classes, are_names=source == "folder")
+    classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
 
     if num_ignored := sum(result.num_ignored for result in scans):
         print(f"ignored {num_ignored} files that are hidden or have no extension", file=sys.stderr)
@@ -178,24 +179,28 @@ def _store(root: str) -> Store:
     return Store(root)
 
 
-def _number_labels(scans: list[Scan], given: list[str] | None, *, are_names: bool) -> list[str]:
+def _number_labels(scans: list[Scan], given: list[str] | None, where: str, *, are_names: bool) -> list[str]:
     """Change the records' labels to positions in the class list, which is returned. Drops samples that have no class.
 
-    Labels are numbers where most samples' are, unless `are_names`.
+    Labels are numbers where most samples' are, unless `are_names`. Raises InputError where they count from 1 and
+    `given` from 0.
     """
     counts: Counter[str] = Counter()
     for result in scans:
         samples_of = np.bincount(result.records["label"], minlength=len(result.labels))
         counts.update(dict(zip(result.labels, map(int, samples_of), strict=True)))
     counts = +counts  # without labels whose samples have all been dropped
-    numbers = {text: int(text) for text in counts if re.fullmatch(r"\d{1,9}", text, re.ASCII)}
+    numbers = {text: int(text) for text in counts if is_number(text)}
     if are_names or 2 * sum(counts[text] for text in numbers) <= counts.total():
         classes = given or sorted(counts)
         positions = {name: number for number, name in enumerate(classes)}
     else:
-        top = max((number for number in numbers.values() if number < MAX_CLASSES), default=-1)
-        classes = given or [str(number) for number in range(top + 1)]
-        positions = {text: number for text, number in numbers.items() if number < len(classes)}
+        classes = given or numbered([number for number in numbers.values() if number < MAX_CLASSES], where)
+        position_of = {int(name): position for position, name in enumerate(classes) if is_number(name)}
+        if not position_of:
+            check_first(numbers.values(), len(classes), where)
+            position_of = {position: position for position in range(len(classes))}
+        positions = {text: position_of[number] for text, number in numbers.items() if number in position_of}
     for result in scans:
         label_of = np.array([positions.get(text, -1) for text in result.labels], np.int32)
         texts = [result.labels[label] for label in result.records["label"]]

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.index import MAX_CLASSES
+from pipeline.shards.labels import check_first, numbered
 from pipeline.shards.parallel import advance
 
 if TYPE_CHECKING:  # which commands without Parquet files do without
@@ -52,7 +53,13 @@ def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | 
             names = found
             columns.append(file.read(["label"]).column("label").to_pylist())
     if all(label is None or isinstance(label, int) for column in columns for label in column):
-        names = names or _numbers(paths, columns)
+        numbers = {label for column in columns for label in column if label is not None and label >= 0}
+        where = str(paths[0].parent)
+        if names:
+            check_first(numbers, len(names), where)
+        elif (top := max(numbers, default=0)) >= MAX_CLASSES:
+            raise InputError(f"{where}: label {top}; class numbers above {MAX_CLASSES} are taken for a mistake")
+        names = names or numbered(numbers, where)
         return [[_name(names, label) for label in column] for column in columns], names
     return columns, None
 
@@ -81,13 +88,6 @@ def _class_names(schema: "pa.Schema") -> list[str] | None:
         return None
     is_list = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
     return names if is_list and len(set(names)) == len(names) else None
-
-
-def _numbers(paths: list[Path], columns: list[list[Any]]) -> list[str]:
-    top = max((label for column in columns for label in column if label is not None), default=-1)
-    if top >= MAX_CLASSES:
-        raise InputError(f"{paths[0].parent}: label {top}; class numbers above {MAX_CLASSES} are taken for a mistake")
-    return [str(number) for number in range(top + 1)]
 
 
 def _name(names: list[str], label: int | None) -> str | None:

@@ -20,6 +20,7 @@ from pipeline.shards import images
 from pipeline.shards.faults import Fault
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import RECORD, key_and_extension
+from pipeline.shards.labels import are_several
 from pipeline.shards.parallel import advance
 from pipeline.shards.tar import Member, Reader, TarError, members
 
@@ -181,6 +182,8 @@ def _label(sample: Sample, source: str) -> str:
         label = sample.part("cls").decode("utf-8", "replace").strip()
     if not label.isprintable() or not 0 < len(label) <= MAX_LABEL_LENGTH or "\ufffd" in label:
         raise BadSampleError(f"label {label[:40]!r}: neither a number nor a readable name")
+    if part != "folder" and are_several(label):
+        raise BadSampleError(f"label {label[:40]!r} is several numbers; a sample has one class")
     return label
 
 

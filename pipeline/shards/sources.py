@@ -30,6 +30,7 @@ from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.faults import BadSource
 from pipeline.shards.index import Annotations
+from pipeline.shards.labels import are_several, check_first, is_number
 from pipeline.shards.tree import entries_of, files_below, is_folder, is_system, report_ignored
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -196,6 +197,8 @@ def _checked_row(path: Path, line: int, where: Any, label: Any) -> _Row:
         raise InputError(f"{path}, line {line}: path {where!r}; expected the path of an image")
     if not isinstance(label, str) or not label.strip().isprintable() or not label.strip():
         raise InputError(f"{path}, line {line}: label {label!r}; expected a class name or number")
+    if are_several(label.strip()):
+        raise InputError(f"{path}, line {line}: label {label!r} is several numbers; an image has one class")
     return _Row(line, where, label.strip())
 
 
@@ -218,11 +221,12 @@ def number_classes(labels: set[str], classes: list[str] | None, where: str) -> t
     `classes` fixes the list. Then a label is one of its names, or a position in it where all labels are numbers and no
     name is. Raises InputError for a label that is neither.
     """
-    are_numbers = all(map(_is_number, labels))
+    are_numbers = all(map(is_number, labels))
     if classes is None:
         classes = sorted(labels, key=lambda label: (int(label), label)) if are_numbers else sorted(labels)
     positions = {name: number for number, name in enumerate(classes)}
-    if are_numbers and not any(map(_is_number, classes)):
+    if are_numbers and not any(map(is_number, classes)):
+        check_first({int(label) for label in labels}, len(classes), where)
         positions = {label: int(label) for label in labels if int(label) < len(classes)}
     if unknown := sorted(labels - positions.keys()):
         more = " …" if len(unknown) > 5 else ""
@@ -231,10 +235,6 @@ def number_classes(labels: set[str], classes: list[str] | None, where: str) -> t
             "--classes-from; rename them or pack the split that has them first"
         )
     return classes, positions
-
-
-def _is_number(label: str) -> bool:
-    return re.fullmatch(r"\d{1,9}", label, re.ASCII) is not None
 
 
 def _from_tables(paths: list[Path], images: str | Path, classes: list[str] | None) -> Listing:
