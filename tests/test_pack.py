@@ -29,7 +29,7 @@ from sklearn.datasets import load_sample_images
 
 from launch import shards as shards_command
 from pipeline.errors import InputError
-from pipeline.shards import parquet
+from pipeline.shards import images, parquet
 from pipeline.shards.faults import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
@@ -491,6 +491,27 @@ def test_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None
         packed(tmp_path, side)
     _, _, record = packed(tmp_path, side, max_side=1000)
     assert (record["width"], record["height"]) == (1000, 1)
+
+
+def test_large_pictures_are_scaled_before_they_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JPEG of more pixels than may be decoded, of which a half or an eighth of each side is decoded instead."""
+    ramp = np.broadcast_to(np.arange(16_400, dtype=np.uint16)[:, None] // 65, (16_400, 8200)).astype(np.uint8)
+    data = encoded(ramp, "JPEG")
+    del ramp
+    with pytest.raises(InputError, match="more than 134,217,728 pixels"):
+        pack(one_image(tmp_path, data), tmp_path / "out")
+    with pytest.raises(InputError, match="more than 134,217,728 pixels"):
+        pack(one_image(tmp_path, data), tmp_path / "out", max_side=16_000)
+    for side in (200, 8000):
+        _, scaled, record = packed(tmp_path, data, max_side=side)
+        assert (record["height"], record["width"]) == (side, side // 2)
+        column = np.asarray(Image.open(BytesIO(scaled)).resize((1, 200), Image.Resampling.BOX), np.int16)[:, 0]
+        assert abs(column[..., 0] - (np.arange(200) + 0.5) * 82 / 65).max() < 2
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1 << 30)
+    with pytest.raises(InputError, match="bytes"):
+        pack(one_image(tmp_path, data), tmp_path / "out")
+    packed(tmp_path, data, max_side=200)
 
 
 # Bad input

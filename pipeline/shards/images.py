@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.shards.header import read_size
 from pipeline.shards.index import MAX_PIXELS
@@ -26,6 +27,9 @@ MAX_SIDE_PX = 65535  # what an index record holds
 QUALITY = 90
 MAX_BYTES = 1 << 28
 """Of an encoded image, which is held in memory."""
+MAX_SCALED_BYTES, MAX_SCALED_PIXELS = 1 << 30, 1 << 29
+"""Of an image that packing scales down; the pixels are those of JPEGs alone, which can be decoded at a part of their
+size: 3 GB for a progressive one."""
 
 IGNORED = 255
 """In a label map: a pixel that does not count."""
@@ -56,6 +60,8 @@ def header(data: bytes) -> Header:
 
 def size(data: bytes) -> tuple[int, int]:
     """Height and width in pixels of an image of any format that packing takes. Raises BadImageError."""
+    if found := read_size(data):
+        return found
     with _opened(data) as image:
         return image.height, image.width
 
@@ -88,10 +94,11 @@ def prepare(data: bytes, max_side: int | None = None, quality: int | None = None
     becomes a JPEG of `quality`. Other formats become JPEGs where either argument is given. Raises BadImageError.
     """
     convert = max_side is not None or quality is not None
-    with _opened(data) as image:
+    with _opened(data, max_side) as image:
         too_long = max_side is not None and max(image.size) > max_side
         if too_long or (convert and not _is_plain(image, data)):
             return _jpeg(image, max_side or MAX_SIDE_PX, quality or QUALITY)
+        _check_bytes(data, MAX_BYTES)
         head = _header(image, data, way_out="pack with --quality to convert it")
         image.load()
         return data, head
@@ -132,16 +139,16 @@ def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """PIL's image before decoding. Whatever is raised for it, inside the block as well, is a BadImageError."""
+def _opened(data: bytes, max_side: int | None = None) -> Iterator[Image.Image]:
+    """PIL's image before decoding, which is scaled to `max_side` then. Whatever is raised for it, inside the block as
+    well, is a BadImageError."""
     if not data:
         raise BadImageError("empty")
-    if len(data) > MAX_BYTES:
-        raise BadImageError(f"more than {MAX_BYTES:,} bytes")
+    _check_bytes(data, MAX_SCALED_BYTES if max_side else MAX_BYTES)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and PIL's own limit on pixels, which is lower than ours
-            with Image.open(BytesIO(data), formats=_TRIED) as image:
+            with _open(data, max_side) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImageError(_BOMB)
                 yield image
@@ -153,6 +160,24 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise BadImageError("not an image") from None
     except Exception as error:  # damaged bytes make decoders raise almost anything
         raise BadImageError(f"not a readable image: {error}") from error
+
+
+def _check_bytes(data: bytes, limit: int) -> None:
+    if len(data) > limit:
+        raise BadImageError(f"more than {limit:,} bytes")
+
+
+def _open(data: bytes, max_side: int | None) -> Image.Image:
+    """PIL's image. A JPEG of too many pixels to be decoded whole takes the size of the part that scaling it needs."""
+    height, width = read_size(data) or (0, 0)
+    is_large_jpeg = data.startswith(b"\xff\xd8") and MAX_PIXELS < height * width <= MAX_SCALED_PIXELS
+    if max_side is None or not is_large_jpeg:
+        return Image.open(BytesIO(data), formats=_TRIED)
+    image = JpegImageFile(BytesIO(data))  # Image.open has a limit of its own
+    longest = max(height, width)
+    side = max(max_side, min(3 * max_side, longest // 2))  # three times the result is enough for a good filter
+    image.draft(None, (max(1, width * side // longest), max(1, height * side // longest)))
+    return image
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
