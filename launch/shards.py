@@ -26,6 +26,7 @@ from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.parallel import cores
+from pipeline.shards.retry import redact
 from pipeline.shards.sources import Listing
 from pipeline.shards.verify import verify
 
@@ -107,9 +108,9 @@ def _index(arguments: Namespace) -> dict[str, Any]:
         workers=arguments.workers,
     )
     if manifest is None:
-        return {"data": arguments.root, **_faults(faults)}
+        return {"data": redact(arguments.root), **_faults(faults)}
     return {
-        "data": str(arguments.out or arguments.root),
+        "data": redact(str(arguments.out or arguments.root)),
         **_counts(manifest),
         **_skipped([fault._asdict() for fault in faults]),
     }
@@ -122,7 +123,8 @@ def _verify_arguments(parser: ArgumentParser) -> None:
 
 
 def _verify(arguments: Namespace) -> dict[str, Any]:
-    return {"data": arguments.root, **_faults(verify(arguments.root, deep=arguments.deep, workers=arguments.workers))}
+    faults = verify(arguments.root, deep=arguments.deep, workers=arguments.workers)
+    return {"data": redact(arguments.root), **_faults(faults)}
 
 
 def _show_arguments(parser: ArgumentParser) -> None:
@@ -134,7 +136,7 @@ def _show_arguments(parser: ArgumentParser) -> None:
 def _show(arguments: Namespace) -> dict[str, Any]:
     from pipeline.shards.show import show, table  # matplotlib takes a second to import
 
-    sheet = arguments.out or Path(f"{Path(arguments.root).absolute().name}-sheet.png")
+    sheet = arguments.out or Path(f"{Path(redact(arguments.root)).absolute().name}-sheet.png")
     summary = show(arguments.root, sheet, arguments.seed)
     print(table(summary), file=sys.stderr)
     return summary

@@ -469,13 +469,6 @@ def unreadable_name(rng: np.random.Generator, samples: list[Sample]) -> Spoiled:
     return Spoiled(tar_of([*samples[0].members, image, label]), {key}, lost=keys(samples[1:]))
 
 
-@spoils
-def repeated_elsewhere(rng: np.random.Generator, samples: list[Sample]) -> Spoiled:
-    """A key of the first shard."""
-    samples[1].key = f"{CLASSES[0]}/000-{rng.integers(2) * 2}"
-    return Spoiled(whole(samples), {samples[1].key})
-
-
 def _build_shards(damage: Damage, rng: np.random.Generator) -> None:
     damage.shards.mkdir(parents=True)
     for number in range(NUM_GOOD_SHARDS + NUM_DAMAGED_SHARDS):

@@ -24,6 +24,7 @@ from pipeline.shards.adopt import index
 from pipeline.shards.faults import Fault, read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
+from pipeline.shards.store import Cache
 from pipeline.shards.tar import Reader, TarError, members
 from pipeline.shards.verify import verify
 from tests.damage import Damage, Member, build, tar_of
@@ -393,14 +394,14 @@ def test_labels_that_count_from_one_are_noticed(tmp_path: Path, capsys: pytest.C
 def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
     root = tmp_path / "root"
     labelled(root, [0, 1])
-    (root / "part 2").mkdir()
-    shutil.copy(root / "data.tar", root / "part 2" / "spaced name.tar")
+    (root / "part\\2.tar").write_bytes(b"")
     (root / "deeper").mkdir()
     (root / "deeper" / "more.tar").write_bytes(tar_of([Member("x.jpg", image_bytes(3)), Member("x.cls", b"1")]))
     before = listing(root)
     manifest, faults = index(str(root), tmp_path / "out", skip_bad=True)
-    assert faults == [Fault("part 2/spaced name.tar", None, "the name of a shard is made of letters, digits, "
-                            "'-', '_' and '.': rename it")]  # fmt: skip
+    assert [fault.shard for fault in faults] == ["part\\2.tar"]
+    assert "not a file below the data set's root" in faults[0].reason
+    assert faults[0].reason.endswith(": rename it")
     assert listing(root) == before
     assert manifest is not None
     assert manifest.tars == str(root)
@@ -409,6 +410,73 @@ def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
     assert found(tmp_path / "out") == ["0", "1", "1"]
     assert read_skipped(tmp_path / "out") == [fault._asdict() for fault in faults]
     assert verify(tmp_path / "out", deep=True) == []
+
+
+SHARD_NAMES = ["part 2/spaced name.tar", "a+b.tar", "データ/été(1).tar", "100%&#?.tar", "-.tar"]
+
+
+def test_shards_have_names_in_any_script(tmp_path: Path) -> None:
+    """And each its own keys: the same key may stand in several."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    for number, name in enumerate(SHARD_NAMES):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(tar_of([Member("0.jpg", image_bytes(number)), Member("0.cls", b"0")]))
+    manifest, faults = index(str(root), out)
+    assert faults == []
+    assert manifest is not None
+    assert sorted(shard.tar.name for shard in manifest.shards) == sorted(SHARD_NAMES)
+    shards = ShardSet(out)
+    shards.check()
+    assert [shards.key(number, 0) for number in range(5)] == ["0"] * 5
+    read = {shards.url(number): shards.read(number, 0) for number in range(5)}
+    assert read == {str(root / name): image_bytes(number) for number, name in enumerate(SHARD_NAMES)}
+    assert verify(out, deep=True) == []
+
+
+def test_links_to_folders_of_tars_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled(tmp_path / "far", [0, 1])
+    labelled(tmp_path / "root", [1, 0, 1])
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "gone.tar").symlink_to("nowhere")
+    manifest, faults = index(str(tmp_path / "root"), skip_bad=True)
+    assert faults == [Fault("gone.tar", None, "no such file")]
+    assert manifest is not None
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("data", 3), ("linked/data", 2)]
+    assert "repeat others" not in capsys.readouterr().err
+
+
+def test_tars_that_repeat_others_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled(tmp_path, [0, 1])
+    shutil.copy(tmp_path / "data.tar", tmp_path / "copy.tar")
+    manifest, faults = index(str(tmp_path))
+    assert faults == []
+    assert manifest is not None
+    assert manifest.samples == 4
+    warning = "warning: 1 tars repeat others, so their samples count twice: data.tar holds the bytes of copy.tar"
+    assert warning in capsys.readouterr().err.splitlines()
+
+
+def test_what_was_found_used_refused_and_ignored_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [Member("0.jpg", image_bytes(0)), Member("0.cls", b"0"), Member("0.txt", b"a photo")]
+    bad = [Member("1.jpg", b"no image"), Member("1.cls", b"1")]
+    hidden = ["__MACOSX/._0.jpg", "._0.jpg", "a/Thumbs.db", "@eaDir/0.jpg", ".git/x.jpg", "readme"]
+    (tmp_path / "data.tar").write_bytes(tar_of([*good, *bad, *(Member(name, b"x") for name in hidden)]))
+    (tmp_path / "bad.tar").write_text("hello")
+    (tmp_path / "more.tgz").touch()
+    (tmp_path / "._data.tar").touch()
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "data.tar").touch()
+    _, faults = index(str(tmp_path), skip_bad=True)
+    assert {fault.shard for fault in faults} == {"data.tar", "bad.tar", "more.tgz"}
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        "found 3 tars with 11 files; usable: 1 tars with 3 files of 1 samples; refused: 2 tars, 2 files; "
+        "ignored: 6 files that are hidden, of a system or without extension"
+    ) in lines
+    assert [line for line in lines if line.startswith("ignored 2 hidden and system entries")]
 
 
 def test_with_faults_nothing_is_written(tmp_path: Path) -> None:
@@ -465,6 +533,18 @@ def test_what_cannot_be_indexed_at_all_is_refused(tmp_path: Path, make: Callable
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("data", ["[1, 2]", "5", "null", "[" * 100_000, "hello", "\xff"])
+def test_labels_that_cannot_be_read_are_one_error(tmp_path: Path, data: str) -> None:
+    """By auto as by a field: a .json part may hold anything."""
+    parts = [Member("0.jpg", image_bytes(0)), Member("0.json", data.encode("latin-1"))]
+    (tmp_path / "data.tar").write_bytes(tar_of(parts))
+    with pytest.raises(InputError, match=r"no label can be seen in the first sample, '0' .*: give --labels json:FIELD"):
+        index(str(tmp_path))
+    _, faults = index(str(tmp_path), labels="json:label", classes=["a"])
+    assert len(faults) == 1
+    assert faults[0].reason.startswith(("its json part has no field 'label'", "its json part is not JSON"))
+
+
 @pytest.mark.parametrize("labels", ["json", "json:", "class", ""])
 def test_other_places_of_labels_are_refused(tmp_path: Path, labels: str) -> None:
     labelled(tmp_path, [0, 1])
@@ -490,6 +570,36 @@ def test_tars_by_pattern_from_a_web_server(tmp_path: Path) -> None:
         assert verify(out, deep=True) == []
     index(f"{tmp_path}/data-{{000..003}}.tar")
     assert contents(tmp_path) == expected(wanted)
+
+
+@pytest.mark.usefixtures("private_cache")
+def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their query is sent as it is, and shown nowhere. A file that only its owner may read keeps it for training."""
+    tars, out = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    for number in range(3):
+        parts = [Member("0.jpg", image_bytes(number)), Member("0.cls", b"0")]
+        (tars / f"a b+{number:03d}.tar").write_bytes(tar_of(parts))
+    query = "X-Amz-Credential=AK%2F1&X-Amz-Signature=s3cret%2B"
+    with FaultyServer(tars) as server:
+        manifest, faults = index(f"{server.url}/a%20b+{{000..002}}.tar?{query}", out)
+        assert faults == []
+        assert manifest is not None
+        assert manifest.samples == 3
+        shards = ShardSet(out)
+        assert [shards.read(number, 0) for number in range(3)] == [image_bytes(number) for number in range(3)]
+        assert verify(out, deep=True) == []
+        assert {request.query for request in server.requests} == {query}
+        assert (out / "tars.query").stat().st_mode & 0o777 == 0o600
+        assert "s3cret" not in (out / "manifest.json").read_text() + repr(manifest) + shards.url(0)
+        (out / "tars.query").write_text("?renewed=1\n")
+        shards = ShardSet(out, cache=Cache(tmp_path / "fresh", 0))
+        shards.read(0, 0)
+        assert server.requests[-1].query == "renewed=1"
+        (out / "manifest.json").unlink()
+        index(f"{server.url}/a%20b+000.tar", out)
+    assert not (out / "tars.query").exists()
+    assert "s3cret" not in (out / "manifest.json").read_text() + "".join(capsys.readouterr())
 
 
 @pytest.mark.usefixtures("private_cache")
@@ -538,7 +648,6 @@ REASONS = {
     "broken_pax_header": {"a PAX header that cannot be read"},
     "compressed": {"decompress it"},
     "repeated_key": {"a second sample of this key"},
-    "repeated_elsewhere": {"a sample of this key is in 000.tar"},
     "parts_apart": {"do not stand side by side"},
     "two_images": {"more than one part"},
     "traversal": {"which leads out of the tar"},

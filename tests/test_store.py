@@ -26,13 +26,14 @@ import fsspec
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.shards.adopt import index
 from pipeline.shards.descriptors import Descriptors
 from pipeline.shards.retry import redact
 from pipeline.shards.store import Blob, Cache, Retry, Store, StoreError
 from tests.servers import Fault, FaultyServer, s3_server
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "un der/50%#1?.tar"]
+NAMES = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "un der/50%#1?+été 猫.tar"]
 RETRY = Retry(attempts=3, first_wait_s=0.01)
 STALL_S = 0.7  # the time-out where one is meant to strike
 TRANSIENT: list[Fault] = ["500", "503", "reset", "cut", "short", "stall"]
@@ -202,9 +203,9 @@ def test_a_folder_is_listed_and_http_says_that_it_cannot(place: Place) -> None:
     with place.store() as store:
         if place.root.startswith("http"):
             with pytest.raises(InputError, match="HTTP has no listing"):
-                store.names(".tar")
+                store.names()
         else:
-            assert store.names(".tar") == sorted([*NAMES, "un der/empty.tar"])
+            assert store.names() == sorted([*NAMES, "manifest.json", "un der/empty.tar"])
 
 
 def test_a_file_url_is_a_folder(local: Place) -> None:
@@ -215,7 +216,9 @@ def test_a_file_url_is_a_folder(local: Place) -> None:
     assert not list(local.folder.iterdir())
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/../../x", "", "a//b", "x\0.tar"])
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/etc/passwd", "a/../../x", "", "a//b", "x\0.tar", "./x", "a\\b", "a\nb", "\udce9"]
+)
 def test_names_outside_the_root_are_refused(place: Place, name: str) -> None:
     with pytest.raises(InputError, match="not a file below"):
         Blob(name, 1, "0" * 64)
@@ -352,6 +355,12 @@ def test_refused_requests_are_not_repeated(remote: Place) -> None:
             assert len(remote.wire.gets()) == before + 1
 
 
+def test_index_lists_a_prefix_once(s3: Place, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not one sample can be used"):
+        index(s3.root, tmp_path / "out", labels="cls", skip_bad=True)
+    assert len([request for request in s3.wire.requests if "list-type=2" in request.query]) == 1
+
+
 def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _loopback(monkeypatch)
     with contextlib.closing(Store("http://127.0.0.1:9/data", Cache(tmp_path, 1 << 20), retry=RETRY)) as store:
@@ -373,13 +382,13 @@ def test_a_server_that_ignores_ranges(http: Place, budget_bytes: int, capfd: pyt
 
 
 def test_credentials_are_used_and_never_shown(http: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    http.root = http.root.replace("http://", "http://us3r:s3cret@") + "?sig=t0ken%2B&x=1"
+    http.root = http.root.replace("http://", "http://us3r:s3cret@") + "?sig=t0ken%2B%2F+&x=1"
     blob = http.blob()
     with http.store() as store:
         assert store.load(blob) == http.data(blob.name)
         assert store.size(blob.name) == blob.bytes
         assert {request.headers["Authorization"] for request in http.wire.requests} == {"Basic dXMzcjpzM2NyZXQ="}
-        assert all(request.query.startswith("sig=t0ken") for request in http.wire.requests)
+        assert all(request.query == "sig=t0ken%2B%2F+&x=1" for request in http.wire.requests)
         shown = [store.root, store.url("x"), repr(store)]
         for fault in ("500", "reset", "cut", "short", "403", "flip"):
             http.wire.heal()

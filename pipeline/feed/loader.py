@@ -106,9 +106,10 @@ class TrainFeed:
         return [batch] * self.deal.accumulation
 
     def keys(self, step: int) -> list[str]:
-        """Of the samples of a whole global batch, by position, damaged ones by their own key. Raises StoreError."""
+        """TAR#KEY of the samples of a whole global batch, by position, damaged ones by their own. Raises StoreError."""
         samples = self.order.samples(step)
-        return [self._shards.key(int(s), int(r)) for s, r in zip(samples.shard, samples.row, strict=True)]
+        where = zip(samples.shard.tolist(), samples.row.tolist(), strict=True)
+        return [f"{self._shards.url(shard)}#{self._shards.key(shard, row)}" for shard, row in where]
 
     def plan(self, number: int) -> Plan:
         """The plan of micro-batch `number`, counted from the first step of the run."""

@@ -15,8 +15,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from braceexpand import braceexpand
@@ -24,14 +24,14 @@ from braceexpand import braceexpand
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.faults import Fault, first_few, write_skipped
-from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, Manifest, Shard
+from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, TARS_QUERY, Manifest, Shard
 from pipeline.shards.labels import check_first, is_number, numbered
+from pipeline.shards.origin import below_root, is_http, split_query
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.scan import Scan, samples, scan
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
 
-SHARD_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)*\.tar"
 _COMPRESSIONS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
@@ -52,24 +52,20 @@ def index(
     Returns the manifest and all faults. With faults nothing is written and the manifest is None, unless `skip_bad`
     leaves what is bad out, listed in skipped.jsonl. Raises InputError where nothing can be indexed at all.
     """
-    root, names = _split(root)
-    store = Store(root)
+    root, query, names = _split(root)
+    store = Store(root + query)
     folder = _output_folder(store, root, out)
-    names, faults = _check_names(names) if names else _check_names(*_find(store))
+    names, faults = _check_names(names or _find(store))
+    num_tars = len(names) + len(faults)
     source = _choose_source(store, names) if labels == "auto" else _checked_source(labels)
 
     scans: list[Scan] = []
-    seen: dict[str, str] = {}
-    tasks = ((root, name, source) for name in names)
+    tasks = ((root + query, name, source) for name in names)
     for result in each(_scan, tasks, workers=min(workers, len(names)), total=len(names), name="indexing", unit="tar"):
-        keys = [key.removeprefix("./") for key in result.keys]
-        result.drop({row: f"a sample of this key is in {seen[key]}" for row, key in enumerate(keys) if key in seen})
-        seen |= {key: seen.get(key, result.name) for key in keys}
         scans.append(result)
     classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
 
-    if num_ignored := sum(result.num_ignored for result in scans):
-        print(f"ignored {num_ignored} files that are hidden or have no extension", file=sys.stderr)
+    _report(scans, num_tars)
     faults += [fault for result in scans for fault in result.faults]
     scans = [result for result in scans if len(result.records)]
     if faults and not skip_bad:
@@ -80,19 +76,54 @@ def index(
     is_beside = store.is_local and folder.resolve() == Path(store.root).resolve()
     tars = None if is_beside else str(Path(store.root).resolve()) if store.is_local else store.root
     manifest = Manifest.of(classes, [_write_index(result, folder) for result in scans], tars)
+    _keep_query(folder / TARS_QUERY, query)
     files.write(folder / MANIFEST, manifest.encode())
     return manifest, faults
 
 
-def _split(root: str) -> tuple[str, list[str]]:
-    """The folder or URL, and the tars in it where `root` names them."""
-    if not root.endswith(".tar") or Path(root).is_dir():
-        return root, []
-    folder = root.partition("{")[0].rpartition("/")[0]
+def _split(root: str) -> tuple[str, str, list[str]]:
+    """The folder or URL, the query that signs it, and the tars in it where `root` names them."""
+    address, query = split_query(root)
+    if not address.endswith(".tar") or Path(address).is_dir():
+        return address, query, []
+    folder = address.partition("{")[0].rpartition("/")[0]
     try:
-        return folder or ".", list(braceexpand(root[len(folder) + 1 if folder else 0 :]))
+        names = list(braceexpand(address[len(folder) + 1 if folder else 0 :]))
     except ValueError as error:
-        raise InputError(f"{root}: {error}; expected a pattern such as DIR/train-{{000..146}}.tar") from error
+        raise InputError(f"{address}: {error}; expected a pattern such as DIR/train-{{000..146}}.tar") from error
+    return folder or ".", query, list(map(unquote, names)) if is_http(address) else names
+
+
+def _keep_query(path: Path, query: str) -> None:
+    """Write what signs the tars' URLs where training finds it and nobody else may read it."""
+    path.unlink(missing_ok=True)
+    if query:
+        path.touch(mode=0o600)
+        path.write_text(f"{query}\n")
+
+
+def _report(scans: list[Scan], num_tars: int) -> None:
+    """Report how many tars and files there are and which can be used, and tars that are the same."""
+    usable = [result for result in scans if len(result.records)]
+    num_files = sum(result.num_members for result in scans)
+    num_ignored = sum(result.num_ignored for result in scans)
+    num_usable = sum(sum(result.num_parts) for result in usable)
+    num_samples = sum(len(result.records) for result in usable)
+    print(
+        f"found {num_tars} tars with {num_files} files; "
+        f"usable: {len(usable)} tars with {num_usable} files of {num_samples} samples; "
+        f"refused: {num_tars - len(usable)} tars, {num_files - num_usable - num_ignored} files; "
+        f"ignored: {num_ignored} files that are hidden, of a system or without extension",
+        file=sys.stderr,
+    )
+    first: dict[str, str] = {}
+    copies = [
+        f"{result.name} holds the bytes of {first[result.sha256]}"
+        for result in usable
+        if first.setdefault(result.sha256, result.name) != result.name
+    ]
+    if copies:
+        print(f"warning: {len(copies)} tars repeat others, so their samples count twice: {copies[0]}", file=sys.stderr)
 
 
 def _output_folder(store: Store, root: str, out: Path | None) -> Path:
@@ -112,22 +143,31 @@ def _output_folder(store: Store, root: str, out: Path | None) -> Path:
     return folder
 
 
-def _find(store: Store) -> tuple[list[str], list[str]]:
-    """The tars below the store's root, and compressed ones."""
-    names = store.names(".tar")
-    compressed = [name for kind in _COMPRESSIONS for name in store.names(kind)]
-    if not names and not compressed:
+def _find(store: Store) -> list[str]:
+    """The tars below the store's root, compressed ones too."""
+    try:
+        names = [name for name in store.names() if name.endswith((".tar", *_COMPRESSIONS))]
+    except OSError as error:
+        raise InputError(f"{store.root}: cannot be listed: {error.strerror}") from error
+    if not names:
         raise InputError(f"{store.root}: no .tar files below it")
-    return names, compressed
+    return names
 
 
-def _check_names(names: list[str], compressed: Sequence[str] = ()) -> tuple[list[str], list[Fault]]:
+def _check_names(names: list[str]) -> tuple[list[str], list[Fault]]:
     """The tars that can be read, and faults for the others."""
-    faults = [Fault(name, None, "compressed, so no sample can be read by itself: decompress it") for name in compressed]
-    good = [name for name in names if re.fullmatch(SHARD_NAME, name)]
-    reason = "the name of a shard is made of letters, digits, '-', '_' and '.': rename it"
-    faults += [Fault(name, None, reason) for name in names if name not in good]
-    return good, faults
+    reasons = {name: reason for name in names if (reason := _reason_to_refuse(name))}
+    return [name for name in names if name not in reasons], [Fault(name, None, reasons[name]) for name in reasons]
+
+
+def _reason_to_refuse(name: str) -> str | None:
+    if name.endswith(_COMPRESSIONS):
+        return "compressed, so no sample can be read by itself: decompress it"
+    try:
+        below_root(name)
+    except InputError as error:
+        return f"{error}: rename it"
+    return None
 
 
 def _choose_source(store: Store, names: list[str]) -> str:
@@ -144,8 +184,9 @@ def _choose_source(store: Store, names: list[str]) -> str:
         elif sample.key.removeprefix("./").count("/"):
             source = "folder"
         else:
-            with contextlib.suppress(ValueError):
-                fields = ", ".join(json.loads(sample.data.get("json", b"")))
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = json.loads(sample.data.get("json", b""))
+                fields = ", ".join(tree) if isinstance(tree, dict) else ""
             raise InputError(
                 f"{store.url(name)}: no label can be seen in the first sample, {sample.key!r} with parts "
                 f"{', '.join(sample.members)}: give --labels json:FIELD"
@@ -169,7 +210,7 @@ def _scan(task: tuple[str, str, str]) -> Scan:
             result = scan(stream, name, source)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        result = Scan(name, 0, "", np.empty(0, RECORD), [], [], [Fault(name, None, reason)], 0)
+        result = Scan(name, 0, "", np.empty(0, RECORD), [], [], [Fault(name, None, reason)])
     advance()
     return result
 

@@ -22,20 +22,23 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pydantic.dataclasses
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards.attribution import ATTRIBUTION
 from pipeline.shards.header import read_size
+from pipeline.shards.origin import below_root, is_http
 from pipeline.shards.store import Blob, Cache, Store, StoreError
 
 MANIFEST = "manifest.json"
+TARS_QUERY = "tars.query"
+"""Beside the manifest, readable by its owner alone: the query that signs the tars' URLs, and is part of no manifest."""
 FORMAT = 2
 MAX_PIXELS = 1 << 27
 """Most pixels of an image. A larger one is taken for a decompression bomb: three bytes a pixel, in every thread."""
@@ -79,7 +82,7 @@ class CorruptSampleError(RuntimeError):
 # A dataclass with slots, because a large data set has 10^5 of them.
 @pydantic.dataclasses.dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Shard:
-    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
+    name: Annotated[str, AfterValidator(below_root)]
     """Path below the root, without .tar."""
     samples: Annotated[int, Field(gt=0)]
     bytes: int
@@ -178,6 +181,12 @@ def _attribution(store: Store) -> str | None:
         return None
 
 
+def _signed(tars: str, store: Store) -> str:
+    """Where the tars are, with the query that signs their URLs if they need one."""
+    query = Path(store.root) / TARS_QUERY
+    return tars + query.read_text().strip() if is_http(tars) and store.is_local and query.exists() else tars
+
+
 class ShardSet:
     """Packed data sets, opened: one, or several end to end that have the same classes and kind of annotations.
 
@@ -190,19 +199,20 @@ class ShardSet:
         self.manifests = [read_manifest(root, store) for root, store in zip(roots, self._stores, strict=True)]
         self.classes = self.manifests[0].classes
         self.annotations = self.manifests[0].annotations
-        for root, manifest in zip(roots, self.manifests, strict=True):
+        names = [store.root for store in self._stores]  # without secrets
+        for name, manifest in zip(names, self.manifests, strict=True):
             if manifest.classes != self.classes:
                 raise InputError(
-                    f"{root} and {roots[0]} have different classes, so their labels mean different things: "
+                    f"{name} and {names[0]} have different classes, so their labels mean different things: "
                     "pack one of them again with --classes-from the other"
                 )
             if manifest.annotations != self.annotations:
                 raise InputError(
-                    f"{root} has {_named(manifest.annotations)} and {roots[0]} {_named(self.annotations)}: "
+                    f"{name} has {_named(manifest.annotations)} and {names[0]} {_named(self.annotations)}: "
                     "data sets that are read together are of one kind"
                 )
         self._tars = [
-            Store(manifest.tars, cache) if manifest.tars else store
+            Store(_signed(manifest.tars, store), cache) if manifest.tars else store
             for manifest, store in zip(self.manifests, self._stores, strict=True)
         ]
         self._shards = [(part, shard) for part, manifest in enumerate(self.manifests) for shard in manifest.shards]
@@ -252,6 +262,11 @@ class ShardSet:
     def url(self, shard: int) -> str:
         part, entry = self._shards[shard]
         return self._tars[part].url(entry.tar.name)
+
+    def open(self, shard: int) -> BinaryIO:
+        """A shard's tar, to be read in order, past the cache. Raises FileNotFoundError, or StoreError."""
+        part, entry = self._shards[shard]
+        return self._tars[part].open(entry.tar.name)
 
     @property
     def record(self) -> np.dtype[np.void]:

@@ -8,6 +8,7 @@ Every byte of a large remote file comes through one primitive, the range request
 
 import io
 import os
+import re
 import sys
 import urllib.parse
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import fsspec.core
 from pipeline.errors import InputError
 from pipeline.shards.descriptors import Descriptors
 from pipeline.shards.retry import Retry, StoreError, WrongBytes, redact
+from pipeline.shards.tree import files_below, is_system, report_ignored
 
 BLOCK_BYTES = 8 << 20
 """Largest range request: what a broken connection costs, and large enough for its latency not to matter."""
@@ -42,7 +44,7 @@ class Blob:
     sha256: str
 
     def __post_init__(self) -> None:
-        _check(self.name)
+        below_root(self.name)
         if len(self.sha256) != 64 or not SHA256_HEX.issuperset(self.sha256):
             raise InputError(f"{self.name}: SHA-256 {self.sha256!r}; expected 64 digits of lower-case hexadecimal")
         if self.bytes < 0:
@@ -58,7 +60,7 @@ class Folder:
         self._open = Descriptors[str](lambda name: os.open(self.url(name), os.O_RDONLY | os.O_CLOEXEC))
 
     def url(self, name: str) -> str:
-        return os.path.join(self.root, _check(name))  # noqa: PTH118  # called for each sample
+        return os.path.join(self.root, below_root(name))  # noqa: PTH118  # called for each sample
 
     def size(self, name: str) -> int | None:
         path = Path(self.url(name))
@@ -84,10 +86,11 @@ class Folder:
     def open(self, name: str) -> BinaryIO:
         return Path(self.url(name)).open("rb")
 
-    def names(self, suffix: str) -> list[str]:
-        root = Path(self.root)
-        names = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        return sorted(name for name in names if name.endswith(suffix))
+    def names(self) -> list[str]:
+        ignored: list[str] = []
+        found = [os.path.relpath(path, self.root) for path in files_below(self.root, ignored)]
+        report_ignored(ignored)
+        return sorted(found)
 
     def close(self) -> None:
         self._open.close()
@@ -103,12 +106,12 @@ class Remote:
         self.root = redact(root)
         self._retry = retry
         self._timeout_s = timeout_s
-        self._is_http = root.startswith(("http://", "https://"))
-        self._query = ""
+        self._is_http = is_http(root)
+        root, self._query = split_query(root)
         if self._is_http:
-            parts = urllib.parse.urlsplit(root)
-            self._query = f"?{parts.query}" if parts.query else ""
-            root = urllib.parse.urlunsplit(parts._replace(query="", fragment=""))
+            from yarl import URL
+
+            root = str(URL(root))  # quoted, as names and the query are
         try:
             fs, self._path = fsspec.core.url_to_fs(root, skip_instance_cache=True, **_options(root, timeout_s))
         except (ImportError, ValueError) as error:
@@ -119,7 +122,7 @@ class Remote:
         self.honours_ranges = True
 
     def url(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{_check(name)}"
+        return f"{self.root.rstrip('/')}/{below_root(name)}"
 
     def _full_path(self, name: str) -> str:
         """What fsspec calls the file."""
@@ -152,7 +155,7 @@ class Remote:
         return self._retry(self.url(name), attempt)
 
     def read(self, name: str) -> bytes:
-        path = self._full_path(_check(name))
+        path = self._full_path(below_root(name))
         return self._retry(self.url(name), lambda: self._fs.cat_file(path, **self._limit()))
 
     def pread(self, blob: Blob, offset: int, size: int) -> bytes:
@@ -186,7 +189,7 @@ class Remote:
 
         return cast(BinaryIO, io.BufferedReader(_Ranges(read, total), BLOCK_BYTES))
 
-    def names(self, suffix: str) -> list[str]:
+    def names(self) -> list[str]:
         if self._is_http:
             raise InputError(
                 f"{self.root}: HTTP has no listing of files; name them, such as {self.root}/train-{{000..146}}.tar, "
@@ -196,11 +199,11 @@ class Remote:
 
         def attempt() -> list[str]:
             self._fs.invalidate_cache()
-            return sorted(
-                path.removeprefix(root) for path in self._fs.find(root, **self._limit()) if path.endswith(suffix)
-            )
+            return sorted(path.removeprefix(root) for path in self._fs.find(root, **self._limit()))
 
-        return self._retry(self.root, attempt)
+        found = self._retry(self.root, attempt)
+        report_ignored(list(filter(is_system, found)))
+        return [name for name in found if not is_system(name)]
 
     def close(self) -> None:
         """Nothing: fsspec closes its connections with the object."""
@@ -239,22 +242,35 @@ class _Ranges(io.RawIOBase):
         return data
 
 
-def _check(name: str) -> str:
-    """`name`, if it stays below the root. Raises InputError."""
-    parts = name.split("/")
-    if ".." in parts or "" in parts or "\0" in name:
-        raise InputError(f"{name!r}: not a file below the data set's root: absolute, empty and '..' names are refused")
+def is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def split_query(url: str) -> tuple[str, str]:
+    """The address, and the query of an http URL from its question mark on: what signs it."""
+    address, mark, query = url.partition("#")[0].partition("?") if is_http(url) else (url, "", "")
+    return address, mark + query
+
+
+def below_root(name: str) -> str:
+    """`name`, if it stays below the root in every store. Raises InputError."""
+    if not {"", ".", ".."}.isdisjoint(name.split("/")) or re.search(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]", name):
+        raise InputError(
+            f"{name!r}: not a file below the data set's root: absolute and empty names, '.', '..', backslashes, "
+            "control characters and what is not UTF-8 are refused"
+        )
     return name
 
 
 def _options(root: str, timeout_s: float) -> dict[str, Any]:
     """Time-outs for connecting and between bytes, and no retries, in the words of each library."""
-    if root.startswith(("http://", "https://")):
+    if is_http(root):
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         # Ranges of a compressed body would be ranges of something else. trust_env: proxies and .netrc.
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}}
+        client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
+        return {"client_kwargs": client, "encoded": True}  # a signature is sent as it is
     if root.startswith(("s3://", "s3a://")):
         config = {
             "connect_timeout": timeout_s,

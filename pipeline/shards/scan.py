@@ -23,6 +23,7 @@ from pipeline.shards.index import RECORD, key_and_extension
 from pipeline.shards.labels import are_several
 from pipeline.shards.parallel import advance
 from pipeline.shards.tar import Member, Reader, TarError, members
+from pipeline.shards.tree import is_system
 
 MAX_LABEL_LENGTH = 1000
 
@@ -42,14 +43,19 @@ class Scan:
     labels: list[str]
     """As they stand in the tar: names, or numbers in decimal digits."""
     faults: list[Fault]
-    num_ignored: int
-    """Files that belong to no sample: hidden, or without an extension."""
+    num_parts: list[int] = dataclasses.field(default_factory=list)
+    """[samples] files of each."""
+    num_members: int = 0
+    """Files in the tar."""
+    num_ignored: int = 0
+    """Files that belong to no sample: hidden, of a system, or without an extension."""
 
     def drop(self, reasons: dict[int, str]) -> None:
         """Turn rows into faults."""
         self.faults += [Fault(self.name, self.keys[row], reason) for row, reason in reasons.items()]
         self.records = np.delete(self.records, list(reasons))
         self.keys = [key for row, key in enumerate(self.keys) if row not in reasons]
+        self.num_parts = [count for row, count in enumerate(self.num_parts) if row not in reasons]
 
 
 @dataclasses.dataclass
@@ -86,9 +92,11 @@ def scan(stream: IO[bytes], name: str, source: str) -> Scan:
     # Of each key, in the order of the tar: its parts, and its row or what is wrong with it.
     found: dict[str, tuple[set[str], Row | str]] = {}
     faults: list[Fault] = []
+    num_members = 0
     try:
         for sample in samples(reader, ignored):
             advance(0)
+            num_members += len(sample.members)
             parts = sample.members.keys()
             if sample.key not in found:
                 found[sample.key] = {*parts}, _row(sample, source, labels)
@@ -116,12 +124,14 @@ def scan(stream: IO[bytes], name: str, source: str) -> Scan:
         keys=list(rows),
         labels=list(labels),
         faults=faults + strays,
+        num_parts=[len(found[key][0]) for key in rows],
+        num_members=num_members + len(ignored),
         num_ignored=len(ignored) - len(strays),
     )
 
 
 def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
-    """Members of one key that stand side by side. What has no key or extension goes to `ignored`.
+    """Members of one key that stand side by side. What is hidden or has no extension goes to `ignored`.
 
     Raises TarError where the tar cannot be read on, after the sample that this happened in.
     """
@@ -131,7 +141,7 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
             key, extension = key_and_extension(member.name)
             if member.kind == "folder" and not _leads_out(member.name):
                 continue
-            if key.endswith("/") or not key or not extension:
+            if is_system(member.name) or key.endswith("/") or not key or not extension:
                 ignored.append(member)
                 continue
             if sample is None or key != sample.key or extension in sample.members:

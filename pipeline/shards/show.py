@@ -23,6 +23,7 @@ from pipeline.shards import images, objects
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.objects import Annotated, BadObjectsError
+from pipeline.shards.retry import redact
 from pipeline.shards.store import Cache
 from pipeline.sheet import Sheet
 
@@ -46,10 +47,10 @@ def show(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
         summary = _summary(shards, seed)
         draw = {None: _draw_sheet, "semantic": _draw_maps, "objects": _draw_objects}[shards.annotations]
-        picture = draw(shards, Path(root).absolute().name, seed, shards.attribution)
+        picture = draw(shards, Path(redact(str(root))).absolute().name, seed, shards.attribution)
         shards.close()
     picture.save(sheet)
-    return {"data": str(root), **summary, "sheet": str(sheet)}
+    return {"data": redact(str(root)), **summary, "sheet": str(sheet)}
 
 
 def _summary(shards: ShardSet, seed: int) -> dict[str, Any]:

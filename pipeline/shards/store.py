@@ -91,9 +91,10 @@ class Store:
         """A file to read in order, past the cache; remote ones in large blocks. Raises FileNotFoundError."""
         return self._origin.open(name)
 
-    def names(self, suffix: str) -> list[str]:
-        """Of all files below the root that end so, relative to it and sorted. Raises InputError for HTTP."""
-        return self._origin.names(suffix)
+    def names(self) -> list[str]:
+        """Of all files below the root, relative to it and sorted, without hidden and system entries, whose number is
+        reported. Links to folders are followed. Raises InputError for HTTP."""
+        return self._origin.names()
 
     def load(self, blob: Blob) -> bytes:
         """A whole small file, cached when remote, that matches its digest."""

@@ -23,7 +23,7 @@ from pipeline.shards.images import BadImageError
 from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, Manifest, ShardSet, key_and_extension
 from pipeline.shards.objects import BadObjectsError
 from pipeline.shards.parallel import advance, each
-from pipeline.shards.store import Blob, Cache, Store, StoreError
+from pipeline.shards.store import Blob, Cache, StoreError
 from pipeline.shards.tar import Reader, TarError, members
 
 
@@ -47,11 +47,6 @@ def _open(root: str, cache: str) -> ShardSet:
     return ShardSet(root, cache=Cache(cache, 0))
 
 
-@functools.lru_cache(maxsize=1)
-def _tars(root: str) -> Store:
-    return Store(root)
-
-
 def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
     root, cache, number, deep = task
     shards = _open(root, cache)
@@ -61,7 +56,7 @@ def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
         records = shards.index(number)
         if wrong := _wrong_records(records, shards.record, manifest.shards[number].samples, len(manifest.classes)):
             return [Fault(tar.name, None, f"its index is wrong: {wrong}; index the data set again")]
-        with _tars(manifest.tars or root).open(tar.name) as stream:
+        with shards.open(number) as stream:
             return list(_compare(stream, records, tar, manifest, deep))
     except (InputError, StoreError, OSError) as error:
         return [Fault(tar.name, None, str(error))]

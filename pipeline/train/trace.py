@@ -1,7 +1,7 @@
 """What the engine consumed, for proofs that data does not depend on the world: runs/NAME/trace/rank-R.jsonl.
 
 A line for each step, counted as in metrics.jsonl:
-{"step": 7, "samples": [{"position": 0, "key": "3/digit-0003", "weight": 1.0, "pixels": "…", "label": "…", …}, …]}
+{"step": 7, "samples": [{"position": 0, "shard": 2, "key": "3/digit-0003", "weight": 1.0, "pixels": "…", …}, …]}
 Hashes are of the tensors themselves, sample by sample, after mixing, of images without the padding around them.
 """
 
@@ -35,6 +35,7 @@ class Trace:
         return [
             {
                 "position": int(where.position[i]),
+                "shard": int(where.shard[i]),
                 "key": self._shards.key(int(where.shard[i]), int(where.row[i])),
                 "weight": float(micro.weights[i]),
                 "pixels": _hash(images[i, :, :height, :width]),
