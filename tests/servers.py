@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 Fault = Literal[
+    "400",
+    "401",
     "403",
+    "405",
     "500",
     "503",
     "reset",  # half the body, then a TCP reset
@@ -121,7 +124,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path)
         request = Request(self.command, urllib.parse.unquote(parts.path), parts.query, self.headers)
         fault = self.faulty.note(request)
-        if fault in ("403", "500", "503"):
+        if fault in ("400", "401", "403", "405", "500", "503"):
             self._answer(int(fault), {}, b"")
             return
         if fault == "ignore range":

@@ -28,6 +28,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.shards.adopt import index
 from pipeline.shards.descriptors import Descriptors
+from pipeline.shards.index import read_manifest
 from pipeline.shards.retry import redact
 from pipeline.shards.store import Blob, Cache, Retry, Store, StoreError
 from tests.servers import Fault, FaultyServer, s3_server
@@ -353,6 +354,42 @@ def test_refused_requests_are_not_repeated(remote: Place) -> None:
             with pytest.raises(StoreError, match=f"{remote.root}/{NAMES[0]}: .*(403|Forbidden)"):
                 read()
             assert len(remote.wire.gets()) == before + 1
+
+
+@pytest.mark.parametrize("fault", ["400", "401", "403"])
+def test_refusals_are_one_line_with_cause_and_remedy(remote: Place, fault: Fault, tmp_path: Path) -> None:
+    for method in ("HEAD", "GET"):
+        remote.wire.spoil(fault, times=float("inf"), method=method)
+    remedy = "AWS_ENDPOINT_URL" if fault == "400" else "access is denied: set AWS_ACCESS_KEY_ID .*expired: renew it"
+    with remote.store() as store:
+        for ask in (store.size, store.read, store.open):
+            with pytest.raises(StoreError, match=f"^{remote.root}/{NAMES[0]}: HTTP {fault} .*{remedy}"):
+                ask(NAMES[0])
+    with pytest.raises(StoreError, match=f"HTTP {fault} .*{remedy}"):
+        index(f"{remote.root}/shard-{{000000..000001}}.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["400", "403", "405"])
+def test_a_server_that_only_gives_files_is_read(http: Place, fault: Fault) -> None:
+    """As a URL that was signed for GET alone."""
+    http.wire.spoil(fault, times=float("inf"), method="HEAD")
+    with http.store() as store:
+        assert store.size(NAMES[0]) == len(http.data(NAMES[0]))
+        assert store.open(NAMES[0]).read() == http.data(NAMES[0])
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3: Place, tmp_path: Path) -> None:
+    for ask in (lambda: index("s3://no-such/data", tmp_path / "out"), lambda: read_manifest("s3://no-such/data")):
+        with pytest.raises(InputError, match=r"s3://no-such/data.*: no such bucket: check its name, and AWS_ENDPOINT"):
+            ask()
+
+
+def test_credentials_that_are_missing_are_named(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with s3.store() as store, pytest.raises(StoreError, match="set AWS_ACCESS_KEY_ID"):
+        store.read(NAMES[0])
 
 
 def test_index_lists_a_prefix_once(s3: Place, tmp_path: Path) -> None:

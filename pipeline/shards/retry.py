@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import ExternalError
 
@@ -43,12 +43,12 @@ class Retry:
             except StoreError:
                 raise
             # The causes are cut off: libraries put URLs into their messages, with the credentials in them.
-            except FileNotFoundError:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
+            except FileNotFoundError as error:
+                raise FileNotFoundError(errno.ENOENT, _what_is_missing(error), url) from None
             except on as error:
                 cause = _describe(error)
                 if _is_final(error):
-                    raise StoreError(f"{url}: {cause}") from None
+                    raise StoreError(f"{url}: {cause}{_remedy(error)}") from None
                 if attempt >= self.attempts:
                     raise StoreError(f"{url}: {cause}; given up after {attempt} attempts") from None
             wait_s = self.first_wait_s * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.0)
@@ -65,16 +65,51 @@ def redact(text: str) -> str:
 
 
 def _is_final(error: Exception) -> bool:
-    # aiohttp's errors carry the status; other libraries raise Python's own classes for these.
-    status = getattr(error, "status", None)
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
-    return refused or isinstance(error, PermissionError)
+    status = _status(error)
+    is_refused = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+    is_slow = isinstance(error, TimeoutError)  # which S3 answers with 400
+    return _is_denied(error) or (is_refused and not is_slow)
+
+
+def _is_denied(error: Exception) -> bool:
+    # By name, because botocore takes a second to import.
+    lacks_credentials = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+    return lacks_credentials or isinstance(error, PermissionError) or _status(error) in (401, 403)
+
+
+def _answer(error: Exception) -> dict[str, Any]:
+    """What botocore has kept of the server's answer, where s3fs has raised one of Python's own errors for it."""
+    return getattr(error.__cause__, "response", None) or {}
+
+
+def _status(error: Exception) -> int | None:
+    """The status of an HTTP answer."""
+    status = getattr(error, "status", None) or _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if isinstance(status, int) else None
+
+
+def _what_is_missing(error: FileNotFoundError) -> str:
+    if _answer(error).get("Error", {}).get("Code") == "NoSuchBucket":
+        return "no such bucket: check its name, and AWS_ENDPOINT_URL if it is not on AWS"
+    return os.strerror(errno.ENOENT)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about a request that was refused."""
+    if _is_denied(error):
+        return (
+            "; access is denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3, .netrc for https; "
+            "a token or signed URL may have expired: renew it; some stores answer so where there is no such file"
+        )
+    if _status(error) == 400:
+        return "; check AWS_DEFAULT_REGION and AWS_ENDPOINT_URL, and whether a token or signed URL has expired"
+    return "; check the address"
 
 
 def _describe(error: Exception) -> str:
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        text = f"HTTP {status} {getattr(error, 'message', '')}"
+    status = _status(error)
+    if status is not None:
+        text = f"HTTP {status} {getattr(error, 'message', None) or getattr(error, 'strerror', None) or error}"
     elif isinstance(error, WrongBytes):
         text = str(error)
     elif isinstance(error, TimeoutError):
