@@ -453,7 +453,7 @@ def test_tars_that_repeat_others_are_noticed(tmp_path: Path, capsys: pytest.Capt
     assert faults == []
     assert manifest is not None
     assert manifest.samples == 4
-    warning = "warning: 1 tars repeat others, so their samples count twice: data.tar holds the bytes of copy.tar"
+    warning = "warning: these tars repeat others, so their samples count more than once: data.tar"
     assert warning in capsys.readouterr().err.splitlines()
 
 

@@ -23,11 +23,12 @@ from braceexpand import braceexpand
 
 from pipeline import files
 from pipeline.errors import InputError
-from pipeline.shards.faults import Fault, first_few, write_skipped
+from pipeline.shards.faults import SHOWN, Fault, first_few, write_skipped
 from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, TARS_QUERY, Manifest, Shard
 from pipeline.shards.labels import check_first, is_number, numbered
 from pipeline.shards.origin import below_root, is_http, split_query
 from pipeline.shards.parallel import advance, each
+from pipeline.shards.retry import redact
 from pipeline.shards.scan import Scan, samples, scan
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
@@ -59,10 +60,9 @@ def index(
     num_tars = len(names) + len(faults)
     source = _choose_source(store, names) if labels == "auto" else _checked_source(labels)
 
-    scans: list[Scan] = []
     tasks = ((root + query, name, source) for name in names)
-    for result in each(_scan, tasks, workers=min(workers, len(names)), total=len(names), name="indexing", unit="tar"):
-        scans.append(result)
+    workers = min(workers, len(names))
+    scans = list(each(_scan, tasks, workers=workers, total=len(names), name="indexing", unit="tar"))
     classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
 
     _report(scans, num_tars)
@@ -90,7 +90,9 @@ def _split(root: str) -> tuple[str, str, list[str]]:
     try:
         names = list(braceexpand(address[len(folder) + 1 if folder else 0 :]))
     except ValueError as error:
-        raise InputError(f"{address}: {error}; expected a pattern such as DIR/train-{{000..146}}.tar") from error
+        raise InputError(
+            f"{redact(address)}: {error}; expected a pattern such as DIR/train-{{000..146}}.tar"
+        ) from error
     return folder or ".", query, list(map(unquote, names)) if is_http(address) else names
 
 
@@ -104,11 +106,11 @@ def _keep_query(path: Path, query: str) -> None:
 
 def _report(scans: list[Scan], num_tars: int) -> None:
     """Report how many tars and files there are and which can be used, and tars that are the same."""
-    usable = [result for result in scans if len(result.records)]
+    usable = [result for result in scans if result.keys]
     num_files = sum(result.num_members for result in scans)
     num_ignored = sum(result.num_ignored for result in scans)
     num_usable = sum(sum(result.num_parts) for result in usable)
-    num_samples = sum(len(result.records) for result in usable)
+    num_samples = sum(len(result.keys) for result in usable)
     print(
         f"found {num_tars} tars with {num_files} files; "
         f"usable: {len(usable)} tars with {num_usable} files of {num_samples} samples; "
@@ -117,13 +119,10 @@ def _report(scans: list[Scan], num_tars: int) -> None:
         file=sys.stderr,
     )
     first: dict[str, str] = {}
-    copies = [
-        f"{result.name} holds the bytes of {first[result.sha256]}"
-        for result in usable
-        if first.setdefault(result.sha256, result.name) != result.name
-    ]
+    copies = [one.name for one in usable if first.setdefault(one.sha256, one.name) != one.name]
     if copies:
-        print(f"warning: {len(copies)} tars repeat others, so their samples count twice: {copies[0]}", file=sys.stderr)
+        shown = ", ".join(copies[:SHOWN])
+        print(f"warning: these tars repeat others, so their samples count more than once: {shown}", file=sys.stderr)
 
 
 def _output_folder(store: Store, root: str, out: Path | None) -> Path:
@@ -156,18 +155,18 @@ def _find(store: Store) -> list[str]:
 
 def _check_names(names: list[str]) -> tuple[list[str], list[Fault]]:
     """The tars that can be read, and faults for the others."""
-    reasons = {name: reason for name in names if (reason := _reason_to_refuse(name))}
-    return [name for name in names if name not in reasons], [Fault(name, None, reasons[name]) for name in reasons]
-
-
-def _reason_to_refuse(name: str) -> str | None:
-    if name.endswith(_COMPRESSIONS):
-        return "compressed, so no sample can be read by itself: decompress it"
-    try:
-        below_root(name)
-    except InputError as error:
-        return f"{error}: rename it"
-    return None
+    good, faults = [], []
+    for name in names:
+        try:
+            below_root(name)
+        except InputError as error:
+            faults.append(Fault(name, None, f"{error}: rename it"))
+            continue
+        if name.endswith(_COMPRESSIONS):
+            faults.append(Fault(name, None, "compressed, so no sample can be read by itself: decompress it"))
+        else:
+            good.append(name)
+    return good, faults
 
 
 def _choose_source(store: Store, names: list[str]) -> str:

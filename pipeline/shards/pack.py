@@ -94,11 +94,11 @@ def pack(
     out = out.resolve()
     _refuse_full(out)
     listing = source if isinstance(source, Listing) else sources.find(source, classes)
-    bad = list(listing.bad)
-    _refuse_bad(bad, out, skip_bad)  # before any image is decoded, which may take hours
     options = _Options(max_side, quality, samples_per_shard, seed)
     identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
     with _partial(out, fingerprint(identity)[:16]) as folder:
+        bad = list(listing.bad)
+        _refuse_bad(bad, out, skip_bad)  # before any image is decoded, which may take hours
         # Neighbours in a tar are read together, so they should not be of one class.
         order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(listing.entries))
         spilled = _spill(listing, order, folder / "spill", workers)
@@ -138,18 +138,11 @@ def _refused(out: Path) -> Path:
 def _refuse_bad(bad: list[BadSource], out: Path, skip_bad: bool) -> None:
     if not bad or skip_bad:
         return
-    listed = ""
+    lines = ["images that cannot be packed:", first_few(bad)]
     if len(bad) > SHOWN:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_faults(_refused(out), bad)
-        except OSError as error:
-            raise InputError(f"{_refused(out)}: cannot be written: {error.strerror}\n{first_few(bad)}") from error
-        listed = f"\nall {len(bad)} are listed in {_refused(out)}"
-    raise InputError(
-        f"images that cannot be packed:\n{first_few(bad)}{listed}\n"
-        "repair or remove them; --skip-bad leaves such images out"
-    )
+        write_faults(_refused(out), bad)
+        lines.append(f"all {len(bad)} are listed in {_refused(out)}")
+    raise InputError("\n".join([*lines, "repair or remove them; --skip-bad leaves such images out"]))
 
 
 @contextlib.contextmanager
