@@ -95,6 +95,7 @@ def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("root", help="folder or URL of .tar files, or a pattern in quotes: DIR/train-{000..146}.tar")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where indices and manifest go if not beside the tars")
     parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD or folder")
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="trust what the images' headers say")
     _add_shared(parser)
 
 
@@ -105,6 +106,7 @@ def _index(arguments: Namespace) -> dict[str, Any]:
         labels=arguments.labels,
         classes=_classes(arguments),
         skip_bad=arguments.skip_bad,
+        decode=arguments.decode,
         workers=arguments.workers,
     )
     if manifest is None:

@@ -369,12 +369,13 @@ def bad_image(rng: np.random.Generator, samples: list[Sample]) -> Spoiled:
 
 @spoils
 def bad_pixels(rng: np.random.Generator, samples: list[Sample]) -> Spoiled:
-    """Nothing that an index can see."""
+    """Nothing that an index can see without decoding."""
     samples[1].image = flipped_behind_header(rng, samples[1].image)
     image = samples[2].image
     samples[2].image = image[:-50]
     assert not decodes(samples[2].image)
-    return Spoiled(whole(samples), set(), hidden={samples[1].key, samples[2].key})
+    hidden = {samples[1].key, samples[2].key}
+    return Spoiled(whole(samples), {*hidden}, hidden=hidden)
 
 
 @spoils

@@ -351,7 +351,7 @@ def test_remote_shards_feed_the_same(settings: Make, reference: Consumed, digits
 
 def test_what_is_left_of_200_damaged_files_can_be_trained_on(settings: Make, tmp_path: Path) -> None:
     damage = build(tmp_path / "damage")
-    adopt.index(str(damage.shards), tmp_path / "index", skip_bad=True)
+    adopt.index(str(damage.shards), tmp_path / "index", skip_bad=True, decode=False)
     pack(damage.images, tmp_path / "packed", classes=list(CLASSES), skip_bad=True)
     shards = ShardSet(tmp_path / "index")
     keys_of = {

@@ -650,6 +650,7 @@ REASONS = {
     "repeated_key": {"a second sample of this key"},
     "parts_apart": {"do not stand side by side"},
     "two_images": {"more than one part"},
+    "bad_pixels": {"not a readable image: "},
     "traversal": {"which leads out of the tar"},
     "stray_traversal": {"which leads out of the tar"},
     "link": {"is a link"},
@@ -679,10 +680,16 @@ def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) 
     manifest, faults = index(str(damage.shards), tmp_path, skip_bad=True)
     assert manifest is not None
     assert [fault._asdict() for fault in faults] == read_skipped(tmp_path)
+    assert contents(tmp_path).keys() == damage.good_keys
+    assert verify(tmp_path, deep=True) == []
+
+
+def test_without_decoding_only_headers_are_checked(damage: Damage, tmp_path: Path) -> None:
+    _, faults = index(str(damage.shards), tmp_path, skip_bad=True, decode=False)
+    assert not {fault.key for fault in faults} & damage.hidden_keys
     assert contents(tmp_path).keys() == damage.good_keys | damage.hidden_keys
     assert verify(tmp_path) == []
-    hidden = verify(tmp_path, deep=True)
-    assert {fault.key for fault in hidden} == damage.hidden_keys
+    assert {fault.key for fault in verify(tmp_path, deep=True)} == damage.hidden_keys
 
 
 def test_every_damaged_image_is_told(damage: Damage, tmp_path: Path) -> None:

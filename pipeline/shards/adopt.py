@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,6 +24,7 @@ from braceexpand import braceexpand
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.shards import images
 from pipeline.shards.faults import SHOWN, Fault, first_few, write_skipped
 from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, TARS_QUERY, Manifest, Shard
 from pipeline.shards.labels import check_first, is_number, numbered
@@ -43,12 +45,14 @@ def index(
     labels: str = "auto",
     classes: list[str] | None = None,
     skip_bad: bool = False,
+    decode: bool = True,
     workers: int = 1,
 ) -> tuple[Manifest | None, list[Fault]]:
     """Index the tars below `root`, a folder or URL; or those that a path with braces names: DIR/train-{000..146}.tar.
 
     Indices and manifest go beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, or auto, which the
     first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes the list.
+    Every image is decoded, unless `decode` is False, which trusts what its header says.
 
     Returns the manifest and all faults. With faults nothing is written and the manifest is None, unless `skip_bad`
     leaves what is bad out, listed in skipped.jsonl. Raises InputError where nothing can be indexed at all.
@@ -60,7 +64,8 @@ def index(
     num_tars = len(names) + len(faults)
     source = _choose_source(store, names) if labels == "auto" else _checked_source(labels)
 
-    tasks = ((root + query, name, source) for name in names)
+    look = images.check if decode else images.header
+    tasks = ((root + query, name, source, look) for name in names)
     workers = min(workers, len(names))
     scans = list(each(_scan, tasks, workers=workers, total=len(names), name="indexing", unit="tar"))
     classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
@@ -202,11 +207,11 @@ def _checked_source(labels: str) -> str:
     return labels
 
 
-def _scan(task: tuple[str, str, str]) -> Scan:
-    root, name, source = task
+def _scan(task: tuple[str, str, str, Callable[[bytes], images.Header]]) -> Scan:
+    root, name, source, look = task
     try:
         with _store(root).open(name) as stream:
-            result = scan(stream, name, source)
+            result = scan(stream, name, source, look)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         result = Scan(name, 0, "", np.empty(0, RECORD), [], [], [Fault(name, None, reason)])

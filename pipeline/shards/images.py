@@ -1,6 +1,7 @@
 """One encoded image: what its header says, whether it decodes, and the same made smaller.
 
     bytes ──header──▶ format and size, nothing decoded
+    bytes ──check───▶ the same, once all of it has been decoded
     bytes ──decode──▶ pixels
     bytes ──decode_map──▶ the classes of pixels
     bytes ──prepare─▶ bytes to pack: the same, or a JPEG no larger than wanted; prepare_map: its map likewise
@@ -56,6 +57,14 @@ def header(data: bytes) -> Header:
     """What the first bytes of a JPEG or PNG say. Raises BadImageError."""
     with _opened(data) as image:
         return _header(image, data)
+
+
+def check(data: bytes) -> Header:
+    """What `header` returns, once all of the image has been decoded. Raises BadImageError."""
+    with _opened(data) as image:
+        head = _header(image, data)
+        image.load()
+        return head
 
 
 def size(data: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ no name in a tar ever meets the file system.
 import dataclasses
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.shards import images
 from pipeline.shards.faults import Fault
-from pipeline.shards.images import BadImageError
+from pipeline.shards.images import BadImageError, Header
 from pipeline.shards.index import RECORD, key_and_extension
 from pipeline.shards.labels import are_several
 from pipeline.shards.parallel import advance
@@ -84,8 +84,9 @@ class BadSampleError(ValueError):
 Row = tuple[int, int, int, int, int, int, int]  # the fields of a RECORD
 
 
-def scan(stream: IO[bytes], name: str, source: str) -> Scan:
-    """Read a tar from beginning to end. `source` of the labels is cls, folder or json:FIELD."""
+def scan(stream: IO[bytes], name: str, source: str, look: Callable[[bytes], Header]) -> Scan:
+    """Read a tar from beginning to end. `source` of the labels is cls, folder or json:FIELD; `look` at an image is
+    images.check, which decodes it, or images.header."""
     reader = Reader(stream)
     ignored: list[Member] = []
     labels: dict[str, int] = {}
@@ -99,7 +100,7 @@ def scan(stream: IO[bytes], name: str, source: str) -> Scan:
             num_members += len(sample.members)
             parts = sample.members.keys()
             if sample.key not in found:
-                found[sample.key] = {*parts}, _row(sample, source, labels)
+                found[sample.key] = {*parts}, _row(sample, source, labels, look)
             elif parts.isdisjoint(found[sample.key][0]):
                 found[sample.key] = (
                     {*parts, *found[sample.key][0]},
@@ -160,7 +161,7 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
         yield sample
 
 
-def _row(sample: Sample, source: str, labels: dict[str, int]) -> Row | str:
+def _row(sample: Sample, source: str, labels: dict[str, int], look: Callable[[bytes], Header]) -> Row | str:
     """The sample's record, or what is wrong with it. Adds its label to `labels`."""
     try:
         for extension, member in sample.members.items():
@@ -171,7 +172,7 @@ def _row(sample: Sample, source: str, labels: dict[str, int]) -> Row | str:
             count = "more than one" if image else "no"
             raise BadSampleError(f"{count} part called jpg, jpeg or png; it has {', '.join(sample.members)}")
         data = sample.part(image[0])
-        head = images.header(data)
+        head = look(data)
         label = labels.setdefault(_label(sample, source), len(labels))
     except (BadSampleError, BadImageError) as error:
         return str(error)
