@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,15 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
     parser.add_argument("--max-side", type=_positive, metavar="PX", help="scale images with a longer side down")
-    parser.add_argument("--quality", type=_quality, metavar="Q", help="of JPEGs made by packing (default 90)")
+    parser.add_argument("--quality", type=_within(1, 100), metavar="Q", help="of JPEGs made by packing (default 90)")
+    parser.add_argument(
+        "--bits-stored",
+        type=_within(8, 16),
+        metavar="N",
+        help="scale 16-bit images whose values are 0 ... 2^N - 1 to 8 bits; they become PNGs, or JPEGs as others do",
+    )
     parser.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the shuffle across classes")
+    parser.add_argument("--seed", type=_within(0, 2**32 - 1), default=0, help="of the shuffle across classes")
 
 
 def _pack(arguments: Namespace) -> dict[str, Any]:
@@ -68,6 +75,7 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         classes=classes,
         max_side=arguments.max_side,
         quality=arguments.quality,
+        bits_stored=arguments.bits_stored,
         samples_per_shard=arguments.samples_per_shard,
         seed=arguments.seed,
         skip_bad=arguments.skip_bad,
@@ -132,7 +140,7 @@ def _verify(arguments: Namespace) -> dict[str, Any]:
 def _show_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("root", help="folder or URL of a data set")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="contact sheet (default ./ROOT-sheet.png)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the choice of samples")
+    parser.add_argument("--seed", type=_within(0, 2**32 - 1), default=0, help="of the choice of samples")
 
 
 def _show(arguments: Namespace) -> dict[str, Any]:
@@ -209,17 +217,14 @@ def _positive(text: str) -> int:
     return number
 
 
-def _quality(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not in 1 … 100")
-    return number
+def _within(low: int, high: int) -> Callable[[str], int]:
+    """Returns what turns an argument into a number from `low` to `high`."""
 
+    def number(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} … {high}")
+        return int(text)
 
-def _seed(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2^32 - 1")
     return number
 
 

@@ -650,7 +650,7 @@ REASONS = {
     "repeated_key": {"a second sample of this key"},
     "parts_apart": {"do not stand side by side"},
     "two_images": {"more than one part"},
-    "bad_pixels": {"not a readable image: "},
+    "bad_pixels": {"damaged: ", "not a readable image: "},
     "traversal": {"which leads out of the tar"},
     "stray_traversal": {"which leads out of the tar"},
     "link": {"is a link"},

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.shards.header import read_size
+from pipeline.shards.header import damage, read_size
 from pipeline.shards.index import MAX_PIXELS
 
 MAX_SIDE_PX = 65535  # what an index record holds
@@ -60,10 +61,11 @@ def header(data: bytes) -> Header:
 
 
 def check(data: bytes) -> Header:
-    """What `header` returns, once all of the image has been decoded. Raises BadImageError."""
+    """What `header` returns, once all of the image has been decoded. Raises BadImageError also for what is damaged and
+    what would be fed with other values than Pillow's."""
     with _opened(data) as image:
         head = _header(image, data)
-        image.load()
+        _load(image, data)
         return head
 
 
@@ -79,7 +81,7 @@ def decode(data: bytes) -> Image.Image:
     """A JPEG or PNG as RGB. Raises BadImageError."""
     with _opened(data) as image:
         _header(image, data)
-        return _rgb(image)
+        return _load(image, data).convert("RGB")
 
 
 def decode_map(data: bytes) -> npt.NDArray[np.uint8]:
@@ -96,21 +98,27 @@ def decode_map(data: bytes) -> npt.NDArray[np.uint8]:
         return np.array(image)
 
 
-def prepare(data: bytes, max_side: int | None = None, quality: int | None = None) -> tuple[bytes, Header]:
+def prepare(
+    data: bytes, max_side: int | None = None, quality: int | None = None, bits_stored: int | None = None
+) -> tuple[bytes, Header]:
     """What to pack of an image, once it has been decoded: what does not decode today would stop a run tomorrow.
 
     JPEG and PNG stay as they are unless a side is longer than `max_side` pixels; then the image is scaled down and
-    becomes a JPEG of `quality`. Other formats become JPEGs where either argument is given. Raises BadImageError.
+    becomes a JPEG of `quality`. Other formats, and kinds that DALI does not decode as Pillow does, become JPEGs where
+    either argument is given. With `bits_stored` 16-bit values are scaled from 0 … 2^bits_stored - 1 to 8 bits, and
+    PNGs of them stay PNGs. Raises BadImageError.
     """
     convert = max_side is not None or quality is not None
     with _opened(data, max_side) as image:
         too_long = max_side is not None and max(image.size) > max_side
         if too_long or (convert and not _is_plain(image, data)):
-            return _jpeg(image, max_side or MAX_SIDE_PX, quality or QUALITY)
+            return _jpeg(image, data, max_side or MAX_SIDE_PX, quality or QUALITY, bits_stored)
         _check_bytes(data, MAX_BYTES)
         head = _header(image, data, way_out="pack with --quality to convert it")
-        image.load()
-        return data, head
+        shown = _load(image, data, bits_stored)
+        if shown is image or bits_stored is None:
+            return data, head
+        return _encoded(shown, "PNG"), head
 
 
 def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> bytes:
@@ -129,10 +137,8 @@ def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> 
         raise BadImageError(wrong)
     if labels.shape == (packed.height, packed.width):
         return data
-    buffer = BytesIO()
     small = Image.fromarray(labels).resize((packed.width, packed.height), Image.Resampling.NEAREST)
-    small.save(buffer, "PNG")
-    return buffer.getvalue()
+    return _encoded(small, "PNG")
 
 
 def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
@@ -148,7 +154,7 @@ def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_side: int | None = None) -> Iterator[Image.Image]:
+def _opened(data: bytes, max_side: int | None = None) -> Iterator[ImageFile]:
     """PIL's image before decoding, which is scaled to `max_side` then. Whatever is raised for it, inside the block as
     well, is a BadImageError."""
     if not data:
@@ -176,7 +182,7 @@ def _check_bytes(data: bytes, limit: int) -> None:
         raise BadImageError(f"more than {limit:,} bytes")
 
 
-def _open(data: bytes, max_side: int | None) -> Image.Image:
+def _open(data: bytes, max_side: int | None) -> ImageFile:
     """PIL's image. A JPEG of too many pixels to be decoded whole takes the size of the part that scaling it needs."""
     height, width = read_size(data) or (0, 0)
     is_large_jpeg = data.startswith(b"\xff\xd8") and MAX_PIXELS < height * width <= MAX_SCALED_PIXELS
@@ -190,32 +196,84 @@ def _open(data: bytes, max_side: int | None) -> Image.Image:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Whether training can read it. PIL reads more: it forgives what DALI cannot follow."""
+    """Whether DALI decodes it as PIL does. PIL reads more: it forgives what DALI cannot follow."""
     return image.format in _PACKED and read_size(data) == (image.height, image.width)
 
 
-def _header(image: Image.Image, data: bytes, way_out: str = "convert it") -> Header:
+def _header(image: Image.Image, data: bytes, way_out: str = "convert it, as pack --quality does") -> Header:
     if image.format not in _PACKED:
         raise BadImageError(f"holds {image.format}, not JPEG or PNG: {way_out}")
     if not _is_plain(image, data):
-        raise BadImageError(f"a {image.format} that is not laid out as the format wants: {way_out}")
+        kind = "not laid out as the format wants"
+        if image.mode == "CMYK":
+            kind = "in CMYK without Adobe's marker"
+        elif image.format == "JPEG":
+            kind += ", or lossless"
+        raise BadImageError(f"a {image.format} that is {kind}: {way_out}")
     if max(image.size) > MAX_SIDE_PX:
         raise BadImageError(f"{image.width} × {image.height} pixels; no side may exceed {MAX_SIDE_PX}: scale it down")
     return Header(_PACKED[image.format], image.height, image.width)
 
 
-def _jpeg(image: Image.Image, max_side: int, quality: int) -> tuple[bytes, Header]:
-    small = image if image.format == "JPEG" else _rgb(image)  # palettes would be scaled without a filter
-    # The gap lets JPEGs be decoded at 1/2, 1/4 or 1/8 where that leaves enough for a good filter.
-    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    buffer = BytesIO()
-    small.convert("RGB").save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue(), Header("jpg", small.height, small.width)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _load(image: ImageFile, data: bytes, bits_stored: int | None = None) -> Image.Image:
+    """All of an image decoded: itself, or an image of 8 bits a value where it has 16. Raises BadImageError."""
+    _refuse_damaged(data)
+    if (values := _deep_values(image, data)) is not None:
+        return Image.fromarray(_scaled(values, bits_stored))
     if image.mode in ("I", "F"):
         raise BadImageError(f"32 bits a pixel (PIL's mode {image.mode}), whose range nobody knows: convert it")
-    return image.convert("RGB")
+    if image.format == "TIFF" and ";16" in str(image.tile):
+        raise BadImageError("a TIFF with 16 bits a colour, of which PIL reads the upper half: convert it to PNG")
+    image.load()
+    return image
+
+
+def _refuse_damaged(data: bytes) -> None:
+    if reason := damage(data):
+        raise BadImageError(f"damaged: {reason}")
+
+
+def _deep_values(image: ImageFile, data: bytes) -> npt.NDArray[np.integer] | None:
+    """The values of an image of 16 bits a value, [height, width] or [height, width, 3]. None for other images."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image)
+    if image.format != "PNG" or data[_DEPTH] != 16:
+        return None
+    # PIL reads the upper half of colours' values. This takes seconds to import, and such images are rare.
+    import torch
+    from torchvision.io import ImageReadMode, decode_png
+
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def _scaled(values: npt.NDArray[np.integer], bits_stored: int | None) -> npt.NDArray[np.uint8]:
+    """From 16 bits, of which `bits_stored` are used, to 8. Raises BadImageError where that cannot be right."""
+    top = int(values.max())
+    if bits_stored is None and 0 < top < 1 << 15:
+        bits = max(top.bit_length(), 8)
+        raise BadImageError(
+            f"its 16-bit values end at {top:,}, so it would be fed dark: pack with --bits-stored {bits} if {bits} bits "
+            "are all that its source has, or 16 if it is dark"
+        )
+    limit = 2 ** (bits_stored or 16) - 1
+    if top > limit:
+        raise BadImageError(f"a 16-bit value of {top:,}: --bits-stored {bits_stored} says that they end at {limit:,}")
+    scale = np.rint(np.arange(limit + 1) * 255 / limit)
+    return scale.astype(np.uint8)[values]
+
+
+def _jpeg(image: ImageFile, data: bytes, max_side: int, quality: int, bits_stored: int | None) -> tuple[bytes, Header]:
+    if image.format == "JPEG":
+        _refuse_damaged(data)
+        small = image  # which `thumbnail` decodes at 1/2, 1/4 or 1/8 where that leaves enough for a good filter
+    else:
+        small = _load(image, data, bits_stored).convert("RGB")  # palettes would be scaled without a filter
+    small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return _encoded(small.convert("RGB"), "JPEG", quality=quality), Header("jpg", small.height, small.width)
+
+
+def _encoded(image: Image.Image, format: str, **options: int) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

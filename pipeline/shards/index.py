@@ -308,7 +308,9 @@ class ShardSet:
         _, offset, size, _, height, width, crc32 = self.index(shard)[row].item()[:_NUM_FIELDS]
         data = self._read(shard, offset, size, crc32, "its")
         if read_size(data) != (height, width):
-            raise CorruptSampleError(f"its header does not say {width} × {height} pixels, as the index does")
+            raise CorruptSampleError(
+                f"its header does not say {width} × {height} pixels, or is of a kind not fed: see verify --deep"
+            )
         if height * width > MAX_PIXELS:
             raise CorruptSampleError(f"{width} × {height} pixels; the limit is {MAX_PIXELS}")
         return data

@@ -64,6 +64,7 @@ class _Options:
 
     max_side: int | None
     quality: int | None
+    bits_stored: int | None
     samples_per_shard: int
     seed: int
 
@@ -75,6 +76,7 @@ def pack(
     classes: list[str] | None = None,
     max_side: int | None = None,
     quality: int | None = None,
+    bits_stored: int | None = None,
     samples_per_shard: int = 1000,
     seed: int = 0,
     skip_bad: bool = False,
@@ -84,8 +86,9 @@ def pack(
 
     `source` is a listing, or what `sources.find` makes one of, where `classes` fixes the class map (a validation split
     takes the training split's). Images with a side longer than `max_side` pixels are scaled down and become JPEGs of
-    `quality`; with either, formats other than JPEG and PNG are converted too. `skip_bad` leaves out images that cannot
-    be used and lists them in skipped.jsonl. An ATTRIBUTION.txt of the images goes with them.
+    `quality`; with either, formats and kinds that DALI does not decode as Pillow does are converted too. `bits_stored`
+    scales 16-bit values, see images.prepare. `skip_bad` leaves out images that cannot be used and lists them in
+    skipped.jsonl. An ATTRIBUTION.txt of the images goes with them.
 
     Raises InputError for anything wrong with the input: first for all that listing it has found, then for all images
     of all shards. It then leaves nothing behind but OUT-refused.jsonl, the list where that is long. Whatever else ends
@@ -94,7 +97,7 @@ def pack(
     out = out.resolve()
     _refuse_full(out)
     listing = source if isinstance(source, Listing) else sources.find(source, classes)
-    options = _Options(max_side, quality, samples_per_shard, seed)
+    options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
     identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
     with _partial(out, fingerprint(identity)[:16]) as folder:
         bad = list(listing.bad)
@@ -304,13 +307,13 @@ def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]],
     """Write the task's images, each with its .cls or annotation, and return a record's fields for each; and the images
     left out."""
     spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries)) if task.spilled else None
-    records, bad = [], []
+    records, bad, options = [], [], task.options
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for row, entry in enumerate(task.entries):
             place, annotation = entry.place, None
             try:
                 image = spilled[row] if spilled else _read(place)
-                data, head = images.prepare(image, task.options.max_side, task.options.quality)
+                data, head = images.prepare(image, options.max_side, options.quality, options.bits_stored)
                 if isinstance(entry.annotation, str):
                     place = entry.annotation
                     annotation = images.prepare_map(_read(place), image, head, task.num_classes)

@@ -122,7 +122,7 @@ def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
         return "its image does not match its checksum"
     if deep:
         try:
-            width, height = images.decode(data).size
+            _, height, width = images.check(data)
         except BadImageError as error:
             return str(error)
         if (height, width) != (record["height"], record["width"]):
