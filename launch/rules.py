@@ -98,5 +98,5 @@ def _hours(settings: Config, steps: int, ranks: int, num_classes: int) -> str:
 
     per_image = network.training_flops(settings.task, settings.model, settings.image.size, num_classes)
     work = per_image * steps * settings.train.global_batch_size / ranks / flops.MFU / 3600
-    each = ", ".join(f"{work / peak:,.1f} on {name}" for name, peak in flops.PEAK_FLOPS.items())
+    each = " or ".join(f"{work / peak:,.1f} on {name}" for name, peak in flops.PEAK_FLOPS.items())
     return f"hours of training if each rank has a GPU and reaches {flops.MFU:.0%} of its bf16 peak: {each}"

@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKWARD = 2
 """A backward pass takes a product for the gradient of each factor, so twice what the forward pass takes."""
 
-PEAK_FLOPS = {"H100 or H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H100, H200": 989e12, "A100": 312e12}
 """Of dense bf16 matrix products, by NVIDIA's data sheets."""
 MFU = 0.30
 """Assumed of training on one node, where nothing was measured."""
