@@ -17,7 +17,7 @@ import yaml
 from pipeline import config
 from pipeline.config import Config
 from pipeline.shards.pack import pack
-from tests.ranks import ROOT, start
+from tests.ranks import PATIENCE_S, ROOT, start
 
 # OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
 torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def write_config(digits: Path, folder: Path) -> Path:
     return path
 
 
-def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = 180) -> list[dict[str, Any]]:
+def run_ranks(ranks: int, script: str, *arguments: object, timeout_s: float = PATIENCE_S) -> list[dict[str, Any]]:
     """Run tests/workers/SCRIPT.py on `ranks` local ranks and return the JSON objects that rank 0 printed."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, str(rank)) for rank in range(ranks)]

@@ -12,7 +12,7 @@ from pipeline.tasks import classify
 from pipeline.track import package, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from tests.chaos.runs import Job
-from tests.ranks import start
+from tests.ranks import PATIENCE_S, start
 
 
 def register_classifier(folder: Path) -> None:
@@ -65,6 +65,6 @@ def command(target: str, *arguments: object, log: Path, expected: int = 0) -> tu
     """The result and the messages of a command on one rank."""
     (process,) = start(1, target, arguments, [log])
     told = log.with_suffix(".err")
-    assert process.wait(120) == expected, told.read_text()
+    assert process.wait(PATIENCE_S) == expected, told.read_text()
     lines = log.with_suffix(".out").read_text().splitlines()
     return {} if expected else json.loads(lines[-1]), told.read_text()

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from tests.ranks import ROOT, free_port
+from tests.ranks import PATIENCE_S, ROOT, free_port
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ModelServer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/invocations", data, {"Content-Type": kind})
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -42,7 +42,7 @@ class ModelServer:
         return json.loads(answer)["predictions"]
 
     def get(self, path: str) -> tuple[int, str]:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=PATIENCE_S) as answer:
             return answer.status, answer.read().decode()
 
     @property
@@ -73,7 +73,7 @@ def serving(copy: Path, folder: Path, environment: Mapping[str, str]) -> Iterato
         at = ModelServer(f"http://127.0.0.1:{port}", process, copy)
         while not _answers(at):
             assert process.poll() is None, f"the server ended at once:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() - begin < 90, f"the server does not answer:\n{log.read_text()[-3000:]}"
+            assert time.monotonic() - begin < PATIENCE_S, f"the server does not answer:\n{log.read_text()[-3000:]}"
             time.sleep(0.1)
         at.start_up_s = time.monotonic() - begin
         yield at

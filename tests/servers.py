@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tests.ranks import PATIENCE_S
+
 Fault = Literal[
     "400",
     "401",
@@ -183,7 +185,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _upstream(self) -> tuple[int, dict[str, str], bytes]:
         assert isinstance(self.faulty.source, str)
-        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.faulty.source).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.faulty.source).netloc, timeout=PATIENCE_S)
         with contextlib.closing(connection):
             connection.request(self.command, self.path, headers=dict(self.headers))
             answer = connection.getresponse()
@@ -207,7 +209,7 @@ def s3_server() -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break

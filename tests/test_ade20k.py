@@ -39,7 +39,7 @@ from pipeline.shards.pack import pack
 from pipeline.shards.show import show, table
 from pipeline.shards.store import Cache
 from pipeline.shards.verify import verify
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, ROOT
 from tests.servers import FaultyServer
 
 CLASSES = ["wall", "building, edifice", "windowpane, window"]
@@ -439,7 +439,7 @@ def pack_in_background(ade: Path, cache: Path) -> subprocess.Popen[str]:
 
 def test_a_folder_is_packed_once(ade: Path, tmp_path: Path) -> None:
     running = [pack_in_background(ade, tmp_path / "cache") for _ in range(3)]
-    results = [process.communicate(timeout=60) for process in running]
+    results = [process.communicate(timeout=PATIENCE_S) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], results
     (root,) = {Path(out.strip()) for out, _ in results}
     assert sum("packing it into" in errors for _, errors in results) == 1

@@ -31,7 +31,7 @@ from pipeline.track.mirror import Mirror
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import DataInput, Record
 from tests.conftest import write_config
-from tests.ranks import Rank
+from tests.ranks import PATIENCE_S, Rank
 from tests.tracking_servers import (
     PASSWORD,
     USER,
@@ -260,13 +260,13 @@ def test_eight_jobs_register_versions_at_once(
         for number, entry in enumerate(entries)
     ]
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not all((entry / "ready").exists() for entry in entries):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         begin.touch()
         for number, job in enumerate(jobs):
-            assert job.wait(120) == 0, (tmp_path / f"log-{number}.err").read_text()[-3000:]
+            assert job.wait(PATIENCE_S) == 0, (tmp_path / f"log-{number}.err").read_text()[-3000:]
     finally:
         for job in jobs:
             job.kill()
@@ -354,12 +354,12 @@ def tracking_environment() -> dict[str, str]:
 
 def result_of(job: Rank, log: Path) -> dict[str, Any]:
     """The JSON line at the end of its standard output."""
-    assert job.wait(120) == 0, log.with_suffix(".err").read_text()[-3000:]
+    assert job.wait(PATIENCE_S) == 0, log.with_suffix(".err").read_text()[-3000:]
     return json.loads(log.with_suffix(".out").read_text().splitlines()[-1])
 
 
 def wait_for_step(folder: Path, step: int, job: Rank) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     metrics = folder / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
         assert job.poll() is None, "the job has ended"

@@ -21,6 +21,7 @@ from pipeline import config
 from pipeline.train import commit
 from pipeline.train.guard import Guard
 from tests.conftest import ROOT, run_ranks, write_config
+from tests.ranks import PATIENCE_S
 
 OLD, NEW = "step-00000002", "step-00000004"
 
@@ -41,7 +42,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 def execute(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/checkpoint.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def result_of(*arguments: object, code: int = 0) -> tuple[dict[str, Any], str]:

@@ -24,13 +24,13 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.track import server
 from tests.conftest import write_config
-from tests.ranks import ROOT, free_port, start
+from tests.ranks import PATIENCE_S, ROOT, free_port, start
 from tests.servers import FaultyServer
 
 STEPS = 30
 
 
-def run(*command: object, cwd: Path, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     # A short job ends before the first sample of system metrics at their usual interval of ten seconds.
     environ = {**os.environ, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
     return subprocess.run(
@@ -50,7 +50,7 @@ def forked(target: str, *arguments: object, cwd: Path, ranks: int = 1) -> subpro
         logs = [Path(folder, str(rank)) for rank in range(ranks)]
         processes = start(ranks, target, arguments, logs, cwd)
         try:
-            codes = [process.wait(240) for process in processes]
+            codes = [process.wait(PATIENCE_S) for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -322,7 +322,7 @@ def test_another_number_of_ranks_is_refused_before_ranks_meet(tmp_path: Path) ->
     first, second = start(2, "launch/pretrain.py", ["--config", "x", "--ranks", 1], [tmp_path / "0", tmp_path / "1"])
     second.kill()
     try:
-        assert first.wait(240) == 2
+        assert first.wait(PATIENCE_S) == 2
     finally:
         first.kill()
     (line,) = (tmp_path / "0.err").read_text().splitlines()

@@ -17,7 +17,7 @@ from pipeline.track import registry, server
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
 from tests.finetuning import command, losses_of, register_classifier, result_of, seen_by
-from tests.ranks import start
+from tests.ranks import PATIENCE_S, start
 
 STEPS = 6
 TARGET = "launch/finetune.py"
@@ -89,9 +89,9 @@ def trained(scenes: Path, root: Path) -> Job:
 def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "mask_rcnn", "killed"), "killed", ranks=2, target=TARGET)
     with killed.start() as attempt:
-        assert attempt.wait_until(lambda: attempt.step >= 3 and killed.newest_step() >= 2, 120)
+        assert attempt.wait_until(lambda: attempt.step >= 3 and killed.newest_step() >= 2, PATIENCE_S)
         attempt.kill(range(2), signal.SIGKILL)
-        attempt.wait(60)
+        attempt.wait(PATIENCE_S)
     assert killed.newest_step() in (2, 4)
     again = killed.finish()
     assert again.resumed_at in (2, 4)
@@ -148,7 +148,7 @@ def test_it_is_registered_scored_and_drawn(scenes: Path, root: Path, trained: Jo
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
     logs = [root / f"log-{rank}" for rank in range(2)]
     for process in start(2, "launch/evaluate.py", arguments, logs):
-        assert process.wait(120) == 0, logs[0].with_suffix(".err").read_text()
+        assert process.wait(PATIENCE_S) == 0, logs[0].with_suffix(".err").read_text()
     assert '"box_ap": ' + repr(found["box_ap"]) in logs[0].with_suffix(".out").read_text()
     assert (trained.folder / "predictions.png").exists()
 

@@ -26,9 +26,7 @@ from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, Record
 from tests.conftest import write_config
-from tests.ranks import ROOT, start
-
-LIMIT_S = 120
+from tests.ranks import PATIENCE_S, ROOT, start
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +61,13 @@ def _data(folder: Path) -> dict[str, str]:
 def run(target: str, *arguments: object, log: Path) -> dict[str, Any]:
     """The result of a command that ends with 0."""
     (process,) = start(1, target, arguments, [log])
-    process.wait(LIMIT_S)
+    process.wait(PATIENCE_S)
     assert process.returncode == 0, log.with_suffix(".err").read_text()
     return json.loads(log.with_suffix(".out").read_text().splitlines()[-1])
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -191,7 +189,7 @@ def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refus
         twice = run("launch/pretrain.py", *job, tmp_path / "mine" / "claim.json", log=tmp_path / "twice")
     assert twice["at_work"]
     (process,) = start(1, "launch/pretrain.py", [*job, tmp_path / "other" / "claim.json"], [tmp_path / "strange"])
-    assert process.wait(LIMIT_S) == 2
+    assert process.wait(PATIENCE_S) == 2
     assert "is another run's: give the hand-off a run.name" in (tmp_path / "strange.err").read_text()
 
 

@@ -34,7 +34,7 @@ from pipeline.shards.faults import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.verify import verify
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, ROOT
 
 
 def encoded(pixels: np.ndarray, format: str, **options: Any) -> bytes:
@@ -804,7 +804,7 @@ def finished(partial: Path) -> dict[str, Identity]:
 def test_an_interrupted_pack_continues(slow_tree: Path, tmp_path: Path, how: signal.Signals) -> None:
     partial = tmp_path / ".out.partial"
     process = start_packing(slow_tree, tmp_path / "out")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while len(finished(partial)) < 4:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -817,8 +817,8 @@ def test_an_interrupted_pack_continues(slow_tree: Path, tmp_path: Path, how: sig
         os.killpg(process.pid, how)
     else:
         process.send_signal(how)
-    _, error = process.communicate(timeout=30)
-    assert not psutil.wait_procs(workers, timeout=10)[1], "workers outlive the process that started them"
+    _, error = process.communicate(timeout=PATIENCE_S)
+    assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1], "workers outlive the process that started them"
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "the same command goes on from there" in error
@@ -851,7 +851,7 @@ def stopped(photo: np.ndarray, tmp_path: Path) -> tuple[Path, dict[str, Identity
     process = start_packing(
         tmp_path / "images", tmp_path / "out", "prlimit", "--fsize=100000", workers=1, samples_per_shard=1
     )
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "File too large" in error
     kept = finished(tmp_path / ".out.partial")
@@ -917,7 +917,7 @@ def test_a_stopped_pack_of_parquet_continues(digit_images: Path, tmp_path: Path)
     process = start_packing(
         tmp_path / "data", tmp_path / "out", "prlimit", "--fsize=150000", workers=1, samples_per_shard=1
     )
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, error
     pack(tmp_path / "data", tmp_path / "out", samples_per_shard=1)
     pack(tmp_path / "data", tmp_path / "fresh", samples_per_shard=1)

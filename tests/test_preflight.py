@@ -26,7 +26,7 @@ from pipeline.errors import ExternalError
 from pipeline.shards.pack import pack
 from pipeline.world import World
 from tests.conftest import write_config
-from tests.ranks import ROOT, free_port, start
+from tests.ranks import PATIENCE_S, ROOT, free_port, start
 from tests.servers import FaultyServer
 
 Settings = Callable[..., Config]
@@ -233,11 +233,11 @@ def test_words_in_place_of_a_count(ecc_errors: str, sound: bool) -> None:
         ("echo 'NVIDIA-SMI has failed: no driver'; exit 9", "has failed: no driver (exit code 9)"),
         ("echo 'Unable to determine the device handle for GPU 0000:01:00.0: GPU is lost.'", "GPU is lost"),
         ("exit 15", "(exit code 15)"),
-        ("exec sleep 5", "no answer for"),
+        ("exec sleep 60", "no answer for"),
     ],
 )
 def test_a_driver_that_fails(driver: Driver, monkeypatch: pytest.MonkeyPatch, script: str, told: str) -> None:
-    monkeypatch.setattr(preflight, "NVIDIA_SMI_S", 0.5)
+    monkeypatch.setattr(preflight, "NVIDIA_SMI_S", 2.0)
     driver(script)
     found = preflight.gpus(1)
     assert not found.ok
@@ -327,7 +327,7 @@ def run(
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(environ or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         preexec_fn=limit,
     )
 
@@ -431,7 +431,7 @@ def all_reduce(ranks: int, folder: Path, *arguments: object, missing: int = 0) -
     processes = start(ranks, "launch/doctor.py", ["--all-reduce", *arguments], logs)
     for process in processes[ranks - missing :]:
         process.kill()
-    codes = [process.wait(60) for process in processes]
+    codes = [process.wait(PATIENCE_S) for process in processes]
     lines = [[json.loads(line) for line in log.with_suffix(".out").read_text().splitlines()] for log in logs]
     return list(zip(codes, lines, [log.with_suffix(".err").read_text() for log in logs], strict=True))
 

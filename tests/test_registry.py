@@ -38,7 +38,7 @@ from pipeline.track import copies, foreign, lineage, network, package, promote, 
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import Record
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, ROOT
 
 # MLflow's, about its use of pandas.
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
@@ -230,7 +230,9 @@ for _ in range(4):
 os.close(begin[1])
 sys.exit(any(os.wait()[1] for _ in range(4)))
 """
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     assert sorted(process.stdout.splitlines()) == [f"models:/tiny/{number}" for number in range(1, 5)]
     assert tiny.alias("candidate") == "models:/tiny/4"

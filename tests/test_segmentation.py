@@ -25,7 +25,7 @@ from pipeline.track.card import WEIGHTS
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
 from tests.finetuning import command, lines_of, losses_of, register_classifier, result_of, seen_by
-from tests.ranks import start
+from tests.ranks import PATIENCE_S, start
 
 STEPS = 12
 SCORES = ("step", "miou", "macc", "aacc", "val_loss")
@@ -87,9 +87,9 @@ def trained(scenes: Path, root: Path) -> Job:
 def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "killed"), "killed", ranks=2, target="launch/finetune.py")
     with killed.start() as attempt:
-        assert attempt.wait_until(lambda: attempt.step >= 6 and killed.newest_step() >= 4, 120)
+        assert attempt.wait_until(lambda: attempt.step >= 6 and killed.newest_step() >= 4, PATIENCE_S)
         attempt.kill(range(2), signal.SIGKILL)
-        attempt.wait(60)
+        attempt.wait(PATIENCE_S)
     assert killed.newest_step() in (4, 8)
     again = killed.finish()
     assert again.resumed_at in (4, 8)
@@ -194,7 +194,7 @@ def test_it_scores_as_it_did_in_training(scenes: Path, root: Path, trained: Job,
     else:
         logs = [root / f"evaluate-{rank}" for rank in range(ranks)]
         for process in start(ranks, "launch/evaluate.py", arguments, logs):
-            assert process.wait(120) == 0
+            assert process.wait(PATIENCE_S) == 0
         found = json.loads(logs[0].with_suffix(".out").read_text().splitlines()[-1])
     assert {name: found[name] for name in SCORES[1:]} == pytest.approx(
         {name: result[name] for name in SCORES[1:]}, abs=1e-9

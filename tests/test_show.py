@@ -26,7 +26,7 @@ from pipeline.shards.show import show, table
 from pipeline.sheet import Sheet
 from pipeline.world import World
 from tests.conftest import write_config
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, ROOT
 from tests.servers import FaultyServer
 
 TITLE_PX = 90  # with the data set's name and the seed
@@ -135,7 +135,7 @@ def test_remote_shards_are_read_in_parts(packed: Path, tmp_path: Path) -> None:
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "launch/shards.py", *arguments]
-    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def result_of(process: subprocess.CompletedProcess[str], returncode: int = 0) -> dict:

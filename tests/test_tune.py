@@ -19,7 +19,7 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import ExternalError, InputError
 from tests.conftest import write_config
-from tests.ranks import ROOT, start
+from tests.ranks import PATIENCE_S, ROOT, start
 
 Settings = Callable[..., Config]
 
@@ -292,18 +292,18 @@ def test_nothing_is_left_of_ranks_that_take_too_long(tmp_path: Path):
     # A child of a rank's, such as one that compiles, belongs to it.
     code = f"""
 import subprocess
-child = subprocess.Popen(["sleep", "60"])
+child = subprocess.Popen(["sleep", "600"])
 open(f"{tmp_path}/{{os.environ['RANK']}}", "w").write(f"{{os.getpid()}} {{child.pid}}")
-time.sleep(60)"""
-    assert ranks(code, 2, limit_s=1.0).failed == "not done within 1 s"
+time.sleep(600)"""
+    assert ranks(code, 2, limit_s=6.0).failed == "not done within 6 s"
     pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
     assert len(pids) == 4
     assert all(_is_gone(pid) for pid in pids)
 
 
 def _is_gone(pid: int) -> bool:
-    """Within a second: a grandchild's end is its new parent's to see."""
-    for _ in range(50):
+    """Before long: a grandchild's end is its new parent's to see."""
+    for _ in range(1500):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
@@ -320,7 +320,7 @@ def test_a_trial_measures_what_two_ranks_do_together(digits: Path, tmp_path: Pat
     words = ["train.global_batch_size=40", "data.lanes=2", "train.micro_batch_size=8", "data.copies=3"]
     arguments = ["--config", path, *(part for word in words for part in ("--set", word)), "--seconds", 0.1]
     processes = start(2, "launch/trial.py", arguments, [tmp_path / "0", tmp_path / "1"])
-    assert [process.wait(60) for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
+    assert [process.wait(PATIENCE_S) for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
     (line,) = (tmp_path / "0.out").read_text().splitlines()
     assert not (tmp_path / "1.out").read_text()
     trial = Trial({}, **json.loads(line))
@@ -371,7 +371,9 @@ def command(*arguments: object) -> list[str]:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command(*arguments), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def test_one_run_writes_what_the_next_can_start_from(digits: Path, tmp_path: Path):
@@ -424,11 +426,11 @@ def test_an_interrupted_search_takes_its_trial_along(digits: Path, tmp_path: Pat
     path = write_config(digits, tmp_path)
     arguments = command("--config", path, "--ranks", 1)
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not (found := children(process.pid)) and time.monotonic() < deadline:
             time.sleep(0.0005)  # so as to come while it is being started
         process.send_signal(number)
-        _, told = process.communicate(timeout=10)
+        _, told = process.communicate(timeout=PATIENCE_S)
     assert found
     assert process.returncode == 130
     assert told.endswith("interrupted\n")

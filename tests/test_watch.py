@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.train.watch import Heartbeat, Stragglers, Watch, silent_ranks, who_is_behind
 from pipeline.world import World
-from tests.ranks import ROOT, free_port
+from tests.ranks import PATIENCE_S, ROOT, free_port
 
 TIMEOUT_S = 2.0
 
@@ -42,7 +42,7 @@ def job(folder: Path, how: str) -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while f"{step}\n" not in (folder / "0.out").read_text():
         assert time.monotonic() < deadline, (folder / "0.err").read_text()
         time.sleep(0.02)
@@ -59,7 +59,7 @@ def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> N
         wait_for_step(tmp_path, 3)
         processes[stopped].send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        assert processes[other].wait(timeout=TIMEOUT_S + 10) == 1
+        assert processes[other].wait(timeout=PATIENCE_S) == 1
         assert time.monotonic() - began > TIMEOUT_S - 0.1
         pid = processes[stopped].pid
     line = (tmp_path / f"{other}.err").read_text().splitlines()[-1]
@@ -75,7 +75,7 @@ def test_a_rank_that_runs_but_is_behind_is_named_with_its_phase(tmp_path: Path) 
     with job(tmp_path, "sleeps") as processes:
         wait_for_step(tmp_path, 2)
         # The rank that hangs times out half a second before the other, which a launcher ends as soon as it has gone.
-        assert processes[1].wait(timeout=TIMEOUT_S + 10) == 1
+        assert processes[1].wait(timeout=PATIENCE_S) == 1
         processes[0].kill()
     for rank in range(2):
         line = (tmp_path / f"{rank}.err").read_text().splitlines()[-1]
@@ -88,7 +88,7 @@ def test_a_rank_that_runs_but_is_behind_is_named_with_its_phase(tmp_path: Path) 
 def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path: Path) -> None:
     with job(tmp_path, "holds") as processes:
         wait_for_step(tmp_path, 2)
-        assert [process.wait(timeout=TIMEOUT_S + 12) for process in processes] == [1, 1]
+        assert [process.wait(timeout=PATIENCE_S) for process in processes] == [1, 1]
     line = (tmp_path / "0.err").read_text().splitlines()[-1]
     assert f"pid {processes[1].pid}) is behind: it no longer runs or is stuck in native code" in line
     assert "Timeout" in stacks(tmp_path, 1)
@@ -105,7 +105,7 @@ def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_
         """
     with subprocess.Popen([sys.executable, "-c", script, tmp_path / "watch"], cwd=ROOT, stderr=subprocess.PIPE) as lone:
         try:
-            assert lone.wait(timeout=40) == 1
+            assert lone.wait(timeout=PATIENCE_S) == 1
         finally:
             lone.kill()
         assert lone.stderr
@@ -113,7 +113,7 @@ def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_
 
 
 def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
-    heartbeat, deadline = tmp_path / "watch" / "rank-0.json", time.monotonic() + 10
+    heartbeat, deadline = tmp_path / "watch" / "rank-0.json", time.monotonic() + PATIENCE_S
     with Watch(tmp_path / "watch", World(), 60, "a"):
         while not heartbeat.exists():
             assert time.monotonic() < deadline

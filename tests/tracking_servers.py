@@ -25,7 +25,7 @@ from typing import Any
 import boto3
 import pytest
 
-from tests.ranks import free_port
+from tests.ranks import PATIENCE_S, free_port
 from tests.servers import s3_server
 
 ADMIN, ADMIN_PASSWORD = "admin", "a-password-for-admins"
@@ -224,7 +224,7 @@ def _create_user(url: str) -> None:
     body = json.dumps({"username": USER, "password": PASSWORD}).encode()
     headers = {"Authorization": f"Basic {token}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/api/2.0/mlflow/users/create", body, headers)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         assert answer.status == 200
 
 
@@ -247,7 +247,7 @@ def _check(process: subprocess.CompletedProcess[str]) -> None:
 
 
 def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not ready():
         tail = f"\n{log.read_text()[-2000:]}"
         assert process.poll() is None, f"{process.args} ended at once:{tail}"

@@ -89,7 +89,7 @@ def run(sequences: dict[str, list[Leg]], folder: Path) -> tuple[dict[str, dict[i
                 legs.append(f"{name}:{stage}:{last_step}")
         ranks, config = int(world.removesuffix("o")), configs[world.endswith("o")]
         print(f"world {world}: {' '.join(legs)}", file=sys.stderr, flush=True)
-        for report in run_ranks(ranks, "legs", config, folder / "checkpoints", "fp32", *legs, timeout_s=300):
+        for report in run_ranks(ranks, "legs", config, folder / "checkpoints", "fp32", *legs):
             found = {int(step): loss for step, loss in report["losses"].items()}
             assert not losses[report["run"]].keys() & found.keys(), "a step was done twice"
             losses[report["run"]] |= found

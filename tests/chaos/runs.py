@@ -24,7 +24,7 @@ import yaml
 
 from pipeline.shards.pack import pack
 from tests import conftest
-from tests.ranks import ROOT, Rank, start
+from tests.ranks import PATIENCE_S, ROOT, Rank, start
 
 COMMIT = "COMMIT.json"
 
@@ -91,7 +91,7 @@ class Job:
     def start(self) -> "Attempt":
         return Attempt(self)
 
-    def finish(self, timeout_s: float = 300) -> "Attempt":
+    def finish(self, timeout_s: float = PATIENCE_S) -> "Attempt":
         """Run to the end. Raises RuntimeError if a rank does not end with 0."""
         with self.start() as attempt:
             attempt.wait(timeout_s)

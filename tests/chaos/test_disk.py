@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.runs import COMMIT, Attempt, Job, checkpoint_differences, metrics_differences, write_config
+from tests.ranks import PATIENCE_S
 
 DISK_BYTES = 64 << 20  # several checkpoints of about 10 MB
 STEPS = 64
 SAVE_EVERY = 8
-LIMIT_S = 240
+LIMIT_S = PATIENCE_S
 
 
 @pytest.fixture

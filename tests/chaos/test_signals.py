@@ -9,9 +9,10 @@ import pytest
 
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences, write_config
 from tests.chaos.signals import sweep
+from tests.ranks import PATIENCE_S
 
 STEPS = 40
-LIMIT_S = 120
+LIMIT_S = PATIENCE_S
 
 
 def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(digits: Path, tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: i
         attempt.kill([rank], signal.SIGSTOP)
         began = time.monotonic()
         other = attempt.processes[1 - rank]
-        assert other.wait(6 + 10) == 1
+        assert other.wait(LIMIT_S) == 1
         print(f"rank {rank} was named after {time.monotonic() - began:.1f} s")
         line = next(line for line in attempt.errors(1 - rank).splitlines() if line.startswith("hang: "))
         print(line)

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from tests.ranks import ROOT, free_port
+from tests.ranks import PATIENCE_S, ROOT, free_port
 
 PACKAGES = {
     "slurmctld": "slurmctld",
@@ -85,7 +85,7 @@ PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
         )
         munge = [f"--{what}={folder}/munge.{end}" for what, end in MUNGE.items()]
         self._run("munged", "munged", "--foreground", "--force", *munge)
-        until(lambda: (folder / "munge.sock").exists(), 10)
+        until(lambda: (folder / "munge.sock").exists(), PATIENCE_S)
         self._run("slurmctld", "slurmctld", "-D", "-f", self.conf)
         for name in NODES:
             self._run(name, "slurmd", "-D", "-N", name, "-f", self.conf)
@@ -100,7 +100,7 @@ PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
             )
 
     def wait_for_idle_nodes(self) -> None:
-        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), 60)
+        until(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), PATIENCE_S)
 
     def processes(self, node: str) -> list[psutil.Process]:
         """Of jobs on a node, and the slurmstepd that each belongs to."""
@@ -203,7 +203,7 @@ class Submitted:
         """How long the job has been running."""
         return time.time() - self.events("start")[-1]["time"]
 
-    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         """Until the ranks say that they have done it, or a later one."""
         begin = len(self.log)
 
@@ -214,7 +214,7 @@ class Submitted:
 
         until(done, timeout_s, lambda: self.log[-3000:])
 
-    def wait(self, timeout_s: float = 300) -> str:
+    def wait(self, timeout_s: float = 2 * PATIENCE_S) -> str:
         """Until SLURM is done with the job. Returns its state. One that was queued again is started at once: SLURM
         would hold it back for two minutes."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.runs import Job
+from tests.ranks import PATIENCE_S
 from tests.slurm.cluster import Cluster, Submitted, until
 from tests.slurm.conftest import STEPS
 
@@ -58,10 +59,10 @@ def test_the_time_limit_saves_and_queues_again(cluster: Cluster, config: Path, u
         rank.suspend()
     # Two minutes before its limit SLURM sends SIGUSR1. It looks every half a minute whether that is now.
     cluster.ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={2 + int(run.seconds() // 60)}")
-    until(lambda: "stopping: signal SIGUSR1" in run.log, 60)
+    until(lambda: "stopping: signal SIGUSR1" in run.log, PATIENCE_S)
     for rank in run.ranks():
         rank.resume()
-    until(lambda: run.state() == "PENDING", 60)
+    until(lambda: run.state() == "PENDING", PATIENCE_S)
     cluster.ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
     check_a_stretch_more(run, undisturbed)
 
@@ -75,7 +76,7 @@ def test_stretches_that_save_nothing_are_not_queued_for_ever(cluster: Cluster, c
         return len(run.events("start")) == times
 
     for times in (1, 2):
-        until(functools.partial(has_started, times), 300, lambda: run.log[-3000:])
+        until(functools.partial(has_started, times), PATIENCE_S, lambda: run.log[-3000:])
         cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
     assert run.wait() == "FAILED", run.log[-3000:]
     assert [event["restarts"] for event in run.events("no progress")] == [1, 2]
@@ -93,7 +94,7 @@ def test_preemption_saves_and_queues_again(cluster: Cluster, config: Path, undis
 
 
 def check_a_stretch_more(run: Submitted, undisturbed: Path) -> None:
-    until(lambda: bool(run.events("requeue")), 60)
+    until(lambda: bool(run.events("requeue")), PATIENCE_S)
     check_nothing_changed(run, undisturbed)
     first, second = run.events("start")
     assert second["step"] == run.events("stopped")[0]["step"] >= 30
@@ -163,13 +164,13 @@ def test_fewer_nodes_see_the_same_batches(cluster: Cluster, config: Path, undist
     run = cluster.submit(config, "--set", "run.name=shrunk", "--set", "cluster.min_nodes=1")
     run.wait_for_step(30)
     cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
-    until(lambda: bool(run.events("requeue")), 60)
+    until(lambda: bool(run.events("requeue")), PATIENCE_S)
     others = "n2,n3"
     cluster.ask("scontrol", "update", f"NodeName={others}", "State=drain", "Reason=test")
     try:
         run.wait_for_step(60)
         cluster.ask("scancel", "--batch", "--signal=USR1", run.job)
-        until(lambda: len(run.events("requeue")) == 2, 60)
+        until(lambda: len(run.events("requeue")) == 2, PATIENCE_S)
     finally:
         cluster.ask("scontrol", "update", f"NodeName={others}", "State=resume")
     assert run.wait() == "COMPLETED"

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.shards.pack import pack
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, ROOT
 from tests.servers import FaultyServer
 from tests.slurm.cluster import Cluster, Submitted, until
 from tests.slurm.conftest import STEPS
@@ -182,9 +182,9 @@ def test_a_run_is_looked_after(cluster: Cluster, own: Path) -> None:
     assert f"is job {run.job} of SLURM already" in second.stderr
 
     assert cluster.command("stop", run.folder).returncode == 0
-    _, followed = following.communicate(timeout=60)
+    _, followed = following.communicate(timeout=PATIENCE_S)
     assert "says that this is all" in followed
-    until(lambda: status(cluster, run.folder)[0]["phase"] == "stopped", 30)
+    until(lambda: status(cluster, run.folder)[0]["phase"] == "stopped", PATIENCE_S)
     stopped_at = run.events("stopped")[0]["step"]
 
     length = with_settings(f"train.length={stopped_at + 20} steps")
@@ -240,7 +240,7 @@ def test_of_two_submissions_at_once_one_counts(cluster: Cluster, own: Path) -> N
         assert len(cluster.ask("squeue", "--noheader", "--states=all", "--format=%i").split()) >= 1
     finally:
         cluster.ask("scancel", "--user=root")
-        until(lambda: not cluster.ask("squeue", "--noheader"), 60)
+        until(lambda: not cluster.ask("squeue", "--noheader"), PATIENCE_S)
 
 
 def test_a_machine_without_slurm(cluster: Cluster, own: Path) -> None:
