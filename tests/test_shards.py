@@ -188,7 +188,7 @@ def test_deep_verification_decodes(tmp_path: Path) -> None:
     data = buffer.getvalue()
     parts = [Member("good.jpg", data), Member("good.cls", b"0"), Member("bad.jpg", data[:-40]), Member("bad.cls", b"0")]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
-    adopt.index(str(tmp_path))
+    adopt.index(str(tmp_path), decode=False)
     assert verify(tmp_path) == []
     (fault,) = verify(tmp_path, deep=True)
     assert (fault.shard, fault.key) == ("data.tar", "bad")
