@@ -65,7 +65,7 @@ def _misses_scans(data: bytes) -> bool:
             for component in lowest.keys() & data[start + 1 : end - 3 : 2]:
                 band = lowest[component][first : last + 1]
                 band[band == before] = now or -1
-    return is_scanned and any(bits.max() >= 0 for bits in lowest.values())
+    return is_scanned and any(known.max() >= 0 for known in lowest.values())
 
 
 def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
