@@ -592,10 +592,15 @@ def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert {request.query for request in server.requests} == {query}
         assert (out / "tars.query").stat().st_mode & 0o777 == 0o600
         assert "s3cret" not in (out / "manifest.json").read_text() + repr(manifest) + shards.url(0)
-        (out / "tars.query").write_text("?renewed=1\n")
+        (out / "tars.query").write_text("renewed=1\n")
         shards = ShardSet(out, cache=Cache(tmp_path / "fresh", 0))
         shards.read(0, 0)
         assert server.requests[-1].query == "renewed=1"
+        (out / "tars.query").unlink()
+        (out / "tars.query").mkdir()
+        with pytest.raises(InputError, match=r"tars\.query: cannot be read: Is a directory; ask its owner"):
+            ShardSet(out)
+        (out / "tars.query").rmdir()
         (out / "manifest.json").unlink()
         index(f"{server.url}/a%20b+000.tar", out)
     assert not (out / "tars.query").exists()

@@ -183,8 +183,14 @@ def _attribution(store: Store) -> str | None:
 
 def _signed(tars: str, store: Store) -> str:
     """Where the tars are, with the query that signs their URLs if they need one."""
-    query = Path(store.root) / TARS_QUERY
-    return tars + query.read_text().strip() if is_http(tars) and store.is_local and query.exists() else tars
+    path = Path(store.root) / TARS_QUERY
+    if not (is_http(tars) and store.is_local and path.exists()):
+        return tars
+    try:
+        return f"{tars}?{path.read_text().strip().removeprefix('?')}"
+    except OSError as error:
+        remedy = "ask its owner for a copy, or index the tars into a folder of your own"
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from error
 
 
 class ShardSet:
