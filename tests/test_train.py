@@ -17,8 +17,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 import pvt  # noqa: F401 - registers its models with timm
+from launch import job
 from pipeline.config import Config, Length, Optim
 from pipeline.tasks.classify import Classification
+from pipeline.train.checkpoint import State
 from pipeline.train.engine import LossScale
 from pipeline.train.meters import MetricsFile
 from pipeline.train.optim import lr_at, parameter_groups
@@ -151,6 +153,18 @@ def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
     )
     assert [step for step in range(1, 101) if schedule.due(schedule.save_every, step)] == [25, 50, 75, 100]
     assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]
+
+
+def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
+    settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    result = {"steps": 20, "top1": 0.5}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    schedule, longer = (Schedule.of(settings(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30))
+    assert job._finished(tmp_path, schedule, State()) == result
+    assert job._finished(tmp_path, longer, State(step=20)) is None
+    (tmp_path / "result.json").write_text(json.dumps({**result, "requeue": True}))
+    assert job._finished(tmp_path, schedule, State(step=20)) is None
 
 
 def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

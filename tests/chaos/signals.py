@@ -80,8 +80,8 @@ def sweep(folder: Path, digits: Path, ranks: int, blows: Iterable[list[tuple[str
 def strike(job: Job, phase: str, names: str) -> int | None:
     """Start the job, which is sent the signals in the phase; returns rank 0's exit code."""
     with dataclasses.replace(job, first=(f"{phase}:{names}",)).start() as attempt:
-        if not attempt.wait(LIMIT_S):
-            raise RuntimeError(f"{names} in {phase}: not ended after {LIMIT_S} s: {attempt.errors()[-3000:]}")
+        if not attempt.wait(LIMIT_S) or attempt.codes[0] in (command.FAILED, command.USAGE):
+            raise RuntimeError(f"{names} in {phase}: ended with {attempt.codes}: {attempt.errors()[-3000:]}")
         return attempt.codes[0]
 
 

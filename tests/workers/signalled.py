@@ -25,11 +25,11 @@ from tests.ranks import ROOT
 # Where a phase begins: a function and, of a Trainer's, the step from which on. For a run of 20 steps that is evaluated
 # at every 4th and saved at every 8th.
 PHASES: dict[str, tuple[Any, str, int]] = {
-    "start-up: before ranks meet": (world, "start", 0),
-    "start-up: before the network is made": (job, "_task", 0),
-    "start-up: before the engine is made": (Engine, "__init__", 0),
-    "start-up: before the record is written": (Publisher, "__init__", 0),
-    "start-up: before the first step": (Trainer, "run", 0),
+    "start-up, before ranks meet": (world, "start", 0),
+    "start-up, before the network is made": (job, "_task", 0),
+    "start-up, before the engine is made": (Engine, "__init__", 0),
+    "start-up, before the record is written": (Publisher, "__init__", 0),
+    "start-up, before the first step": (Trainer, "run", 0),
     "evaluation at a step without a save": (Trainer, "_still_evaluating", 4),
     "evaluation at a step with a save": (Trainer, "_still_evaluating", 8),
     "between evaluation and save": (Trainer, "_save_if_due", 8),
