@@ -197,6 +197,7 @@ def _open(uri: str, data: str, tracking_uri: str | None, cache: CacheOptions) ->
     shards = open_data(data, cache=cache)
     version = registry.resolve(uri)
     card = version.card
+    card.require_head(version.uri)
     require_kind(card.task, shards)
     if shards.classes != card.classes:
         raise InputError(

@@ -196,7 +196,15 @@ def _import_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--name", required=True, help="of the registered model that receives the version")
     parser.add_argument("--model", required=True, help="architecture, such as pvt_large")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="default 224")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="default: that of the position embeddings, or 224 where it has none",
+    )
+    parser.add_argument(
+        "--weights", metavar="ENTRY", help="of a training checkpoint; default: the moving average, or else the weights"
+    )
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each, in order")
     classes.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
@@ -214,6 +222,7 @@ def _import(arguments: Namespace) -> dict[str, Any]:
         model=arguments.model,
         image_size=arguments.image_size,
         classes=classes,
+        entry=arguments.weights,
     )
     return {"model": uri, "source": str(arguments.source)}
 

@@ -93,6 +93,8 @@ def from_any(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of any layout to ours; a dict that shows neither foreign layout comes back unchecked."""
     if any(re.match(r"(pos_embed|patch_embed|block)\d", key) for key in state.get("model", state)):
         return from_public(state)
+    if any(key.startswith("encoder.patch_embeddings.") for key in state):  # PvtModel's, without a classifier around it
+        state = {f"pvt.{key}": value for key, value in state.items()}
     if any(key.startswith("pvt.encoder.") for key in state):
         return from_transformers(state)
     return dict(state)

@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas
 import pytest
 import safetensors.torch
 import timm
 import torch
 from mlflow.tracking import MlflowClient
+from timm.models import load_state_dict
 from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
-from launch import command
+from launch import command, evaluate
 from launch import registry as launch_registry
 from pipeline import config
 from pipeline.config import Gates
@@ -36,8 +38,12 @@ from pipeline.errors import ExternalError, InputError
 from pipeline.tasks.build import build_task, start_from
 from pipeline.track import copies, foreign, lineage, network, package, promote, registry, server
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
+from pipeline.track.classifier import Classifier
+from pipeline.track.export import export
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import Record
+from pvt.convert import from_any
+from pvt.create import create_model
 from tests.ranks import PATIENCE_S, ROOT
 
 # MLflow's, about its use of pandas.
@@ -613,6 +619,120 @@ def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_
             assert torch.equal(tensor, weights[name.removeprefix("backbone.")]), name
 
 
+def test_of_a_training_checkpoint_the_average_is_taken_as_timm_does(tmp_path: Path) -> None:
+    raw, average = (pvt.to_public(weights_of(seed)) for seed in (5, 6))
+    averaged_model = {"n_averaged": torch.tensor(9), **{f"module.{key}": value for key, value in average.items()}}
+    for entries in (
+        {"state_dict": raw, "state_dict_ema": average, "epoch": 3},
+        {"model": raw, "model_ema": average, "best": np.float64(0.5), "seen": np.arange(3), "ok": np.bool_(True)},
+        {"model": raw, "model_ema": averaged_model},  # torchvision's references
+        {"model": raw, "model_ema": None},
+    ):
+        torch.save(entries, tmp_path / "c.pth")
+        found = foreign.read(tmp_path / "c.pth")
+        with torch.serialization.safe_globals(foreign._numpy_types()):
+            expected = from_any(
+                {k: v for k, v in load_state_dict(str(tmp_path / "c.pth")).items() if k != "n_averaged"}
+            )
+        assert found.tensors.keys() == expected.keys()
+        assert all(torch.equal(found.tensors[key], expected[key]) for key in expected)
+    torch.save(
+        {"model": raw, "ema": {"decay": 0.9, "module": average}, "teacher": {"state_dict": raw}}, tmp_path / "c.pth"
+    )
+    assert foreign.read(tmp_path / "c.pth").entry == "ema.module"
+    for entry, where in (("model", "model"), ("teacher", "teacher.state_dict")):
+        found = foreign.read(tmp_path / "c.pth", entry)
+        assert found.entry == where
+        assert torch.equal(found.tensors["head.weight"], raw["head.weight"])
+    with pytest.raises(InputError, match=r"--weights student: .* no such entry of weights; it has model, ema, teacher"):
+        foreign.read(tmp_path / "c.pth", "student")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.module.", "model.", "module.model.", "backbone.", "model.backbone."]
+)
+def test_names_of_wrappers_are_understood(tmp_path: Path, prefix: str) -> None:
+    expected = weights_of(5)
+    for state in (expected, pvt.to_public(expected)):
+        torch.save({f"{prefix}{key}": value for key, value in state.items()}, tmp_path / "w.pth")
+        found = foreign.read(tmp_path / "w.pth")
+        assert found.tensors.keys() == expected.keys()
+        assert found.skipped == []
+    head = {key: expected.pop(key) for key in ("head.weight", "head.bias")}
+    backbone = {f"{prefix}backbone.{key}": value for key, value in expected.items()}
+    decoder = {f"{prefix}neck.0.weight": torch.zeros(1)}
+    torch.save({**backbone, **{f"{prefix}{key}": value for key, value in head.items()}, **decoder}, tmp_path / "w.pth")
+    found = foreign.read(tmp_path / "w.pth")
+    assert found.tensors.keys() == {**expected, **head}.keys()
+    assert [key.rpartition("neck")[2] for key in found.skipped] == [".0.weight"]
+
+
+def test_numpys_scalars_and_arrays_refuse_no_file(tmp_path: Path) -> None:
+    scores = {kind.__name__: kind(1) for kind in (np.float64, np.float32, np.int64, np.uint8, np.bool_, np.str_)}
+    old = {
+        "model": weights_of(5),
+        "scores": scores,
+        "random": np.random.RandomState(0).get_state(),
+        "f": np.ones((2, 2)),
+    }
+    torch.save(old, tmp_path / "n.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "n.pth").read_bytes()
+    (tmp_path / "numpy-1.pth").write_bytes(
+        data.replace(b"numpy._core", b"numpy.core")
+    )  # as older versions of numpy wrote
+    for name in ("n.pth", "numpy-1.pth"):
+        assert foreign.read(tmp_path / name).tensors.keys() == weights_of(5).keys()
+    for evil in (np.array([Malicious(tmp_path / "ran")], dtype=object), np.load):
+        torch.save({"model": weights_of(5), "scores": evil}, tmp_path / "evil.pth")
+        with pytest.raises(InputError, match=r"is no file of tensors alone: .*nothing in it was run"):
+            foreign.read(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("pvt_pico", 32), ("pvt_tiny", 384), ("vit_tiny_patch16_224", 96), ("resnet10t", 224)]
+)
+def test_the_image_size_is_that_of_the_position_embeddings(model: str, size: int) -> None:
+    assert foreign._image_size(create_model(model, size, num_classes=3).state_dict(), model) == size
+
+
+@pytest.fixture
+def headless(tiny: Registry, published: dict[str, Path], tmp_path: Path) -> str:
+    """Transformers' PvtModel, which is PvtForImageClassification without its classifier."""
+    PvtForImageClassification.from_pretrained(published["transformers"]).pvt.save_pretrained(tmp_path / "backbone")
+    return bring_in(tiny, tmp_path / "backbone", image_size=None)
+
+
+def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
+    tiny: Registry, headless: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert bring_in(tiny, tmp_path / "backbone", image_size=None) == headless  # again
+    assert "tensors, no head, 32 px" in capfd.readouterr().err
+    version, expected = registry.resolve(headless), weights_of(5)
+    assert (version.card.classes, version.card.image.size, version.tags["num_classes"]) == ([], 32, "0")
+    weights, card = safetensors.torch.load_file(version.weights), version.card
+    for task in (config.Classification(), config.SemanticFpn(channels=32, pyramid_channels=32)):
+        made = build_task(task, card.model, card.image, ["a", "b"])
+        start_from(
+            made, task, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes
+        )
+        state = made.model.state_dict()
+        name = "backbone.stages.3.pos_embed" if "backbone.stages.3.pos_embed" in state else "stages.3.pos_embed"
+        assert torch.equal(state[name], expected["stages.3.pos_embed"])
+
+
+def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, tmp_path: Path) -> None:
+    told = r"is a backbone without a head, .* init\.model=.* --probe"
+    with pytest.raises(InputError, match=f"^{headless}: {told}"):
+        evaluate._open(headless, str(digits / "val"), tiny.uri)
+    with pytest.raises(InputError, match=f"^{headless}: {told}"):
+        export(headless, "timm", tmp_path / "out")
+    with pytest.raises(InputError, match=told):
+        Classifier(registry.resolve(headless).card, registry.resolve(headless).weights)
+    with pytest.raises(InputError, match="head of 0 classes, but 1 names"):
+        bring_in(tiny, tmp_path / "backbone", classes=["a"])
+
+
 class Malicious:
     def __init__(self, path: Path):
         self.path = path
@@ -650,7 +770,7 @@ def test_weights_that_do_not_fit_are_refused(tiny: Registry, published: dict[str
     refused(saved({k: v for k, v in state.items() if k != "norm.bias"}), "missing: norm.bias")
     refused(saved({**state, "extra": torch.zeros(1)}), "unknown: extra")
     refused(saved({**state, "norm.bias": torch.full((128,), torch.inf)}), "not finite: norm.bias")
-    refused(saved({k: v for k, v in state.items() if not k.startswith("head")}), "has no head")
+    refused(saved({k: v for k, v in state.items() if k != "head.weight"}), "unknown: head.bias")
     public = pvt.to_public(state)
     torch.save({k: v for k, v in public.items() if k != "cls_token"}, tmp_path / "short.pth")
     refused(tmp_path / "short.pth", r"short.pth: .* missing keys \['cls_token'\]")

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import config, files
+from pipeline.errors import InputError
 
 CARD, WEIGHTS, RAW = "model.json", "model.safetensors", "raw.safetensors"
 
@@ -44,6 +45,14 @@ class Card(BaseModel):
     def read(cls, folder: Path) -> "Card":
         """Raises pydantic's ValidationError."""
         return cls.model_validate_json((folder / CARD).read_bytes())
+
+    def require_head(self, model: str) -> None:
+        """Raises InputError, which names the `model`, for a backbone that was imported without a head."""
+        if not self.classes:
+            raise InputError(
+                f"{model}: is a backbone without a head, so it names no classes: start fine-tuning from it "
+                f"(launch/finetune.py --set init.model={model}), or score its features (launch/evaluate.py --probe)"
+            )
 
     def write(self, folder: Path) -> None:
         files.write(folder / CARD, self.model_dump_json(indent=1).encode() + b"\n")

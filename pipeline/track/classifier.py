@@ -27,6 +27,8 @@ class Classifier:
     columns: Sequence[str] = ("label", "score", "labels", "scores")
 
     def __init__(self, card: Card, weights: Path) -> None:
+        """Raises InputError for a backbone without a head."""
+        card.require_head(card.model.name)
         self._classes, self._size = card.classes, card.image.size
         self._short_side = int(card.image.size / card.image.crop_pct)
         self._resampling = Image.Resampling[card.image.interpolation.upper()]

@@ -2,7 +2,8 @@
 
     .pth of the public repository ─┐
     .safetensors file             ─┼─read──▶ tensors in our names ──fit──▶ the architecture's, one by one ──▶ registry
-    Transformers' folder          ─┘
+    Transformers' folder          ─┘  │
+                                      └ an entry of a training checkpoint, without the names of what was wrapped around
 
 Its lineage ends at the file: the version's run, in the experiment "import", holds the file's path and SHA-256. The same
 import again is the same run and the same version.
@@ -11,14 +12,17 @@ import again is the same run and the same version.
 import argparse
 import hashlib
 import json
+import math
 import pickle
 import re
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -37,6 +41,29 @@ from pvt.create import create_model
 EXPERIMENT = "import"
 _NAMED = 5
 """Tensors that a message names."""
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state_dict", "module")
+"""Where training checkpoints hold weights. As in timm, their moving average comes first."""
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
+"""What DistributedDataParallel, torch.compile, Lightning and dense networks put before each name, also several."""
+_USUAL_PX = 224
+
+
+class Weights(NamedTuple):
+    tensors: dict[str, Tensor]
+    """By our names."""
+    entry: str | None
+    """Where in the file they were, such as "model_ema"; None for a file of tensors alone."""
+    skipped: list[str]
+    """Everything else that was beside them."""
+
+
+def _numpy_types() -> list[Any]:
+    """What pickles of numpy's scalars and arrays of numbers name, by both of its module's names. They carry no code."""
+    functions = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)  # pyright: ignore[reportAttributeAccessIssue]
+    named = [(each, f"numpy.{core}.multiarray.{each.__name__}") for core in ("core", "_core") for each in functions]
+    kinds = [type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"]
+    return [*named, np.dtype, np.ndarray, *kinds]
 
 
 def import_weights(
@@ -45,36 +72,43 @@ def import_weights(
     name: str,
     *,
     model: str,
-    image_size: int = 224,
+    image_size: int | None = None,
     classes: list[str] | None = None,
+    entry: str | None = None,
 ) -> str:
     """Register the weights in `source` (a file, or a folder that Transformers wrote) as the next version of `name`.
 
-    Without `classes` they are called "0", "1", … Returns the version's URI.
+    Without `image_size` (pixels) it is that of the position embeddings. Without `classes` they are called "0", "1", …
+    Weights without a head have none. `entry`: of a training checkpoint. Returns the version's URI.
     Raises InputError for what cannot be read without running code from it and for weights that are not exactly those of
     the architecture, and Unreachable.
     """
     file = _file_in(source)
-    tensors = _fit(read(file), file, model, image_size)
-    num_classes = len(tensors[_head(model)])
+    found = read(file, entry, _head(model))
+    if image_size is None:
+        image_size = _image_size(found.tensors, model)
+    tensors = _fit(found.tensors, file, model, image_size)
+    num_classes = _num_classes(tensors, model)
     classes = classes or [str(index) for index in range(num_classes)]
     if len(classes) != num_classes:
         raise InputError(f"{file}: has a head of {num_classes} classes, but {len(classes)} names were given")
     digest = package.sha256(file)
     settings = {"model": config.Model(name=model), "image": config.Image(size=image_size)}
     fingerprint = config.fingerprint({key: value.model_dump(mode="json") for key, value in settings.items()})
-    uuid = hashlib.sha256(json.dumps([name, digest, fingerprint, classes]).encode()).hexdigest()[:32]
+    chosen = [found.entry] if entry or (found.entry or "").startswith(_AVERAGED) else []
+    uuid = hashlib.sha256(json.dumps([name, digest, fingerprint, classes, *chosen]).encode()).hexdigest()[:32]
+    _announce(found, file, image_size, num_classes)
     revision = code_revision().get("mlflow.source.git.commit")
-    with tempfile.TemporaryDirectory(prefix="pvt-import-") as folder:
-        entry = Path(folder)
-        safetensors.torch.save_file(tensors, entry / WEIGHTS)
+    with tempfile.TemporaryDirectory(prefix="pvt-import-") as scratch:
+        folder = Path(scratch)
+        safetensors.torch.save_file(tensors, folder / WEIGHTS)
         card = Card(
             task=config.Classification(),
             **settings,
             eval_batch_size=config.Evaluate().batch_size,
             classes=classes,
             metrics={},
-            sha256={WEIGHTS: package.sha256(entry / WEIGHTS)},
+            sha256={WEIGHTS: package.sha256(folder / WEIGHTS)},
             lineage={
                 "run": uuid,
                 "step": "0",
@@ -83,19 +117,38 @@ def import_weights(
                 "source": f"{file.name} sha256:{digest}",
             },
         )
-        card.write(entry)
-        return _register(client, name, entry, {"source.path": str(source.absolute()), "source.sha256": digest}, uuid)
+        card.write(folder)
+        origin = {"source.path": str(source.absolute()), "source.sha256": digest, "source.entry": found.entry or "none"}
+        return _register(client, name, folder, origin, uuid)
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """A file's tensors under our names; one that shows neither foreign layout keeps its own. No code in it is run."""
+def read(file: Path, entry: str | None = None, head: str = "head.weight") -> Weights:
+    """A file's tensors under our names; one that shows neither foreign layout keeps its own. No code in it is run.
+
+    Raises InputError for what cannot be read so, and for an `entry` that the file does not have.
+    """
+    entry, state = _chosen(_load(file), entry, file)
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors.pop("n_averaged", None)  # of torch's AveragedModel
+    if not tensors:
+        raise InputError(
+            f"{file}: a mapping of names to tensors was expected, found entries that are no tensors: {_some(state)}"
+        )
+    tensors, outside = _unwrapped(tensors, head)
+    skipped = [*(key for key, value in state.items() if not isinstance(value, Tensor)), *outside]
+    try:
+        return Weights(from_any(tensors), entry, skipped)
+    except ValueError as error:
+        raise InputError(f"{file}: {_short(error)}") from error
+
+
+def _load(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(file)
-        else:
-            # Training checkpoints hold their command line, too, as this class, which does nothing.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return safetensors.torch.load_file(file)
+        # Training checkpoints hold their command line, too, as Namespace, which does nothing, and scores of numpy's.
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_types()]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         # The rest of torch's message advises to open the file without this protection.
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -106,17 +159,42 @@ def read(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # anything, from readers that are given any bytes
         raise InputError(f"{file}: cannot be read as weights: {_short(error)}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, Mapping) else []
-    if not isinstance(state, Mapping) or not state or wrong:
-        found = f"entries that are no tensors: {_some(wrong)}" if wrong else f"a {type(state).__name__}"
-        raise InputError(f"{file}: a mapping of names to tensors was expected, found {found}")
-    try:
-        return from_any(state)
-    except ValueError as error:
-        raise InputError(f"{file}: {_short(error)}") from error
+
+
+def _chosen(state: Any, entry: str | None, file: Path) -> tuple[str | None, Mapping[str, Any]]:
+    """The weights in a training checkpoint, and where they were; everything of a file that is none."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"{file}: a mapping of names to tensors was expected, found a {type(state).__name__}")
+    path = []
+    if entry:
+        if not isinstance(state.get(entry), Mapping):
+            held = [key for key, value in state.items() if isinstance(value, Mapping)]
+            raise InputError(f"--weights {entry}: {file} has no such entry of weights; it has {_some(held) or 'none'}")
+        path, state = [entry], state[entry]
+    while key := next((key for key in _ENTRIES if isinstance(state.get(key), Mapping)), None):
+        path, state = [*path, key], state[key]
+    return ".".join(path) or None, state
+
+
+def _unwrapped(tensors: dict[str, Tensor], head: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without the names of what was wrapped around the network, and what is outside of it. A classifier's
+    head stays, also beside its backbone."""
+    outside: list[str] = []
+    while wrapper := next((each for each in _WRAPPERS if any(key.startswith(each) for key in tensors)), None):
+        of_head = (head, head.replace("weight", "bias"))
+        inside = {
+            key.removeprefix(wrapper): tensor for key, tensor in tensors.items() if key.startswith((wrapper, *of_head))
+        }
+        outside += [key for key in tensors if not key.startswith((wrapper, *of_head))]
+        tensors = inside
+    return tensors, outside
+
+
+def _announce(found: Weights, file: Path, image_size: int, num_classes: int) -> None:
+    entry = f" of its entry {found.entry} (--weights takes another)" if found.entry else ""
+    head = f"a head of {num_classes} classes" if num_classes else "no head"
+    skipped = f"; skipped: {_some(found.skipped)}" if found.skipped else ""
+    print(f"{file}: {len(found.tensors)} tensors{entry}, {head}, {image_size} px{skipped}", file=sys.stderr, flush=True)
 
 
 def _file_in(source: Path) -> Path:
@@ -138,14 +216,7 @@ def _file_in(source: Path) -> Path:
 
 def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) -> dict[str, Tensor]:
     """The tensors in fp32, once they are those of the architecture, each with its shape."""
-    head = _head(model)
-    if head not in tensors:
-        raise InputError(f"{file}: has no head ({head}): a classifier is needed; there are {_some(tensors)}")
-    try:
-        with torch.device("meta"):
-            expected = create_model(model, image_size, num_classes=len(tensors[head])).state_dict()
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"--model {model} cannot be built for {image_size} px: {error}") from error
+    expected = _expected(model, image_size, _num_classes(tensors, model))
     faults = {
         "missing": [key for key in expected if key not in tensors],
         "unknown": [key for key in tensors if key not in expected],
@@ -160,6 +231,32 @@ def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) ->
         found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
         raise InputError(f"{file}: is not a {model} for {image_size} px: {found}: check --model and --image-size")
     return {key: tensors[key].to(expected[key].dtype).contiguous() for key in expected}
+
+
+def _expected(model: str, image_size: int, num_classes: int) -> dict[str, Tensor]:
+    """The architecture's tensors, on the meta device. Raises InputError for one that cannot be built."""
+    try:
+        with torch.device("meta"):
+            return create_model(model, image_size, num_classes=num_classes).state_dict()
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"--model {model} cannot be built for {image_size} px: {error}") from error
+
+
+def _image_size(tensors: dict[str, Tensor], model: str) -> int:
+    """The side in pixels of the images that the position embeddings are for; 224 for a network that has none."""
+    for name, usual in _expected(model, _USUAL_PX, 0).items():
+        if name.endswith("pos_embed") and usual.ndim == 3 and name in tensors:
+            grid = math.isqrt(usual.shape[1])
+            num_prefix = usual.shape[1] - grid**2  # class tokens
+            side = math.isqrt(max(0, tensors[name].shape[1] - num_prefix))
+            if side**2 == tensors[name].shape[1] - num_prefix:
+                return _USUAL_PX * side // grid
+    return _USUAL_PX
+
+
+def _num_classes(tensors: dict[str, Tensor], model: str) -> int:
+    head = _head(model)
+    return len(tensors[head]) if head in tensors else 0
 
 
 def _head(model: str) -> str:
@@ -184,8 +281,8 @@ def _register(client: MlflowClient, name: str, entry: Path, source: dict[str, st
     return uri
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
+def _some(names: Iterable[Any]) -> str:
+    names = [str(name) for name in names]
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 

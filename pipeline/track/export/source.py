@@ -27,6 +27,7 @@ PREPROCESSING = "preprocessing.json"
 class Source:
     def __init__(self, version: Version) -> None:
         self.uri, self.folder, self.card = version.uri, version.folder, version.card
+        self.card.require_head(self.uri)
         self.weights: Path = version.weights
         self.network = self.build()
         """In fp32, in evaluation mode. Not to be changed: exports are compared with it."""
