@@ -7,6 +7,7 @@ python -m tests.refusals
 Exit code 1: an answer differs.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,9 +87,9 @@ def _run(name: str, arguments: list[str], folder: Path) -> "subprocess.Completed
     words = [sys.executable, *ranks, str(ROOT / program), *options, *arguments]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if ranks:  # torchrun reports the ranks' ends behind what they say, and ends with 1
-        ours, _, theirs = done.stderr.partition("\nE1")
+        ours = re.split(r"\n[EW]\d{4} ", done.stderr)[0]
         code = command.USAGE if f"exitcode  : {command.USAGE}" in done.stderr else done.returncode
-        return subprocess.CompletedProcess(words, code, done.stdout, ours if theirs else done.stderr)
+        return subprocess.CompletedProcess(words, code, done.stdout, ours)
     return done
 
 
@@ -106,7 +107,10 @@ def main() -> dict[str, Any]:
             found = answers(override, folder, _run)
             good += agree(found, message.format(folder=folder))
             codes = " | ".join(str(answer.code) for answer in found.values())
-            texts = dict.fromkeys(answer.error.partition("\n")[0] for answer in found.values())
+            texts = dict.fromkeys(
+                answer.error.removeprefix("tiny.yaml: configuration refused").strip().partition("\n")[0]
+                for answer in found.values()
+            )
             print(f"| `{override}` | {codes} | {' ≠ '.join(texts)} |", file=sys.stderr, flush=True)
     return {"ok": good == len(CASES), "cases": len(CASES), "same": good}
 
