@@ -80,7 +80,7 @@ def preview(settings: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
     draw = {None: _labelled, "semantic": _maps, "objects": _objects}[shards.annotations]
     chosen = fed[:MAPS] if shards.annotations == "semantic" else _of_many_classes(fed)
     grid = draw(settings, shards, chosen)
-    if settings.mix.active:
+    if settings.mix.active and not shards.annotations:
         grid = _with_mixed(settings, shards, grid, fed)
     sheet = Sheet(
         name,
