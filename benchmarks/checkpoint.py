@@ -279,7 +279,7 @@ def _config(arguments: argparse.Namespace, here: World) -> Config:
             "run": {"name": "checkpoint"},
             "model": {"name": arguments.model},
             "image": {"size": arguments.image_size},
-            "data": {"train": "none", "lanes": here.size},
+            "data": {"train": "unused", "lanes": here.size},
             "optim": {"lr": 1e-3},
             "train": {"length": "1 step", "global_batch_size": here.size * IMAGES[here.device.type]},
             "engine": {"precision": "bf16" if here.device.type == "cuda" else "fp32"},

@@ -84,7 +84,7 @@ class Case(NamedTuple):
                 "run": {"name": "scaling"},
                 "model": {"name": self.model},
                 "image": {"size": self.image_size},
-                "data": {"train": "none", "lanes": ranks},
+                "data": {"train": "unused", "lanes": ranks},
                 "optim": {"lr": 1e-6, "clip_grad": 1.0},
                 "train": {"length": "1 step", "global_batch_size": ranks * self.batch},
                 "engine": engine,

@@ -39,7 +39,7 @@ def build_engine(here: world.World) -> Engine:
             "run": {"name": "crash"},
             "model": {"name": "linear"},
             "image": {"size": SIZE_PX},
-            "data": {"train": "none"},
+            "data": {"train": "unused"},
             "optim": {"lr": 1e-3},
             "train": {"length": "1 step", "global_batch_size": 48},
             "engine": {"zero_stage": 0, "precision": "fp32"},
