@@ -82,7 +82,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         state = found.state if found else State()
         feed = parts.enter_context(contextlib.closing(_feed(settings, world, training, task, state)))
         schedule = Schedule.of(settings, feed.order.steps_per_epoch)
-        if finished := world.from_first(_finished(folder, schedule, state) if world.is_first else None):
+        if finished := world.from_first(_finished(folder, schedule, found) if world.is_first else None):
             return finished if world.is_first else None
         if found:
             task.model.load_state_dict(found.weights())
@@ -310,13 +310,15 @@ def _find(checkpoints: Checkpoints, settings: Config, world: World) -> Checkpoin
     return Checkpoint(folder) if folder else None
 
 
-def _finished(folder: Path, schedule: Schedule, state: State) -> dict[str, Any] | None:
+def _finished(folder: Path, schedule: Schedule, found: Checkpoint | None) -> dict[str, Any] | None:
+    """Returns the result of a run that has ended, also where its checkpoints have been deleted since. One whose last
+    checkpoints are damaged goes on from an older one, and writes them again."""
     result = folder / RESULT
     document = json.loads(result.read_text()) if result.exists() else {"requeue": True}
-    # By its result, too: the checkpoints of a finished run may have been deleted.
-    if document.get("requeue") or max(state.step, document.get("steps", 0)) < schedule.total:
+    step = found.state.step if found else document.get("steps", 0)
+    if document.get("requeue") or step < schedule.total:
         return None
-    print(f"{folder}: finished before, at step {schedule.total}; nothing to do", file=sys.stderr)
+    print(f"{folder}: finished before, at step {step}; nothing to do", file=sys.stderr)
     return document
 
 
