@@ -21,15 +21,11 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     parser.add_argument("--claim", type=Path, metavar="FILE", help="the hand-off that this job answers to")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
+    if arguments.ranks is not None:
+        _require_ranks(arguments.ranks)
     read = command.read_early(lambda: _read(arguments, fine_tuning))
     from pipeline import world  # which imports torch, for nothing where a setting is wrong
 
-    place = world.read_place(world.launcher_variables(os.environ))
-    if arguments.ranks not in (None, place.size):
-        raise InputError(
-            f"--ranks {arguments.ranks}: the launcher names {place.size}: start as many as there should be, with srun, "
-            "torchrun or deepspeed; in a shell of several tasks (srun --pty) `srun --ntasks=1 --overlap` starts one"
-        )
     here = world.start()
     settings, claim = read(here)
     from launch.job import run_job  # which imports DeepSpeed and DALI, in some seconds
@@ -42,6 +38,18 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     if result and result.get("model") and settings.handoff and not arguments.no_handoff:
         handoff.begin(settings.run.folder, here.local_size)
     return result
+
+
+def _require_ranks(ranks: int) -> None:
+    """Raises InputError where the launcher starts another number of ranks, before any waits for the others."""
+    from pipeline import world
+
+    place = world.read_place(world.launcher_variables(os.environ))
+    if ranks != place.size:
+        raise InputError(
+            f"--ranks {ranks}: the launcher names {place.size}: start as many as there should be, with srun, "
+            "torchrun or deepspeed; in a shell of several tasks (srun --pty) `srun --ntasks=1 --overlap` starts one"
+        )
 
 
 def _read(arguments: argparse.Namespace, fine_tuning: bool) -> tuple[config.Config, handoff.Claim | None]:

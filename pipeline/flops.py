@@ -26,6 +26,8 @@ MFU = 0.30
 
 MEASURED_S = 0.25
 """Long enough for others on the machine to be quiet for one product."""
+SLOW_S = 0.005
+"""Of a small product: a CPU without instructions for bf16 would take seconds for a large one, and reach no more."""
 
 
 def training_flops(build: Callable[[], nn.Module], image_size: int) -> int:
@@ -42,8 +44,17 @@ def training_flops(build: Callable[[], nn.Module], image_size: int) -> int:
 
 
 def matrix_flop_s(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second that the device reaches in products of large square matrices: the quickest in a quarter second."""
-    side = 8192 if device.type == "cuda" else 1024
+    """FLOP a second that the device reaches in products of large square matrices: the fastest in a quarter second."""
+    side, seconds = 0, 0.0
+    for side in (8192,) if device.type == "cuda" else (256, 1024):
+        seconds = _fastest_product(side, device, dtype)
+        if seconds > SLOW_S:
+            break
+    return 2 * side**3 / seconds
+
+
+def _fastest_product(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the fastest of the products of two matrices [side, side] that a quarter second allows."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
     def seconds() -> float:
@@ -52,10 +63,10 @@ def matrix_flop_s(device: torch.device, dtype: torch.dtype) -> float:
         return _now(device) - begin
 
     seconds()  # asks for memory, and chooses a kernel
-    end, quickest = time.perf_counter() + MEASURED_S, seconds()
+    end, fastest = time.perf_counter() + MEASURED_S, seconds()
     while time.perf_counter() < end:
-        quickest = min(quickest, seconds())
-    return 2 * side**3 / quickest
+        fastest = min(fastest, seconds())
+    return fastest
 
 
 def _now(device: torch.device) -> float:

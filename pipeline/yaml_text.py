@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 MAX_NODES = 100_000
 """Values of a document, each alias counted as what it stands for. A megabyte of settings has fewer."""
 _MAX_DIGITS = 100
+_MAX_DEPTH = 100
 _TAG = "tag:yaml.org,2002:"
 
 _SCALARS = {
@@ -34,11 +35,18 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # the inherited ones follow YAML 1.1, where 010 is eight and no is false
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise _fault(event, "values are nested too deeply")
         if getattr(event, "tag", None) not in (None, "!", _TAG + "str"):
             raise _fault(event, "tags are not used here: remove it, and put text into quotes")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -89,7 +97,7 @@ def read(text: str, source: object) -> Any:
             )
         return loader.construct_document(node)
     except RecursionError:
-        why = "values are nested too deeply, or contain themselves"
+        why = "values contain themselves"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -291,6 +291,7 @@ def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(
 def test_what_was_rolled_back_before_it_was_registered_never_is(tmp_path: Path) -> None:
     entry = offer(tmp_path, 35, top1=0.8)
     (entry / "registered.json").unlink()
+    (entry / WEIGHTS).touch()
     outbox = Outbox(tmp_path)
     assert outbox.waiting() == [entry]
     outbox.give_up(since=30, step=37)

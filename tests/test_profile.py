@@ -244,7 +244,7 @@ def test_settings(settings: Callable[..., Config], digits: Path, tmp_path: Path)
             InputError, match=f"profile.at {text}: .* profile.steps {steps} .* but the run has 20: begin"
         ):
             at(f"profile.at={text}", f"profile.steps={steps}")
-    for override, rule in (("profile.at=soon", "a number and a unit"), ("profile.steps=0", "greater than 0")):
+    for override, rule in (("profile.at=soon", "a number and a unit"), ("profile.steps=0", "more than 0")):
         with pytest.raises(InputError, match=rule):
             settings(override)
     with pytest.raises(InputError, match=r"profile\.step: no such setting; did you mean profile\.steps\?"):

@@ -35,6 +35,7 @@ from launch import registry as launch_registry
 from pipeline import config
 from pipeline.config import Gates
 from pipeline.errors import ExternalError, InputError
+from pipeline.shards.cache import DEFAULT_CACHE
 from pipeline.tasks.build import build_task, start_from
 from pipeline.track import copies, foreign, lineage, network, package, promote, registry, server
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
@@ -724,7 +725,7 @@ def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
 def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, tmp_path: Path) -> None:
     told = r"is a backbone without a head, .* init\.model=.* --probe"
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
-        evaluate._open(headless, str(digits / "val"), tiny.uri)
+        evaluate._open(headless, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
         export(headless, "timm", tmp_path / "out")
     with pytest.raises(InputError, match=told):

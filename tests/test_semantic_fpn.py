@@ -121,7 +121,7 @@ def test_an_images_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
     segmenter.dropout.eval()
     images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(segmenter(images)[1:2], segmenter(images[1:2]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(segmenter(images)[1:2], segmenter(images[1:2]), rtol=1e-4, atol=1e-4)
 
 
 def test_drop_path_masks_go_to_the_backbone() -> None:

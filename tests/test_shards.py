@@ -70,7 +70,7 @@ def garble_manifest(folder: Path) -> None:
         (remove_manifest, "cannot read the manifest: No such file or directory; make one with launch/shards.py"),
         (edit_manifest, "its digest and counts do not match its contents"),
         (miscount_manifest, "its digest and counts do not match its contents"),
-        (lead_manifest_out, "String should match pattern"),
+        (lead_manifest_out, "not a file below the data set's root"),
         (newer_manifest, "format 99, but this version reads format 2"),
         (garble_manifest, "not a manifest"),
     ],

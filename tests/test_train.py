@@ -161,7 +161,7 @@ def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
     result = {"steps": 20, "top1": 0.5}
     (tmp_path / "result.json").write_text(json.dumps(result))
     schedule, longer = (Schedule.of(settings(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30))
-    assert job._finished(tmp_path, schedule, State()) == result
+    assert job._finished(tmp_path, schedule, None) == result
     assert job._finished(tmp_path, longer, State(step=20)) is None
     (tmp_path / "result.json").write_text(json.dumps({**result, "requeue": True}))
     assert job._finished(tmp_path, schedule, State(step=20)) is None

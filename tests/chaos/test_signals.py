@@ -45,7 +45,7 @@ def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: int) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=1, steps=STEPS)
-    job = Job(config, "hung", ranks=2, overrides=("train.hang_timeout_s=6",))
+    job = Job(config, "hung", ranks=2, overrides=("train.hang_timeout_s=15",))
     with job.start() as attempt:
         assert attempt.wait_until(lambda: attempt.step >= 5, LIMIT_S)
         attempt.kill([rank], signal.SIGSTOP)
