@@ -20,7 +20,6 @@ import pvt  # noqa: F401 - registers its models with timm
 from launch import job
 from pipeline.config import Config, Length, Optim
 from pipeline.tasks.classify import Classification
-from pipeline.train.checkpoint import State
 from pipeline.train.engine import LossScale
 from pipeline.train.meters import MetricsFile
 from pipeline.train.optim import lr_at, parameter_groups
@@ -162,9 +161,9 @@ def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
     (tmp_path / "result.json").write_text(json.dumps(result))
     schedule, longer = (Schedule.of(settings(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30))
     assert job._finished(tmp_path, schedule, None) == result
-    assert job._finished(tmp_path, longer, State(step=20)) is None
+    assert job._finished(tmp_path, longer, None) is None
     (tmp_path / "result.json").write_text(json.dumps({**result, "requeue": True}))
-    assert job._finished(tmp_path, schedule, State(step=20)) is None
+    assert job._finished(tmp_path, schedule, None) is None
 
 
 def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
