@@ -8,7 +8,7 @@ python launch/doctor.py --tune --config FILE [--ranks N]       the run's quickes
 A table of what was looked at goes to standard error. Exit code 1: something is not as it has to be; 2: pretrain.py
 would refuse the configuration. The tracking server is only warned of: training goes on without it. With --all-reduce
 each rank says that it has arrived before it joins the others, so that who is missing can be told from what was printed.
---tune tries settings for some minutes and writes what makes the run quicker into a new file that extends its
+--tune tries settings for some minutes and writes what makes the run faster into a new file that extends its
 configuration.
 """
 
