@@ -9,13 +9,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
-from pipeline.errors import ExternalError, InputError
+from pipeline.errors import DONE, FAILED, REQUEUE, USAGE, ExternalError, InputError
 from pipeline.shards.cache import CacheOptions
 
 if TYPE_CHECKING:
     from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
-
-DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 
 Value = TypeVar("Value")
 

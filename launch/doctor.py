@@ -39,7 +39,7 @@ from pipeline.cluster import preflight
 from pipeline.cluster.preflight import Check, check
 from pipeline.cluster.slurm import node_name
 from pipeline.config import Config
-from pipeline.errors import ExternalError, InputError
+from pipeline.errors import FAILED, ExternalError, InputError
 from pipeline.shards.parallel import cores
 from pipeline.shards.retry import redact
 
@@ -199,7 +199,7 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _give_up(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(command.FAILED)
+    os._exit(FAILED)
 
 
 if __name__ == "__main__":

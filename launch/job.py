@@ -19,7 +19,7 @@ from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files, network
 from pipeline.config import Config, Detection
-from pipeline.errors import InputError
+from pipeline.errors import REQUEUE, InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
@@ -62,7 +62,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
     """
     folder = settings.run.folder
     with contextlib.ExitStack() as parts:
-        stop = parts.enter_context(StopSignal(settings.train.preempt_deadline_s, command.REQUEUE))
+        stop = parts.enter_context(StopSignal(settings.train.preempt_deadline_s, REQUEUE))
         training, validation = command.first_then_all(world, lambda: _check(settings, world))
         if settings.train.deterministic:
             make_deterministic()

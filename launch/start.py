@@ -8,7 +8,7 @@ from typing import Any
 
 from launch import command, handoff
 from pipeline import config
-from pipeline.errors import InputError
+from pipeline.errors import REQUEUE, InputError
 
 
 def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] | None:
@@ -34,7 +34,7 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     stopped = here.from_first(bool(result and result.get("requeue")))
     world.stop()
     if stopped and result is None:
-        sys.exit(command.REQUEUE)
+        sys.exit(REQUEUE)
     if result and result.get("model") and settings.handoff and not arguments.no_handoff:
         handoff.begin(settings.run.folder, here.local_size)
     return result

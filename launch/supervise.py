@@ -16,6 +16,7 @@ from pipeline.cluster import script
 from pipeline.cluster.slurm import Allocation
 from pipeline.cluster.supervise import LOG, Program, Supervisor, deputise
 from pipeline.config import Config
+from pipeline.errors import DONE, FAILED, USAGE
 from pipeline.track.runs import record_failure
 
 CODE = Path(__file__).resolve().parent.parent
@@ -37,11 +38,11 @@ def main() -> None:
         parser.error("give --config, or --of and --handoff")
     program = _handed_off(arguments.of, arguments.handoff) if arguments.of else _given(arguments.config, arguments.set)
     if program is None:
-        sys.exit(command.DONE)
+        sys.exit(DONE)
     script.check(program.settings)
     _log_to(program.folder / LOG)
     code = Supervisor(program, allocation).run()
-    if code in (command.FAILED, command.USAGE):
+    if code in (FAILED, USAGE):
         record_failure(program.folder)
     sys.exit(code)
 

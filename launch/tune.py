@@ -25,11 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import command
 from pipeline import config, files, yaml_text
 from pipeline.cluster.slurm import node_name
 from pipeline.config import Config
-from pipeline.errors import ExternalError, InputError
+from pipeline.errors import USAGE, ExternalError, InputError
 from pipeline.feed.order import Order, deal
 from pipeline.shards.open import open_training
 from pipeline.shards.parallel import cores
@@ -467,7 +466,7 @@ def _end(code: int, errors: Path) -> Ended:
     if code < 0:
         return Ended(failed=f"ended by {signal.Signals(-code).name}")
     text = errors.read_text(errors="replace").strip()
-    if code == command.USAGE:
+    if code == USAGE:
         return Ended(failed=re.split(r"(?m)^error: ", text)[-1], refused=True)
     return Ended(failed=(text.splitlines() or ["without a word"])[-1].removeprefix("error: "))
 

@@ -1,4 +1,9 @@
-"""The errors that users meet."""
+"""The errors that users meet, and how commands end."""
+
+DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
+"""Exit codes. The last one: stopped by a signal, saved, to be started again."""
+STOPPING = "stopping after this step"
+"""What a rank answers to a signal, and a batch job waits for."""
 
 
 class InputError(ValueError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import command
+from pipeline.errors import USAGE
 from pipeline.shards.pack import pack
 from tests.conftest import write_config
 from tests.ranks import ROOT
@@ -78,7 +79,7 @@ def answers(override: str, folder: Path, run: Run) -> dict[str, Answer]:
 
 def agree(found: dict[str, Answer], message: str) -> bool:
     """Whether all refuse with the part of the message that is expected."""
-    return all(answer.code == command.USAGE and message in answer.error for answer in found.values())
+    return all(answer.code == USAGE and message in answer.error for answer in found.values())
 
 
 def _run(name: str, arguments: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -88,7 +89,7 @@ def _run(name: str, arguments: list[str], folder: Path) -> "subprocess.Completed
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if ranks:  # torchrun reports the ranks' ends behind what they say, and ends with 1
         ours = re.split(r"\n[EW]\d{4} ", done.stderr)[0]
-        code = command.USAGE if f"exitcode  : {command.USAGE}" in done.stderr else done.returncode
+        code = USAGE if f"exitcode  : {USAGE}" in done.stderr else done.returncode
         return subprocess.CompletedProcess(words, code, done.stdout, ours)
     return done
 

@@ -79,8 +79,7 @@ def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.S
         assert stopped.ended() == 0
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_same_signal_again_forces_out_but_not_an_echo(second: signal.Signals) -> None:
+def test_the_same_signal_again_forces_out_but_not_an_echo() -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGUSR1)
         assert line(stopped.stderr).startswith("SIGUSR1: ")
@@ -88,9 +87,21 @@ def test_the_same_signal_again_forces_out_but_not_an_echo(second: signal.Signals
         stopped.signal(signal.SIGUSR1)
         time.sleep(1.2)
         assert stopped.process.poll() is None
-        stopped.signal(second)
+        stopped.signal(signal.SIGTERM)
         assert stopped.ended() == 85
-        assert line(stopped.stderr) == f"{second.name} after SIGUSR1: forced out, without saving"
+        assert line(stopped.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_a_batch_script_repeats_forces_nothing_out(first: signal.Signals) -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(first)
+        assert line(stopped.stderr).startswith(f"{first.name}: ")
+        for _ in range(5):
+            time.sleep(1.1)
+            stopped.signal(signal.SIGUSR1)
+        assert stopped.end_native_call() == f"1 {first.name}"
+        assert stopped.ended() == 0
 
 
 def test_the_other_signal_forces_out_only_when_it_comes_much_later() -> None:

@@ -1,6 +1,9 @@
 """When a batch job goes back into the queue and when it gives up, without a cluster; tests/slurm has the rest."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ import pytest
 from pipeline import config
 from pipeline.cluster.slurm import Allocation
 from pipeline.cluster.status import status
-from pipeline.cluster.supervise import DONE, FAILED, REQUEUE, STOP, Ending, Journal, Program, Supervisor, _NotReady
+from pipeline.cluster.supervise import STOP, Ending, Journal, Program, Supervisor, _NotReady
+from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING
 from tests.conftest import write_config
 
 MAX_RESTARTS = 2
@@ -183,3 +187,36 @@ def test_a_job_that_disappeared_has_crashed_unless_it_was_told_to_stop(
         Journal(program.folder, "17").write(last)
     assert Stretch(program, Job("17", 1), finish).run() == DONE
     assert len(events(program, "crash")) == counts
+
+
+def test_a_signal_is_repeated_until_the_ranks_answer(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun does not keep a signal for ranks that it has yet to start."""
+    started = tmp_path / "started"
+    srun = f"""#!/usr/bin/env bash
+        trap 'came=$((came + 1)); if [ $came = 3 ]; then echo "0: SIGUSR1: {STOPPING}"; fi' USR1
+        touch {started}
+        until [ "$came" = 3 ]; do sleep 0.1; done
+        sleep 3
+        echo "came $came"
+        exit {REQUEUE}"""
+    for name, text in (("srun", srun), ("scontrol", "#!/usr/bin/env bash\necho NodeAddr=127.0.0.1")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")  # so that no other node watches this one
+
+    def signal_this_process() -> None:
+        while not started.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    supervisor = Stretch(program, Job("17", 0))
+    signal.signal(signal.SIGUSR1, supervisor._on_signal)
+    sender = threading.Thread(target=signal_this_process)
+    sender.start()
+    ending = Supervisor._attempt(supervisor, ["n1"])
+    sender.join()
+    assert (ending.code, ending.error) == (REQUEUE, "came 3")
+    assert len(events(program, "stopping")) == 1

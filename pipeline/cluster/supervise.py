@@ -26,13 +26,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.cluster.slurm import Allocation, ask, node_name
 from pipeline.config import Cluster, Config
-from pipeline.errors import ExternalError
+from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING, USAGE, ExternalError
 
-DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 SLURM = "slurm"
 EVENTS, LOG, STOP, DEPUTY_LOG = (f"{SLURM}/{name}" for name in ("events.jsonl", "log", "stop", "deputy.log"))
 """Below a run's folder."""
@@ -112,6 +111,7 @@ class Supervisor:
         self._first_step = self._newest_step()
         self._stop: str | None = None  # name of the first signal that this job has been sent
         self._step: subprocess.Popen[str] | None = None
+        self._answered = False  # whether a rank has said that it stops
         self._deputy: subprocess.Popen[bytes] | None = None
         self._starts = 0  # of the ranks
         self._blame: collections.Counter[str] = collections.Counter()
@@ -154,7 +154,7 @@ class Supervisor:
         self._stop = self._stop or name
         self._journal.write("stopping", signal=name)
         if self._step:
-            self._step.send_signal(signal.SIGUSR1)  # srun hands it on to the ranks
+            self._step.send_signal(signal.SIGUSR1)  # srun forwards it to the ranks
 
     # Before training
 
@@ -248,6 +248,7 @@ class Supervisor:
         ranks = len(nodes) * cluster.ranks
         self._appoint_deputy(nodes)
         self._starts += 1
+        self._answered = False
         self._journal.write("start", attempt=self._starts, nodes=nodes, ranks=ranks, step=self._newest_step())
         program = [self._program.code / self._program.file, *self._program.arguments, *self._program.more]
         program += ["--ranks", ranks, "--no-handoff"]
@@ -262,8 +263,6 @@ class Supervisor:
             errors="replace",
             env=self._env(nodes),
         )
-        if self._stop:  # it came while there was nobody to tell
-            self._step.send_signal(signal.SIGUSR1)
         said = collections.deque[str](maxlen=400)
         died = threading.Event()
         listener = threading.Thread(target=self._listen, args=(self._step.stdout, said, died))
@@ -273,14 +272,16 @@ class Supervisor:
         document = json.loads(result.read_text()) if _identity(result) not in (before, None) else None
         return Ending(code, document, _why(said) or f"exit code {code}")
 
-    def _listen(self, lines: Iterable[str], said: collections.deque[str], died: threading.Event) -> None:
+    def _listen(self, lines: IO[str], said: collections.deque[str], died: threading.Event) -> None:
         """Log what srun and the ranks say, and note whose ranks die."""
-        for line in lines:
-            print(line, end="", flush=True)
-            said.append(_LABEL.sub("", line.rstrip()))
-            if (dead := re.match(r"srun: error: (\S+): tasks? ", line)) and not died.is_set():
-                self._blame[dead[1]] += 1  # the others fall because it has
-                died.set()
+        with lines:
+            for line in lines:
+                print(line, end="", flush=True)
+                said.append(_LABEL.sub("", line.rstrip()))
+                self._answered = self._answered or STOPPING in line
+                if (dead := re.match(r"srun: error: (\S+): tasks? ", line)) and not died.is_set():
+                    self._blame[dead[1]] += 1  # the others fall because it has
+                    died.set()
 
     def _wait(self, is_over: Callable[[], bool]) -> int:
         """For the ranks. Returns srun's exit code."""
@@ -291,6 +292,9 @@ class Supervisor:
                 code = self._step.wait(POLL_S)
                 break
             except subprocess.TimeoutExpired:
+                if self._stop and not self._answered:
+                    # One that came before the ranks were started is lost: srun does not keep it for them.
+                    self._step.send_signal(signal.SIGUSR1)
                 if over_since is None:
                     over_since = time.monotonic() if is_over() else None
                 elif time.monotonic() - over_since > LAST_WAIT_S:

@@ -16,6 +16,8 @@ import time
 from types import TracebackType
 from typing import Any, NoReturn
 
+from pipeline.errors import REQUEUE, STOPPING
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 1.0
 """Launchers forward a signal that the batch system sent to every process anyway: so soon, it is no second one."""
@@ -28,11 +30,12 @@ class StopSignal:
     """A context manager, entered on the main thread, that turns a signal into a request.
 
     `deadline_s` after the first signal, or at a second one, the process ends with `exit_code` wherever it is. A second
-    one is the same again after a second, or another one after five; once SIGINT has come, another SIGINT alone. A
-    SIGINT that the process was started to ignore, as shells start jobs in the background, stays ignored.
+    one is the same again after a second, or another one after five; once SIGINT has come, another SIGINT alone. SIGUSR1
+    never is: a batch script repeats it until the ranks answer. A SIGINT that the process was started to ignore, as
+    shells start jobs in the background, stays ignored.
     """
 
-    def __init__(self, deadline_s: float, exit_code: int = 85) -> None:
+    def __init__(self, deadline_s: float, exit_code: int = REQUEUE) -> None:
         self._deadline_s, self._exit_code = deadline_s, exit_code
         self.requested: str | None = None
         """Name of the first signal that this process was sent."""
@@ -80,7 +83,7 @@ class StopSignal:
                 if not came_s:
                     self.requested = name
                     rule = f"a second signal or {self._deadline_s:g} s force it"
-                    print(f"{name}: stopping after this step; {rule}", file=sys.stderr, flush=True)
+                    print(f"{name}: {STOPPING}; {rule}", file=sys.stderr, flush=True)
                 elif _is_second(number, now_s, came_s):
                     self._force(f"{name} after {self.requested}")
                 came_s.setdefault(number, now_s)
@@ -92,6 +95,8 @@ class StopSignal:
 
 def _is_second(number: int, now_s: float, came_s: dict[int, float]) -> bool:
     """Whether a signal means to end the process at once, given when each signal first came."""
+    if number == signal.SIGUSR1:
+        return False
     if signal.SIGINT in came_s and number != signal.SIGINT:
         # Launchers hand on Ctrl-C as SIGTERM. DeepSpeed's does so to one rank after the other, and waits up to 30 s for
         # each before it turns to the next.

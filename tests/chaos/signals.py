@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 
 from launch import command, handoff
 from pipeline import config
+from pipeline.errors import FAILED, USAGE
 from pipeline.track import registry
 from pipeline.track.card import WEIGHTS
 from pipeline.track.record import Record
@@ -80,7 +81,7 @@ def sweep(folder: Path, digits: Path, ranks: int, blows: Iterable[list[tuple[str
 def strike(job: Job, phase: str, names: str) -> int | None:
     """Start the job, which is sent the signals in the phase; returns rank 0's exit code."""
     with dataclasses.replace(job, first=(f"{phase}:{names}",)).start() as attempt:
-        if not attempt.wait(LIMIT_S) or attempt.codes[0] in (command.FAILED, command.USAGE):
+        if not attempt.wait(LIMIT_S) or attempt.codes[0] in (FAILED, USAGE):
             raise RuntimeError(f"{names} in {phase}: ended with {attempt.codes}: {attempt.errors()[-3000:]}")
         return attempt.codes[0]
 

@@ -77,7 +77,7 @@ SelectTypeParameters=CR_Core
 JobRequeue=1
 ReturnToService=2
 MpiDefault=none
-KillWait=10
+KillWait=120
 SlurmdTimeout=10
 NodeName=n[1-{len(NODES)}] NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port=[{ports}] CPUs=2
 PartitionName=cpu Nodes=n[1-{len(NODES)}] Default=YES MaxTime=INFINITE State=UP
