@@ -249,13 +249,15 @@ def _export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--to", required=True, help="timm, transformers, safetensors, onnx or torch-export")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to be made; not one with files")
     parser.add_argument("--data", metavar="DIR", help="packed data set to compare on; default: two photographs")
+    command.add_cache(parser)
 
 
 def _export(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track.export import export
 
     _connect(arguments)
-    result = export(arguments.uri, arguments.to, arguments.out, arguments.data)
+    cache = command.cache_of(arguments)
+    result = export(arguments.uri, arguments.to, arguments.out, arguments.data, shards_cache=cache)
     what = "images" if result["predictions"] == result["images"] else "places of the maps"
     same = f"{result['same_top1']} of {result['predictions']} {what} get the same class"
     print(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:", file=sys.stderr)

@@ -55,7 +55,7 @@ def test_training_goes_on_as_if_it_was_not_there(digits: Path, tmp_path: Path) -
     assert sum(found["kinds"].values()) == pytest.approx(found["step_ms"])
     assert min(*found["phases"].values(), *found["kinds"].values()) >= 0
     assert {"matrix products", "normalisation", "optimiser", "communication"} < found["kinds"].keys()
-    assert found["headline"].startswith("pvt_pico, 48 images on 2 ranks, bf16, CPU with ")
+    assert found["headline"].startswith("pvt_pico, 48 images on 2 ranks, fp32, CPU with ")
     events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert [ranges.count(name) for name in (STEP, "forward", "exchange of losses", "backward")] == [2, 4, 2, 4]

@@ -69,6 +69,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stage", type=int, default=1, choices=range(4), help="ZeRO stage")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--save-every", type=int, default=7, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
@@ -92,6 +93,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         stage=options.stage,
         steps=options.steps,
         save_every=options.save_every,
+        precision=options.precision,
     )
     reference, disturbed = Job(config, "reference", options.ranks), Job(config, "disturbed", options.ranks)
     step_s, save_s = watch(reference)

@@ -42,7 +42,9 @@ def pack_digits(folder: Path) -> Path:
     return folder
 
 
-def write_config(digits: Path, folder: Path, *, ranks: int, stage: int, steps: int, save_every: int = 7) -> Path:
+def write_config(
+    digits: Path, folder: Path, *, ranks: int, stage: int, steps: int, save_every: int = 7, precision: str = "fp32"
+) -> Path:
     """A tiny run with everything on that could go wrong when it is repeated: dropout, drop-path, mixing, RandAugment,
     accumulation, an average of the weights, several epochs, evaluation in between."""
     path = conftest.write_config(digits, folder)
@@ -58,7 +60,7 @@ def write_config(digits: Path, folder: Path, *, ranks: int, stage: int, steps: i
         "ema_decay": 0.99,
     }
     tree["checkpoint"] = {"keep_last": 3}
-    tree["engine"] = {"precision": "bf16", "zero_stage": stage}
+    tree["engine"] = {"precision": precision, "zero_stage": stage}
     tree["debug"] = {"trace_samples": True}
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from pipeline import files
 from pipeline.errors import ExternalError, InputError
+from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 from pipeline.track import package, registry
 from pipeline.track.export import check
 from pipeline.track.export.source import Source
@@ -51,11 +52,19 @@ class Target(Protocol):
         ...
 
 
-def export(uri: str, to: str, out: Path, data: str | None = None, cache: Path | None = None) -> dict[str, Any]:
+def export(
+    uri: str,
+    to: str,
+    out: Path,
+    data: str | None = None,
+    cache: Path | None = None,
+    shards_cache: CacheOptions = DEFAULT_CACHE,
+) -> dict[str, Any]:
     """Write models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of TARGETS.
 
     It is compared with the model itself on images of the packed data set `data`, or on photographs that scikit-learn
-    ships. Returns what was written, how near it is, and how to open it.
+    ships. `cache` is for copies of models, `shards_cache` for remote shards. Returns what was written, how near it is,
+    and how to open it.
     Raises InputError for an unknown target, one whose packages are missing or that cannot hold this model, for a folder
     that is not empty or cannot be written, and as registry.resolve does; ExternalError where the logits differ.
     """
@@ -63,7 +72,9 @@ def export(uri: str, to: str, out: Path, data: str | None = None, cache: Path | 
     with _whole_or_absent(out) as folder:
         source = Source(registry.resolve(uri, cache))
         varying = target.write(source, folder)
-        images = check.real_images(data, check.MOST_WHOLE_IMAGES if source.sees_whole else check.MOST_IMAGES)
+        images = check.real_images(
+            data, check.MOST_WHOLE_IMAGES if source.sees_whole else check.MOST_IMAGES, shards_cache
+        )
         found = check.check(source, target.load(source, folder), varying, images, to)
         written = [
             {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": package.sha256(path)}

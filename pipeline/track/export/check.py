@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import ExternalError, InputError
+from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 from pipeline.shards.images import BadImageError, decode
 from pipeline.shards.index import CorruptSampleError
 from pipeline.shards.open import open_data
@@ -57,14 +58,14 @@ class Found(NamedTuple):
     and for interpolation "nearest"."""
 
 
-def real_images(data: str | None, most: int = MOST_IMAGES) -> list[Image.Image]:
+def real_images(data: str | None, most: int = MOST_IMAGES, cache: CacheOptions = DEFAULT_CACHE) -> list[Image.Image]:
     """At most `most` from all over a packed data set; without one, two photographs and their halves.
 
     Raises InputError for what is no packed data set, and for damaged samples.
     """
     if data is None:
         return [part for photograph in _photographs() for part in (photograph, *_halves(photograph))]
-    shards = open_data(data)
+    shards = open_data(data, cache=cache)
     ends = np.cumsum(shards.shard_samples)
     places = np.linspace(0, len(shards) - 1, min(len(shards), most)).astype(int)
     images = []
