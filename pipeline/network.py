@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 
 from pipeline import config, flops
 from pipeline.errors import InputError
@@ -18,9 +19,10 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
     """Freshly initialised from torch's current seed, in training mode, for images of `image_size` pixels.
 
     From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]; a
-    detector makes what pvt.detector says. Raises InputError for a name that timm does not know, and a size or a setting
-    that the model does not take.
+    detector makes what pvt.detector says. From here on fp32 is fp32 in this process. Raises InputError for a name that
+    timm does not know, and a size or a setting that the model does not take.
     """
+    _compute_fp32_in_full()
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
         raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
@@ -34,6 +36,14 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
     if model.grad_checkpointing:
         network.set_grad_checkpointing()
     return network
+
+
+def _compute_fp32_in_full() -> None:
+    """On GPUs torch computes fp32 convolutions in TF32, with 10 bits of the mantissa instead of 23, unless told not to;
+    NVIDIA's containers ask for the same of matrix products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
+    # By these names: with torch's newer ones, `fp32_precision`, torch.backends.cudnn.flags raises.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def training_flops(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> int:
