@@ -10,7 +10,8 @@
 PYTHON ?= python3
 DALI ?= cuda13          # or cuda12: the driver's major version; without a GPU either works
 BIN := .venv/bin
-RANKS ?= 2
+# A rank for each GPU, up to the four lanes of the scenes; on CPUs two.
+RANKS ?= $(shell $(BIN)/python -c "from pipeline import world; print(min(4, world.default_ranks()))")
 DATA := runs/data
 
 .PHONY: demo scenes boxes test test-slurm lint setup peers

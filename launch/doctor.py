@@ -71,7 +71,7 @@ def main() -> dict[str, Any] | None:
         "--ranks",
         type=int,
         metavar="N",
-        help="of the run (default: as cluster asks for; --tune: one for each GPU, or 1)",
+        help="of the run (default: as cluster asks for; --tune: one for each GPU, or 2)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="--tune: to be made (default runs/tuned/NAME.yaml)")
     parser.add_argument("--minutes", type=float, default=5.0, metavar="M", help="--tune: at most (default 5)")

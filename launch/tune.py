@@ -269,7 +269,7 @@ def tune(
     Raises InputError for a configuration, data or a file to write that will not do, and what `Search.run` raises.
     """
     settings = config.load(path, given)
-    ranks = _visible_gpus() or 1 if ranks is None else ranks
+    ranks = _default_ranks() if ranks is None else ranks
     if ranks < 1 or not minutes > 0:
         raise InputError(f"--ranks {ranks} --minutes {minutes:g}: at least one rank, and some time")
     out = out or Path(settings.run.root) / "tuned" / f"{settings.run.name}.yaml"
@@ -294,10 +294,10 @@ def tune(
     }
 
 
-def _visible_gpus() -> int:
-    import torch  # takes seconds to import
+def _default_ranks() -> int:
+    from pipeline import world  # whose torch takes seconds to import
 
-    return torch.cuda.device_count()
+    return world.default_ranks()
 
 
 def _as_json(trial: Trial) -> dict[str, Any]:

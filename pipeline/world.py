@@ -12,17 +12,31 @@ import os
 import resource
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import ExternalError, InputError
+from pipeline import driver
+from pipeline.errors import FAILED, USAGE, ExternalError, InputError
 
 Value = TypeVar("Value")
 
+CPU_RANKS = 2
+"""Of a machine without GPUs: enough to see what ranks do together."""
+MIN_FREE_MEMORY = 0.1
+"""Part of a GPU's memory that has to be free for anything to be worth trying."""
+
 _CPU = torch.device("cpu")
+_HIDDEN = ("", "-1", "NoDevFiles")
+"""What CUDA_VISIBLE_DEVICES is where GPUs are not to be used. The last one is SLURM's."""
+_UNTIL_ENDED_S = 10.0
+"""How long a rank waits for its launcher to end it when another has said why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +57,11 @@ class World:
     def num_cores(self) -> int:
         """This rank's share of its node's: what srun has given its task, or an equal part."""
         cores = len(os.sched_getaffinity(0))
-        if given := os.environ.get("SLURM_CPUS_PER_TASK"):  # perhaps bound to them already
-            return max(1, min(cores, int(given)))
-        return max(1, cores // self.local_size)
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 0) != self.size:  # another launcher has started the ranks
+            return max(1, cores // self.local_size)
+        step = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
+        given = int(os.environ.get("SLURM_CPUS_PER_TASK") or step // self.local_size)
+        return max(1, min(cores, given))  # srun may have bound the task to its cores already
 
     def tensor(self, values: Sequence[float]) -> torch.Tensor:
         """float64 on the device, which this process does not wait for."""
@@ -97,28 +113,55 @@ class World:
 def start(timeout_s: float = 1800.0) -> World:
     """Join the process group that the launcher describes and pick this rank's device.
 
-    Raises InputError when the launcher's variables contradict each other, and ExternalError where ranks cannot meet.
+    Raises InputError when the launcher's variables contradict each other and for two ranks on one GPU, and
+    ExternalError where ranks cannot meet and for GPUs that cannot be used.
     """
     variables = launcher_variables(os.environ)
     place = read_place(variables)
     # torch.distributed and DeepSpeed look for them here, even in a world of one.
     os.environ.update(variables)
-    device = _device(place)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(place.num_cores)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(place.num_cores)
     timeout = datetime.timedelta(seconds=timeout_s)
-    if place.size == 1:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        with _waiting_for_others(place):
-            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    store = _meet(place, timeout)
+    try:
+        device = _device(place, store)
+    except (InputError, ExternalError) as error:
+        _tell_once(error, store)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" and place.size > 1 else None,
+    )
     return dataclasses.replace(place, device=device)
+
+
+def default_ranks() -> int:
+    """How many ranks a command starts on this machine unless it is told: one for each GPU, or two on CPUs."""
+    return torch.cuda.device_count() or CPU_RANKS
+
+
+def _meet(place: World, timeout: datetime.timedelta) -> Store:
+    """Returns what the ranks share before they can send each other anything."""
+    if place.size == 1:
+        return HashStore()
+    with _waiting_for_others(place):
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timeout))
+    return store
+
+
+def _tell_once(error: InputError | ExternalError, store: Store) -> NoReturn:
+    """Raise on the first rank of a node that has something to tell. A launcher ends all ranks as soon as one has ended,
+    so the others, which have the same to tell, wait for that."""
+    if store.add(f"told on {os.uname().nodename}", 1) > 1:
+        time.sleep(_UNTIL_ENDED_S)
+        os._exit(USAGE if isinstance(error, InputError) else FAILED)
+    raise error
 
 
 @contextlib.contextmanager
@@ -140,18 +183,72 @@ def _waiting_for_others(place: World) -> Iterator[None]:
         raise ExternalError(f"{who} cannot meet the others at {where}: {reason}") from error
 
 
-def _device(place: World) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 1:
-        return torch.device("cuda", 0)  # a batch system that shows each task its own GPU alone
-    if place.local_rank >= visible:
-        raise InputError(
-            f"local rank {place.local_rank} has no GPU: this node shows {visible}; "
-            "start as many ranks on a node as it has GPUs"
-        )
-    return torch.device("cuda", place.local_rank)
+def _device(place: World, store: Store) -> torch.device:
+    """This rank's. Raises InputError where another rank has it, and ExternalError where it cannot be used."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
+        return _CPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of is told below, in one line
+        if not torch.cuda.is_available():
+            require_no_gpu()
+            return _CPU
+    # A batch system may show each task its own GPU alone.
+    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    gpu = driver.pci_bus_id(torch.cuda.get_device_properties(device))
+    _require_own(gpu, torch.cuda.device_count(), place, store)
+    torch.cuda.set_device(device)
+    _require_memory(gpu, *torch.cuda.mem_get_info(device))
+    return device
+
+
+def require_no_gpu() -> None:
+    """Raises ExternalError on a machine whose GPUs torch cannot use: nobody means to train on its CPUs."""
+    found = driver.read()
+    if not found or not found.num_gpus:
+        return
+    built_for = torch.version.cuda
+    needed = driver.OLDEST.get(int((built_for or "0").partition(".")[0]), 0)
+    if built_for is None:
+        why = "it was built without CUDA: make setup installs one that was built with it"
+    elif int(found.version.partition(".")[0]) < needed:
+        why = f"it was built for CUDA {built_for}, which needs driver {needed} or later: install that"
+    else:
+        why = f"it says: {_why_cuda_fails()}"
+    gpus = "1 GPU" if found.num_gpus == 1 else f"{found.num_gpus} GPUs"
+    raise ExternalError(
+        f"{os.uname().nodename} has {gpus} (driver {found.version}) that torch {torch.__version__} cannot use: {why}; "
+        "CUDA_VISIBLE_DEVICES= runs on the CPUs"
+    )
+
+
+def _why_cuda_fails() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return "nothing: look at nvidia-smi"
+
+
+def _require_own(gpu: str, visible: int, place: World, store: Store) -> None:
+    """Raises InputError on the second rank that comes to a GPU, before NCCL does so in many lines."""
+    if store.add(f"ranks on {os.uname().nodename} {gpu}", 1) == 1:
+        return
+    has = "1 GPU" if visible == 1 else f"{visible} GPUs"
+    raise InputError(
+        f"rank {place.rank} of {place.size} has no GPU of its own: {os.uname().nodename} shows {has} to "
+        f"{place.local_size} ranks: start one for each GPU (deepspeed --num_gpus {visible}, torchrun --nproc-per-node "
+        f"{visible}, make RANKS={visible}; under SLURM cluster.gpus_per_node)"
+    )
+
+
+def _require_memory(gpu: str, free: int, total: int) -> None:
+    """Says who else uses a GPU, if somebody does. Raises ExternalError where next to nothing is left of it."""
+    if free >= driver.UNUSED_MEMORY * total:
+        return
+    told = f"GPU {gpu} of {os.uname().nodename}: {driver.taken(gpu, free, total)}"
+    if free < MIN_FREE_MEMORY * total:
+        raise ExternalError(f"{told}: end that, or take another GPU with CUDA_VISIBLE_DEVICES")
+    print(f"warning: {told}", file=sys.stderr, flush=True)
 
 
 def keep_freed_memory() -> None:

@@ -5,13 +5,19 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from pipeline import world
-from pipeline.errors import ExternalError, InputError
+from pipeline import driver, world
+from pipeline.driver import Driver
+from pipeline.errors import USAGE, ExternalError, InputError
 from pipeline.world import World, launcher_variables, read_place
 from tests.ranks import ROOT, free_port
 
@@ -85,6 +91,161 @@ def test_a_port_in_use_is_one_line_with_the_option() -> None:
     assert waits.startswith("waiting for 1 other rank at 127.0.0.1:")
     assert error.startswith("error: rank 0 of 2 on ")
     assert error.endswith("the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)")
+
+
+Gpus = Callable[..., None]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    """Makes torch show so many GPUs, of which so much memory is free."""
+
+    def install(count: int, free: float = 1.0) -> None:
+        def properties(device: torch.device) -> Any:
+            return SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B + (device.index or 0), pci_device_id=0)
+
+        for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**35), 2**35))
+
+    return install
+
+
+def test_ranks_are_one_for_each_gpu(gpus: Gpus) -> None:
+    expected = {0: 2, 1: 1, 8: 8}
+    for count, ranks in expected.items():
+        gpus(count)
+        assert world.default_ranks() == ranks
+
+
+@pytest.mark.parametrize(("given", "ranks"), [([], "3"), (["RANKS=5"], "5")])
+def test_make_starts_as_many(given: list[str], ranks: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *default_ranks*) echo 3;; esac\n')
+    python.chmod(0o755)
+    for target in ("demo", "scenes", "boxes"):
+        command = ["make", "--dry-run", target, f"BIN={tmp_path}", *given]
+        printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        starts = [line.split() for line in printed.splitlines() if "/deepspeed" in line]
+        assert starts
+        assert {line[line.index("--num_gpus") + 1] for line in starts} == {ranks}
+
+
+def hash_store() -> Any:
+    return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def test_each_rank_has_a_gpu(gpus: Gpus) -> None:
+    gpus(2)
+    store = hash_store()
+    assert [world._device(World(rank, 2, rank, 2), store).index for rank in range(2)] == [0, 1]
+
+
+def test_two_ranks_on_one_gpu_are_refused(gpus: Gpus) -> None:
+    gpus(1)
+    store = hash_store()
+    assert world._device(World(0, 2, 0, 2), store).index == 0
+    message = (
+        r"^rank 1 of 2 has no GPU of its own: \S+ shows 1 GPU to 2 ranks: "
+        r"start one for each GPU \(deepspeed --num_gpus 1, [^\n]+\)$"
+    )
+    with pytest.raises(InputError, match=message):
+        world._device(World(1, 2, 1, 2), store)
+
+
+def test_tasks_that_are_shown_their_own_gpu_alone_are_not(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(1)
+    store = hash_store()
+    for rank in range(2):
+        own = SimpleNamespace(pci_domain_id=0, pci_bus_id=rank, pci_device_id=0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, own=own: own)
+        assert world._device(World(rank, 2, rank, 2), store).index == 0
+
+
+def test_one_of_several_ranks_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "_UNTIL_ENDED_S", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
+    store = hash_store()
+    with pytest.raises(InputError, match="this"):
+        world._tell_once(InputError("this"), store)
+    with pytest.raises(SystemExit, match=str(USAGE)):
+        world._tell_once(InputError("this"), store)
+
+
+@pytest.mark.parametrize(
+    ("version", "built_for", "message"),
+    [
+        ("550.54.15", "13.2", r"built for CUDA 13\.2, which needs driver 580 or later: install that"),
+        ("580.95.05", None, r"built without CUDA: make setup"),
+        ("580.95.05", "13.2", r"it says: \S+"),
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_not_left_idle(
+    version: str, built_for: str | None, message: str, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(0)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(driver, "read", lambda: Driver(version, 2))
+    whole = rf"^\S+ has 2 GPUs \(driver {version}\) that torch \S+ cannot use: [^\n]*{message}[^\n]*$"
+    with pytest.raises(ExternalError, match=whole):
+        world._device(World(), hash_store())
+    for hidden in ("", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert world._device(World(), hash_store()).type == "cpu"
+
+
+def test_a_machine_without_gpus_trains_on_its_cores(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0)
+    for found in (None, Driver("580.95.05", 0)):
+        monkeypatch.setattr(driver, "read", lambda found=found: found)
+        assert world._device(World(), hash_store()).type == "cpu"
+
+
+def test_who_uses_a_gpu_is_told(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(driver, "_other_processes", lambda gpu: seen.append(gpu) or [os.getppid(), 2**22 + 1])
+    gpus(1, free=0.95)
+    world._device(World(), hash_store())
+    assert capsys.readouterr().err == ""
+    gpus(1, free=0.5)
+    world._device(World(), hash_store())
+    told = rf"16.0 of 32.0 GiB free: used by pid {os.getppid()} ("
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: GPU 00000000:1b:00.0 of ")
+    assert told in line
+    assert line.endswith(f"pid {2**22 + 1} (unknown)")
+    gpus(1, free=0.05)
+    with pytest.raises(ExternalError, match=r"1\.6 of 32\.0 GiB free: used by [^\n]+: end that, or take another GPU"):
+        world._device(World(), hash_store())
+    assert set(seen) == {"00000000:1b:00.0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "place", "cores"),
+    [
+        ({}, World(1, 4, 1, 4), 4),  # torchrun, deepspeed: an equal part
+        ({"SLURM_CPUS_PER_TASK": "3", "SLURM_STEP_NUM_TASKS": "4"}, World(1, 4, 1, 4), 3),  # srun was told
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_STEP_NUM_TASKS": "8"}, World(1, 8, 1, 4), 2),  # srun was not
+        ({"SLURM_CPUS_ON_NODE": "64", "SLURM_STEP_NUM_TASKS": "4"}, World(1, 4, 1, 4), 16),  # it has bound the task
+        # torchrun in a task of srun: the task's cores are shared out
+        ({"SLURM_CPUS_PER_TASK": "16", "SLURM_STEP_NUM_TASKS": "2"}, World(1, 8, 1, 4), 4),
+    ],
+)
+def test_a_rank_has_its_share_of_the_cores(
+    environ: dict[str, str], place: World, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert place.num_cores == cores
 
 
 def test_freed_memory_is_kept() -> None:

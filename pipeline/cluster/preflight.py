@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import psutil
 
+from pipeline import driver
 from pipeline.config import Config, Data, Run
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.ade20k import is_ade20k
@@ -42,8 +43,6 @@ RUN_BYTES = 5e9
 """Room for a run that has no checkpoints yet: five of PVT-Large's."""
 NODE_BYTES = 1e9
 """Room on a node's own disk, below which neither a shard nor a compiled kernel need be tried."""
-MIN_FREE_MEMORY = 0.9
-"""Part of a GPU's memory that is free when no other process uses it. The driver's own share is below a tenth."""
 NVIDIA_SMI_S = 60.0
 """A driver that takes longer to answer is at its end."""
 
@@ -212,11 +211,11 @@ def gpus(wanted: int | None) -> str:
         return "none"
     import torch
 
-    driver = f"driver {next(iter(states.values())).driver}" if states else "no nvidia-smi"
+    version = f"driver {next(iter(states.values())).driver}" if states else "no nvidia-smi"
     expected, visible = len(states) if wanted is None else wanted, torch.cuda.device_count()
     if visible != expected:
         raise ExternalError(
-            f"{visible} visible instead of {expected}, {driver}, torch {torch.__version__}: ask for them "
+            f"{visible} visible instead of {expected}, {version}, torch {torch.__version__}: ask for them "
             "(cluster.gpus_per_node), or look at CUDA_VISIBLE_DEVICES and at the driver's version"
         )
     properties = [torch.cuda.get_device_properties(number) for number in range(visible)]
@@ -226,9 +225,9 @@ def gpus(wanted: int | None) -> str:
         if (fault := _fault(number, states.get(f"GPU-{gpu.uuid}"), is_ours=wanted is not None))
     ]
     if faults:
-        raise ExternalError("; ".join([*faults, driver]))
+        raise ExternalError("; ".join([*faults, version]))
     names = ", ".join(sorted({gpu.name for gpu in properties}))
-    return f"{visible} × {names}, {min(gpu.total_memory for gpu in properties) / 2**30:.0f} GiB, {driver}"
+    return f"{visible} × {names}, {min(gpu.total_memory for gpu in properties) / 2**30:.0f} GiB, {version}"
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ def driver_states() -> dict[str, DriverState]:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     if done.returncode or any(len(row) != 3 for row in rows):
         raise ExternalError(f"nvidia-smi: {done.stdout} {done.stderr} (exit code {done.returncode})")
-    return {uuid: DriverState(driver, ecc) for uuid, driver, ecc in rows}
+    return {uuid: DriverState(version, ecc) for uuid, version, ecc in rows}
 
 
 def _fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | None:
@@ -280,8 +279,9 @@ def _fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | No
         return state.fault
     try:
         free, total = torch.cuda.mem_get_info(number)
-        if is_ours and free < MIN_FREE_MEMORY * total:
-            return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free: another job's process still holds the rest"
+        if is_ours and free < driver.UNUSED_MEMORY * total:
+            gpu = driver.pci_bus_id(torch.cuda.get_device_properties(number))
+            return f"{driver.taken(gpu, free, total)}: another job's, which has not ended"
         return None if computes_right(torch.device("cuda", number)) else "computes a wrong matrix product"
     except RuntimeError as error:
         return f"cannot compute: {str(error).partition(chr(10))[0]}"
