@@ -291,6 +291,7 @@ def _check(settings: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
     training, validation = open_training(settings.data), open_validation(settings.data)
     order = rules.check_data(settings, training, validation, world.size)
     rules.check_network(settings, training, validation, order, world)
+    rules.check_machine(settings, world)
     if world.is_first:
         for shards in filter(None, (training, validation)):
             shards.check()

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from launch import handoff
-from pipeline.config import Config, Detection
+from pipeline.config import Config, Detection, MaskRcnn
 from pipeline.errors import InputError
 from pipeline.feed.order import Order, deal, padding_waste
 from pipeline.shards import layouts
@@ -51,6 +51,17 @@ def check_network(
         check_image_sizes(settings.model, settings.image.size, len(training.classes), sizes)
     accumulation = deal(order, world.rank, world.size, settings).accumulation
     deepspeed_config(settings, world, accumulation, num_parameters=1)
+
+
+def check_machine(settings: Config, world: "World") -> None:
+    """Raises InputError where this rank's machine lacks what the settings need on its kind of device."""
+    from pipeline.train.compile import require_compiler
+
+    if settings.engine.compile:
+        require_compiler(world.device.type, "engine.compile")
+    # torchvision's kernel of roi_align is not deterministic on a GPU, so it compiles another with Triton.
+    if isinstance(settings.task, MaskRcnn) and settings.train.deterministic and world.device.type == "cuda":
+        require_compiler(world.device.type, "train.deterministic of a mask_rcnn")
 
 
 def forecast(settings: Config, ranks: int) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from launch import command
+from launch import command, rules
 from pipeline import config
 from pipeline.config import Config
 from pipeline.errors import ExternalError
@@ -67,6 +67,7 @@ def _measure(settings: Config, arguments: argparse.Namespace, here: "World") -> 
     from pipeline.feed.loader import TrainFeed
     from pipeline.train.engine import Engine, make_deterministic
 
+    rules.check_machine(settings, here)
     if settings.train.deterministic:
         make_deterministic()
     training = open_training(settings.data)

@@ -1,6 +1,10 @@
 """Compiled blocks compute what plain ones do, in training alone, and on any size where sizes vary."""
 
+import importlib.util
 import os
+import re
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +13,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from launch import rules
 from pipeline import files
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.train.compile import blocks, compile_blocks
+from pipeline.train.compile import blocks, compile_blocks, require_compiler
+from pipeline.world import World
 from pvt.model import Block, Grid
 from tests.conftest import run_ranks, write_config
 
@@ -90,11 +96,62 @@ def test_a_network_without_blocks_is_refused() -> None:
         compile_blocks(nn.Linear(2, 2))
 
 
-def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(InputError, match=r"torch\.compile needs g\+\+"):
-        compile_blocks(Blocks())
+def put_on_path(folder: Path, programs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is on it."""
+    for program in programs:
+        (folder / program).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "programs", "lacks"),
+    [
+        ("cpu", ["gcc"], r"g\+\+ or clang\+\+ on the PATH, or in CXX: install g\+\+, "),
+        ("cuda", ["g++"], r"gcc or clang on the PATH, or in CC: install gcc, "),
+    ],
+)
+def test_a_machine_without_the_compiler_of_its_device_is_told(
+    device: str, programs: list[str], lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, programs, monkeypatch)
+    with pytest.raises(InputError, match=rf"^engine\.compile: torch\.compile for {device} needs .* lacks: {lacks}"):
+        require_compiler(device, "engine.compile")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_machine_without_pythons_headers_is_told(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, ["gcc", "g++"], monkeypatch)
+    require_compiler(device, "engine.compile")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    dev = f"python3.{sys.version_info.minor}-dev"
+    with pytest.raises(InputError, match=rf" lacks: {tmp_path}/include/Python\.h: install {re.escape(dev)}, "):
+        require_compiler(device, "engine.compile")
+
+
+def test_a_gpu_without_triton_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_on_path(tmp_path, ["gcc"], monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r" lacks: Python's package triton: install triton"):
+        require_compiler("cuda", "engine.compile")
+
+
+def test_runs_are_refused_before_they_start(
+    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, [], monkeypatch)
+    cpu, gpu = World(), World(device=torch.device("cuda", 0))
+    rules.check_machine(settings(), gpu)
+    for world in (cpu, gpu):
+        with pytest.raises(InputError, match=rf"^engine\.compile: torch\.compile for {world.device.type} "):
+            rules.check_machine(settings("engine.compile=true"), world)
+    mask_rcnn = settings("task.name=mask_rcnn", "mix={}", "augment={}")
+    rules.check_machine(mask_rcnn, cpu)
+    with pytest.raises(InputError, match=r"^train\.deterministic of a mask_rcnn: torch\.compile for cuda "):
+        rules.check_machine(mask_rcnn, gpu)
 
 
 def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,13 @@ compiling the whole network would take minutes. What lies between them, stems, n
 it is.
 """
 
+import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch._dynamo
@@ -30,14 +34,36 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def require_compiler(device_type: str, setting: str) -> None:
+    """Raises InputError where torch.compile lacks what it needs for this kind of device, on behalf of a setting.
+
+    For a CPU it writes C++; for a GPU Triton does without, but it builds a launcher in C. Both include Python.h.
+    """
+    lacks, packages = [], []
+    variable, names = ("CC", ("gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
+    if not any(map(shutil.which, ((os.environ.get(variable) or names[0]).split()[0], *names[1:]))):
+        lacks.append(f"{names[0]} or {names[1]} on the PATH, or in {variable}")
+        packages.append(names[0])
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        lacks.append(str(header))
+        packages.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        lacks.append("Python's package triton")
+        packages.append("triton")
+    if lacks:
+        raise InputError(
+            f"{setting}: torch.compile for {device_type} needs what {os.uname().nodename} lacks: {'; '.join(lacks)}: "
+            f"install {', '.join(packages)} (Debian's names), or do without the setting"
+        )
+
+
 def compile_blocks(network: nn.Module, *, sizes_vary: bool = False, deterministic: bool = False) -> None:
     """Have each block of `network` compiled when it is first called, for any size of its input if `sizes_vary`.
 
     Kernels are cached on disk, in $TORCHINDUCTOR_CACHE_DIR or a private folder: torch runs what it finds there.
-    Raises InputError where that folder is somebody else's, for a network without blocks, and without a C++ compiler.
+    Raises InputError where that folder is somebody else's, and for a network without blocks.
     """
-    if not any(map(shutil.which, ((os.environ.get("CXX") or "g++").split()[0], "clang++"))):
-        raise InputError("engine.compile: torch.compile needs g++, and it is not on the PATH; install it or set CXX")
     found = list(blocks(network))
     if not found:
         raise InputError(f"engine.compile: {type(network).__name__} is not made of lists of blocks; leave it out")
