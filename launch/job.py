@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files, network
 from pipeline.config import Config, Detection
-from pipeline.errors import REQUEUE, InputError
+from pipeline.errors import REQUEUE, ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
@@ -81,6 +82,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         found = _find(checkpoints, settings, world)
         state = found.state if found else State()
         feed = parts.enter_context(contextlib.closing(_feed(settings, world, training, task, state)))
+        parts.enter_context(_told_of_memory(feed.deal.micro_batch_size, world))
         schedule = Schedule.of(settings, feed.order.steps_per_epoch)
         if finished := world.from_first(_finished(folder, schedule, found) if world.is_first else None):
             return finished if world.is_first else None
@@ -172,6 +174,20 @@ def _feed(settings: Config, world: World, training: ShardSet, task: AnyTask, sta
         drop_path_rates=task.drop_path_rates,
         quarantine=Quarantine(training, settings.run.folder / QUARANTINE, settings.data.max_bad_fraction),
     )
+
+
+@contextlib.contextmanager
+def _told_of_memory(micro_batch_size: int, world: World) -> Iterator[None]:
+    """A GPU whose memory does not hold the run, in one line with what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        half = micro_batch_size // 4 * 2  # micro-batches are even
+        less = f"train.micro_batch_size={half}" if half else "model.grad_checkpointing=true"
+        raise ExternalError(
+            f"rank {world.rank} on {os.uname().nodename}: out of GPU memory, with micro-batches of {micro_batch_size}: "
+            f"--set {less} takes about half of it; launch/doctor.py --tune finds the largest that fit"
+        ) from error
 
 
 def _retention(settings: Config, schedule: Schedule, task: AnyTask) -> Retention:

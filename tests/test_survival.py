@@ -1,6 +1,7 @@
 """Whole jobs through bad batches, divergence, signals, failing stores and flipped bits, at every ZeRO stage."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,20 @@ def test_divergence_without_end_stops_the_run_and_what_it_gave_up_is_not_the_bes
     assert best < max(score for step, score in top1.items() if step > 20)
     # It would have gone back to step 20.
     assert all(score <= best for score in Outbox(run(path, "hopeless")).scores("top1").values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("train.micro_batch_size=16", "micro-batches of 16: --set train.micro_batch_size=8 takes about half of it"),
+        ("train.micro_batch_size=2", "micro-batches of 2: --set model.grad_checkpointing=true takes about half of it"),
+    ],
+)
+def test_a_gpu_without_room_is_one_line_with_what_takes_less(path: Path, overrides: str, told: str) -> None:
+    line = rf"error: rank 0 on \S+: out of GPU memory, with {re.escape(told)}"
+    with pytest.raises(AssertionError, match=rf"ended with 1:\n(.|\n)*{line}") as error:
+        run_ranks(1, "faulty", path, json.dumps({2: "memory"}), f"run.name=large,{overrides}")
+    assert "Traceback" not in str(error.value)
 
 
 def test_a_failing_store_costs_no_step(path: Path) -> None:

@@ -6,7 +6,7 @@ FAULTS is a JSON object of step, counted from 0, to what happens before it:
 "nan" gives the last rank NaN pixels, "labels" the wrong labels, "lr" a learning rate 3,000 times too high;
 "flip" flips a bit of the last rank's weights, "miscompute" one of a gradient that it computes for the replay check;
 "store" keeps its feed from reading, "evaluation" every evaluation, from the first on;
-"stop" sends it SIGTERM, "kill" ends all processes at once.
+"stop" sends it SIGTERM, "kill" ends all processes at once, "memory" makes its step one that a GPU has no room for.
 Each of OVERRIDES is a comma-separated list of settings: one job.
 
 Rank 0 prints each job's result; a job that raises ends the process, as it would in launch/pretrain.py.
@@ -66,6 +66,8 @@ def main() -> None:
             os._exit(0)
         if fault == "stop" and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
+        if fault == "memory" and is_last:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return take_step(self, batches, step=step, lr=lr * (3000 if fault == "lr" else 1), **others)
 
     def gradients_with_faults(self: Engine, batch: MicroBatch, *, step: int, micro: int) -> Any:
