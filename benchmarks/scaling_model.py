@@ -7,6 +7,8 @@ Weak scaling: every rank has the same micro-batch, however many there are. A ste
   + communication   as far as it sticks out of computing
   + stragglers      σ · E(max of W standard normals) · computing: every rank has its own normal jitter, and all wait for
                     the slowest after forward (for the loss), after backward (for gradients) and after the update
+  + host            max(0, what a GPU's host takes to ask for a step - all of the above): it runs ahead of the GPU, or
+                    the GPU waits for it
   + data            max(0, batch / feed - all of the above)
   + checkpoints     all of it · stall of a save / time between two
 
@@ -89,6 +91,7 @@ class Pieces:
     optimizer_s: float  # for all weights
     jitter: float = 0.0  # standard deviation of a rank's computing over its mean
     hook_s: float = 0.0  # DeepSpeed's Python for a weight
+    host_s: float = 0.0  # of a GPU's host for a step, whatever the batch; of a CPU it is in the passes
     feed: float = math.inf  # images a second, of a rank
     stall_s: float = 0.0  # of a save
     save_every_s: float = math.inf
@@ -138,6 +141,7 @@ class Step:
     bookkeeping_s: float
     communication_s: float
     stragglers_s: float
+    host_s: float
     data_s: float
     checkpoints_s: float
 
@@ -152,10 +156,11 @@ def step(pieces: Pieces, network: Network, setting: Setting, world_size: int) ->
     bookkeeping_s = copies_s + pieces.hook_s * len(network.weights)
     communication_s = exposed_s(traffic(network, setting, world_size), pieces, setting, world_size)
     stragglers_s = pieces.jitter * expected_max(world_size) * computing_s
-    busy_s = computing_s + bookkeeping_s + communication_s + stragglers_s
-    data_s = max(0.0, pieces.batch / pieces.feed - busy_s)
-    checkpoints_s = (busy_s + data_s) * pieces.stall_s / pieces.save_every_s
-    return Step(computing_s, bookkeeping_s, communication_s, stragglers_s, data_s, checkpoints_s)
+    device_s = computing_s + bookkeeping_s + communication_s + stragglers_s
+    host_s = max(0.0, pieces.host_s - device_s)
+    data_s = max(0.0, pieces.batch / pieces.feed - device_s - host_s)
+    checkpoints_s = (device_s + host_s + data_s) * pieces.stall_s / pieces.save_every_s
+    return Step(computing_s, bookkeeping_s, communication_s, stragglers_s, host_s, data_s, checkpoints_s)
 
 
 def exposed_s(sent: Traffic, pieces: Pieces, setting: Setting, world_size: int) -> float:

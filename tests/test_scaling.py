@@ -155,6 +155,16 @@ def test_parts_of_a_step() -> None:
     assert step(dataclasses.replace(base, feed=20.0), NETWORK, Setting(1), 2).data_s == 0
 
 
+def test_a_gpu_waits_for_its_host() -> None:
+    for host_s, waited_s in ((1.0, 0.0), (5.0, 1.6)):  # beside 3.4 s of computing
+        slow = step(pieces(host_s=host_s), NETWORK, Setting(0), 1)
+        assert slow.host_s == pytest.approx(waited_s)
+        assert slow.total_s == pytest.approx(max(host_s, 3.4))
+    # What the host takes is there for the feed as well.
+    assert step(pieces(host_s=5.0, batch=100, feed=20.0), NETWORK, Setting(0), 1).data_s == 0
+    assert step(pieces(host_s=5.0, batch=120, feed=20.0), NETWORK, Setting(0), 1).data_s == pytest.approx(1.0)
+
+
 def test_constants_are_deepspeeds_and_ours() -> None:
     for stage in (1, 2, 3):
         setting = SETTINGS[f"ZeRO-{stage}"]
@@ -240,7 +250,8 @@ def test_check_of_steps_that_are_as_modelled(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["scaling", "--no-check", "--feed", "1e6", "--out", str(tmp_path)])
+    given = ["--feed", "1e6", "--host-ms", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["scaling", "--no-check", *given])
     result = scaling.main()
     assert result["worst_error"] is None
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
@@ -249,6 +260,15 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         values = list(of.values())
         assert values == sorted(values, reverse=True), name
         assert 0 < values[-1] < values[0] < 1, name
+
+
+def test_small_batches_wait_for_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {}
+    for batch in (16, 128):
+        monkeypatch.setattr("sys.argv", ["scaling", "--no-check", "--batch", str(batch), "--out", str(tmp_path)])
+        steps[batch] = scaling.main()["step_ms"]["ZeRO-0"]["8"]
+    # 60 ms are PVT-Large's, whatever the batch; saves come on top.
+    assert steps == pytest.approx(dict.fromkeys(steps, 60.0), rel=1e-3)
 
 
 def test_configurations_that_are_not_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +286,8 @@ def test_configurations_that_are_not_scaled(tmp_path: Path, monkeypatch: pytest.
         (["--mfu", "1.5"], "--mfu is a number above 0 and up to 1, found 1.5"),
         (["--jitter", "-1"], "--jitter is a number of at least 0, found -1"),
         (["--save-every-s", "0"], "--save-every-s is a number above 0, found 0"),
+        (["--host-ms", "-1"], "--host-ms is a number of at least 0, found -1"),
+        (["--batch", "0"], "--batch is a number of at least 1, found 0"),
         (["--feed", "nan"], "--feed is a number above 0, found nan"),
     ],
 )
