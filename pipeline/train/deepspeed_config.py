@@ -41,6 +41,8 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
         # At stage 0 DeepSpeed reports no norm without clipping, so clipping is done here.
         "gradient_clipping": clip if stage > 0 else 0.0,
         "zero_optimization": {"stage": stage, "compute_grad_norm": True},
+        # It would wait for the device twice a step, for a throughput that nobody reads.
+        "timers": {"throughput": {"enabled": False}},
     }
     extra = config.engine.deepspeed
     for name in extra:
