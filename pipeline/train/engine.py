@@ -266,7 +266,7 @@ class Engine:
             return norm, None
         self._engine.step()
         # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
-        return float(self._engine.optimizer._global_grad_norm), bool(self._engine.optimizer.overflow)
+        return self._engine.optimizer._global_grad_norm, bool(self._engine.optimizer.overflow)
 
     def _clip(self) -> Tensor:
         """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite. Fused
@@ -361,7 +361,8 @@ class Engine:
 
     def adam_steps(self) -> int:
         """Updates that were applied, which is what Adam's bias correction counts."""
-        return max((int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0)
+        steps = [state["step"] for state in self._optimizer.state.values() if "step" in state]
+        return int(torch.stack(steps).max()) if steps else 0  # one wait for the device, not one a parameter
 
     def fragments(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """This rank's share of Adam's moments: (parameter name, moment, where in the flattened parameter it begins,
@@ -377,7 +378,7 @@ class Engine:
         """All of the moments that this rank holds."""
         if self.stage == 0:
             return self._range(0, sum(parameter.numel() for parameter in self._parameters.values()))
-        return self._partitioned_share() if self.stage == 3 else self._linked_share()
+        return iter(self._partitioned_share) if self.stage == 3 else self._linked_share()
 
     def _range(self, first: int, last: int) -> Iterator[tuple[str, str, int, Tensor]]:
         """At stage 0, those of the given range of all parameters, laid end to end."""
@@ -394,14 +395,17 @@ class Engine:
                 for moment in MOMENTS:
                     yield name, moment, mapping.lp_fragment_address.start, mapping.get_optim_state_fragment(moment)
 
-    def _partitioned_share(self) -> Iterator[tuple[str, str, int, Tensor]]:
+    @functools.cached_property
+    def _partitioned_share(self) -> list[tuple[str, str, int, Tensor]]:
+        share = []
         for name, parameter in self._parameters.items():
             numel = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             for moment in MOMENTS:
                 values = self._partition(parameter, moment)
                 start = self._world.rank * values.numel()
                 if start < numel:
-                    yield name, moment, start, values[: numel - start]  # without what pads the last partition
+                    share.append((name, moment, start, values[: numel - start]))  # without what pads the last partition
+        return share
 
     def _partition(self, parameter: Any, moment: str | None = None) -> Tensor:
         """This rank's partition of a parameter or a moment at stage 3, fp32, flat, padded."""

@@ -189,7 +189,7 @@ class Trainer:
         outcome = self._last.outcome if self._last else None
         if outcome is None or not isinstance(outcome.norm, Tensor):
             return message.tolist()
-        *values, outcome.norm = torch.cat([message, outcome.norm.double().view(1)]).tolist()
+        *values, outcome.norm = torch.cat([message, outcome.norm.to(message).view(1)]).tolist()
         return values
 
     def _settle(self) -> None:
