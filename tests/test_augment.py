@@ -19,7 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from pipeline import config, keys
-from pipeline.feed import pixels
+from pipeline.feed import pixels, transfer
 from pipeline.feed.augment import RAND_AUGMENT, Op, Views, evaluation_views, training_views
 from pipeline.feed.dali import Decoder
 from pipeline.keys import Stream
@@ -99,9 +99,9 @@ def difference(ours: torch.Tensor | np.ndarray, reference: Image.Image) -> float
 def test_operations_against_timm(op: Op, squares: list[Image.Image]) -> None:
     worst = 0.0
     for argument in ARGUMENTS[op]:
-        args = np.full(len(squares), argument, np.float32)
+        args = torch.full((len(squares),), float(argument)), torch.arange(len(squares))
         fill = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
-        results = pixels.apply(tensors(squares), np.full(len(squares), op), args, fill)
+        results = pixels.apply(tensors(squares), np.full(len(squares), op), *args, fill)
         value = [int(argument) if op in WHOLE else argument] if op in LEVELED else []
         for image, result in zip(squares, results, strict=True):
             expected = TIMM[op](image, *value, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
@@ -251,6 +251,45 @@ def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
         assert (batch[n] - expected).abs().mean() < GREY_LEVELS / 255 / 0.22
 
 
+def test_a_batch_is_finished_as_its_images_are(squares: list[Image.Image]) -> None:
+    # With operations that several images share and others that none has, in no order.
+    n, rng = 24, np.random.default_rng(0)
+    ops = rng.choice([Op.EQUALIZE, Op.ROTATE, Op.SOLARIZE, Op.IDENTITY], (2, n))
+    args = rng.uniform(0, 100, (2, n)).astype(np.float32)
+    nought, full, nowhere = np.zeros((n, 2), np.int32), np.full((n, 2), SIZE, np.int32), np.zeros((n, 0, 2), np.int32)
+    boxes, flip = np.zeros((n, 4), np.int64), rng.random(n) < 0.5
+    views = Views((SIZE, SIZE), nought, nought, nought, nought, full, flip, ops, args, boxes, np.zeros(n), nowhere)
+    images = tensors([squares[i % len(squares)] for i in range(n)]).permute(0, 2, 3, 1)
+    batch, single = torch.empty(n, 3, SIZE, SIZE), torch.empty(n, 3, SIZE, SIZE)
+    finisher = pixels.Finisher(IMAGE, torch.device("cpu"))
+    finisher.finish(images, views, batch)
+    for i in range(n):
+        finisher.finish(images[i : i + 1], views[i : i + 1], single[i : i + 1])
+    assert torch.equal(batch, single)
+
+
+def test_histograms_are_counted_on_a_gpu_as_bincount_counts() -> None:
+    bins = torch.randint(0, 700, (5000,), dtype=torch.int32)
+    assert torch.equal(pixels._count_by_scattering(bins, minlength=768), torch.bincount(bins, minlength=768))
+
+
+def test_arrays_come_out_as_they_were_packed() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.random(3) < 0.5,
+        rng.random((2, 3)).astype(np.float32),
+        np.zeros((0, 4), np.float32),
+        rng.integers(0, 255, (5, 1), np.uint8),
+        rng.integers(-5, 5, (4, 4)).T,
+        np.array(7.5),
+    ]
+    packed = transfer.pack(arrays, pin=False)
+    for array, tensor in zip(arrays, transfer.unpack(arrays, packed), strict=True):
+        assert tensor.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
+        assert tensor.numpy().dtype == array.dtype
+        np.testing.assert_array_equal(tensor.numpy(), array)
+
+
 def test_no_noise_erases_to_zero(squares: list[Image.Image]) -> None:
     nought, full, nowhere = np.zeros((1, 2), np.int32), np.full((1, 2), SIZE, np.int32), np.zeros((1, 0, 2), np.int32)
     box, none = np.array([[5, 9, 3, 30]]), np.zeros((0, 1), np.int64)
@@ -332,7 +371,8 @@ def test_rand_augments_draws_are_distributed_as_timms(policy: str) -> None:
 
 
 def test_posterizing_to_no_bits_is_black(squares: list[Image.Image]) -> None:
-    black = pixels.apply(tensors(squares[:1]), np.array([Op.POSTERIZE]), np.zeros(1, np.float32), torch.zeros(3, 1, 1))
+    nought = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, 1)
+    black = pixels.apply(tensors(squares[:1]), np.array([Op.POSTERIZE]), *nought)
     assert not black.any()
 
 

@@ -23,6 +23,7 @@ from pipeline.feed.order import Order, Samples, deal
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.recipe import recipe_of, require_kind
 from pipeline.feed.stream import Choice, ImageStream, Plan
+from pipeline.feed.transfer import to_device
 from pipeline.keys import Stream
 from pipeline.shards.index import ShardSet
 from pipeline.world import World
@@ -171,9 +172,9 @@ class TrainFeed:
         targets = self._recipe.training_batch(plan.targets, device)
         if plan.blends is not None:
             images, targets = mix.mix_images(images, plan.blends), mix.mix_targets(targets, plan.blends)
-        drop_path = None if plan.drop_path is None else torch.from_numpy(plan.drop_path).to(device)
-        weights = torch.from_numpy(plan.weights).to(device)
-        return MicroBatch(images, _extents(plan), targets, weights, drop_path, plan.samples)
+        masks = [] if plan.drop_path is None else [plan.drop_path]
+        weights, *drop_path = to_device([plan.weights, *masks], device)
+        return MicroBatch(images, _extents(plan), targets, weights, next(iter(drop_path), None), plan.samples)
 
     def close(self) -> None:
         self._stream.close()
@@ -254,7 +255,7 @@ class EvalFeed:
 
     def _finish(self, plan: Plan, images: Tensor) -> MicroBatch:
         targets = self._recipe.evaluation_batch(plan.targets, images.device)
-        weights = torch.from_numpy(plan.weights).to(images.device)
+        (weights,) = to_device([plan.weights], images.device)
         return MicroBatch(images, _extents(plan), targets, weights, None, plan.samples)
 
     def blank(self) -> MicroBatch:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline import config, keys
+from pipeline.feed.transfer import to_device
 
 Array = npt.NDArray[Any]
 
@@ -66,18 +67,18 @@ def _span(rng: np.random.Generator, size: int, length: int) -> tuple[int, int]:
 def mix_images(images: Tensor, blends: Blends) -> Tensor:
     """Mix each pair of neighbours, [N, 3, H, W], with each sample's blend, [N]."""
     rows, columns = (torch.arange(size, device=images.device) for size in images.shape[2:])
-    top, bottom, left, right = torch.from_numpy(blends.box).to(images.device).unbind(1)
+    box, pixel_weight = to_device([blends.box, blends.pixel_weight], images.device)
+    top, bottom, left, right = box.unbind(1)
     inside_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
     inside_columns = (columns >= left[:, None]) & (columns < right[:, None])
     inside = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    weight = torch.from_numpy(blends.pixel_weight).to(images.device)[:, None, None, None]
-    weight = torch.where(inside, 0.0, weight)
+    weight = torch.where(inside, 0.0, pixel_weight[:, None, None, None])
     return images * weight + _partner(images) * (1 - weight)
 
 
 def mix_targets(targets: Tensor, blends: Blends) -> Tensor:
     """Mix the targets of neighbours, [N, K], with each sample's blend, [N]."""
-    weight = torch.from_numpy(blends.label_weight).to(targets.device)[:, None]
+    (weight,) = to_device([blends.label_weight[:, None]], targets.device)
     return targets * weight + _partner(targets) * (1 - weight)
 
 

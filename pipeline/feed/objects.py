@@ -16,6 +16,7 @@ from pipeline import config, keys
 from pipeline.errors import InputError
 from pipeline.feed import augment
 from pipeline.feed.augment import Views
+from pipeline.feed.transfer import to_device
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.objects import Annotated, BadObjectsError, decode, mask
 from pipeline.shards.store import StoreError
@@ -82,7 +83,12 @@ class Boxes:
         return view, Truth(found.image_id, (found.height, found.width), (height, width), found.annotations)
 
     def training_batch(self, targets: list[Objects], device: torch.device) -> list[Objects]:
-        return [target.to(device) for target in targets]
+        boxes = to_device([target.boxes.numpy() for target in targets], device)
+        labels = to_device([target.labels.numpy() for target in targets], device)
+        masks: list[Any] = [None] * len(targets)
+        if self._with_masks:
+            masks = to_device([target.masks.numpy() for target in targets if target.masks is not None], device)
+        return [Objects(*each) for each in zip(boxes, labels, masks, strict=True)]
 
     def evaluation_batch(self, targets: list[Truth], device: torch.device) -> list[Truth]:
         return targets

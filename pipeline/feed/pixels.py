@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.config import Image
 from pipeline.feed.augment import NOISE, Op, Views
+from pipeline.feed.transfer import to_device
 
 
 class Finisher:
@@ -44,13 +45,13 @@ class Finisher:
         out[:, :, :, width:].zero_()
         out = out[:, :, :height, :width]
         images = images.permute(0, 3, 1, 2).contiguous()
+        flip, args, by_op = to_device([views.flip, views.args, _by_op(views.ops)], images.device)
         if len(images) == 1:
             images = images.flip(3) if views.flip[0] else images
         elif views.flip.any():
-            flip = torch.from_numpy(views.flip).to(images.device)[:, None, None, None]
-            images = torch.where(flip, images.flip(3), images)
-        for ops, args in zip(views.ops, views.args, strict=True):
-            images = apply(images, ops, args, self._fill)
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        for layer in zip(views.ops, args, by_op, strict=True):
+            images = apply(images, *layer, self._fill)
         out.copy_(images)  # torch converts several times faster than it subtracts mixed types
         out.sub_(self._mean).mul_(self._scale)
         for image, box, place in zip(out, views.erase.tolist(), views.noise.tolist(), strict=True):
@@ -87,19 +88,24 @@ def resize(image: Tensor, shape: Sequence[int], interpolation: str) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-def apply(images: Tensor, ops: np.ndarray, args: np.ndarray, fill: Tensor) -> Tensor:
+def apply(images: Tensor, ops: np.ndarray, args: Tensor, by_op: Tensor, fill: Tensor) -> Tensor:
     """One layer: each image's own operation, `ops` [n] of Op, with its argument, `args` [n].
 
-    `fill` [3, 1, 1] uint8 is the colour of what geometric operations bring in from outside.
+    `by_op` [n] int64 are the images' positions, sorted by operation; `fill` [3, 1, 1] uint8 is the colour of what
+    geometric operations bring in from outside.
     """
-    values = torch.from_numpy(args).to(images.device)
     if len(ops) == 1:
-        return _OPERATIONS[Op(int(ops[0]))](images, values, fill)
+        return _OPERATIONS[Op(int(ops[0]))](images, args, fill)
     images = images.clone()
-    for op in np.unique(ops):
-        chosen = torch.from_numpy(np.flatnonzero(ops == op)).to(images.device)
-        images[chosen] = _OPERATIONS[Op(int(op))](images[chosen], values[chosen], fill)
+    drawn, counts = np.unique(ops, return_counts=True)
+    for op, chosen in zip(drawn, by_op.split(counts.tolist()), strict=True):
+        images[chosen] = _OPERATIONS[Op(int(op))](images[chosen], args[chosen], fill)
     return images
+
+
+def _by_op(ops: np.ndarray) -> np.ndarray:
+    """Of layers [P, n]: the images' positions, sorted by operation, [P, n] int64."""
+    return np.argsort(ops, axis=1, kind="stable")
 
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -129,7 +135,14 @@ def _bins(images: Tensor) -> Tensor:
 
 def _histograms(images: Tensor) -> Tensor:
     """How often each value occurs, [n, 3, 256]."""
-    return torch.bincount(_bins(images).flatten(), minlength=len(images) * 768).view(-1, 3, 256)
+    count = _count_by_scattering if images.is_cuda else torch.bincount
+    return count(_bins(images).flatten(), minlength=len(images) * 768).view(-1, 3, 256)
+
+
+def _count_by_scattering(bins: Tensor, minlength: int) -> Tensor:
+    """torch.bincount for numbers below `minlength`. On a GPU the former waits, to look for the largest."""
+    counts = torch.zeros(minlength, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(0, bins.long(), counts.new_ones(1).expand(len(bins)))
 
 
 def _levels(like: Tensor) -> Tensor:

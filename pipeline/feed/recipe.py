@@ -19,6 +19,7 @@ from pipeline.errors import InputError
 from pipeline.feed import augment, mix
 from pipeline.feed.augment import Views
 from pipeline.feed.objects import Boxes, require_masks
+from pipeline.feed.transfer import to_device
 from pipeline.shards.images import IGNORED, BadImageError, decode_map, wrong_labels
 from pipeline.shards.index import CorruptSampleError, ShardSet
 
@@ -80,12 +81,13 @@ class Labels:
 
     def training_batch(self, targets: Array, device: torch.device) -> Tensor:
         """[n, K] float32."""
-        labels = torch.from_numpy(targets).to(device)
+        (labels,) = to_device([targets], device)
         return mix.soft_targets(labels, self._num_classes, self._label_smoothing)
 
     def evaluation_batch(self, targets: Array, device: torch.device) -> Tensor:
         """[n] int64."""
-        return torch.from_numpy(targets).to(device)
+        (labels,) = to_device([targets], device)
+        return labels
 
     def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
         return torch.zeros(n, self._num_classes, device=device)
@@ -144,10 +146,12 @@ class Masks:
 
     def training_batch(self, targets: list[Tensor], device: torch.device) -> Tensor:
         """[n, S, S] int64."""
-        return torch.stack(targets).to(device).long()
+        (labels,) = to_device([torch.stack(targets).numpy()], device)
+        return labels.long()
 
     def evaluation_batch(self, targets: list[MaskTarget], device: torch.device) -> list[MaskTarget]:
-        return [MaskTarget(target.labels.to(device), target.extent) for target in targets]
+        labels = to_device([target.labels.numpy() for target in targets], device)
+        return [MaskTarget(each, target.extent) for each, target in zip(labels, targets, strict=True)]
 
     def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
         return torch.full((n, size, size), IGNORED, device=device)
