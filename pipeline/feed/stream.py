@@ -143,7 +143,7 @@ class ImageStream(Generic[Made]):
         }
         self._batch_size = batch_size
         self._decoder = self._new_decoder()
-        self._probe = Probe(**self._decoder_settings)
+        self._probe = Probe()
 
     def next(self) -> Made:
         """What `make` makes of the next plan.

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from launch import command
@@ -162,9 +161,7 @@ class Rule:
     def __init__(self, settings: Config) -> None:
         self._settings, self._shards = settings, ShardSet(*settings.data.train_paths)
         self._order = Order.of(settings, self._shards.part_samples)
-        self._probe = Probe(
-            interpolation="bicubic", device=torch.device("cpu"), num_threads=1, deterministic=True, resizes=False
-        )
+        self._probe = Probe()
 
     def ids(self) -> dict[Where, int]:
         """The sample that has to be at each place."""
