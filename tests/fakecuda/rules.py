@@ -1,6 +1,4 @@
-"""What each path may wait for, by the function of Python that waits: PyTorch's and DeepSpeed's own aside, next to
-nothing.
-"""
+"""What each path may wait for, by the function of Python that waits."""
 
 from typing import Any
 
@@ -11,8 +9,11 @@ ZERO_1_AND_2 = {
     "stream_syncs deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": 4,
     "stream_syncs deepspeed/runtime/utils.py:is_invalid_grad_norm": 3,
 }
+_STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 ZERO_3 = {
-    "stream_syncs deepspeed/runtime/zero/stage3.py:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct": 2,
+    "stream_syncs deepspeed/runtime/zero/partition_parameters.py:NoGatherCoalescedHandle.wait": 1,  # alone, no others
+    f"stream_syncs deepspeed/runtime/zero/stage3.py:{_STAGE_3}.independent_gradient_partition_epilogue": 1,
+    f"stream_syncs deepspeed/runtime/zero/stage3.py:{_STAGE_3}.get_grad_norm_direct": 2,
     "stream_syncs deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
 }
 SAVE = {

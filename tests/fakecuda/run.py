@@ -32,7 +32,7 @@ def run(variables: Mapping[str, str], paths: Sequence[str], *, ranks: int = 1) -
                 processes.append(subprocess.Popen(command, cwd=ROOT, env=environment | place, stdout=out, stderr=err))
         try:
             for process, log in zip(processes, logs, strict=True):
-                if process.wait(PATIENCE_S):
+                if process.wait(PATIENCE_S * len(paths)):
                     raise RuntimeError(f"{log.name}: {log.with_suffix('.err').read_text()[-6000:]}")
         finally:
             for process in processes:
