@@ -2,13 +2,13 @@
 
     photographs ──▶ shards ──▶ rounds: each contender a process of its own, in rotated order ──▶ table, JSON line
 
-python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--rounds 5] [--out DIR]
+python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--seconds 5] [--rounds 5] [--out DIR]
 
-On one rank, at the same model, batch and precision (bf16), random resized crops and mirroring, AdamW; after so many
-steps of warm-up:
+On one rank, at the same model, batch and precision (bf16), random resized crops and mirroring, AdamW. Each is warmed up
+for at least 15 steps and ten seconds, and then measured for at least so many steps and seconds:
 
-- ours: launch/pretrain.py as it is started by hand, with its guard, metrics and tracking, once the import of MLflow
-  behind its first steps is over;
+- ours: launch/pretrain.py as it is started by hand, with its guard, metrics and tracking. It is warmed up until the
+  import of MLflow, which goes on behind its first steps, is over and the run has its copy on the server;
 - synthetic: our engine, on one batch again and again;
 - step: the same network and AdamW on that batch, with nothing around them;
 - baseline: webdataset, Pillow, torchvision's transforms, DataLoader's workers, DistributedDataParallel, and the plain
@@ -16,12 +16,15 @@ steps of warm-up:
 """
 
 import argparse
+import importlib.util
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,14 @@ from tqdm import tqdm
 from benchmarks import photographs, report
 from benchmarks.step import DEPTHS
 from launch import command
+from pipeline.errors import ExternalError
 from pipeline.shards.pack import pack
 
-WARM_UP = 15
+WARM_UP_STEPS, WARM_UP_S = 15, 10.0
 LOG_EVERY = 5
-"""Of which the measured steps are a multiple: the lines of metrics.jsonl are the clock of ours."""
+"""Steps: the lines of metrics.jsonl are the clock of ours."""
+PATIENCE_S = 1800.0
+"""Longest that a run of ours may take."""
 NUM_PHOTOGRAPHS = 1536
 OURS, SYNTHETIC, STEP, BASELINE, BASELINE_OURS = (
     *("ours", "synthetic", "step", "baseline"),
@@ -50,22 +56,23 @@ def main() -> dict[str, Any]:
     )
     parser.add_argument("--model", default="pvt_tiny", choices=DEPTHS)
     parser.add_argument("--batch", type=report.count, default=32)
-    parser.add_argument("--steps", type=report.count, default=30, help="measured in each run, after a warm-up")
+    parser.add_argument("--steps", type=report.count, default=30, help="measured in each run at least, after a warm-up")
+    parser.add_argument("--seconds", type=float, default=5.0, help="measured in each run at least")
+    parser.add_argument("--warm-up", type=float, default=WARM_UP_S, metavar="SECONDS", help="before that, at least")
     parser.add_argument("--rounds", type=report.count, default=5)
-    parser.add_argument("--workers", type=report.count, default=2, help="the baseline's decoding processes")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=report.count, default=cores, help="of the baseline (default: one a core)")
     parser.add_argument("--data", type=Path, default=Path("runs/data/feed"), help="made when missing: 0.2 GB")
     report.add_out(parser, "end_to_end")
     arguments = parser.parse_args()
-    if arguments.steps % LOG_EVERY:
-        parser.error(f"--steps {arguments.steps} is not a multiple of {LOG_EVERY}")
+    names = ("model", "batch", "steps", "seconds", "warm_up", "workers")
+    job = {name: getattr(arguments, name) for name in names}
     shards = _prepared(arguments.data)
-    job = {"model": arguments.model, "batch": arguments.batch, "steps": arguments.steps, "shards": str(shards)}
     with tempfile.TemporaryDirectory() as folder:
-        return _measure({**job, "workers": arguments.workers, "folder": folder}, arguments.rounds, arguments.out)
+        return _measure({**job, "shards": str(shards), "folder": folder}, arguments.rounds, arguments.out)
 
 
 def _measure(job: dict[str, Any], rounds: int, out: Path) -> dict[str, Any]:
-    ours_once({**job, "steps": LOG_EVERY})  # makes the tracking database, which takes seconds
     names = [OURS, SYNTHETIC, STEP, BASELINE, BASELINE_OURS]
     speeds: dict[str, list[float]] = {name: [] for name in names}
     turns = [names[(place + number) % len(names)] for number in range(rounds) for place in range(len(names))]
@@ -116,15 +123,62 @@ def measured(name: str, job: dict[str, Any]) -> float:
 
 
 def ours_once(job: dict[str, Any]) -> float:
+    """Images a second of a run, which is ended once it has been measured."""
     settings = configuration(job)
     run = Path(settings["run"]["root"], settings["run"]["name"])
-    path = run.with_suffix(".yaml")
+    path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
     path.write_text(yaml.safe_dump(settings))
-    subprocess.run([sys.executable, "launch/pretrain.py", "--config", path], check=True, capture_output=True)
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    times = {line["step"]: line["time"] for line in lines if "images_per_second" in line}
-    shutil.rmtree(run)
-    return job["steps"] * job["batch"] / (times[WARM_UP + job["steps"]] - times[WARM_UP])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "launch/pretrain.py", "--config", path], stdout=output, stderr=output
+        )
+    try:
+        return _read_speed(run, process, job)
+    except ExternalError as error:
+        raise ExternalError(f"{error}\n{log.read_text()[-4000:]}") from None
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _read_speed(run: Path, process: subprocess.Popen[bytes], job: dict[str, Any]) -> float:
+    """Raises ExternalError where the run ends or does not get that far."""
+    patience, since = time.monotonic() + PATIENCE_S, None
+    while process.poll() is None and time.monotonic() < patience:
+        times = _times(run / "metrics.jsonl")
+        if since is None and is_warm(times, job) and _is_tracked(run):
+            since = max(times)
+        if since is not None and (speed := speed_since(since, times, job)):
+            return speed
+        time.sleep(0.1)
+    raise ExternalError(f"launch/pretrain.py was not measured: it ended with {process.poll()}, or took too long")
+
+
+def _times(metrics: Path) -> dict[int, float]:
+    """When each step was logged, by its number."""
+    if not metrics.exists():
+        return {}
+    whole, _, _ = metrics.read_text().rpartition("\n")
+    return {line["step"]: line["time"] for line in map(json.loads, whole.splitlines()) if "images_per_second" in line}
+
+
+def is_warm(times: dict[int, float], job: dict[str, Any]) -> bool:
+    return bool(times) and max(times) >= WARM_UP_STEPS and times[max(times)] - times[min(times)] >= job["warm_up"]
+
+
+def _is_tracked(run: Path) -> bool:
+    """Whether the import of MLflow is over and the server has heard of the run; without MLflow there is neither."""
+    return (run / "mlflow.json").exists() or not importlib.util.find_spec("mlflow")
+
+
+def speed_since(first: int, times: dict[int, float], job: dict[str, Any]) -> float | None:
+    """Images a second from the step `first` to the last that was logged; None: not enough of them yet."""
+    last = max(times)
+    seconds = times[last] - times[first]
+    if last - first < job["steps"] or seconds < job["seconds"]:
+        return None
+    return (last - first) * job["batch"] / seconds
 
 
 def configuration(job: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +189,7 @@ def configuration(job: dict[str, Any]) -> dict[str, Any]:
         "data": {"train": job["shards"], "lanes": 1},
         "optim": {"lr": 1e-4},
         "train": {
-            "length": f"{WARM_UP + job['steps']} steps",
+            "length": "1000000 steps",  # more than are ever taken
             "global_batch_size": job["batch"],
             "log_every": f"{LOG_EVERY} steps",
         },

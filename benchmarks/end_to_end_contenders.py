@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.end_to_end import BASELINE, STEP, SYNTHETIC, WARM_UP, configuration
+from benchmarks.end_to_end import BASELINE, STEP, SYNTHETIC, WARM_UP_STEPS, configuration
 from benchmarks.plain_pvt import PlainPvt
 from benchmarks.step import DEPTHS
 from pipeline.world import keep_freed_memory
@@ -28,14 +28,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def main(name: str, job: dict[str, Any]) -> None:
     torch.manual_seed(0)
     step = {SYNTHETIC: engine_step, STEP: bare_step}.get(name, baseline_step)(job, name)
-    for _ in range(WARM_UP):
-        step()
-    begin = _now()
-    for _ in range(job["steps"]):
-        step()
-    speed = job["steps"] * job["batch"] / (_now() - begin)
-    print(json.dumps({"images_per_second": speed}), flush=True)
+    repeat(step, WARM_UP_STEPS, job["warm_up"])
+    steps, seconds = repeat(step, job["steps"], job["seconds"])
+    print(json.dumps({"images_per_second": steps * job["batch"] / seconds}), flush=True)
     os._exit(0)  # without waiting for workers that have work left
+
+
+def repeat(step: Callable[[], object], steps: int, seconds: float) -> tuple[int, float]:
+    """At least so many steps and seconds. Returns how many of both they were.
+
+    The device is waited for after every `steps` of them, not after each: they are queued as in training.
+    """
+    done, begin = 0, _now()
+    while done < steps or _now() - begin < seconds:
+        for _ in range(steps):
+            step()
+        done += steps
+    return done, _now() - begin
 
 
 def _now() -> float:
