@@ -1,6 +1,7 @@
 """Small real data sets, configurations, and a way to run code on several ranks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,25 @@ from tests.ranks import PATIENCE_S, ROOT, start
 
 # OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything computes on the CPU, unless it is asked for the tests that are meant for a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> Iterator[torch.device]:
+    """The device that tests compute on, which is where tensors are made that do not say where."""
+    if not torch.cuda.is_available():
+        yield torch.device("cpu")
+        return
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.set_default_device("cuda")
+    yield torch.device("cuda", 0)
+    torch.set_default_device(None)
+
 
 # Shells start background jobs with SIGINT ignored, which their children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -81,6 +81,7 @@ def start(
                 "LOCAL_WORLD_SIZE": ranks,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
+                **({"PVT_TEST_BACKEND": "gloo"} if ranks > 1 else {}),  # on one GPU as on none
             },
             logs[rank],
             folder,

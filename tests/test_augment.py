@@ -95,13 +95,14 @@ def difference(ours: torch.Tensor | np.ndarray, reference: Image.Image) -> float
     return float(np.abs(np.asarray(ours, np.float64) - np.asarray(reference, np.float64)).mean())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("op", RAND_AUGMENT, ids=lambda op: op.name)
-def test_operations_against_timm(op: Op, squares: list[Image.Image]) -> None:
+def test_operations_against_timm(op: Op, squares: list[Image.Image], device: torch.device) -> None:
     worst = 0.0
     for argument in ARGUMENTS[op]:
-        args = torch.full((len(squares),), float(argument)), torch.arange(len(squares))
+        args = torch.full((len(squares),), float(argument)).to(device), torch.arange(len(squares)).to(device)
         fill = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
-        results = pixels.apply(tensors(squares), np.full(len(squares), op), *args, fill)
+        results = pixels.apply(tensors(squares).to(device), np.full(len(squares), op), *args, fill).cpu()
         value = [int(argument) if op in WHOLE else argument] if op in LEVELED else []
         for image, result in zip(squares, results, strict=True):
             expected = TIMM[op](image, *value, fillcolor=FILL, resample=Image.Resampling.BICUBIC)

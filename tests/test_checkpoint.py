@@ -30,13 +30,14 @@ IDENTITY = {
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
+def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, ranks: int, precision: str) -> None:
     path = write_config(digits, tmp_path)
     tree = yaml.safe_load(path.read_text())
     tree["train"]["micro_batch_size"] = 8  # three micro-batches a step
     path.write_text(yaml.safe_dump(tree))
     legs = [leg for stage in range(4) for leg in (f"s{stage}:{stage}:8", f"r{stage}:{stage}:3", f"r{stage}:{stage}:8")]
-    reports = run_ranks(2, "legs", path, tmp_path / "checkpoints", precision, *legs)
+    reports = run_ranks(ranks, "legs", path, tmp_path / "checkpoints", precision, *legs)
     for stage in range(4):
         straight, _, restarted = reports[3 * stage : 3 * stage + 3]
         assert restarted["digest"] == straight["digest"], stage

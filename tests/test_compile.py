@@ -21,6 +21,7 @@ from pipeline.train.compile import blocks, compile_blocks, require_compiler
 from pipeline.world import World
 from pvt.model import Block, Grid
 from tests.conftest import run_ranks, write_config
+from tests.tolerances import of_sums
 
 # torch looks at what it compiles, and hides the warnings of that unless warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -47,13 +48,14 @@ class Blocks(nn.Module):
 
 
 def gradients(network: nn.Module, tokens: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
-    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+    with torch.autocast(tokens.device.type, precision, enabled=precision != torch.float32):
         output = network(tokens, (4, 6))
     names, parameters = zip(*network.named_parameters(), strict=True)
     found = torch.autograd.grad((output.float() ** 2).sum(), parameters)
     return {"output": output.detach().float(), **dict(zip(names, found, strict=True))}
 
 
+@pytest.mark.gpu
 def test_compiled_blocks_compute_the_same() -> None:
     plain, compiled = Blocks(), Blocks()
     compile_blocks(compiled, deterministic=True)
@@ -65,7 +67,7 @@ def test_compiled_blocks_compute_the_same() -> None:
             first = len(expected[name]) // 2 if name.endswith("kv.bias") else 0
             wanted, found = expected[name][first:], actual[name][first:]
             if precision == torch.float32:
-                assert (found - wanted).abs().max() <= 1e-5 * max(1, wanted.abs().max()), name
+                assert (found - wanted).abs().max() <= of_sums(1e-5) * max(1, wanted.abs().max()), name
             assert nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.995, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a precision each: it really was compiled
 
@@ -173,8 +175,9 @@ def test_zero_3_is_refused(settings: Callable[..., Config]) -> None:
         settings("engine.compile=true", "engine.zero_stage=3")
 
 
-def test_an_engine_trains_with_it_and_evaluates_without(digits: Path, tmp_path: Path) -> None:
-    (report,) = run_ranks(2, "compiled", write_config(digits, tmp_path))
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
+def test_an_engine_trains_with_it_and_evaluates_without(digits: Path, tmp_path: Path, ranks: int) -> None:
+    (report,) = run_ranks(ranks, "compiled", write_config(digits, tmp_path))
     assert report["losses"][1] == report["losses"][0]
     assert report["compiled_calls"][0] == 0
     assert report["compiled_calls"][1] >= 3 * 4  # steps, blocks

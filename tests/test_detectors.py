@@ -21,6 +21,8 @@ from pvt.detr import Detr
 from pvt.mask_rcnn import MaskRcnn
 from pvt.retinanet import RetinaNet
 
+pytestmark = pytest.mark.gpu
+
 NUM_CLASSES = 5
 CANVAS = (128, 256)  # of which each of torchvision's strides is a divisor, see Anchors
 EXTENTS: list[Extent] = [(96, 160), (70, 140), (33, 20)]  # the last one without objects

@@ -14,6 +14,8 @@ from pvt.dense import backbone
 from pvt.detector import Extent, Objects
 from pvt.detr import BBOX_WEIGHT, GIOU_WEIGHT, Detr
 
+pytestmark = pytest.mark.gpu
+
 NUM_CLASSES, QUERIES, LAYERS = 7, 12, 3
 SIZES = {"width": 64, "heads": 4, "feedforward": 128, "encoder_layers": 2, "decoder_layers": LAYERS}
 CANVAS = (128, 192)

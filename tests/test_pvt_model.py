@@ -15,6 +15,9 @@ from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
 from pvt.model import Block, set_fast
+from tests.tolerances import of_sums
+
+pytestmark = pytest.mark.gpu
 
 DEPTHS = {
     "pvt_tiny": (2, 2, 2, 2),
@@ -40,7 +43,7 @@ def randomise(model: nn.Module) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
         if parameter.ndim == 1:
             is_scale = "norm" in name and name.endswith("weight")
             small = name.endswith(("patch_embed.norm.weight", "proj.bias", "fc2.bias", "sr.bias"))
@@ -57,16 +60,22 @@ def randomise(model: nn.Module) -> None:
 def assert_close(actual: Tensor, expected: Tensor, label: str = "", tolerance: float = 1e-5) -> None:
     assert actual.shape == expected.shape, label
     error = ((actual - expected).norm() / expected.norm()).item()
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+    assert error <= of_sums(tolerance), f"{label}: relative error {error:.2e}"
 
 
 def images(batch: int, height: int, width: int) -> Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+    return drawn(torch.randn, batch, 3, height, width, seed=1)
 
 
 def random_scales(model: Any, batch: int) -> Tensor:
     """Multipliers that are all different, so that no two rows or columns can be swapped unseen."""
-    return 0.5 + torch.rand(len(model.drop_path_rates), batch, generator=torch.Generator().manual_seed(2))
+    return 0.5 + drawn(torch.rand, len(model.drop_path_rates), batch, seed=2)
+
+
+def drawn(draw: Any, *shape: int, seed: int) -> Tensor:
+    """The same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return draw(*shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 # Size
@@ -166,7 +175,7 @@ def test_gradients_match_transformers():
     model = create("pvt_tiny", num_classes=100)
     randomise(model)
     twin = transformers_twin(model)
-    image, target = images(2, 224, 224), torch.randn(2, 100, generator=torch.Generator().manual_seed(3))
+    image, target = images(2, 224, 224), drawn(torch.randn, 2, 100, seed=3)
     (model(image) * target).sum().backward()
     (twin(image).logits * target).sum().backward()
     expected = pvt.from_transformers({name: parameter.grad for name, parameter in twin.named_parameters()})
@@ -176,7 +185,7 @@ def test_gradients_match_transformers():
             # A constant added to all keys does not change a softmax: their half is zero but for rounding.
             keys, actual = actual.chunk(2)
             wanted = wanted.chunk(2)[1]
-            assert keys.norm() <= 1e-5 * actual.norm(), name
+            assert keys.norm() <= of_sums(1e-5) * actual.norm(), name
         assert_close(actual, wanted, name)
 
 
@@ -440,7 +449,7 @@ def test_bf16_and_fp32_agree():
 
 def gradients(model: nn.Module, image: Tensor, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(image, drop_path=scales)
     loss = F.cross_entropy(logits.float(), torch.arange(len(image)))
     found = torch.autograd.grad(loss, list(parameters.values()))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pvt.model import checkpoint_filter_fn as pvt_filter_fn
 from pvt.semantic_fpn import SemanticFpn, backbone, checkpoint_filter_fn
 
+pytestmark = pytest.mark.gpu
+
 WIDTHS = (32, 64, 96, 128)  # of pvt_pico
 BACKBONES = ("pvt_pico", "resnet50", "pvt_v2_b0", "convnext_atto", "efficientnet_b0")
 
