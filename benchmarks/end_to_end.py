@@ -4,7 +4,7 @@
 
 python -m benchmarks.end_to_end [--model pvt_tiny] [--batch 32] [--steps 30] [--seconds 5] [--rounds 5] [--out DIR]
 
-On one rank, at the same model, batch and precision (bf16), random resized crops and mirroring, AdamW. Each is warmed up
+On one rank, at the same model, batch and precision, random resized crops and mirroring, AdamW. Each is warmed up
 for at least 15 steps and ten seconds, and then measured for at least so many steps and seconds:
 
 - ours: launch/pretrain.py as it is started by hand, with its guard, metrics and tracking. It is warmed up until the
@@ -36,6 +36,7 @@ from benchmarks import photographs, report
 from benchmarks.step import DEPTHS
 from launch import command
 from pipeline.errors import ExternalError
+from pipeline.flops import DTYPES
 from pipeline.shards.pack import pack
 
 WARM_UP_STEPS, WARM_UP_S = 15, 10.0
@@ -56,6 +57,7 @@ def main() -> dict[str, Any]:
     )
     parser.add_argument("--model", default="pvt_tiny", choices=DEPTHS)
     parser.add_argument("--batch", type=report.count, default=32)
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--steps", type=report.count, default=30, help="measured in each run at least, after a warm-up")
     parser.add_argument("--seconds", type=float, default=5.0, help="measured in each run at least")
     parser.add_argument("--warm-up", type=float, default=WARM_UP_S, metavar="SECONDS", help="before that, at least")
@@ -65,7 +67,7 @@ def main() -> dict[str, Any]:
     parser.add_argument("--data", type=Path, default=Path("runs/data/feed"), help="made when missing: 0.2 GB")
     report.add_out(parser, "end_to_end")
     arguments = parser.parse_args()
-    names = ("model", "batch", "steps", "seconds", "warm_up", "workers")
+    names = ("model", "batch", "precision", "steps", "seconds", "warm_up", "workers")
     job = {name: getattr(arguments, name) for name in names}
     shards = _prepared(arguments.data)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +96,7 @@ def _measure(job: dict[str, Any], rounds: int, out: Path) -> dict[str, Any]:
         **{name: value for name, value in job.items() if name not in ("shards", "folder")},
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    title = f"whole training of {job['model']}, batch {job['batch']}, bf16"
+    title = f"whole training of {job['model']}, batch {job['batch']}, {job['precision']}"
     return report.finish(
         "end_to_end",
         result,
@@ -193,7 +195,7 @@ def configuration(job: dict[str, Any]) -> dict[str, Any]:
             "global_batch_size": job["batch"],
             "log_every": f"{LOG_EVERY} steps",
         },
-        "engine": {"precision": "bf16"},
+        "engine": {"precision": job["precision"]},
         "tracking": {"report": False},
     }
 

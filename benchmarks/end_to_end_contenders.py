@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.end_to_end import BASELINE, STEP, SYNTHETIC, WARM_UP_STEPS, configuration
 from benchmarks.plain_pvt import PlainPvt
 from benchmarks.step import DEPTHS
+from pipeline.flops import DTYPES
 from pipeline.world import keep_freed_memory
 
 NUM_CLASSES, DROP_PATH = 10, 0.1
@@ -79,7 +80,7 @@ def bare_step(job: dict[str, Any], _: str) -> Callable[[], object]:
     network = timm.create_model(job["model"], num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH).to(DEVICE).train()
     images = torch.randn(job["batch"], 3, 224, 224, device=DEVICE)
     labels = torch.randint(NUM_CLASSES, (job["batch"],), device=DEVICE)
-    return training(network, itertools.repeat((images, labels)))
+    return training(network, itertools.repeat((images, labels)), DTYPES[job["precision"]])
 
 
 def baseline_step(job: dict[str, Any], name: str) -> Callable[[], object]:
@@ -90,15 +91,15 @@ def baseline_step(job: dict[str, Any], name: str) -> Callable[[], object]:
     else:
         network = timm.create_model(job["model"], num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH)
     network = nn.parallel.DistributedDataParallel(network.to(DEVICE).train())
-    return training(network, loaded(job))
+    return training(network, loaded(job), DTYPES[job["precision"]])
 
 
-def training(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], object]:
+def training(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> None:
         images, labels = (tensor.to(DEVICE, non_blocking=True) for tensor in next(batches))
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         optimizer.step()
