@@ -62,7 +62,9 @@ def main() -> dict[str, Any]:
         contending = [each for each in contending if _works(each, device)] + [
             Contender(OURS, functools.partial(_step, attend, tensors))
         ]
-        ms = {name: 1e3 * took for name, took in take_turns(contending, arguments.rounds, device).items()}
+        ms = {
+            name: 1e3 * took for name, took in take_turns(contending, arguments.rounds, device, arguments.turn).items()
+        }
         quickest = min(took for name, took in ms.items() if name != OURS)
         cells = [f"{ms[name]:.2f}" if name in ms else "" for name in (*ways, OURS)]
         print(
@@ -112,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=224, help="of the image in pixels, a multiple of 32 (default: 224)")
     parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--rounds", type=report.count, default=7)
+    report.add_rounds(parser, 7)
     report.add_out(parser, "attention")
     arguments = parser.parse_args()
     if arguments.size % STRIDES[-1] or arguments.size < STRIDES[-1]:

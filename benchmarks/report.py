@@ -33,6 +33,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--rounds", type=count, default=default, help=f"(default: {default})")
+    parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="of each in a round (default: 1)")
+
+
 def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), metavar="DIR", help=f"for {name}.json and {name}.png"

@@ -83,7 +83,7 @@ def main() -> dict[str, Any]:
     if arguments.compile:
         compile_blocks(network)
     contending = [Contender(name, step) for name, step in steps.items()]
-    seconds = take_turns(contending, arguments.rounds, device)
+    seconds = take_turns(contending, arguments.rounds, device, arguments.turn)
     rows = [
         {
             "stage": name,
@@ -185,7 +185,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="the blocks; takes minutes on a CPU")
-    parser.add_argument("--rounds", type=report.count, default=5)
+    report.add_rounds(parser, 5)
     report.add_out(parser, "roofline")
     return parser.parse_args()
 

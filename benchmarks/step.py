@@ -39,8 +39,6 @@ DEPTHS = {
     "pvt_large": (3, 8, 27, 3),
 }
 NUM_CLASSES, SIZE_PX, DROP_PATH = 1000, 224, 0.3
-TURN_S = 1.0
-"""A turn is so many steps that it takes about as long as this."""
 PEERS = ("Transformers", "plain")
 
 
@@ -68,7 +66,7 @@ def main() -> None:
         # Again, because others on the machine can slow down the first.
         about["matrix_tflop_s"] = max(about["matrix_tflop_s"], round(matrix_flop_s(device, dtype) / 1e12, 3))
         contending = list(contenders(model, device, dtype, batch, arguments.compile))
-        seconds = take_turns(contending, arguments.rounds, device)
+        seconds = take_turns(contending, arguments.rounds, device, arguments.turn)
         del contending
         results.append(result := summary(model, seconds, batch, about["matrix_tflop_s"] * 1e12))
         for name, each in result["contenders"].items():
@@ -95,7 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=report.count, help="images (default: 128 on a GPU, 8 on a CPU)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="all of them compiled, too; takes minutes on a CPU")
-    parser.add_argument("--rounds", type=report.count, default=7)
+    report.add_rounds(parser, 7)
     report.add_out(parser, "step")
     arguments = parser.parse_args()
     if unknown := set(arguments.models) - set(DEPTHS):
@@ -155,12 +153,12 @@ def training_step(
     return step
 
 
-def take_turns(contending: list[Contender], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds a step of each, the median of the rounds."""
+def take_turns(contending: list[Contender], rounds: int, device: torch.device, turn_s: float) -> dict[str, float]:
+    """Seconds a step of each, the median of the rounds. A turn is so many steps that it takes about `turn_s`."""
     num_steps = {}
     for each in contending:
         timed(each.step, 2, device)  # compiles, and asks for memory
-        num_steps[each.name] = max(1, math.ceil(TURN_S / timed(each.step, 1, device)))
+        num_steps[each.name] = max(1, math.ceil(turn_s / timed(each.step, 1, device)))
     seconds: dict[str, list[float]] = {each.name: [] for each in contending}
     for number in range(rounds):
         first = number % len(contending)

@@ -1,0 +1,82 @@
+"""What is installed here, whether it can be imported, and what the device's libraries say that they are.
+
+python -m benchmarks.versions
+
+Each package is imported in this process, one after the other, and an import that fails is told with its reason.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import platform
+import sys
+import time
+from typing import Any
+
+from benchmarks import report
+from launch import command
+
+MODULES = ("torch", "triton", "timm", "transformers", "deepspeed", "nvidia.dali", "mlflow", "webdataset", "pytest")
+
+
+def main() -> dict[str, Any]:
+    imports = {name: imported(name) for name in MODULES}
+    print("| package | version | import |\n|---|---|---|", file=sys.stderr)
+    for name, found in imports.items():
+        print(f"| {name} | {found.get('version') or ''} | {found.get('failed') or 'works'} |", file=sys.stderr)
+    device = "cpu" if "failed" in imports["torch"] else _device()
+    below = {"python": platform.python_version(), **libraries(device)}
+    for name, version in below.items():
+        print(f"| {name} | {version} | |", file=sys.stderr)
+    return {"imports": imports, **below, **report.measured_on(device)}
+
+
+def imported(name: str) -> dict[str, Any]:
+    """The version and the seconds that it took, or why it failed."""
+    began_s = time.perf_counter()
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:  # whatever a package does when it is imported
+        return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    version = getattr(module, "__version__", None)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = version or importlib.metadata.version(name)
+    return {"version": version, "seconds": round(time.perf_counter() - began_s, 2)}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def libraries(device: str) -> dict[str, Any]:
+    """Versions of CUDA, NCCL, cuDNN and the driver; nothing without a GPU."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": driver(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1),
+        "gpus": torch.cuda.device_count(),
+    }
+
+
+def driver() -> str | None:
+    """As the driver itself says it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no such package, or no such library
+        return None
+
+
+if __name__ == "__main__":
+    command.run(main)
