@@ -86,7 +86,7 @@ STAGES = (
     Stage(
         "tests",
         "pytest -m gpu -vv --continue-on-collection-errors tests",
-        90,
+        140,
         # In a process that has imported some of pytest's plugins.
         "pytest -W ignore::pytest.PytestAssertRewriteWarning -m gpu -vv tests/test_pvt_model.py -k bf16_and_fp32_agree",
         ("pytest",),

@@ -2,10 +2,8 @@
 
 import os
 
-# Read when the libraries are imported. NVML says whether there is a GPU without CUDA, which would not survive a fork.
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-    os.environ["DS_ACCELERATOR"] = "cpu"
+# Read when the libraries are imported.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 import gc
 
@@ -19,7 +17,6 @@ import pipeline.track.mirror
 import pipeline.track.registry  # noqa: F401
 
 torch.set_num_threads(1)
-assert not torch.cuda.is_initialized()
 
 # So that ranks neither walk through what is imported here nor copy its pages.
 gc.collect()

@@ -1,8 +1,11 @@
 """Ranks as forks of one process that has imported everything: they start in a second instead of eight.
 
 test ──start(target, environment)──▶ fork server (tests/preload.py) ──fork──▶ rank, its output in files
+
+On a GPU each is a new interpreter, because CUDA does not survive a fork.
 """
 
+import functools
 import multiprocessing
 import os
 import runpy
@@ -11,13 +14,22 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 600.0
 """Longest that a test waits for what takes seconds on an idle machine: a busy one takes many times as long."""
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+
+@functools.cache
+def _context() -> Any:
+    import torch  # takes seconds, for nothing in ranks that were forked
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
 
 
 class Rank:
@@ -38,7 +50,7 @@ class Rank:
         for suffix in (".out", ".err"):
             log.with_suffix(suffix).write_bytes(b"")  # there from the start, for who wants to read
         environment = {name: str(value) for name, value in environment.items()}
-        self._process = _context.Process(target=_run, args=(target, [*map(str, arguments)], environment, log, folder))
+        self._process = _context().Process(target=_run, args=(target, [*map(str, arguments)], environment, log, folder))
         self._process.start()
         assert self._process.pid
         self.pid = self._process.pid

@@ -31,11 +31,14 @@ def learning_rate(settings: Config, step: int) -> float:
     return lr_at(step, settings.optim, warmup_steps=10, total_steps=50)
 
 
-def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[str, Tensor], list[float]]:
+def plain_pytorch(
+    settings: Config, shards: ShardSet, steps: int, device: torch.device
+) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and losses of an ordinary training loop that knows neither ranks nor DeepSpeed."""
     task = fresh_task(settings)
+    task.model.to(device)
     whole = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": None})})
-    feed = TrainFeed(whole, shards, World(), drop_path_rates=task.drop_path_rates)
+    feed = TrainFeed(whole, shards, World(device=device), drop_path_rates=task.drop_path_rates)
     optimizer = torch.optim.AdamW(
         parameter_groups(task.model, settings.optim), betas=settings.optim.betas, eps=settings.optim.eps
     )
@@ -52,7 +55,7 @@ def plain_pytorch(settings: Config, shards: ShardSet, steps: int) -> tuple[dict[
         optimizer.step()
         losses.append(loss.item())
     feed.close()
-    return task.model.state_dict(), losses
+    return {name: tensor.cpu() for name, tensor in task.model.state_dict().items()}, losses
 
 
 def with_engine(settings: Config, shards: ShardSet, steps: int, here: World) -> tuple[dict[str, Tensor], list, list]:
@@ -63,7 +66,8 @@ def with_engine(settings: Config, shards: ShardSet, steps: int, here: World) -> 
     feed.close()
     assert all(outcome.applied for outcome in outcomes)
     assert engine.adam_steps() == steps
-    return engine.weights(), [outcome.loss for outcome in outcomes], [outcome.grad_norm for outcome in outcomes]
+    weights = {name: tensor.cpu() for name, tensor in engine.weights().items()}
+    return weights, [outcome.loss for outcome in outcomes], [outcome.grad_norm for outcome in outcomes]
 
 
 def main() -> None:
@@ -74,7 +78,7 @@ def main() -> None:
     shards = ShardSet(*settings.data.train_paths)
     expected, expected_losses = {}, []
     if here.is_first and precision == "fp32":
-        expected, expected_losses = plain_pytorch(settings, shards, int(steps))
+        expected, expected_losses = plain_pytorch(settings, shards, int(steps), here.device)
     for stage in stages:
         overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
         weights, losses, norms = with_engine(config.load(path, overrides), shards, int(steps), here)
