@@ -130,7 +130,9 @@ def start(timeout_s: float = 1800.0) -> World:
         device = _device(place, store)
     except (InputError, ExternalError) as error:
         _tell_once(error, store)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the number of the device
+    else:
         keep_freed_memory()
     backend = os.environ.get(_BACKEND) or ("nccl" if device.type == "cuda" else "gloo")
     dist.init_process_group(
