@@ -69,7 +69,7 @@ def _step(batch: int, options: str, share: int, quick: str | None = None) -> Sta
 _TINY = "--batch 1 --precision fp32 --rounds 1 --turn 0.01 --out OUT"
 
 STAGES = (
-    Stage("versions", "benchmarks.versions", 20, "benchmarks.versions"),
+    Stage("versions", "benchmarks.versions", 45, "benchmarks.versions"),
     Stage(
         "decoding",
         "benchmarks.decoding --photographs 640 --data OUT/data --out OUT",

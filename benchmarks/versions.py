@@ -2,12 +2,14 @@
 
 python -m benchmarks.versions
 
-Each package is imported in this process, one after the other, and an import that fails is told with its reason.
+Each package is imported in this process, one after the other, and an import that fails is told with its reason. What is
+known after the first, which is torch, is printed at once, as a line of its own: imports may take longer than there is.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import platform
 import sys
 import time
@@ -16,19 +18,21 @@ from typing import Any
 from benchmarks import report
 from launch import command
 
-MODULES = ("torch", "triton", "timm", "transformers", "deepspeed", "nvidia.dali", "mlflow", "webdataset", "pytest")
+OTHERS = ("triton", "timm", "transformers", "deepspeed", "nvidia.dali", "mlflow", "webdataset", "pytest")
 
 
 def main() -> dict[str, Any]:
-    imports = {name: imported(name) for name in MODULES}
+    imports = {"torch": imported("torch")}
+    device = "cpu" if "failed" in imports["torch"] else _device()
+    below = {"python": platform.python_version(), **libraries(device), **report.measured_on(device)}
+    print(json.dumps({"imports": imports, **below}), flush=True)
+    imports |= {name: imported(name) for name in OTHERS}
     print("| package | version | import |\n|---|---|---|", file=sys.stderr)
     for name, found in imports.items():
         print(f"| {name} | {found.get('version') or ''} | {found.get('failed') or 'works'} |", file=sys.stderr)
-    device = "cpu" if "failed" in imports["torch"] else _device()
-    below = {"python": platform.python_version(), **libraries(device)}
-    for name, version in below.items():
+    for name, version in {"python": below["python"], **libraries(device)}.items():
         print(f"| {name} | {version} | |", file=sys.stderr)
-    return {"imports": imports, **below, **report.measured_on(device)}
+    return {"imports": imports, **below}
 
 
 def imported(name: str) -> dict[str, Any]:
