@@ -88,12 +88,12 @@ def run(stage: Stage, words: Sequence[str] | None, limit_s: float, logs: Path, p
     began_s = time.monotonic()
     code = run_process(words, log, limit_s, processes)
     line["seconds"] = round(time.monotonic() - began_s, 1)
-    told = log.with_suffix(".err").read_text(errors="replace")
+    said, told = (log.with_suffix(suffix).read_text(errors="replace").strip() for suffix in (".out", ".err"))
     line |= {"result": stage.read(log.with_suffix(".out")), "table": accept_table.rows_of(told)}
     if code is None:
         return {**line, "outcome": "ended", "reason": f"it took longer than {limit_s:.0f} s"}
     if code:
-        return {**line, "outcome": "failed", "reason": f"exit code {code}: {told[-2000:].strip()}"}
+        return {**line, "outcome": "failed", "reason": f"exit code {code}: {(told or said)[-2000:]}"}
     return {**line, "outcome": "done", "reason": ""}
 
 
