@@ -59,6 +59,7 @@ def libraries(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {}
     import torch
+    import torch.cuda.nccl
 
     return {
         "cuda": torch.version.cuda,

@@ -36,7 +36,7 @@ def device() -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         yield torch.device("cpu")
         return
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as pipeline/network.py does
     torch.set_default_device("cuda")
     yield torch.device("cuda", 0)
     torch.set_default_device(None)

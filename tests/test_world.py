@@ -272,7 +272,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_ranks_that_share_a_gpu_are_told_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes LOCAL_RANK for it: of a GPU that only this task is shown, or that tests share over gloo."""
     asked = dict[str, Any]()
-    monkeypatch.setattr(world, "_meet", lambda place, timeout: dist.HashStore())
+    monkeypatch.setattr(world, "_meet", lambda place, timeout: dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
     monkeypatch.setattr(world, "_device", lambda place, store: torch.device("cuda", 0))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: asked.update(more, backend=backend))
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
