@@ -1,7 +1,8 @@
 # make demo    train a small model on real images, end to end
 # make scenes  after it: fine-tune it to segmentation of digits on photographs
 # make boxes   after that: fine-tune it to Mask R-CNN on the same scenes
-# make test    all tests but those that need SLURM
+# make test    all tests but those that need SLURM or minutes each
+# make test-slow     whole runs that take a minute or more each
 # make test-slurm    these, on a cluster that they start (tests/slurm)
 # make lint    style, types and import floors
 # make setup   only what those need: .venv with everything in it
@@ -14,7 +15,7 @@ BIN := .venv/bin
 RANKS ?= $(shell $(BIN)/python -c "from pipeline import world; print(min(4, world.default_ranks()))")
 DATA := runs/data
 
-.PHONY: demo scenes boxes test test-slurm lint setup peers
+.PHONY: demo scenes boxes test test-slow test-slurm lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
@@ -37,7 +38,10 @@ boxes: setup
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --ignore tests/slurm -m slow
 
 test-slurm: setup
 	$(BIN)/python -m pytest -n 2 tests/slurm

@@ -34,6 +34,7 @@ def run(stage: Stage, limit_s: float, folder: Path) -> dict[str, Any]:
     return accept.run(stage, stage.words(folder, quick=False), limit_s, folder / "logs", SPAWN)
 
 
+@pytest.mark.slow
 def test_it_runs_through_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accept", "--device", "cpu", "--quick", "--budget", "1800"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=1800)

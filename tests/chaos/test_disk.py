@@ -63,6 +63,7 @@ def num_warnings(attempt: Attempt, how: str) -> int:
 
 
 @pytest.mark.parametrize("how", MESSAGES)
+@pytest.mark.slow
 def test_a_run_outlives_a_disk_that_is_mended_and_stops_at_one_that_is_not(job: Job, how: str) -> None:
     with job.start() as attempt:
         assert attempt.wait_until(lambda: saved_step(attempt) == SAVE_EVERY, LIMIT_S), attempt.errors()

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import ROOT
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos.kill", "--kills", "5", "--steps", "24", "--save-every", "5"]
     process = subprocess.run([*command, "--keep", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -15,6 +15,7 @@ STEPS = 40
 LIMIT_S = PATIENCE_S
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(digits: Path, tmp_path: Path) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=2, steps=STEPS)
     straight, stopped = Job(config, "straight", ranks=2), Job(config, "stopped", ranks=2)
