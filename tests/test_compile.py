@@ -110,8 +110,8 @@ def put_on_path(folder: Path, programs: list[str], monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("device", "programs", "lacks"),
     [
-        ("cpu", ["gcc"], r"g\+\+ or clang\+\+ on the PATH, or in CXX: install g\+\+, "),
-        ("cuda", ["g++"], r"gcc or clang on the PATH, or in CC: install gcc, "),
+        ("cpu", ["gcc"], r"g\+\+ or clang\+\+ on the PATH, or in CXX: install g\+\+ \("),
+        ("cuda", ["g++"], r"gcc or clang on the PATH, or in CC: install gcc \("),
     ],
 )
 def test_a_machine_without_the_compiler_of_its_device_is_told(
@@ -130,7 +130,7 @@ def test_a_machine_without_pythons_headers_is_told(
     require_compiler(device, "engine.compile")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     dev = f"python3.{sys.version_info.minor}-dev"
-    with pytest.raises(InputError, match=rf" lacks: {tmp_path}/include/Python\.h: install {re.escape(dev)}, "):
+    with pytest.raises(InputError, match=rf" lacks: {tmp_path}/include/Python\.h: install {re.escape(dev)} \("):
         require_compiler(device, "engine.compile")
 
 
