@@ -40,8 +40,11 @@ def require_compiler(device_type: str, setting: str) -> None:
     For a CPU it writes C++; for a GPU Triton does without, but it builds a launcher in C. Both include Python.h.
     """
     lacks, packages = [], []
-    variable, names = ("CC", ("gcc", "clang")) if device_type == "cuda" else ("CXX", ("g++", "clang++"))
-    if not any(map(shutil.which, ((os.environ.get(variable) or names[0]).split()[0], *names[1:]))):
+    if device_type == "cuda":
+        variable, chosen, names = "CC", os.environ.get("CC"), ("gcc", "clang")
+    else:
+        variable, chosen, names = "CXX", os.environ.get("CXX"), ("g++", "clang++")
+    if not any(map(shutil.which, ((chosen or names[0]).split()[0], *names[1:]))):
         lacks.append(f"{names[0]} or {names[1]} on the PATH, or in {variable}")
         packages.append(names[0])
     header = Path(sysconfig.get_path("include"), "Python.h")
