@@ -1,5 +1,6 @@
 """When a batch job goes back into the queue and when it gives up, without a cluster; tests/slurm has the rest."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -189,6 +190,27 @@ def test_a_job_that_disappeared_has_crashed_unless_it_was_told_to_stop(
     assert len(events(program, "crash")) == counts
 
 
+def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Puts programs into the place of those on the PATH, and an scontrol that knows the address of any node."""
+    for name, text in {"scontrol": "#!/usr/bin/env bash\necho NodeAddr=127.0.0.1", **scripts}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_a_copy_of_the_environment_that_fails_leaves_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk = '#!/usr/bin/env bash\nfor to; do :; done; touch "$to/half"; exit 1'
+    here = '#!/usr/bin/env bash\nwhile [ "$1" != bash ]; do shift; done; exec "$@"'
+    put_on_path(tmp_path, monkeypatch, cp=full_disk, srun=here)
+    scratch = tmp_path / "scratch"
+    overrides = [f"cluster.scratch={scratch}", "cluster.environment.copy_to_scratch=true"]
+    settings = config.load(program.config, overrides)
+    Supervisor(dataclasses.replace(program, settings=settings), Job("17", 0))._copy_environment(["n1"])
+    assert list(scratch.iterdir()) == []
+
+
 def test_a_signal_is_repeated_until_the_ranks_answer(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,10 +223,7 @@ def test_a_signal_is_repeated_until_the_ranks_answer(
         sleep 3
         echo "came $came"
         exit {REQUEUE}"""
-    for name, text in (("srun", srun), ("scontrol", "#!/usr/bin/env bash\necho NodeAddr=127.0.0.1")):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    put_on_path(tmp_path, monkeypatch, srun=srun)
     monkeypatch.setenv("SLURMD_NODENAME", "n1")  # so that no other node watches this one
 
     def signal_this_process() -> None:

@@ -324,8 +324,8 @@ class Supervisor:
         if not self._cluster.environment.copy_to_scratch:
             return
         copy = f"""set -e; to="{self._copied()}"; if [ -d "$to" ]; then exit; fi; mkdir -p "$(dirname "$to")"
-            part=$(mktemp -d "$to.XXXXXX"); cp -a {shlex.quote(sys.prefix)}/. "$part"
-            mv -T "$part" "$to" || rm -rf "$part"; [ -d "$to" ]"""
+            part=$(mktemp -d "$to.XXXXXX"); trap 'rm -rf "$part"' EXIT; cp -a {shlex.quote(sys.prefix)}/. "$part"
+            mv -T "$part" "$to" || [ -d "$to" ]"""
         subprocess.run([*self._srun(nodes, 1), "--kill-on-bad-exit=0", "bash", "-c", copy], env=self._env(nodes))
 
     def _copied(self) -> str:
