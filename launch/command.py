@@ -48,13 +48,22 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
         _fail(FAILED, f"error: {error}")
     except KeyboardInterrupt:
         _fail(130, "interrupted")
-    except Exception:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            why = str(error).partition("\n")[0].rstrip(".")
+            _fail(FAILED, f"error: {why}: end what else is on the GPU, or run on the CPUs with CUDA_VISIBLE_DEVICES=")
         _fail(FAILED, traceback.format_exc())
     if result is not None:
         print(json.dumps(result, allow_nan=False), flush=True)
     if result and result.get("requeue"):
         sys.exit(REQUEUE)
     sys.exit(DONE if result is None or result.get("ok", True) else FAILED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU is out of memory, asked without an import of torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _fail(code: int, message: str) -> NoReturn:

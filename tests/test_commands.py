@@ -393,3 +393,20 @@ def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits:
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     logged = client.get_run(result["run_id"]).data.params["augment.image_size"]
     assert logged == "{'2 steps': 64, '50 %': 96}"
+
+
+def test_a_gpu_without_room_is_one_line() -> None:
+    code = """import torch
+from launch import command
+
+def main():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\\nSee the documentation")
+
+command.run(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    told = (
+        "error: CUDA out of memory. Tried to allocate 20.00 MiB: end what else is on the GPU, "
+        "or run on the CPUs with CUDA_VISIBLE_DEVICES="
+    )
+    assert done.stderr.splitlines() == [told]
