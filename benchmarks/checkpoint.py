@@ -32,18 +32,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import report, synthetic
 from benchmarks.savers import Contender, Distributed, Ours, contenders, share_of
 from launch import command
 from pipeline import world
 from pipeline.config import Config
 from pipeline.feed.loader import MicroBatch
-from pipeline.feed.order import Samples
 from pipeline.tasks.classify import Classification, build_model
 from pipeline.train.commit import EMA, MODEL, damage
 from pipeline.train.ema import Ema
@@ -137,7 +135,8 @@ class Bench:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, here: World, scratch: Path) -> "Bench":
-        config, batch = _config(arguments, here), _batch(arguments.image_size, here)
+        config = _config(arguments, here)
+        batch = synthetic.batch(IMAGES[here.device.type], arguments.image_size, NUM_CLASSES, here.device)
         task = Classification(build_model(config.model, config.image.size, NUM_CLASSES))
         engine = Engine(config, task, here, lambda step: [batch])
         ema = Ema(engine, 0.9999)
@@ -284,18 +283,6 @@ def _config(arguments: argparse.Namespace, here: World) -> Config:
             "train": {"length": "1 step", "global_batch_size": here.size * IMAGES[here.device.type]},
             "engine": {"precision": "bf16" if here.device.type == "cuda" else "fp32"},
         }
-    )
-
-
-def _batch(image_size: int, here: World) -> MicroBatch:
-    number = IMAGES[here.device.type]
-    return MicroBatch(
-        images=torch.randn(number, 3, image_size, image_size, device=here.device),
-        extents=[(image_size, image_size)] * number,
-        targets=torch.softmax(torch.randn(number, NUM_CLASSES, device=here.device), dim=-1),
-        weights=torch.ones(number, device=here.device),
-        drop_path=None,
-        samples=Samples(*[np.arange(number)] * len(dataclasses.fields(Samples))),
     )
 
 

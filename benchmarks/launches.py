@@ -11,23 +11,20 @@ process in steps without the profiler, all threads.
 
 import argparse
 import collections
-import dataclasses
 import sys
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from benchmarks import report
+from benchmarks import report, synthetic
 from benchmarks.step import DEPTHS, NUM_CLASSES, SIZE_PX
 from launch import command
 from pipeline import world
 from pipeline.config import Config
 from pipeline.feed.loader import MicroBatch
-from pipeline.feed.order import Samples
 from pipeline.tasks.build import build_task
 from pipeline.train.engine import Engine
 from pipeline.world import World
@@ -40,8 +37,8 @@ def main() -> dict[str, Any]:
     arguments = _arguments()
     here = world.start()
     arguments.batch = arguments.batch or (128 if here.device.type == "cuda" else 2)
-    engine = _engine(arguments, here)
-    batches = [_batch(arguments.batch, here)]
+    batches = [synthetic.batch(arguments.batch, SIZE_PX, NUM_CLASSES, here.device)]
+    engine = _engine(arguments, here, batches)
     for step in range(WARM_UP):
         engine.step(batches, step=step, lr=1e-4)
     numbers = range(WARM_UP, WARM_UP + arguments.steps)
@@ -64,7 +61,7 @@ def main() -> dict[str, Any]:
 
 
 def count(events: Any) -> collections.Counter[str]:
-    """Of torch.profiler's events, by what they are."""
+    """Counts torch.profiler's events by kind."""
     counts = collections.Counter[str]()
     for event in events:
         if event.device_type == DeviceType.CUDA:
@@ -82,7 +79,7 @@ def _on_device(name: str) -> str:
     return "memsets" if name.startswith("Memset") else "kernels"
 
 
-def _engine(arguments: argparse.Namespace, here: World) -> Engine:
+def _engine(arguments: argparse.Namespace, here: World, batches: list[MicroBatch]) -> Engine:
     config = Config.model_validate(
         {
             "run": {"name": "launches"},
@@ -95,18 +92,7 @@ def _engine(arguments: argparse.Namespace, here: World) -> Engine:
         }
     )
     task = build_task(config.task, config.model, config.image, list(map(str, range(NUM_CLASSES))))
-    return Engine(config, task, here, lambda step: [_batch(arguments.batch, here)])
-
-
-def _batch(num_images: int, here: World) -> MicroBatch:
-    return MicroBatch(
-        images=torch.randn(num_images, 3, SIZE_PX, SIZE_PX, device=here.device),
-        extents=[(SIZE_PX, SIZE_PX)] * num_images,
-        targets=torch.softmax(torch.randn(num_images, NUM_CLASSES, device=here.device), dim=-1),
-        weights=torch.ones(num_images, device=here.device),
-        drop_path=None,
-        samples=Samples(*[np.arange(num_images)] * len(dataclasses.fields(Samples))),
-    )
+    return Engine(config, task, here, lambda step: batches)
 
 
 def _arguments() -> argparse.Namespace:

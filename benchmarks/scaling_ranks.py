@@ -7,20 +7,19 @@ All take turns in rounds. The first rank prints the readings of every rank: seco
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import synthetic
 from benchmarks.scaling import (
     BURST,
     CHECKED,
@@ -35,8 +34,6 @@ from benchmarks.scaling import (
 )
 from benchmarks.scaling_model import Setting
 from pipeline import world
-from pipeline.feed.loader import MicroBatch
-from pipeline.feed.order import Samples
 from pipeline.tasks.classify import Classification, build_model
 from pipeline.train.engine import Engine
 from pipeline.world import World
@@ -107,7 +104,8 @@ class Plain:
     """A network and AdamW with nothing around them, on one batch again and again."""
 
     def __init__(self, case: Case, here: World) -> None:
-        self.task, self._batch = _task(case), _batch(case, here)
+        self.task = _task(case)
+        self._batch = synthetic.batch(case.batch, case.image_size, CHECKED_CLASSES, here.device)
         self._optimizer = torch.optim.AdamW(self.task.model.parameters(), lr=1e-6, fused=True)
         self.task.model.train()
 
@@ -161,7 +159,8 @@ class Traffic(TorchDispatchMode):
 
 def engine_step(case: Case, setting: Setting, here: World) -> Callable[[], object]:
     """A step of training on one batch. Stage 3 has seen the order of the modules by then. Collective."""
-    batches, numbers = [_batch(case, here)], itertools.count()
+    batches = [synthetic.batch(case.batch, case.image_size, CHECKED_CLASSES, here.device)]
+    numbers = itertools.count()
     engine = Engine(case.settings(setting, here.size), _task(case), here, lambda step: batches)
 
     def step() -> object:
@@ -174,17 +173,6 @@ def engine_step(case: Case, setting: Setting, here: World) -> Callable[[], objec
 
 def _task(case: Case) -> Classification:
     return Classification(build_model(case.settings().model, case.image_size, CHECKED_CLASSES))
-
-
-def _batch(case: Case, here: World) -> MicroBatch:
-    return MicroBatch(
-        images=torch.randn(case.batch, 3, case.image_size, case.image_size, device=here.device),
-        extents=[(case.image_size, case.image_size)] * case.batch,
-        targets=torch.softmax(torch.randn(case.batch, CHECKED_CLASSES, device=here.device), dim=-1),
-        weights=torch.ones(case.batch, device=here.device),
-        drop_path=None,
-        samples=Samples(*[np.arange(case.batch)] * len(dataclasses.fields(Samples))),
-    )
 
 
 if __name__ == "__main__":
