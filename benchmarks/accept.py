@@ -59,14 +59,14 @@ def main() -> dict[str, Any]:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         lines.append(line)
-        _tell(line)
+        _report(line)
         files.write(arguments.out / "accept.md", accept_table.page(lines).encode())
     outcomes = {line["stage"]: line["outcome"] for line in lines}  # of a stage that was repeated, the last
     return {"ok": not {"failed", "ended"} & set(outcomes.values()), "stages": outcomes, "table": str(arguments.out)}
 
 
 def read(path: Path) -> list[Line]:
-    """The lines so far. The last one may have been cut off by the end of a machine."""
+    """Returns the lines so far. The last one may have been cut off by the end of a machine."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -75,10 +75,10 @@ def read(path: Path) -> list[Line]:
 
 
 def run(stage: Stage, words: Sequence[str] | None, limit_s: float, logs: Path, processes: Any) -> Line:
-    """A stage's line: what came of it in so many seconds."""
+    """Runs a stage for at most `limit_s` seconds. Returns its line for accept.jsonl."""
     line = {"stage": stage.name, "command": shlex.join(words or ()), "limit_s": round(limit_s, 1), "seconds": 0.0}
     if words is None:
-        return {**line, "outcome": "skipped", "reason": "--quick leaves it out"}
+        return {**line, "outcome": "skipped", "reason": "skipped with --quick"}
     if missing := [name for name in stage.needs if not _is_installed(name)]:
         return {**line, "outcome": "skipped", "reason": f"needs {', '.join(missing)}, which is not installed"}
     if limit_s < LEAST_S:
@@ -88,18 +88,18 @@ def run(stage: Stage, words: Sequence[str] | None, limit_s: float, logs: Path, p
     began_s = time.monotonic()
     code = run_process(words, log, limit_s, processes)
     line["seconds"] = round(time.monotonic() - began_s, 1)
-    said, told = (log.with_suffix(suffix).read_text(errors="replace").strip() for suffix in (".out", ".err"))
-    line |= {"result": stage.read(log.with_suffix(".out")), "table": accept_table.rows_of(told)}
+    printed, logged = (log.with_suffix(suffix).read_text(errors="replace").strip() for suffix in (".out", ".err"))
+    line |= {"result": stage.read(log.with_suffix(".out")), "table": accept_table.rows_of(logged)}
     if code is None:
         return {**line, "outcome": "ended", "reason": f"it took longer than {limit_s:.0f} s"}
     if code:
-        return {**line, "outcome": "failed", "reason": f"exit code {code}: {(told or said)[-2000:]}"}
+        return {**line, "outcome": "failed", "reason": f"exit code {code}: {(logged or printed)[-2000:]}"}
     return {**line, "outcome": "done", "reason": ""}
 
 
 def _processes(device: str) -> Any:
-    """How processes are started. For a GPU each is a new interpreter, because CUDA does not survive a fork. Else it is
-    the fork of one that has imported what takes long."""
+    """Returns the context that starts processes. For a GPU each is a new interpreter, because CUDA does not survive a
+    fork. Else it is the fork of one that has imported what takes long."""
     if device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -111,7 +111,7 @@ def _processes(device: str) -> Any:
 
 
 def run_process(words: Sequence[str], log: Path, limit_s: float, processes: Any) -> int | None:
-    """The exit code of `python -m WORDS`, and None if it took too long. Nothing that it started is left."""
+    """Returns the exit code of `python -m WORDS`, or None if it took too long. All that it started is ended."""
     process = processes.Process(target=_become, args=(list(words), log))
     process.start()
     try:
@@ -122,7 +122,7 @@ def run_process(words: Sequence[str], log: Path, limit_s: float, processes: Any)
 
 
 def _become(words: list[str], log: Path) -> None:
-    """Be `python -m WORDS`, at the head of a process group, with output in files."""
+    """Turns this process into `python -m WORDS`, at the head of a process group, with its output in files."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -137,7 +137,7 @@ def _become(words: list[str], log: Path) -> None:
 
 
 def _end(process: Any) -> None:
-    """Of a process and its group. One that still runs is interrupted first: it may have started other groups."""
+    """Ends a process and its group. One that still runs is interrupted first: it may have started other groups."""
     for number in (signal.SIGINT, signal.SIGKILL) if process.exitcode is None else (signal.SIGKILL,):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -152,13 +152,13 @@ def _is_installed(name: str) -> bool:
 
 
 def _set_environment(device: str) -> None:
-    """Of all stages. OpenMP's threads spin while they wait, which on a busy machine costs minutes."""
+    """Sets the variables of all stages. On a busy machine OpenMP's threads spin for minutes while they wait."""
     os.environ |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     if device == "cpu":
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def _tell(line: Line) -> None:
+def _report(line: Line) -> None:
     reason = line["reason"].splitlines()[-1:]
     print(" ".join([f"{line['stage']}: {line['outcome']} after {line['seconds']:.0f} s", *reason]), file=sys.stderr)
 

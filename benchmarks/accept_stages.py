@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 DALI, DEEPSPEED, MLFLOW = "nvidia.dali", "deepspeed", "mlflow"
 TRAINING = (DALI, DEEPSPEED)
-"""What importing the engine takes, which knows the feed's batches."""
+"""Packages that the engine imports: it takes the feed's batches, and so imports DALI."""
 
 
 def last_result(output: Path) -> dict[str, Any] | None:
-    """The last JSON line of a command, or of one that was ended, the last that it had printed."""
+    """Returns the last JSON line that a command has printed, its result unless it was ended early."""
     return next(reversed(results(output)), None)
 
 
@@ -26,13 +26,13 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 
 def all_results(output: Path) -> dict[str, Any] | None:
-    """Of a command that prints a line for each model."""
+    """Returns the results of a command that prints a line for each model."""
     found = results(output)
     return {"models": {line["model"]: line for line in found}} if found else None
 
 
 def outcomes(output: Path) -> dict[str, Any] | None:
-    """Of `pytest -vv`, also of one that was ended: how often each test function passed, failed and so on."""
+    """Returns how often each test function passed or failed, by the output of `pytest -vv`, also one cut short."""
     tests: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for line in output.read_text(errors="replace").splitlines() if output.exists() else []:
         test, outcome = re.search(r"tests/[\w/]+\.py(::\w+)?", line), re.search(r"\b(PASSED|FAILED|ERROR)\b", line)
@@ -45,15 +45,15 @@ def outcomes(output: Path) -> dict[str, Any] | None:
 class Stage(NamedTuple):
     name: str
     command: str
-    """Of `python -m`. OUT in it is the folder of the results."""
+    """The arguments of `python -m`. OUT in them is the folder of the results."""
     share: int
-    """Of the budget, in parts of all stages' sum."""
+    """The stage's share of the budget, relative to the sum of all stages."""
     quick: str | None = None
-    """The same at the smallest sizes; None: left out there."""
+    """The same at the smallest sizes; None: the stage is skipped with --quick."""
     needs: Sequence[str] = ()
-    """Modules."""
+    """The modules that the stage imports."""
     read: Callable[[Path], dict[str, Any] | None] = last_result
-    """What its standard output says."""
+    """Reads the result from standard output."""
 
     def words(self, out: Path, *, quick: bool) -> list[str] | None:
         chosen = self.quick if quick else self.command

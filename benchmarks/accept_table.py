@@ -11,14 +11,14 @@ Line = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A row of README.md by its beginning, and what speaks for it: test functions, or a stage and what to say of it."""
+    """A row of README.md by its beginning, and its evidence: test functions, or a stage and how its result reads."""
 
     begins: str
     tests: Sequence[str] = ()
     stage: str = ""
     say: Callable[[Any], str] = str
     note: str = ""
-    """What of the row the tests leave out on one GPU."""
+    """The part of the row that is tested on one GPU; empty: all of it."""
 
 
 def _killed(result: Any) -> str:
@@ -55,9 +55,9 @@ ROWS = (
     ),
     Row("PVT-Large + Mask R-CNN", stage="memory", say=_peaks),
     Row(
-        "plain operators, the quicker ways and compiled blocks",
+        "reference, optimised and compiled kernels",
         (
-            "tests/test_pvt_model.py::test_the_quicker_ways_compute_the_same",
+            "tests/test_pvt_model.py::test_optimised_kernels_compute_the_same",
             "tests/test_compile.py::test_compiled_blocks_compute_the_same",
         ),
     ),
@@ -70,7 +70,7 @@ ROWS = (
 
 
 def page(lines: Sequence[Line]) -> str:
-    """Markdown."""
+    """Returns the page in Markdown."""
     latest = {line["stage"]: line for line in lines}
     blocks = [
         ["# What was accepted, and on what", "", proved(latest)],
@@ -90,7 +90,7 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def proved(latest: dict[str, Line]) -> str:
-    """The hardware and the versions that all of it is true of."""
+    """Returns the hardware and the versions that the results hold for."""
     found = latest.get("versions", {}).get("result")
     if not found:
         return "The versions are not known: that stage did not end."
@@ -99,13 +99,13 @@ def proved(latest: dict[str, Line]) -> str:
     return f"{found['date']}; {found['device']}; Python {found['python']}; {', '.join([*device, *packages])}."
 
 
-def rows_of(told: str) -> list[str]:
-    """The tables among what a command has told, a line each."""
-    return [line for line in told.splitlines() if line.startswith("|")]
+def rows_of(text: str) -> list[str]:
+    """Returns the lines of the Markdown tables in a command's output."""
+    return [line for line in text.splitlines() if line.startswith("|")]
 
 
 def readme_rows(latest: dict[str, Line]) -> Iterable[str]:
-    """The rows of README.md of which something was found, with that in their last cell."""
+    """Yields the rows of README.md that have a result, with it in their last cell."""
     written = [line for line in README.read_text().splitlines() if line.startswith("| ")]
     for row in ROWS:
         if found := _found(row, latest):

@@ -57,7 +57,7 @@ def main() -> dict[str, Any]:
 
 
 def by_dali(encoded: Encoded, views: Views, device: torch.device) -> Tensor:
-    """Decoded and resized in the graph, [n, h, w, 3] uint8."""
+    """Returns images decoded and resized in DALI's graph, [n, h, w, 3] uint8."""
     images = _decoded(encoded, views, device, resizes=True)
     assert isinstance(images, Tensor)
     return images.cpu()
@@ -89,7 +89,7 @@ def _decoded(encoded: Encoded, views: Views, device: torch.device, *, resizes: b
 
 
 def difference(shown: Tensor, expected: Tensor) -> dict[str, float]:
-    """The mean over all pixels and the largest of any, in grey levels."""
+    """Returns the mean and the largest difference of all pixels, in grey levels."""
     apart = (shown.int() - expected.int()).abs()
     return {"mean": round(apart.double().mean().item(), 4), "largest": int(apart.max())}
 

@@ -125,7 +125,7 @@ def measured(name: str, job: dict[str, Any]) -> float:
 
 
 def ours_once(job: dict[str, Any]) -> float:
-    """Images a second of a run, which is ended once it has been measured."""
+    """Returns the images a second of a run, which is ended once it has been measured."""
     settings = configuration(job)
     run = Path(settings["run"]["root"], settings["run"]["name"])
     path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
@@ -145,7 +145,10 @@ def ours_once(job: dict[str, Any]) -> float:
 
 
 def _read_speed(run: Path, process: subprocess.Popen[bytes], job: dict[str, Any]) -> float:
-    """Raises ExternalError where the run ends or does not get that far."""
+    """Waits until a run has been measured, and returns its images a second.
+
+    Raises ExternalError where the run ends before that or takes too long.
+    """
     patience, since = time.monotonic() + PATIENCE_S, None
     while process.poll() is None and time.monotonic() < patience:
         times = _times(run / "metrics.jsonl")
@@ -158,7 +161,7 @@ def _read_speed(run: Path, process: subprocess.Popen[bytes], job: dict[str, Any]
 
 
 def _times(metrics: Path) -> dict[int, float]:
-    """When each step was logged, by its number."""
+    """Returns the time at which each step was logged, in seconds, by the step's number."""
     if not metrics.exists():
         return {}
     whole, _, _ = metrics.read_text().rpartition("\n")
@@ -170,12 +173,12 @@ def is_warm(times: dict[int, float], job: dict[str, Any]) -> bool:
 
 
 def _is_tracked(run: Path) -> bool:
-    """Whether the import of MLflow is over and the server has heard of the run; without MLflow there is neither."""
+    """Returns whether MLflow is imported and has the run. Without MLflow there is nothing to wait for."""
     return (run / "mlflow.json").exists() or not importlib.util.find_spec("mlflow")
 
 
 def speed_since(first: int, times: dict[int, float], job: dict[str, Any]) -> float | None:
-    """Images a second from the step `first` to the last that was logged; None: not enough of them yet."""
+    """Returns the images a second from step `first` to the last logged one; None if too few steps or seconds."""
     last = max(times)
     seconds = times[last] - times[first]
     if last - first < job["steps"] or seconds < job["seconds"]:

@@ -101,7 +101,7 @@ def measure(model: str, task: str, size: Extent, precision: str, recompute: bool
 
 
 def _taken_bytes(device: torch.device) -> tuple[int, int]:
-    """Now, and the most so far."""
+    """Returns the bytes taken now, and the most so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)

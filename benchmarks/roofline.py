@@ -63,7 +63,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _is_view(func: Any, read: list[Tensor], written: list[Tensor]) -> bool:
-    """Not by the operator's name or schema: `_unsafe_view`, behind each linear layer, does not say that it is one."""
+    """Returns whether an operator only renames memory that it was given.
+
+    The memory decides, not the schema: `_unsafe_view`, behind each linear layer, is not declared as a view.
+    """
     memory = {tensor.untyped_storage().data_ptr() for tensor in read}
     return not func._schema.is_mutable and all(tensor.untyped_storage().data_ptr() in memory for tensor in written)
 

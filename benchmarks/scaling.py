@@ -115,7 +115,7 @@ ADAM_BYTES = 28
 """Of memory for an element: AdamW reads weight, gradient and two moments, and writes all but the gradient."""
 JITTER = 0.01
 HOST_MS, HOST_WEIGHTS = 60.0, 751
-"""Of PVT-Large's step at ZeRO-0, see the module, and its weights."""
+"""The host's milliseconds for a step of PVT-Large at ZeRO-0 (see the module), and the number of its weights."""
 STALL_S, SAVE_EVERY_S = 0.18, 300.0
 """PVT-Large's state, one thread: RESULTS.md, "Saving"."""
 
@@ -190,7 +190,7 @@ def network_of(settings: Config, num_classes: int) -> Network:
 
 
 def h200(settings: Config, model: Network, assumed: argparse.Namespace) -> Pieces:
-    """One GPU's, by default with one node's batch divided by its GPUs. Assumed: see the module."""
+    """Returns the assumed figures of one GPU (see the module), by default with one node's batch divided by its GPUs."""
     batch = assumed.batch or settings.train.global_batch_size // sizing.GPUS_PER_NODE
     flops = network.training_flops(settings.task, settings.model, settings.image.size, sizing.NUM_CLASSES)
     forward_s = batch * flops / 3 / (assumed.mfu * sizing.PEAK_FLOPS["H100, H200"])

@@ -154,7 +154,7 @@ def training_step(
 
 
 def take_turns(contending: list[Contender], rounds: int, device: torch.device, turn_s: float) -> dict[str, float]:
-    """Seconds a step of each, the median of the rounds. A turn is so many steps that it takes about `turn_s`."""
+    """Returns the seconds a step of each takes, the median of the rounds. A turn takes about `turn_s`."""
     num_steps = {}
     for each in contending:
         timed(each.step, 2, device)  # compiles, and asks for memory

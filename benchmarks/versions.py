@@ -2,8 +2,9 @@
 
 python -m benchmarks.versions
 
-Each package is imported in this process, one after the other, and an import that fails is told with its reason. What is
-known after the first, which is torch, is printed at once, as a line of its own: imports may take longer than there is.
+Each package is imported in this process, one after the other, and an import that fails is reported with its reason.
+What is known after torch, the first, is printed at once, as a line of its own: the others may take longer than there is
+time for.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ def main() -> dict[str, Any]:
 
 
 def imported(name: str) -> dict[str, Any]:
-    """The version and the seconds that it took, or why it failed."""
+    """Returns a package's version and the seconds that its import took, or why it failed."""
     began_s = time.perf_counter()
     try:
         module = importlib.import_module(name)
@@ -55,7 +56,7 @@ def _device() -> str:
 
 
 def libraries(device: str) -> dict[str, Any]:
-    """Versions of CUDA, NCCL, cuDNN and the driver; nothing without a GPU."""
+    """Returns the versions of CUDA, NCCL, cuDNN and the driver; nothing without a GPU."""
     if device == "cpu":
         return {}
     import torch
@@ -65,22 +66,20 @@ def libraries(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "cudnn": torch.backends.cudnn.version(),
-        "driver": driver(),
+        "driver": _driver(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1),
         "gpus": torch.cuda.device_count(),
     }
 
 
-def driver() -> str | None:
-    """As the driver itself says it."""
+def _driver() -> str | None:
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # no such package, or no such library
+        from pipeline import driver  # whose package of NVIDIA's may be missing here
+    except ImportError:
         return None
+    found = driver.read()
+    return found.version if found else None
 
 
 if __name__ == "__main__":

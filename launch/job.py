@@ -82,7 +82,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         found = _find(checkpoints, settings, world)
         state = found.state if found else State()
         feed = parts.enter_context(contextlib.closing(_feed(settings, world, training, task, state)))
-        parts.enter_context(_told_of_memory(feed.deal.micro_batch_size, world))
+        parts.enter_context(_memory_reported(feed.deal.micro_batch_size, world))
         schedule = Schedule.of(settings, feed.order.steps_per_epoch)
         if finished := world.from_first(_finished(folder, schedule, found) if world.is_first else None):
             return finished if world.is_first else None
@@ -177,8 +177,8 @@ def _feed(settings: Config, world: World, training: ShardSet, task: AnyTask, sta
 
 
 @contextlib.contextmanager
-def _told_of_memory(micro_batch_size: int, world: World) -> Iterator[None]:
-    """A GPU whose memory does not hold the run, in one line with what takes less."""
+def _memory_reported(micro_batch_size: int, world: World) -> Iterator[None]:
+    """Raises ExternalError, with a setting that takes less, where a GPU's memory does not hold the run."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -17,13 +17,13 @@ UNUSED_MEMORY = 0.9
 
 class Driver(NamedTuple):
     version: str
-    """Such as 580.95.05."""
+    """The version, such as 580.95.05."""
     num_gpus: int
-    """Of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+    """The number of GPUs in the machine, whatever CUDA_VISIBLE_DEVICES says."""
 
 
 def read() -> Driver | None:
-    """Returns None on a machine without a driver, and with one that does not work."""
+    """Returns what the driver says; None on a machine without a driver, or with one that does not work."""
     try:
         with _nvml():
             return Driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetCount())
@@ -32,12 +32,15 @@ def read() -> Driver | None:
 
 
 def pci_bus_id(properties: Any) -> str:
-    """The name of a GPU on its node, from torch's properties of it."""
+    """Returns the name of a GPU on its node, from torch's properties of it."""
     return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
 def taken(gpu: str, free: int, total: int) -> str:
-    """Says what is left of a GPU's memory, in bytes, and who has the rest. `gpu`: see `pci_bus_id`."""
+    """Returns a sentence: how much of a GPU's memory is free, and which processes use the rest.
+
+    `gpu` is its `pci_bus_id`; `free` and `total` are in bytes.
+    """
     users = ", ".join(f"pid {pid} ({_name(pid)})" for pid in _other_processes(gpu))
     users = users or "a process that the driver does not name here"
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free: used by {users}"

@@ -3,7 +3,7 @@
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 """Exit codes. The last one: stopped by a signal, saved, to be started again."""
 STOPPING = "stopping after this step"
-"""What a rank answers to a signal, and a batch job waits for."""
+"""A rank answers a signal with these words, and a batch job waits for them."""
 
 
 class InputError(ValueError):

@@ -28,17 +28,17 @@ from pipeline.errors import FAILED, USAGE, ExternalError, InputError
 Value = TypeVar("Value")
 
 CPU_RANKS = 2
-"""Of a machine without GPUs: enough to see what ranks do together."""
+"""The ranks of a machine without GPUs: enough to see what ranks do together."""
 MIN_FREE_MEMORY = 0.1
-"""Part of a GPU's memory that has to be free for anything to be worth trying."""
+"""The part of a GPU's memory below which a run is refused: nothing fits."""
 
 _CPU = torch.device("cpu")
 _HIDDEN = ("", "-1", "NoDevFiles")
-"""What CUDA_VISIBLE_DEVICES is where GPUs are not to be used. The last one is SLURM's."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs. The last one is SLURM's."""
 _UNTIL_ENDED_S = 10.0
 """How long a rank waits for its launcher to end it when another has said why."""
 _BACKEND = "PVT_TEST_BACKEND"
-"""Of tests alone: with "gloo" ranks can share a GPU, which NCCL refuses. DeepSpeed's ZeRO-0 works with it."""
+"""A variable for tests alone: with "gloo" ranks can share a GPU, which NCCL refuses. ZeRO-0 works with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def start(timeout_s: float = 1800.0) -> World:
     try:
         device = _device(place, store)
     except (InputError, ExternalError) as error:
-        _tell_once(error, store)
+        _raise_once(error, store)
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)  # which DeepSpeed takes for the number of the device
     else:
@@ -147,7 +147,7 @@ def start(timeout_s: float = 1800.0) -> World:
 
 
 def default_ranks() -> int:
-    """How many ranks a command starts on this machine unless it is told: one for each GPU, or two on CPUs."""
+    """Returns the ranks that a command starts on this machine by default: one for each GPU, or two on CPUs."""
     return torch.cuda.device_count() or CPU_RANKS
 
 
@@ -160,10 +160,10 @@ def _meet(place: World, timeout: datetime.timedelta) -> Store:
     return store
 
 
-def _tell_once(error: InputError | ExternalError, store: Store) -> NoReturn:
-    """Raise on the first rank of a node that has something to tell. A launcher ends all ranks as soon as one has ended,
-    so the others, which have the same to tell, wait for that."""
-    if store.add(f"told on {os.uname().nodename}", 1) > 1:
+def _raise_once(error: InputError | ExternalError, store: Store) -> NoReturn:
+    """Raises the error on one rank of each node. A launcher ends all ranks as soon as one has ended, so the others,
+    which have the same error, wait for that."""
+    if store.add(f"error on {os.uname().nodename}", 1) > 1:
         time.sleep(_UNTIL_ENDED_S)
         os._exit(USAGE if isinstance(error, InputError) else FAILED)
     raise error
@@ -189,11 +189,11 @@ def _waiting_for_others(place: World) -> Iterator[None]:
 
 
 def _device(place: World, store: Store) -> torch.device:
-    """This rank's. Raises InputError where another rank has it, and ExternalError where it cannot be used."""
+    """Returns this rank's device. Raises InputError where another rank has it, ExternalError where it does not work."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in _HIDDEN:
         return _CPU
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of is told below, in one line
+        warnings.simplefilter("ignore")  # what torch warns of is reported below, in one line
         if not torch.cuda.is_available():
             require_no_gpu()
             return _CPU
@@ -248,13 +248,13 @@ def _require_own(gpu: str, visible: int, place: World, store: Store) -> None:
 
 
 def _require_memory(gpu: str, free: int, total: int) -> None:
-    """Says who else uses a GPU, if somebody does. Raises ExternalError where next to nothing is left of it."""
+    """Warns of other processes that use a GPU. Raises ExternalError where they leave less than MIN_FREE_MEMORY."""
     if free >= driver.UNUSED_MEMORY * total:
         return
-    told = f"GPU {gpu} of {os.uname().nodename}: {driver.taken(gpu, free, total)}"
+    usage = f"GPU {gpu} of {os.uname().nodename}: {driver.taken(gpu, free, total)}"
     if free < MIN_FREE_MEMORY * total:
-        raise ExternalError(f"{told}: end that, or take another GPU with CUDA_VISIBLE_DEVICES")
-    print(f"warning: {told}", file=sys.stderr, flush=True)
+        raise ExternalError(f"{usage}: end that, or take another GPU with CUDA_VISIBLE_DEVICES")
+    print(f"warning: {usage}", file=sys.stderr, flush=True)
 
 
 def keep_freed_memory() -> None:

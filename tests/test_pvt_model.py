@@ -457,7 +457,7 @@ def gradients(model: nn.Module, image: Tensor, scales: Tensor, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("variant", "side"), [("pvt_pico", 64), ("pvt_tiny", 96), ("pvt_tiny", 224)])
-def test_the_quicker_ways_compute_the_same(variant, side):
+def test_optimised_kernels_compute_the_same(variant, side):
     """Logits and gradients of the plain operators in fp32; in bf16 they come as near to those."""
     model = create(variant, img_size=side, num_classes=10).train()
     randomise(model)

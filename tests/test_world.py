@@ -171,9 +171,9 @@ def test_one_of_several_ranks_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
     store = hash_store()
     with pytest.raises(InputError, match="this"):
-        world._tell_once(InputError("this"), store)
+        world._raise_once(InputError("this"), store)
     with pytest.raises(SystemExit, match=str(USAGE)):
-        world._tell_once(InputError("this"), store)
+        world._raise_once(InputError("this"), store)
 
 
 @pytest.mark.parametrize(

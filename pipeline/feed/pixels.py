@@ -104,7 +104,7 @@ def apply(images: Tensor, ops: np.ndarray, args: Tensor, by_op: Tensor, fill: Te
 
 
 def _by_op(ops: np.ndarray) -> np.ndarray:
-    """Of layers [P, n]: the images' positions, sorted by operation, [P, n] int64."""
+    """Returns the positions of images sorted by operation, [P, n] int64, for P layers of operations."""
     return np.argsort(ops, axis=1, kind="stable")
 
 

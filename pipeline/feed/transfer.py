@@ -17,15 +17,15 @@ _ALIGNMENT = 8  # bytes: the widest type's
 
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Tensors of the arrays' types and shapes. On a CPU they share the arrays' memory; on a GPU they are for those who
-    work on the current stream, or have waited for it."""
+    """Returns tensors of the arrays' types and shapes. On a CPU they share the arrays' memory; on a GPU they are ready
+    for the current stream, and for others that have waited for it."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return unpack(arrays, pack(arrays, pin=True).to(device, non_blocking=True))
 
 
 def pack(arrays: Sequence[Array], *, pin: bool) -> Tensor:
-    """The arrays' bytes, end to end, in pinned memory if `pin`."""
+    """Returns the arrays' bytes, end to end, in pinned memory if `pin`."""
     *starts, end = _starts(arrays)
     packed = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
     for array, start in zip(arrays, starts, strict=True):
@@ -34,7 +34,7 @@ def pack(arrays: Sequence[Array], *, pin: bool) -> Tensor:
 
 
 def unpack(like: Sequence[Array], packed: Tensor) -> list[Tensor]:
-    """Views of the bytes that `pack` laid out, as tensors like the arrays."""
+    """Returns views of the bytes that `pack` laid out, as tensors of the types and shapes of the arrays in `like`."""
     return [
         packed[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
         for array, start in zip(like, _starts(like)[:-1], strict=True)
@@ -42,7 +42,7 @@ def unpack(like: Sequence[Array], packed: Tensor) -> list[Tensor]:
 
 
 def _starts(arrays: Sequence[Array]) -> list[int]:
-    """Where each begins, and where all end, in bytes."""
+    """Returns the offset of each array, and the size of all, in bytes."""
     starts = [0]
     for array in arrays:
         starts.append(starts[-1] + array.nbytes + -array.nbytes % _ALIGNMENT)
