@@ -29,6 +29,7 @@ from benchmarks import accept_table, report
 from benchmarks.accept_stages import STAGES, Stage
 from launch import command
 from pipeline import files
+from pipeline.errors import InputError
 
 GRACE_S = 3.0
 """For a process that was interrupted, to end its own."""
@@ -40,6 +41,8 @@ Line = dict[str, Any]
 
 def main() -> dict[str, Any]:
     arguments = _arguments()
+    if arguments.device == "cuda":
+        _require_gpu()
     arguments.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _set_environment(arguments.device)
@@ -149,6 +152,16 @@ def _is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # of the package that it would be in
         return False
+
+
+def _require_gpu() -> None:
+    """Raises InputError on a machine where torch sees no GPU: the stages would take hours on its CPUs."""
+    import torch  # takes seconds to import
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: torch sees no GPU here; --device cpu --quick runs the smallest sizes on the CPU"
+        )
 
 
 def _set_environment(device: str) -> None:

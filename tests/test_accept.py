@@ -89,7 +89,8 @@ from tests.test_accept import HELP, STUCK
 accept.STAGES = (HELP, STUCK)
 accept.command.run(accept.main)
 """
-    process = subprocess.Popen([sys.executable, "-c", script, "--out", tmp_path], cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", script, "--device", "cpu", "--out", tmp_path]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     output, deadline = tmp_path / "logs/stuck.out", time.monotonic() + PATIENCE_S
     while not (output.exists() and output.read_text().endswith("\n")):
         assert process.poll() is None
@@ -172,3 +173,12 @@ def test_rows_stand_in_the_readme_and_what_speaks_for_them_exists(row: accept_ta
     for test in row.tests:
         path, name = test.split("::")
         assert f"def {name}(" in (ROOT / path).read_text()
+
+
+def test_a_machine_without_a_gpu_is_refused_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.accept", "--out", tmp_path / "out"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --device cuda: torch sees no GPU here; --device cpu")
+    assert not (tmp_path / "out").exists()
