@@ -35,7 +35,7 @@ from tests.workers.signalled import PHASES
 
 STEPS = 20
 LIMIT_S = 300
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGINT,SIGTERM")
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGINT,SIGTERM", "SIGKILL")
 MEASURED = ("run", "run_id", "images_per_second", "ettr")
 """What a result holds that no two runs share."""
 

@@ -1,0 +1,1 @@
+"""Commands and the feed against hostile input: generators, a watched process for each trial, and verdicts."""

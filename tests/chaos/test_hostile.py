@@ -1,0 +1,71 @@
+"""A sample of python -m tests.chaos.hostile, and that its verdicts can be reached."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.hostile import __main__ as hostile
+from tests.chaos.hostile import trial
+from tests.chaos.hostile.trial import Case, Ran, Sandbox, Verdict, run
+
+PROGRAMS: dict[Verdict, str] = {
+    "right": "print('{}')",
+    "refused": "import sys; print('error: no', file=sys.stderr); sys.exit(2)",
+    "skipped": """print('{"skipped": [1]}')""",
+    "crashed": "raise ValueError('no')",
+    "hung": "import time; time.sleep(600)",
+    "outside": "open('../beside/letter.txt', 'w').write('x')",
+    "wrong": r"import sys; print('\x1b[2J', file=sys.stderr)",
+}
+"""A command for each verdict."""
+
+
+@pytest.mark.parametrize("verdict", PROGRAMS)
+def test_each_verdict_is_reached(verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox(tmp_path / "sandbox")
+    program = sandbox.work / "program.py"
+    program.write_text(PROGRAMS[verdict])
+    if verdict == "hung":
+        monkeypatch.setattr(trial, "LIMIT_S", 1.0)
+    assert run(Case("program", [(str(program),)]), sandbox).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("program", "verdict"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "crashed"),
+        ("import sys; sys.exit(1)", "crashed"),
+        ("kept = bytearray(6 << 30)\nwhile True: kept[::4096] = bytes(len(kept[::4096]))", "hung"),
+        ("import os; open(os.environ['HOSTILE_MARK'], 'w')", "outside"),
+        ("print('Input should be a number [type=int]', file=__import__('sys').stderr)", "wrong"),
+    ],
+)
+def test_so_is_each_other_way_to_it(program: str, verdict: Verdict, tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path / "sandbox")
+    path = sandbox.work / "program.py"
+    path.write_text(program)
+    assert run(Case("program", [(str(path),)]), sandbox).verdict == verdict
+
+
+def test_a_judge_has_the_last_word(tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path / "sandbox")
+    path = sandbox.work / "program.py"
+    path.write_text(PROGRAMS["right"])
+    judged: list[Ran] = []
+
+    def judge(ran: Sequence[Ran]) -> str:
+        judged.extend(ran)
+        return "other pixels"
+
+    outcome = run(Case("program", [(str(path),)], judge), sandbox)
+    assert outcome.verdict == "wrong"
+    assert "other pixels" in outcome.detail
+    assert [each.result for each in judged] == [{}]
+
+
+def test_hostile_input_does_no_harm() -> None:
+    """One case of each kind; the command makes as many as there is time for."""
+    result = hostile.main(["--cases", "13", "--seed", "3", "--minutes", "60"])
+    assert result["ok"], result
+    assert result["inputs"] > 60
