@@ -11,7 +11,8 @@ ZERO_1_AND_2 = {
 }
 _STAGE_3 = "DeepSpeedZeroOptimizer_Stage3"
 ZERO_3 = {
-    "stream_syncs deepspeed/runtime/zero/partition_parameters.py:NoGatherCoalescedHandle.wait": 1,  # alone, no others
+    # In a world of one DeepSpeed gathers nothing, but waits once for each group of parameters that it prefetches.
+    "stream_syncs deepspeed/runtime/zero/partition_parameters.py:NoGatherCoalescedHandle.wait": 2,
     f"stream_syncs deepspeed/runtime/zero/stage3.py:{_STAGE_3}.independent_gradient_partition_epilogue": 1,
     f"stream_syncs deepspeed/runtime/zero/stage3.py:{_STAGE_3}.get_grad_norm_direct": 2,
     "stream_syncs deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
