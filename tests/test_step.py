@@ -53,8 +53,11 @@ def test_all_contenders_are_of_one_size(model: str) -> None:
     assert sizes[0] == sizes[1] == sizes[2]
 
 
+SMALL = ("--batch", "1", "--precision", "fp32", "--rounds", "1", "--turn", "0.01")
+
+
 def test_the_command_prints_a_line_a_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", "--batch", "1", "--rounds", "1", "--out", tmp_path]
+    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", *SMALL, "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
