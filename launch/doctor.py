@@ -40,8 +40,8 @@ from pipeline.cluster.preflight import Check, check
 from pipeline.cluster.slurm import node_name
 from pipeline.config import Config
 from pipeline.errors import FAILED, ExternalError, InputError
+from pipeline.redact import redact
 from pipeline.shards.parallel import cores
-from pipeline.shards.retry import redact
 
 PACKAGES = {
     "torch": ["torch"],

@@ -13,8 +13,6 @@ one, which goes on where it was or has nothing to do.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -25,9 +23,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch import command
-from pipeline import config
+from pipeline import config, files
 from pipeline.config import Cluster, Config, Handoff
 from pipeline.errors import ExternalError, InputError
+from pipeline.lease import LOCK
 from pipeline.track.card import Card
 from pipeline.track.outbox import Outbox, faults_of, is_given_up
 from pipeline.track.record import MAIN_METRIC, Record, new_uuid
@@ -66,11 +65,7 @@ class Claim(BaseModel):
     def make(self, path: Path) -> "Claim":
         """Write the claim, unless there is one: returns the one that holds."""
         path.parent.mkdir(exist_ok=True)
-        whole = path.with_name(f".{path.name}.{self.uuid}")
-        whole.write_text(self.model_dump_json(indent=1) + "\n")
-        with contextlib.suppress(FileExistsError):
-            os.link(whole, path)  # fails where the name is taken, in one step, also on network file systems
-        whole.unlink()
+        files.claim(path, self.model_dump_json(indent=1).encode() + b"\n")
         return Claim.read(path)
 
     def overrides(self, parent: Config) -> list[str]:
@@ -145,8 +140,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
     _require_end(folder)
     children, refused = [], []
     (folder / "handoff").mkdir(exist_ok=True)
-    with (folder / "handoff" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.locked(folder / "handoff" / ".lock"):
         for entry in settings.handoff:
             claim, why = decide(folder, settings, entry)
             if claim is None:
@@ -282,9 +276,9 @@ def _run(claim: Claim, path: Path, settings: Config, ranks: int) -> dict[str, An
 
 def _wait_for(folder: Path) -> None:
     """Until no job is at work in it: a child may have outlived the command that started it."""
-    if (folder / ".lock").exists():
-        with (folder / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    if (folder / LOCK).exists():
+        with files.locked(folder / LOCK):
+            pass
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A training job from its configuration to its registered model: builds the rooms' parts and joins them."""
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -19,11 +18,14 @@ from launch import command, handoff, rules
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
 from pipeline import files, network
+from pipeline.cluster import slurm
 from pipeline.config import Config, Detection
 from pipeline.errors import REQUEUE, ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
+from pipeline.lease import Lease, hold
+from pipeline.redact import redact
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open import open_training, open_validation
 from pipeline.tasks.build import AnyTask, build_task, start_from
@@ -71,8 +73,8 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         begun = world.from_first(any((folder / "checkpoints").glob("step-*")))
         parent = None if begun else _start_from(settings, world, task, training.classes)
         # Nothing is written before this, and there is little left that can be refused after it.
-        at_work = command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world, claim)))
-        if world.from_first(at_work):
+        lease = command.first_then_all(world, lambda: parts.enter_context(_claimed(folder, world, claim)))
+        if world.from_first(lease is None):
             return {"run": str(folder), "at_work": True} if world.is_first else None
         attempt = world.from_first(uuid.uuid4().hex)
         watched = parts.enter_context(contextlib.ExitStack())
@@ -98,7 +100,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
             found.restore(engine, ema)
             assert state.guard, "every save notes the guard"
             guard.load(state.guard)
-        saver = Saver(checkpoints, _retention(settings, schedule, task), engine, ema, world)
+        saver = Saver(checkpoints, _retention(settings, schedule, task), engine, ema, world, lease)
         saver.newest = found.folder if found else None
         parts.callback(saver.close)
         if settings.tracking.system_metrics and world.local_rank == 0:
@@ -107,7 +109,7 @@ def run_job(settings: Config, world: World, claim: Claim | None = None) -> dict[
         publisher = parts.enter_context(_published(settings, world, training, validation, task, claim, parent))
         if publisher:
             state.run_id = publisher.record.uuid
-            files.write(folder / "deepspeed.json", json.dumps(engine.deepspeed_config, indent=1).encode())
+            files.write(folder / "deepspeed.json", json.dumps(redact(engine.deepspeed_config), indent=1).encode())
             _say_start(settings, world, feed, schedule, state, engine.stage)
         trainer = Trainer(
             config=settings,
@@ -340,29 +342,30 @@ def _finished(folder: Path, schedule: Schedule, found: Checkpoint | None) -> dic
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, world: World, claim: Claim | None) -> Iterator[bool]:
-    """The run's folder, locked by rank 0, so that no other job works in it. True where this very hand-off is at work in
-    it already. Raises InputError where another job is, and for a hand-off whose folder is another run's."""
+def _claimed(folder: Path, world: World, claim: Claim | None) -> Iterator[Lease | None]:
+    """The run's folder, held by rank 0, so that no other job works in it; on the others None. None on rank 0 where this
+    very hand-off is at work in it already. Raises InputError where another job is, and for a hand-off whose folder is
+    another run's."""
     if not world.is_first:
-        yield False
+        yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
     begun = (folder / RECORD).exists()
     same = begun and claim is not None and Record.read(folder).uuid == claim.uuid
-    with (folder / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lease = held.enter_context(hold(folder, slurm.has_ended))
         except BlockingIOError:
             if same:
                 print(f"{folder}: this hand-off is at work already", file=sys.stderr, flush=True)
-                yield True
+                yield None
                 return
             raise InputError(
                 f"{folder}: another job is at work in it; wait for it or give this one a run.name"
             ) from None
         if claim and begun and not same:
             raise InputError(f"{folder}: is another run's: give the hand-off a run.name of its own")
-        yield False
+        yield lease
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ python launch/registry.py relocate                          repair the paths of 
 URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME.
 """
 
-import fcntl
+import contextlib
 import sys
 from argparse import ArgumentParser, Namespace
 from datetime import UTC, datetime
@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from launch import command
 from launch.command import Subcommand
+from pipeline import lease
 from pipeline.errors import InputError
+from pipeline.redact import printable
 
 if TYPE_CHECKING:  # MLflow takes a second to import, which --help and wrong usage do without
     from pipeline.track.registry import MlflowClient, ModelVersion
@@ -73,7 +75,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         told = [_told(scores), *(f"@{alias}" for alias in row["aliases"])]
         about = f"{row['model'] or '':10}  {row['step'] or '':>9}  {row['created']}"
         lines.append(f"{row['uri']:{wide}}  {about}  {'  '.join(filter(None, told))}".rstrip())
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _told(metrics: dict[str, float | None]) -> str:
@@ -93,7 +95,8 @@ def _show(arguments: Namespace) -> dict[str, Any]:
         "run id": version.run_id or "none",
         **result["tags"],
     }
-    print("\n".join([result["uri"], *(f"  {name:38}{value}" for name, value in rows.items())]), file=sys.stderr)
+    lines = [result["uri"], *(f"  {name:38}{value}" for name, value in rows.items())]
+    print("\n".join(map(printable, lines)), file=sys.stderr)
     return result
 
 
@@ -277,9 +280,9 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
 
     folder: Path = arguments.run
     record = Record.read(folder)
-    with (folder / ".lock").open("w") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(lease.hold(folder))
         except BlockingIOError:
             raise InputError(f"{folder}: its job is at work and sends everything by itself; wait for its end") from None
         if record.status == "RUNNING":  # and yet nobody is at work: the job was killed

@@ -21,13 +21,14 @@ from launch import command
 from launch.command import Subcommand
 from pipeline import config
 from pipeline.errors import InputError
+from pipeline.redact import redact
 from pipeline.shards import ade20k, coco
 from pipeline.shards.adopt import index
 from pipeline.shards.faults import Fault, first_few, read_skipped
 from pipeline.shards.index import Manifest, read_manifest
+from pipeline.shards.origin import split_query
 from pipeline.shards.pack import pack
 from pipeline.shards.parallel import cores
-from pipeline.shards.retry import redact
 from pipeline.shards.sources import Listing
 from pipeline.shards.verify import verify
 
@@ -146,7 +147,7 @@ def _show_arguments(parser: ArgumentParser) -> None:
 def _show(arguments: Namespace) -> dict[str, Any]:
     from pipeline.shards.show import show, table  # matplotlib takes a second to import
 
-    sheet = arguments.out or Path(f"{Path(redact(arguments.root)).absolute().name}-sheet.png")
+    sheet = arguments.out or Path(f"{Path(split_query(arguments.root)[0]).absolute().name}-sheet.png")
     summary = show(arguments.root, sheet, arguments.seed)
     print(table(summary), file=sys.stderr)
     return summary

@@ -11,7 +11,6 @@ With the run go its hand-offs, each a job that waits for the run's end. A sweep 
 
 import argparse
 import contextlib
-import fcntl
 import itertools
 import json
 import sys
@@ -27,6 +26,7 @@ from pipeline.cluster.script import quoted
 from pipeline.cluster.supervise import LOG, SLURM, STOP
 from pipeline.config import Config
 from pipeline.errors import ExternalError, InputError
+from pipeline.redact import redact
 from pipeline.track.record import new_uuid
 from pipeline.track.revision import snapshot
 
@@ -149,7 +149,7 @@ def _render(settings: Config, log: Path | str, code: Path, words: str, array: in
 
 def _show(jobs: list[Job]) -> dict[str, Any]:
     for job in jobs:
-        print(job.script)
+        print(redact(job.script))
     try:
         for job in jobs:
             _require_possible(job)
@@ -175,16 +175,16 @@ def _require_possible(job: Job) -> None:
 def _held(folder: Path) -> Iterator[None]:
     """The run's folder, for as long as it takes to submit. Raises InputError where the run has a job already, or the
     folder cannot be written."""
-    try:
-        (folder / SLURM).mkdir(parents=True, exist_ok=True)
-        lock = (folder / SLURM / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}: set run.root to a folder that can") from error
-    with lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / SLURM).mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.locked(folder / SLURM / ".lock", wait=False))
         except BlockingIOError:
             raise InputError(f"{folder}: is being submitted by somebody else") from None
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be written: {error.strerror}: set run.root to a folder that can"
+            ) from error
         job = _jobs(folder).get("job")
         if job and slurm.states(job):
             raise InputError(
@@ -199,10 +199,10 @@ def _submit(job: Job, children: list[Job], sweep: list[tuple[Config, dict[str, A
     """Write what the jobs need, and put them into the queue."""
     parent = {"uuid": new_uuid(), "name": job.settings.run.name}
     for number, (each, chosen) in enumerate(sweep):
-        files.write(job.folder / SLURM / f"task-{number}.yaml", config.dump(each).encode())
+        files.write(job.folder / SLURM / f"task-{number}.yaml", config.dump(each).encode(), private=True)
         (each.run.folder / SLURM).mkdir(parents=True, exist_ok=True)
         _write(each.run.folder / SLURM / "sweep.json", {**parent, "set": chosen})
-    files.write(job.folder / SLURM / "config.yaml", config.dump(job.settings).encode())
+    files.write(job.folder / SLURM / "config.yaml", config.dump(job.settings).encode(), private=True)
     submitted = _put(job)
     document: dict[str, Any] = {"job": submitted, "handoffs": {}, "sweep": [str(each.run.folder) for each, _ in sweep]}
     for number, (each, _) in enumerate(sweep):
@@ -223,12 +223,12 @@ def _submit(job: Job, children: list[Job], sweep: list[tuple[Config, dict[str, A
 
 
 def _put(job: Job, dependency: str | None = None) -> str:
-    files.write(job.folder / SLURM / "job.sbatch", job.script.encode())
+    files.write(job.folder / SLURM / "job.sbatch", job.script.encode(), private=True)
     return slurm.submit(job.script, dependency=dependency)
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    files.write(path, json.dumps(document, indent=1).encode() + b"\n")
+    files.write(path, json.dumps(redact(document), indent=1).encode() + b"\n")
 
 
 def _jobs(folder: Path) -> dict[str, Any]:

@@ -1,18 +1,33 @@
-"""Writing files so that they are whole under their name or absent, even after a power cut; folders of one user."""
+"""Writing files so that they are whole under their name or absent, even after a power cut; folders of one user; and
+what file systems do not all have: locks and hard links."""
 
 import contextlib
+import errno
+import fcntl
+import functools
 import os
+import shutil
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import InputError
 
+_MISSING = (errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, *_MISSING)
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, *_MISSING)
 
-def write(path: Path, data: bytes | memoryview) -> None:
-    """Write under another name, sync, rename, and sync the folder. The mode is what the umask allows."""
+
+def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
+    """Write under another name, sync, rename, and sync the folder. The mode is what the umask allows; of a `private`
+    file, which may hold a secret, 0600."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    if private:  # made anew: an older one may be open to others
+        partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+    with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -27,6 +42,86 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, mode: int = 0o666) -> Iterator[int]:
+    """A descriptor of a file, made when missing, that no other thread or process locks meanwhile.
+
+    Raises BlockingIOError where another one does and this is not to `wait`, and InputError on a file system without
+    locks.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)  # NFS locks only what may be written
+        try:
+            _flock(descriptor, path, wait=wait)
+            if is_at(descriptor, path):  # else whoever had the lock has renamed or removed the file
+                yield descriptor
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would leave it to children that were forked meanwhile
+            os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path, *, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise InputError(
+            f"{path}: its file system has no locks ({error.strerror}): mount it with them (Lustre: -o flock; NFS: with "
+            "its lock manager), or choose a folder on another one"
+        ) from error
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system permits none, which is told once for a folder of such folders."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _say_copied(target.parent.parent, error.strerror)
+        shutil.copyfile(source, target)
+
+
+@functools.cache
+def _say_copied(folder: Path, why: str) -> None:
+    remedy = "choose a folder on a file system with hard links to save the room"
+    print(f"warning: {folder}: hard links are refused ({why}), so files are copied: {remedy}", file=sys.stderr)
+
+
+def claim(path: Path, data: bytes) -> None:
+    """Write a file unless there is one. Of several who do at once, in any processes, one succeeds; the file is whole as
+    soon as it has its name."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        whole = Path(scratch, "claim", "whole")
+        whole.parent.mkdir()
+        write(whole, data, private=True)
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Of folders, too, one gets the name in one step, unless it is taken by one that holds something.
+            first = path.with_name(f".{path.name}.first")
+            with contextlib.suppress(OSError):
+                whole.parent.rename(first)
+            copy = Path(scratch, "copy")
+            write(copy, (first / "whole").read_bytes(), private=True)
+            copy.rename(path)
 
 
 def private_folder(name: str) -> Path:

@@ -37,7 +37,6 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.track import mirror, registry, runs, system
 from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.masking import mask_secrets
 from pipeline.track.mirror import Mirror
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import SWEEP, DataInput, Record, Status, Sweep
@@ -395,28 +394,6 @@ def test_a_broken_line_is_said_and_left_out(folder: Path, capfd: pytest.CaptureF
     assert "metrics.jsonl: line 4 is no JSON" in capfd.readouterr().err
     points = stored(client_of(folder), the_run(folder).info.run_id)
     assert [step for step, _, _ in points["train/loss"]] == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ({"optim": {"lr": 0.1}, "mask_token_count": None}, {"optim": {"lr": 0.1}, "mask_token_count": None}),
-        ({"comet": {"api_key": "K"}}, {"comet": {"api_key": "***"}}),
-        ({"HF_TOKEN": "K", "num_tokens": 5, "apiKey": "K"}, {"HF_TOKEN": "***", "num_tokens": 5, "apiKey": "***"}),
-        ({"credentials": {"user": "me"}, "key": "k"}, {"credentials": "***", "key": "k"}),
-        ([{"aws_secret_access_key": "K"}], [{"aws_secret_access_key": "***"}]),
-        ("s3://bucket/data", "s3://bucket/data"),
-        ("https://me:pa@ss@host:80/a?b=c&d#e", "https://***@host:80/a?***"),
-        ("https://host?sig=x and http://u@h/", "https://host?*** and http://***@h/"),
-        ("engine.deepspeed.comet.api_key=K L", "engine.deepspeed.comet.api_key=***"),
-        ("engine.deepspeed={comet: {api_key: K, team: t}}", "engine.deepspeed={comet: {api_key: ***"),
-        ("optim.lr=1e-3", "optim.lr=1e-3"),
-        ("models:/pvt@champion", "models:/pvt@champion"),
-        ("postgresql+psycopg2://u:p@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
-    ],
-)
-def test_redact(value: Any, expected: Any) -> None:
-    assert mask_secrets(value) == expected
 
 
 def test_secrets_reach_neither_database_nor_artifacts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

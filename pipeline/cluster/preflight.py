@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import psutil
 
-from pipeline import driver
+from pipeline import driver, files, lease
+from pipeline.cluster import slurm
 from pipeline.config import Config, Data, Run
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.ade20k import is_ade20k
@@ -127,8 +128,16 @@ def disk(folder: str | Path) -> str:
 
 @check("disk")
 def run_disk(run: Run) -> str:
-    """The folder of all runs, with room for the checkpoints of this one."""
-    return usable(run.root, NUM_CHECKPOINTS * _checkpoint_bytes(run.folder) or RUN_BYTES)
+    """The folder of all runs, with locks and room for the checkpoints of this one, in which no other job is at work as
+    far as this node sees."""
+    told = usable(run.root, NUM_CHECKPOINTS * _checkpoint_bytes(run.folder) or RUN_BYTES)
+    with tempfile.NamedTemporaryFile(dir=run.root, prefix=".preflight-") as probe, files.locked(Path(probe.name)):
+        pass
+    try:
+        lease.stale(run.folder, slurm.has_ended)
+    except BlockingIOError as error:
+        raise ExternalError(f"{error}: wait for it, or give this run a run.name") from error
+    return told
 
 
 def _checkpoint_bytes(run: Path) -> int:

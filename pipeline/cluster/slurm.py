@@ -1,5 +1,6 @@
 """What is asked of SLURM, by way of its own commands."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -62,6 +63,16 @@ def states(job: str) -> dict[str, str]:
             return {}
         raise
     return dict(line.split() for line in lines)
+
+
+def has_ended(job: str) -> bool:
+    """Whether a job, CLUSTER/ID, is known to have left this cluster's queue."""
+    cluster, _, number = job.rpartition("/")
+    if cluster != os.environ.get("SLURM_CLUSTER_NAME", ""):
+        return False
+    with contextlib.suppress(InputError, ExternalError):
+        return not states(number)
+    return False
 
 
 @dataclass(frozen=True)

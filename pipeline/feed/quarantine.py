@@ -4,13 +4,13 @@ A sample is identified by the data set's digest, its shard's number and its row.
 report, and count towards data.max_bad_fraction; what is fed never depends on them.
 """
 
-import fcntl
 import json
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+from pipeline import files
 from pipeline.errors import ExternalError
 from pipeline.shards.index import ShardSet
 
@@ -63,13 +63,11 @@ class Quarantine:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            # Other ranks write here too. What they have found counts towards the limit.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # Other ranks write here too. What they have found counts towards the limit.
+        with files.locked(self._path), self._path.open("a") as file:
             others = {(found["shard"], found["row"]): found for found in self._lines()}
             if (line["shard"], line["row"]) not in others:
                 file.write(json.dumps(line) + "\n")
-                file.flush()
             self._found |= others
 
     def _lines(self) -> list[dict[str, Any]]:

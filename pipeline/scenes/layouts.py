@@ -10,7 +10,6 @@ DIR/crops/SPLIT/NAME/scene_00000001_2.jpg          each digit with what is aroun
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline import files
 from pipeline.scenes import photographs
 from pipeline.scenes.compose import ALL_DIGITS, NAMES, SCENE_PX, Instance, Scene, compose
 from pipeline.scenes.outline import box, polygons, rle
@@ -56,7 +56,7 @@ def write(
             scene, name = compose(seed, split, number, side_px, digits), f"scene_{number:08d}"
             Image.fromarray(scene.image).save(images / f"{name}.jpg", quality=JPEG_QUALITY)
             Image.fromarray(scene.classes).save(maps / f"{name}.png")
-            _link(images / f"{name}.jpg", copies / f"{name}.jpg")
+            files.link(images / f"{name}.jpg", copies / f"{name}.jpg")
             _crop(scene, out / "crops" / split, name)
             seen.add(split, scene)
             _describe(tables[split], number, f"{name}.jpg", scene)
@@ -138,11 +138,3 @@ def _crop(scene: Scene, folder: Path, name: str) -> None:
         path = folder / NAMES[instance.digit] / f"{name}_{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(cut).save(path, quality=JPEG_QUALITY)
-
-
-def _link(path: Path, copy: Path) -> None:
-    """One file under two names, or twice where the file system has no such links."""
-    try:
-        os.link(path, copy)
-    except OSError:
-        copy.write_bytes(path.read_bytes())

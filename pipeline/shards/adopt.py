@@ -24,13 +24,13 @@ from braceexpand import braceexpand
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.redact import redact
 from pipeline.shards import images
 from pipeline.shards.faults import SHOWN, Fault, first_few, write_skipped
 from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, TARS_QUERY, Manifest, Shard
 from pipeline.shards.labels import check_first, is_number, numbered
 from pipeline.shards.origin import below_root, is_http, split_query
 from pipeline.shards.parallel import advance, each
-from pipeline.shards.retry import redact
 from pipeline.shards.scan import Scan, samples, scan
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError

@@ -10,7 +10,6 @@ the truth: a process may die at any instant, the kernel frees its locks, and wha
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -53,7 +52,7 @@ class Cache:
         self._said: set[str] = set()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(self._ledger):
+            with files.locked(self._ledger, mode=0o600):
                 pass
         except OSError as error:
             raise InputError(
@@ -128,7 +127,7 @@ class Cache:
     def _fetch(self, sha256: str, num_bytes: int, download: Callable[[int], None]) -> bool:
         path = self.path(sha256)
         partial = path.with_name(path.name + PARTIAL)
-        with _locked(partial) as descriptor:
+        with files.locked(partial, mode=0o600) as descriptor:
             renamed = False
             try:
                 with contextlib.suppress(FileNotFoundError):  # else another process has been faster
@@ -140,7 +139,7 @@ class Cache:
                     return False
                 download(descriptor)
                 os.utime(descriptor)
-                with _locked(self._ledger):  # nobody may be counting
+                with files.locked(self._ledger, mode=0o600):  # nobody may be counting
                     partial.rename(path)
                 renamed = True
                 return True
@@ -153,12 +152,12 @@ class Cache:
         """Remove the file; with a descriptor only if that is the file, and not one that has replaced it since."""
         path = self.path(sha256)
         self._used_at.pop(sha256, None)
-        if descriptor is None or _is_at(descriptor, path):
+        if descriptor is None or files.is_at(descriptor, path):
             path.unlink(missing_ok=True)
 
     def _reserve(self, descriptor: int, num_bytes: int) -> bool:
         """Give an empty partial file its full size, if that fits into the budget after evicting what is idle."""
-        with _locked(self._ledger) as ledger:
+        with files.locked(self._ledger, mode=0o600) as ledger:
             text = os.pread(ledger, _LEDGER_DIGITS, 0)
             taken = int(text) if text.isdigit() else None
             if taken is None or taken + num_bytes > self.budget_bytes:
@@ -221,38 +220,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                     yield entry.name, entry.stat(follow_symlinks=False)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """A descriptor of a file, created if need be, that no other thread or process can lock meanwhile."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, path):  # whoever had the lock has renamed or removed the file
-                continue
-            yield descriptor
-            return
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would leave it to children that were forked meanwhile
-            os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _remove_dead(partial: Path) -> bool:
     """Remove a partial file if nobody is writing it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, partial):
-                partial.unlink()
-            return True
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(OSError), files.locked(partial, wait=False, mode=0o600):
+        partial.unlink()
+        return True
     return False

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import files
+from pipeline.redact import printable
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 10
@@ -22,7 +23,7 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         # repr, because a name in a foreign tar may hold anything.
-        return f"{self.shard}: {self.reason}" if self.key is None else f"{self.shard}: {self.key!r}: {self.reason}"
+        return printable(f"{self.shard}: {'' if self.key is None else f'{self.key!r}: '}{self.reason}")
 
 
 class BadSource(NamedTuple):
@@ -33,7 +34,7 @@ class BadSource(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return printable(f"{self.path}: {self.reason}")
 
 
 def first_few(faults: Sequence[Fault | BadSource]) -> str:

@@ -4,12 +4,12 @@ ROOT/annotations/SPLIT                   ade20k ┐
 ROOT/annotations/instances_SPLIT.json    coco   ┴──find, pack: once──▶ CACHE/LAYOUT-DIGEST, a packed data set
 """
 
-import fcntl
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards import ade20k, coco
@@ -52,8 +52,7 @@ def packed(path: str | Path, cache: Path | None = None) -> Path:
         raise InputError(f"{path}: neither label maps in ROOT/annotations/SPLIT nor {coco.EXPECTED}")
     digest = fingerprint([FORMAT, layout.digest(path)])[:16]
     out = Cache.default(cache, budget_bytes=0).folder / f"{layout.name}-{digest}"
-    with out.with_name(f"{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.locked(out.with_name(f"{out.name}.lock")):
         if not (out / MANIFEST).exists():
             print(f"{path}: packing it into {out}, once", file=sys.stderr)
             pack(layout.find(path), out, workers=cores())

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, cast
 import fsspec.core
 
 from pipeline.errors import InputError
+from pipeline.redact import redact, split_url
 from pipeline.shards.descriptors import Descriptors
-from pipeline.shards.retry import Retry, StoreError, WrongBytes, redact
+from pipeline.shards.retry import Retry, StoreError, WrongBytes
 from pipeline.shards.tree import files_below, is_system, report_ignored
 
 BLOCK_BYTES = 8 << 20
@@ -97,17 +98,19 @@ class Folder:
 
 
 class Remote:
-    """Files below a URL. Endpoints and credentials come from the environment, as each protocol's library reads them.
+    """Files below a URL. Endpoints and credentials come from the environment, as each protocol's library reads them,
+    and so does the query of URL?$NAME.
 
-    Raises InputError for a protocol that is unknown or whose package is missing.
+    Raises InputError for a protocol that is unknown or whose package is missing, and for a variable without a value.
     """
 
     def __init__(self, root: str, retry: Retry, timeout_s: float):
-        self.root = redact(root)
         self._retry = retry
         self._timeout_s = timeout_s
         self._is_http = is_http(root)
-        root, self._query = split_query(root)
+        root, query = split_query(root)
+        self._query = _from_environment(query)
+        self.root = _without_user(root)
         if self._is_http:
             from yarl import URL
 
@@ -250,6 +253,25 @@ def split_query(url: str) -> tuple[str, str]:
     """The address, and the query of an http URL from its question mark on: what signs it."""
     address, mark, query = url.partition("#")[0].partition("?") if is_http(url) else (url, "", "")
     return address, mark + query
+
+
+def _from_environment(query: str) -> str:
+    """The query, which may be that of a variable: ?$NAME, so that no file has to hold a signature."""
+    match = re.fullmatch(r"\?\$(\w+|\{\w+\})", query)
+    if not match:
+        return query
+    name = match[1].strip("{}")
+    if not (value := os.environ.get(name)):
+        raise InputError(f"a URL ends with ?${name}, but {name} has no value here: export {name}=QUERY")
+    return f"?{value.removeprefix('?')}"
+
+
+def _without_user(url: str) -> str:
+    scheme, mark, rest = url.partition("://")
+    user, *place = split_url(rest)
+    if "/" in user:
+        raise InputError(f"{redact(url)}: in a URL write %2F for a / of a password, and %40 for an @ of a path")
+    return "".join([scheme, mark, *place])
 
 
 def below_root(name: str) -> str:

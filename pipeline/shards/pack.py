@@ -17,7 +17,6 @@ then all is kept in .OUT.partial beside it, where the same command finds its fin
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -185,11 +184,8 @@ def _partial(out: Path, name: str) -> Iterator[Path]:
 def _locked(path: Path, out: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
-            lock = stack.enter_context(path.open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):  # its holder has just removed it
-                raise BlockingIOError
-        except (BlockingIOError, FileNotFoundError):
+            stack.enter_context(files.locked(path, wait=False))
+        except (BlockingIOError, FileNotFoundError):  # its holder has just removed the folder
             raise InputError(f"{out}: somebody else is packing into it; wait for it or give another --out") from None
         yield
 

@@ -4,7 +4,6 @@ import errno
 import itertools
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.errors import ExternalError
+from pipeline.redact import redact
 
 T = TypeVar("T")
 
@@ -56,12 +56,6 @@ class Retry:
             print(f"warning: {url}: {cause}; {more}", file=sys.stderr, flush=True)
             time.sleep(wait_s)
         raise AssertionError("unreachable")
-
-
-def redact(text: str) -> str:
-    """`text` without the user names, passwords and query strings (signatures, tokens) of URLs in it."""
-    text = re.sub(r"://[^/\s]*@", "://", text)
-    return re.sub(r"(https?://[^\s?]*)\?\S*|\?\S*=\S*", r"\1", text)
 
 
 def _is_final(error: Exception) -> bool:

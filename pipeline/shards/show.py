@@ -19,11 +19,12 @@ from PIL import Image
 from pipeline import keys
 from pipeline.boxes import draw_boxes
 from pipeline.palette import colourise
+from pipeline.redact import printable, redact
 from pipeline.shards import images, objects
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.objects import Annotated, BadObjectsError
-from pipeline.shards.retry import redact
+from pipeline.shards.origin import split_query
 from pipeline.shards.store import Cache
 from pipeline.sheet import Sheet
 
@@ -47,7 +48,7 @@ def show(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
         summary = _summary(shards, seed)
         draw = {None: _draw_sheet, "semantic": _draw_maps, "objects": _draw_objects}[shards.annotations]
-        picture = draw(shards, Path(redact(str(root))).absolute().name, seed, shards.attribution)
+        picture = draw(shards, Path(split_query(str(root))[0]).absolute().name, seed, shards.attribution)
         shards.close()
     picture.save(sheet)
     return {"data": redact(str(root)), **summary, "sheet": str(sheet)}
@@ -216,7 +217,8 @@ _BALANCE_LINES = {None: _sample_lines, "semantic": _pixel_lines, "objects": _obj
 
 def _class_lines(title: str, classes: dict[str, Any], form: str) -> list[str]:
     return [
-        f"  {title if row == 0 else '':10}{size:9{form}}  {name}" for row, (name, size) in enumerate(classes.items())
+        f"  {title if row == 0 else '':10}{size:9{form}}  {printable(name)}"
+        for row, (name, size) in enumerate(classes.items())
     ]
 
 

@@ -10,13 +10,13 @@ be removed whenever no job is starting.
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.package import Fault, faults, is_leftover
@@ -49,7 +49,7 @@ def obtain(
         return copy
     with _explained(folder):
         _make(folder)
-        with _locked(folder / f"{copy.name}.lock"):
+        with files.locked(folder / f"{copy.name}.lock", mode=0o644):
             if copy.is_dir():
                 if not faults(registered, copy):  # another process has been faster
                     return copy
@@ -97,16 +97,6 @@ def _make(folder: Path) -> None:
 
 def _open_to_group(path: Path) -> None:
     path.chmod(path.stat().st_mode | (0o050 if path.is_dir() else 0o040))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)  # NFS locks only what may be written
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.shards.retry import redact
+from pipeline.redact import redact
 from pipeline.track import package, registry, server
 from pipeline.track.card import WEIGHTS, Card
 from pipeline.track.revision import code_revision

@@ -13,7 +13,6 @@ UUID, a point that equals a stored one in key, step, time and value is dropped b
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -40,9 +39,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import config, files
 from pipeline.errors import InputError
+from pipeline.redact import redact, redact_urls
 from pipeline.track import server
 from pipeline.track.card import Card
-from pipeline.track.masking import mask_secrets, mask_urls
 from pipeline.track.outbox import Outbox
 from pipeline.track.record import MAIN_METRIC, PARENT, DataInput, Record, Status
 
@@ -139,8 +138,7 @@ class Mirror:
 
         Raises Unreachable for trouble with the server or its stores; every pass goes on where the last one ended.
         """
-        with (self.folder / f".{NOTE}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(self.folder / f".{NOTE}.lock"):
             self._record, self._sent = Record.read(self.folder), self._noted()
             # Before connecting: they would pile up while the server is away.
             self._outbox.trim(self._settings.tracking.keep_versions, self._record.tags[MAIN_METRIC])
@@ -159,7 +157,7 @@ class Mirror:
                 raise
 
     def _noted(self) -> Sent:
-        uri = mask_secrets(self.uri)
+        uri = redact(self.uri)
         try:
             sent = Sent.model_validate_json((self.folder / NOTE).read_bytes())
         except (FileNotFoundError, ValidationError):
@@ -170,7 +168,7 @@ class Mirror:
         files.write(self.folder / NOTE, self._sent.model_dump_json(indent=1).encode() + b"\n")
 
     def _reaching(self) -> contextlib.AbstractContextManager[None]:
-        return server.reaching(f"tracking server {mask_secrets(self.uri)}")
+        return server.reaching(f"tracking server {redact(self.uri)}")
 
     def _connected(self) -> MlflowClient:
         """A client for which the run exists. Looks the run up again after trouble: the server may be another one."""
@@ -182,10 +180,10 @@ class Mirror:
                 self._experiment = server.find_experiment(client, self._settings.tracking.experiment)
                 run_id = self._find_run(client, self._record.uuid, self._record.name)
         except InputError as error:
-            raise server.Unreachable(mask_secrets(str(error))) from error
+            raise server.Unreachable(redact(str(error))) from error
         if self._sent.run_id != run_id:
             self._reopen_lost(client)
-            self._sent = Sent(uri=mask_secrets(self.uri), run_id=run_id)
+            self._sent = Sent(uri=redact(self.uri), run_id=run_id)
             self._note()
         self._client = client
         return client
@@ -217,7 +215,7 @@ class Mirror:
 
     def _send_facts(self, client: MlflowClient) -> None:
         record, run_id = self._record, self._run_id
-        tags = mask_secrets({"seed": str(self._settings.run.seed), **record.tags})
+        tags = redact({"seed": str(self._settings.run.seed), **record.tags})
         inputs = [_dataset_input(data) for data in record.inputs]
         facts = config.fingerprint([tags, [source.model_dump() for source in record.inputs]])
         if facts == self._sent.facts:
@@ -226,7 +224,7 @@ class Mirror:
             if self._sent.facts is None:
                 # Only those that are missing: MLflow refuses a parameter whose value a restart has changed.
                 known = client.get_run(run_id).data.params
-                flat = _flatten(mask_secrets(self._settings.model_dump(mode="json")))
+                flat = _flatten(redact(self._settings.model_dump(mode="json")))
                 params = [Param(key, _cut(value, MAX_PARAM_VAL_LENGTH)) for key, value in flat if key not in known]
                 for batch in _batches(params, MAX_PARAMS_TAGS_PER_BATCH):
                     client.log_batch(run_id, params=batch)
@@ -244,12 +242,10 @@ class Mirror:
             return
         # No server can be asked to create a run unless there is one, so whichever of the runs comes first holds the
         # others up. They share the folder of all runs.
-        with (self.folder.parent / f".sweep-{sweep.uuid}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._reaching():
-                parent = self._find_run(client, sweep.uuid, sweep.name)
-                client.set_terminated(parent, "FINISHED")
-                client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, parent)
+        with files.locked(self.folder.parent / f".sweep-{sweep.uuid}.lock"), self._reaching():
+            parent = self._find_run(client, sweep.uuid, sweep.name)
+            client.set_terminated(parent, "FINISHED")
+            client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, parent)
         self._sent.sweep = sweep.uuid
         self._note()
 
@@ -422,16 +418,16 @@ class Mirror:
 def _redacted_file(path: Path) -> bytes:
     content = path.read_bytes()
     if path.name == CONFIG:
-        return yaml.safe_dump(mask_secrets(yaml.safe_load(content)), sort_keys=False).encode()
+        return yaml.safe_dump(redact(yaml.safe_load(content)), sort_keys=False).encode()
     if path.name in TREES:
-        return json.dumps(mask_secrets(json.loads(content)), indent=2).encode() + b"\n"
+        return json.dumps(redact(json.loads(content)), indent=2).encode() + b"\n"
     if path.suffix == ".png":
         return content
-    return mask_urls(content.decode("latin-1")).encode("latin-1")  # which keeps any bytes as they are
+    return redact_urls(content.decode("latin-1")).encode("latin-1")  # which keeps any bytes as they are
 
 
 def _dataset_input(data: DataInput) -> DatasetInput:
-    path = mask_secrets(data.path)
+    path = redact(data.path)
     scheme = urllib.parse.urlsplit(path).scheme
     kind = "http" if scheme == "https" else scheme or "local"
     dataset = Dataset(

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ class Outbox:
         shutil.rmtree(entry, ignore_errors=True)
         entry.mkdir(parents=True)
         for name, path in weights.items():
-            _link(path, entry / name)
+            files.link(path, entry / name)
         card.write(entry)
         return entry
 
@@ -85,7 +84,7 @@ class Outbox:
         whole = found.keys() >= set(wanted.values())
         for name, digest in wanted.items() if whole else ():
             (entry / name).unlink(missing_ok=True)
-            _link(found[digest], entry / name)
+            files.link(found[digest], entry / name)
         (entry / REGISTERED).unlink(missing_ok=True)
         return whole
 
@@ -134,10 +133,3 @@ def faults_of(entry: Path) -> list[str]:
     """Why an entry is no best and is handed off to nobody."""
     unknown = [f"{name} is not finite" for name, value in Card.read(entry).metrics.items() if value is None]
     return ["its weights were rolled back", *unknown] if is_given_up(entry) else unknown
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

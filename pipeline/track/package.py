@@ -10,8 +10,6 @@ An MLflow model from code: nothing in it is a pickle. Its code is covered by the
 import hashlib
 import importlib.metadata
 import io
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +20,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
 from PIL import Image
 
-from pipeline import config
+from pipeline import config, files
 from pipeline.errors import InputError
 from pipeline.track.card import CARD, Card
 
@@ -93,7 +91,7 @@ def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
         )
     for name in names:
         (folder / ARTIFACTS / name).unlink()
-        _link(entry / name, folder / ARTIFACTS / name)
+        files.link(entry / name, folder / ARTIFACTS / name)
     model.model_size_bytes = size(folder)
     model.save(folder / _MLMODEL)
 
@@ -142,13 +140,6 @@ def example(image_size: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (image_size, image_size), (128, 128, 128)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _signature(task: config.Task) -> ModelSignature:

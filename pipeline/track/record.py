@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import files
 from pipeline.errors import InputError
+from pipeline.redact import redact
 
 RECORD, SWEEP = "run.json", "slurm/sweep.json"
 MAIN_METRIC, PARENT = "main_metric", "parent.version"
@@ -120,7 +121,8 @@ class Record(BaseModel):
         self.write(folder)
 
     def write(self, folder: Path) -> None:
-        files.write(folder / RECORD, self.model_dump_json(indent=1).encode() + b"\n")
+        text = json.dumps(redact(self.model_dump(mode="json")), indent=1)
+        files.write(folder / RECORD, text.encode() + b"\n")
 
 
 def new_uuid() -> str:

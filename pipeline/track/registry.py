@@ -33,7 +33,7 @@ from pydantic import ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
-from pipeline.shards.retry import redact
+from pipeline.redact import redact
 from pipeline.track import copies, package
 from pipeline.track.card import CARD, WEIGHTS, Card
 from pipeline.track.package import ARTIFACTS, Fault

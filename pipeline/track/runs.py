@@ -6,7 +6,6 @@ What happened is in the run's folder by then, and is taken from there. Importing
 takes seconds: the thread does.
 """
 
-import fcntl
 import importlib.metadata
 import sys
 import threading
@@ -15,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import lease
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.record import RECORD, Record, Status
 
@@ -138,8 +138,7 @@ def record_failure(folder: Path, patience_s: float = 10.0) -> None:
     if not (folder / RECORD).exists():  # it has never begun
         return
     try:
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with lease.hold(folder):
             status = Record.read(folder).status
             tracker = Tracker(folder, patience_s)
             if status in ("RUNNING", "KILLED"):

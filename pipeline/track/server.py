@@ -1,7 +1,6 @@
 """The tracking server and registry: which one, and how its troubles are told apart. Importing this imports MLflow."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import shlex
@@ -24,8 +23,9 @@ from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline import files
 from pipeline.errors import ExternalError, InputError
-from pipeline.shards.retry import redact
+from pipeline.redact import redact
 from pipeline.track.relocate import former_folders
 
 # Errors of artifact stores' clients, which are not installed everywhere, are told by name.
@@ -56,8 +56,7 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
             return MlflowClient(uri)
         # Creating the tables is no transaction: of several processes one has to be first.
         database.parent.mkdir(parents=True, exist_ok=True)
-        with database.with_name(f".{database.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(database.with_name(f".{database.name}.lock")):
             if not database.exists():
                 _create(database)
             client = MlflowClient(uri)

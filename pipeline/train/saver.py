@@ -11,6 +11,7 @@ next is due before it has ended, training waits.
 
 import dataclasses
 import hashlib
+import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 from pipeline import files
-from pipeline.errors import ExternalError
+from pipeline.errors import FAILED, ExternalError
+from pipeline.lease import Lease
 from pipeline.train.checkpoint import Checkpoints, Retention, State
 from pipeline.train.commit import EMA, MODEL, STATE, json_bytes, range_key, step_of
 from pipeline.train.ema import Ema
@@ -38,10 +40,17 @@ class Saver:
     """Writes one run's checkpoints. All methods are collective but `progress`."""
 
     def __init__(
-        self, checkpoints: Checkpoints, retention: Retention, engine: Engine, ema: Ema | None, world: World
+        self,
+        checkpoints: Checkpoints,
+        retention: Retention,
+        engine: Engine,
+        ema: Ema | None,
+        world: World,
+        lease: Lease | None = None,
     ) -> None:
+        """`lease`: rank 0's of the run's folder."""
         self.checkpoints, self.retention, self._world = checkpoints, retention, world
-        self._engine, self._ema = engine, ema
+        self._engine, self._ema, self._lease = engine, ema, lease
         pin = world.device.type == "cuda"
         self._snapshots = {name: Snapshot(tensors, pin=pin) for name, tensors in self._my_tensors().items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -53,11 +62,13 @@ class Saver:
         self.newest: Path | None = None  # whole, and written or loaded by this process
 
     def save(self, state: State, safe_step: int) -> None:
-        """Begin to save; returns when the state has been copied. Waits for the save before it.
+        """Begin to save; returns when the state has been copied. Waits for the save before it. All ranks end at once
+        where another job has taken over the run's folder.
 
         Raises SaveError after the third failure in a row.
         """
         self.finish()
+        self._require_lease()
         folder = self.checkpoints.path(state.step)
         if folder == self.newest:
             return
@@ -92,6 +103,13 @@ class Saver:
             tensors[EMA] = average
         return tensors
 
+    def _require_lease(self) -> None:
+        lost = self._lease.lost if self._lease else None
+        if lost:  # told before the others hear of it: a launcher ends all ranks as soon as one has ended
+            print(f"error: {lost}", file=sys.stderr, flush=True)
+        if self._world.from_first(bool(lost)):
+            os._exit(FAILED)
+
     def _copy(self) -> None:
         tensors = self._my_tensors()
         for name, snapshot in self._snapshots.items():
@@ -115,6 +133,8 @@ class Saver:
         files.write(folder / f"part-{self._world.rank}.json", json_bytes(part))
 
     def _commit_and_retain(self, folder: Path) -> None:
+        if self._lease:
+            self._lease.require()
         self.checkpoints.commit(folder)
         try:
             self.checkpoints.retain(self.retention, step_of(folder), self._safe_step)

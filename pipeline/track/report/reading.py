@@ -21,7 +21,7 @@ import numpy.typing as npt
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.track.masking import mask_secrets
+from pipeline.redact import redact
 from pipeline.track.outbox import is_given_up
 
 Array = npt.NDArray[np.float64]
@@ -95,11 +95,11 @@ class RunFiles:
         self.deepspeed = self._document("deepspeed.json")
         self.profile = self._document("profile/profile.json")
         self.config = self._config()
-        self.packages = [mask_secrets(line) for line in self._text("packages.txt").splitlines()]
+        self.packages = [redact(line) for line in self._text("packages.txt").splitlines()]
         readings, evaluations = self._metrics()
         self.training, self.validation = _curves(readings), _curves(evaluations)
-        self.anomalies = [mask_secrets(_counted(line)) for line in self._lines("anomalies.jsonl") if "step" in line]
-        self.quarantine = [mask_secrets(line) for line in self._lines("quarantine.jsonl")]
+        self.anomalies = [redact(_counted(line)) for line in self._lines("anomalies.jsonl") if "step" in line]
+        self.quarantine = [redact(line) for line in self._lines("quarantine.jsonl")]
         self.system = {
             path.stem: list(self._lines(f"system/{path.name}")) for path in self._glob("system/node-*.jsonl")
         }
@@ -239,7 +239,7 @@ class RunFiles:
         if not isinstance(document, dict):
             self._fault(name, "is not a JSON object")
             return {}
-        return mask_secrets(document)
+        return redact(document)
 
     def _config(self) -> Document:
         try:
@@ -249,7 +249,7 @@ class RunFiles:
         if not isinstance(tree, dict):
             self._fault("config.yaml", "is not a mapping in YAML")
             return {}
-        return mask_secrets(tree)
+        return redact(tree)
 
     def _lines(self, name: str) -> Iterator[Document]:
         """The JSON objects of a file. A last line without its end is being written and is no fault."""
