@@ -1,5 +1,6 @@
 """What all commands share: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,9 +8,10 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 from pipeline.errors import DONE, FAILED, REQUEUE, USAGE, ExternalError, InputError
+from pipeline.redact import Redacted, redact
 from pipeline.shards.cache import CacheOptions
 
 if TYPE_CHECKING:
@@ -38,10 +40,15 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     """Run a command and exit. `main` returns the result to print, or None on ranks that print nothing.
 
     A result whose "ok" is False exits with 1: the command worked and its answer is no. One whose "requeue" is True
-    exits with 85: stopped early, start the same command again.
+    exits with 85: stopped early, start the same command again. Neither that nor standard error tells a secret.
     """
+    with contextlib.redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
+        _run(main)
+
+
+def _run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     try:
-        result = main()
+        result = redact(main())
     except InputError as error:
         _fail(USAGE, f"error: {error}")
     except ExternalError as error:

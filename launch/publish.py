@@ -21,6 +21,7 @@ from pipeline import files
 from pipeline.config import Config, dump, fingerprint
 from pipeline.errors import InputError
 from pipeline.feed.preview import preview
+from pipeline.redact import redact
 from pipeline.shards.index import Manifest, ShardSet
 from pipeline.tasks import predictions
 from pipeline.tasks.build import build_trained
@@ -55,16 +56,16 @@ class Publisher:
         self._metric = main_metric
         self.folder = settings.run.folder
         (self.folder / RESULT).unlink(missing_ok=True)  # of an attempt that was stopped
-        files.write(self.folder / "config.yaml", dump(settings).encode())
+        files.write(self.folder / "config.yaml", dump(settings).encode(), private=True)
         files.write(self.folder / "packages.txt", packages().encode())
         if settings.tracking.log_diff:
-            files.write(self.folder / "diff.patch", uncommitted().encode())
+            files.write(self.folder / "diff.patch", uncommitted().encode(), private=True)
         if settings.tracking.log_samples:
             preview(settings, training, self.folder / "samples.png")
         tags = {
             "seed": str(settings.run.seed),
             "data.digest": training.digest,
-            "data.path": ", ".join(settings.data.train_paths),
+            "data.path": redact(", ".join(settings.data.train_paths)),
             MAIN_METRIC: main_metric,
             **code_revision(),
             **({PARENT: parent} if parent else {}),
@@ -109,7 +110,7 @@ class Publisher:
             samples = self._settings.tracking.log_samples
             self._for_people("report", lambda: report.write(self.folder, samples=samples))
         self.tracker.end("KILLED" if stopped else "FINISHED", HURRY_S if stopped else None)
-        files.write(self.folder / RESULT, json.dumps(result, allow_nan=False).encode() + b"\n")
+        files.write(self.folder / RESULT, json.dumps(redact(result), allow_nan=False).encode() + b"\n")
 
     def fail(self) -> None:
         self.tracker.end("FAILED", HURRY_S)
@@ -130,7 +131,7 @@ class Publisher:
             metrics=finite_or_none(scores_of(checkpoint) or {}),
             scored=None
             if validation is None
-            else Scored(path=str(settings.data.val), digest=validation.digest, samples=len(validation)),
+            else Scored(path=redact(str(settings.data.val)), digest=validation.digest, samples=len(validation)),
             sha256={name: digests[file].sha256 for name, file in weights.items()},
             lineage={
                 "run": self.record.uuid,

@@ -282,7 +282,7 @@ def tune(
     told = _told(search, best, ranks, minutes, busy)
     print("\n".join(told), file=sys.stderr, flush=True)
     head = [f"{path}, tuned on {time.strftime('%F')}:", "", f"  {_command()}", "", *told]
-    files.write(out, fragment(out, path, given, settings, chosen, head).encode())
+    files.write(out, fragment(out, path, given, settings, chosen, head).encode(), private=True)
     assert config.load(out) == config.load(path, [*given, *as_words(chosen)])
     return {
         "ok": True,
@@ -511,7 +511,7 @@ def require_new(out: Path, path: Path, given: list[str], settings: Config) -> No
     draft, same = out.with_name(f".{out.name}.{os.getpid()}"), False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(fragment(out, path, given, settings, {}))
+        files.write(draft, fragment(out, path, given, settings, {}).encode(), private=True)
         with contextlib.suppress(InputError):
             same = config.load(draft) == settings
     except OSError as error:
