@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from launch import command
 from pipeline import config
 from pipeline.errors import InputError
+from pipeline.redact import printable
 from pipeline.shards.cache import CacheOptions
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open import open_data
@@ -227,7 +228,7 @@ def _draw(opened: Opened, count: int, out: Path | None, log: bool) -> Path:
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+    return f"{len(names)}: {', '.join(map(printable, names[:5]))}{', …' if len(names) > 5 else ''}"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import command
 from pipeline.errors import ExternalError, InputError
+from pipeline.redact import redact, redact_urls
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _write(out: Path, text: str) -> Path:
     # Whole or not at all, and under a name of its own until then: two may draw the same page at once.
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
     try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.write_text(redact_urls(text), encoding="utf-8", errors="replace")
         partial.replace(out)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -95,7 +96,7 @@ def _examined(folder: Path, samples: bool, cache: CacheOptions) -> "Examination 
 
         return examine.examine(folder, samples=samples, cache=cache)
     except (InputError, ExternalError, OSError) as error:
-        return f"Not known: {error}"
+        return f"Not known: {redact(str(error))}"
     except Exception as error:  # the rest of the page is worth more than a traceback
         print(f"{folder}: its network could not be examined: {error!r}", file=sys.stderr, flush=True)
         return f"Not known: {type(error).__name__}: {error}"

@@ -185,6 +185,12 @@ def _written(pattern: str, rule: str) -> AfterValidator:
 SomeSection = TypeVar("SomeSection", bound=Section)
 
 
+_CONTROL = r"\x00-\x1f\x7f"
+Folder = Annotated[
+    str, _written(rf"(?!\w+://)[^{_CONTROL}]+", "expected a folder's path: no URL, and without control characters")
+]
+
+
 class Run(Section):
     name: Annotated[
         str,
@@ -192,7 +198,7 @@ class Run(Section):
             "[A-Za-z0-9][A-Za-z0-9._-]*", "a name has letters, digits, . _ and -, and begins with a letter or digit"
         ),
     ]
-    root: str = "runs"
+    root: Folder = "runs"
     """Folder of all runs; this one lives in root/name."""
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -391,7 +397,7 @@ def _one_source(value: Any) -> Any:
 class Data(Section):
     train: Annotated[tuple[Source, ...], BeforeValidator(_one_source), Field(min_length=1)]
     """Folder or URL (s3://, https://, …) with a manifest.json, made by launch/shards.py; or a list of them, each
-    {path: …, weight: …}, to be mixed."""
+    {path: …, weight: …}, to be mixed. A URL that ends with ?$NAME takes its query from the variable NAME."""
     val: str | None = None
     copies: int = Field(default=1, gt=0)
     """Repeated augmentation: how many differently augmented copies of a sample a batch holds."""
@@ -403,7 +409,7 @@ class Data(Section):
     """Threads of each rank for reading and for CPU decoding; 0 takes the rank's share of the cores."""
     prefetch: int = Field(default=3, gt=0)
     """Micro-batches read ahead of training."""
-    cache: str | None = None
+    cache: Folder | None = None
     """Folder for shards fetched from URLs, shared by a node's ranks. None: one of this user's below the temporary
     folder."""
     cache_gb: float | None = Field(default=None, gt=0.0)
@@ -644,7 +650,9 @@ class Tracking(Section):
     """MLflow tracking server. None: MLFLOW_TRACKING_URI or, without one, sqlite:///ROOT/mlflow.db with artifacts beside
     it."""
     experiment: str = "pretrain"
-    model_name: Annotated[str, _written("[^/:@]+", "a model's name is not empty and has none of / : @")] | None = None
+    model_name: (
+        Annotated[str, _written(rf"[^/:@{_CONTROL}]+", "a model's name is not empty and has none of / : @")] | None
+    ) = None
     """Registered model that receives this run's versions. None: the run's name."""
     system_metrics: bool = True
     """Load of each node's cores, memory, disk, network and GPUs, every ten seconds."""

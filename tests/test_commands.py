@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from pipeline import files
+from pipeline.lease import LEASE
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.track import server
@@ -235,6 +238,68 @@ def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
         second = pretrain(folder, "train.length=99 steps")
     assert second.returncode == 2
     assert "another job is at work in it" in second.stderr
+
+
+def test_a_job_whose_folder_is_taken_over_ends_at_its_next_save(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_bytes((job[0] / "tiny.yaml").read_bytes())
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    overrides = ("train.length=100000 steps", "train.save_every=5 steps", "checkpoint.keep_last=1", "data.val=null")
+    (rank,) = start(1, "launch/pretrain.py", arguments_of(overrides), [log], tmp_path)
+    try:
+        until = time.monotonic() + PATIENCE_S
+        while rank.poll() is None and not any(folder.glob("checkpoints/*/COMMIT.json")) and time.monotonic() < until:
+            time.sleep(0.05)
+        theirs = {**json.loads((folder / LEASE).read_text()), "host": "node7", "uuid": "theirs"}
+        files.write(folder / LEASE, json.dumps(theirs).encode())
+        record = (folder / "run.json").read_bytes()
+        assert rank.wait(PATIENCE_S) == 1
+    finally:
+        rank.kill()
+    (error,) = [line for line in log.with_suffix(".err").read_text().splitlines() if "error" in line]
+    assert "on node7 has taken it over" in error
+    assert "Traceback" not in log.with_suffix(".err").read_text()
+    assert (folder / "run.json").read_bytes() == record
+    assert json.loads((folder / LEASE).read_text()) == theirs
+
+
+def test_planted_secrets_are_found_nowhere(digits: Path, tmp_path: Path) -> None:
+    """In whatever a run, a version, a report and an export leave behind, but for files of mode 0600."""
+    said: list[str] = []
+
+    def said_by(target: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        done = forked(target, *arguments, cwd=tmp_path)
+        said.extend([done.stdout, done.stderr])
+        return done
+
+    with FaultyServer(digits) as http:
+        tree = yaml.safe_load(write_config(digits, tmp_path).read_text())
+        train = f"{http.url}/train?X-Amz-Signature=S3CR3T-query".replace("://", "://S3CR3T-user:S3CR3T%2Fpassword@")
+        tree["data"] |= {"train": train, "val": f"{http.url}/val?sig=S3CR3T-signature", "cache": "cached"}
+        tree["train"] |= {"length": "6 steps"}
+        tree["run"]["root"] = "runs"
+        tree["tracking"] |= {"report": True}
+        tree["cluster"] = {"environment": {"activate": "export HF_TOKEN=S3CR3T-token; true --password S3CR3T-option"}}
+        tree["cluster"] |= {"gpus_per_node": 0, "ranks_per_node": 1}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+        (tmp_path / "tiny.yaml").chmod(0o600)
+        model = result_of(said_by("launch/pretrain.py", "--config", "tiny.yaml"))["model"]
+        result_of(said_by("launch/report.py", "runs/tiny"))
+        evaluated = said_by("launch/evaluate.py", "--model", model, "--data", f"{http.url}/val?sig=S3CR3T-query")
+        assert result_of(evaluated)["data"] == f"{http.url}/val?***"
+        result_of(said_by("launch/registry.py", "show", model))
+        result_of(said_by("launch/registry.py", "export", model, "--to", "safetensors", "--out", "exported"))
+        assert "export HF_TOKEN=***" in said_by("launch/submit.py", "--config", "tiny.yaml", "--dry-run").stdout
+        assert said_by("launch/pretrain.py", *arguments_of((f"data.{train}=1",))).returncode == 2
+        refused = said_by("launch/pretrain.py", *arguments_of((f"data.train={train.replace('%2F', '/')}",)))
+        assert refused.returncode == 2
+        assert "in a URL write %2F for a / of a password" in refused.stderr
+
+    assert not [text for text in said if "S3CR3T" in text]
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    holding = {path.relative_to(tmp_path).as_posix(): path for path in paths if b"S3CR3T" in path.read_bytes()}
+    assert set(holding) == {"tiny.yaml", "runs/tiny/config.yaml"}
+    assert {path.stat().st_mode & 0o777 for path in holding.values()} == {0o600}
+    assert len(paths) > 30
 
 
 def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
