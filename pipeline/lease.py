@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import files
-from pipeline.errors import FAILED, InputError
+from pipeline.errors import FAILED
 
 LOCK, LEASE = ".lock", ".lease"
 RENEW_S, STALE_S, SETTLE_S = 10.0, 60.0, 0.2
@@ -95,12 +95,9 @@ class Lease:
 @contextlib.contextmanager
 def hold(folder: Path, has_ended: HasEnded = lambda job: False) -> Iterator[Lease]:
     """The folder, for this process alone. `has_ended` tells of a job, as `job_of` names it, whether it has left the
-    queue. Raises BlockingIOError where another process is at work in it."""
+    queue. Raises BlockingIOError where another process is at work in it, and InputError as files.locked does."""
     with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.locked(folder / LOCK, wait=False))
-        except InputError as error:  # the lease does without
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+        stack.enter_context(files.locked(folder / LOCK, wait=False))
         lease, ended = Lease(folder), threading.Event()
         lease.take(has_ended)
         stack.callback(lease.release)

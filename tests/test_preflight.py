@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from launch import doctor
+from pipeline import lease
 from pipeline.cluster import preflight
 from pipeline.cluster.preflight import Check, DriverState
 from pipeline.config import Config
@@ -95,6 +96,16 @@ def test_room_for_five_checkpoints_is_needed(settings: Settings) -> None:
     found = preflight.run_disk(run)
     assert not found.ok
     assert "50,000.0 GB are needed" in found.told
+
+
+def test_a_folder_that_another_job_is_at_work_in(settings: Settings) -> None:
+    run = settings().run
+    run.folder.mkdir(parents=True)
+    with lease.hold(run.folder):
+        found = preflight.run_disk(run)
+    assert not found.ok
+    assert found.told.endswith("is at work in it: wait for it, or give this run a run.name")
+    assert preflight.run_disk(run).ok
 
 
 # Clock

@@ -418,6 +418,18 @@ def test_a_server_that_ignores_ranges(http: Place, budget_bytes: int, capfd: pyt
     assert capfd.readouterr().err.count("ignores Range") == (budget_bytes == 0)
 
 
+def test_a_query_comes_from_the_environment(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    http.root += "?$TRAIN_QUERY"
+    with pytest.raises(InputError, match=r"\?\$TRAIN_QUERY, but TRAIN_QUERY has no value"), http.store():
+        pass
+    for value in ("sig=a%2Fb$x", "?sig=a%2Fb$x"):
+        monkeypatch.setenv("TRAIN_QUERY", value)
+        with http.store() as store:
+            assert store.load(http.blob()) == http.data(http.blob().name)
+            assert "sig" not in f"{store.root} {store.url('x')}"
+    assert {request.query for request in http.wire.requests} == {"sig=a%2Fb$x"}
+
+
 def test_credentials_are_used_and_never_shown(http: Place, capfd: pytest.CaptureFixture[str]) -> None:
     http.root = http.root.replace("http://", "http://us3r:s3cret@") + "?sig=t0ken%2B%2F+&x=1"
     blob = http.blob()
