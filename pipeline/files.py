@@ -46,7 +46,7 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True, mode: int = 0o666) -> Iterator[int]:
-    """A descriptor of a file, made when missing, that no other thread or process locks meanwhile.
+    """Locks a file, made when missing, against other threads and processes; yields its descriptor.
 
     Raises BlockingIOError where another one does and this is not to `wait`, and InputError on a file system without
     locks.
@@ -85,7 +85,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system permits none, which is told once for a folder of such folders."""
+    """Makes a hard link, or a copy where the file system permits none, which is reported once for each folder."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -102,8 +102,8 @@ def _say_copied(folder: Path, why: str) -> None:
 
 
 def claim(path: Path, data: bytes) -> None:
-    """Write a file unless there is one. Of several who do at once, in any processes, one succeeds; the file is whole as
-    soon as it has its name."""
+    """Writes a file unless there is one. Of several processes that do at once one succeeds; the file is whole as soon
+    as it has its name."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         whole = Path(scratch, "claim", "whole")
         whole.parent.mkdir()
@@ -115,7 +115,7 @@ def claim(path: Path, data: bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # Of folders, too, one gets the name in one step, unless it is taken by one that holds something.
+            # Without hard links a folder decides: renaming onto a name fails where a folder that is not empty has it.
             first = path.with_name(f".{path.name}.first")
             with contextlib.suppress(OSError):
                 whole.parent.rename(first)

@@ -1,10 +1,10 @@
-"""Who is at work in a folder, so that no two jobs ever are, whatever the file system's locks are worth.
+"""Leases keep two jobs from working in one folder, also where the file system's locks do nothing.
 
-    FOLDER/.lock     locked while somebody is; on some file systems that keeps off this node's processes alone or nobody
-    FOLDER/.lease    host, process and job of who is, written every RENEW_S, and read before each save
+    FOLDER/.lock     locked by the job; some file systems lock against processes of the same node alone, or not at all
+    FOLDER/.lease    the job's host, process and SLURM job, written every RENEW_S and read before each save
 
-A lease is stale, and is taken over, when its process has ended on this very machine, when its job is the one that asks
-or has left the queue, or when nobody has written it for STALE_S while one looked on. No clocks are compared.
+A lease is stale, and is taken over, when its process has ended on this machine, when its SLURM job is the one that asks
+or has left the queue, or when it stays unchanged for STALE_S while another job watches. No clocks are compared.
 """
 
 import contextlib
@@ -22,15 +22,16 @@ from pipeline import files
 from pipeline.errors import FAILED
 
 LOCK, LEASE = ".lock", ".lease"
-RENEW_S, STALE_S, SETTLE_S = 10.0, 60.0, 0.2
-"""The last one: how long to wait after taking a lease over, for another process that does at the same time."""
+RENEW_S, STALE_S = 10.0, 60.0
+SETTLE_S = 0.2
+"""Time between taking a stale lease over and looking whether another process did so at the same moment."""
 
 Holder = dict[str, Any]
 HasEnded = Callable[[str], bool]
 
 
 class Lease:
-    """This process's in `folder`."""
+    """This process's lease of `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / LEASE
@@ -39,26 +40,26 @@ class Lease:
 
     @property
     def lost(self) -> str | None:
-        """Who has taken the folder over, in one line; None as long as nobody has."""
+        """One line that says who has taken the folder over; None as long as nobody has."""
         try:
             with self._turn:
                 found = _holder(self._path.read_text())
-        except FileNotFoundError:  # whoever had taken it over has ended meanwhile
+        except FileNotFoundError:  # the job that had taken it over has ended meanwhile
             found = {"uuid": None}
-        except OSError:  # of a network file system, which tells nothing
+        except OSError:  # a network file system that is away says nothing about the lease
             return None
         if found.get("uuid", self._own["uuid"]) == self._own["uuid"]:
             return None
         return f"{self._folder}: {_named(found)} has taken it over: this job ends, and writes nothing more there"
 
     def require(self) -> None:
-        """End this process at once, with one line, where the folder has been taken over."""
+        """Ends this process at once, with one line, where the folder has been taken over."""
         if lost := self.lost:
             print(f"error: {lost}", file=sys.stderr, flush=True)
             os._exit(FAILED)
 
     def take(self, has_ended: HasEnded) -> None:
-        """Raises BlockingIOError where another process is at work."""
+        """Writes the lease. Raises BlockingIOError where another process is at work in the folder."""
         found, faster = stale(self._folder, has_ended), f"{self._folder}: another process was faster"
         try:
             if not found:
@@ -73,14 +74,15 @@ class Lease:
             raise BlockingIOError(faster)
 
     def keep(self, ended: threading.Event) -> None:
-        """Renew it until it has ended or is lost."""
+        """Renews the lease until `ended` is set or the lease is lost."""
         while not ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):  # of a full or slow disk: others wait for STALE_S
+            with contextlib.suppress(OSError):  # on a full disk the lease stays as it is for a while
                 if self.lost:
                     return
                 self._write()
 
     def release(self) -> None:
+        """Removes the lease, unless it is another job's by now."""
         with contextlib.suppress(OSError):
             if not self.lost:
                 self._path.unlink(missing_ok=True)
@@ -94,8 +96,10 @@ class Lease:
 
 @contextlib.contextmanager
 def hold(folder: Path, has_ended: HasEnded = lambda job: False) -> Iterator[Lease]:
-    """The folder, for this process alone. `has_ended` tells of a job, as `job_of` names it, whether it has left the
-    queue. Raises BlockingIOError where another process is at work in it, and InputError as files.locked does."""
+    """Holds `folder` for this process alone. `has_ended` says whether a job, named as by `job_of`, has left the queue.
+
+    Raises BlockingIOError where another process is at work in the folder, and InputError as files.locked does.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.locked(folder / LOCK, wait=False))
         lease, ended = Lease(folder), threading.Event()
@@ -109,9 +113,9 @@ def hold(folder: Path, has_ended: HasEnded = lambda job: False) -> Iterator[Leas
 
 
 def stale(folder: Path, has_ended: HasEnded = lambda job: False) -> str | None:
-    """Whose lease in `folder` does not hold any more, and why; None where there is none. Takes up to STALE_S.
+    """Returns whose lease of `folder` is stale, and why; None where there is no lease. Takes up to STALE_S seconds.
 
-    Raises BlockingIOError for one that holds.
+    Raises BlockingIOError for a lease that holds.
     """
     path, own = folder / LEASE, _this_process()
     try:
@@ -140,13 +144,13 @@ def stale(folder: Path, has_ended: HasEnded = lambda job: False) -> str | None:
 
 
 def job_of(environ: os._Environ[str] = os.environ) -> str | None:
-    """The SLURM job that this process is part of, as CLUSTER/ID: it keeps its name when it is queued again."""
+    """Returns the SLURM job that this process is part of, as CLUSTER/ID, which a requeued job keeps; None outside."""
     job = environ.get("SLURM_JOB_ID")
     return job and f"{environ.get('SLURM_CLUSTER_NAME', '')}/{job}"
 
 
 def _this_process() -> Holder:
-    # Numbers of processes are of one start of one machine, and of a container where that counts its own.
+    # A process id means something within one boot of one machine and one namespace of process ids (a container's).
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     host = os.uname().nodename
     machine = f"{host} {boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -154,7 +158,7 @@ def _this_process() -> Holder:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in ticks since the machine was; None for one that has ended."""
+    """Returns when a process was started, in ticks since the machine was; None for one that has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -163,7 +167,7 @@ def _started(pid: int) -> int | None:
 
 
 def _holder(text: str) -> Holder:
-    """What a lease says; nothing where that is no lease."""
+    """Returns what a lease says; an empty mapping for text that is no lease."""
     try:
         found = json.loads(text)
         return found if isinstance(found, dict) else {}

@@ -23,10 +23,12 @@ _SEQUENCE = re.compile(rf"(?![\t\r\n]){_CONTROL.pattern}")
 
 
 def redact(value: Any) -> Any:
-    """A copy of a tree of mappings, lists and values without what must not be shown: values whose key says secret
-    (password, token, api_key, …); in text what follows such a name as KEY=VALUE, as a header (Authorization: Bearer …)
-    or as an option (--password …), up to the end of the line; and in URLs the user and the query, which is a signature
-    in those that give access by themselves. It takes linear time."""
+    """Returns a copy of a tree of mappings, lists and values in which secrets are masked, in linear time.
+
+    Masked are values whose key says secret (password, token, api_key, …); in text, up to the end of the line, what
+    follows such a name as KEY=VALUE, as a header (Authorization: Bearer …) or as an option (--password …); and in URLs
+    the user and the query, which is a signature in URLs that give access by themselves.
+    """
     if isinstance(value, dict):
         return {key: MASK if _is_secret(str(key), item) else redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -38,7 +40,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_urls(text: str) -> str:
-    """`text` without the users and queries of the URLs in it."""
+    """Returns `text` with the users and queries of its URLs masked."""
 
     def one(match: re.Match[str]) -> str:
         user, place, query = split_url(match[2])
@@ -48,11 +50,11 @@ def redact_urls(text: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """The user with the password, the place, and the query from its question mark on, of what follows :// in a URL.
+    """Splits what follows :// in a URL into user (with password), place, and query (with its question mark).
 
-    Passwords may hold any character, as people write them: where a colon comes before the first slash, the last @ ends
-    them. So a path after HOST:PORT should have no @; and where that @ comes after a question mark, what belongs to whom
-    cannot be told, and all of it is taken for the user.
+    A password may hold any character, as people write it: where a colon comes before the first slash, the last @ ends
+    it. A path behind HOST:PORT should therefore have no @. Where that @ comes behind a question mark the parts cannot
+    be told apart, and all of it is taken for the user.
     """
     head, _, tail = url.rpartition("@")
     if head and ":" not in head.partition("/")[0] and re.search("[/?#]", head):  # an @ of the path or the query
@@ -64,8 +66,10 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 def printable(text: object) -> str:
-    """`text` as one line that does nothing to a terminal: control characters, ends of lines and what turns the
-    direction of writing are escaped as in Python."""
+    """Returns `text` as one line that does nothing to a terminal.
+
+    Control characters, ends of lines, and characters that turn the direction of writing are escaped as in Python.
+    """
     return _CONTROL.sub(_escaped, str(text))
 
 
