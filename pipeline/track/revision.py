@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline import files
+
 ROOT = Path(__file__).resolve().parents[2]
 """Of the code that is running: a checkout, a snapshot, or where packages are installed."""
 CODE = ("launch", "pipeline", "pvt", "configs", "pyproject.toml")
@@ -53,7 +55,7 @@ def snapshot(folder: Path, *, diff: bool = False) -> None:
         shutil.copy(ROOT / path, partial / path)
     (partial / REVISION).write_text(json.dumps(code_revision()) + "\n")
     if diff:
-        (partial / PATCH).write_text(uncommitted())
+        files.write(partial / PATCH, uncommitted().encode(), private=True)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
