@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import config
@@ -308,7 +307,7 @@ def _newest_weights(folder: Path) -> tuple[str, int, Path]:
 
 def _waiting_weights(folder: Path) -> tuple[str, int, Path]:
     for entry in sorted((folder / "versions").glob("step-*"), reverse=True):
-        with contextlib.suppress(OSError, ValidationError):
+        with contextlib.suppress(OSError, InputError):
             card = Card.read(entry)
             if _digest(entry / WEIGHTS) == card.sha256[WEIGHTS]:
                 return f"version {entry.name}", int(card.lineage["step"]), entry / WEIGHTS

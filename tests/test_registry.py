@@ -6,15 +6,19 @@ import fcntl
 import json
 import math
 import os
+import py_compile
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +171,8 @@ def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
     assert sorted(path.name for path in entry.iterdir()) == ["model.json", WEIGHTS, RAW]  # as it was
 
 
-def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry) -> None:
+def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     uri = tiny.add()
     model = mlflow.pyfunc.load_model(uri)
     answer = model.predict(pandas.DataFrame({"image": [package.example(32)]}))
@@ -321,6 +326,156 @@ def test_names_that_do_not_exist_are_told_with_those_that_do(tiny: Registry) -> 
     }.items():
         with pytest.raises(InputError, match=message):
             registry.resolve(uri)
+
+
+# Byte code
+
+
+def planted(folder: Path, ran: Path) -> Path:
+    """Byte code that Python takes for that of served.py in `folder`, as its size and time of change are noted in it."""
+    source = folder / "served.py"
+    (folder / "planted.py").write_text(f"import os; os.makedirs({str(ran)!r}, exist_ok=True)")
+    made = folder / "planted.pyc"
+    py_compile.compile(str(folder / "planted.py"), str(made), doraise=True)
+    (folder / "planted.py").unlink()
+    header = struct.pack("<4sIII", MAGIC_NUMBER, 0, int(source.stat().st_mtime), source.stat().st_size)
+    path = folder / "__pycache__" / f"served.{sys.implementation.cache_tag}.pyc"
+    (folder / "__pycache__").unlink(missing_ok=True)
+    path.parent.mkdir()
+    path.write_bytes(header + made.read_bytes()[16:])
+    made.unlink()
+    return path
+
+
+def test_byte_code_planted_in_a_copy_never_runs(
+    tiny: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, ran = tiny.add(), tmp_path / "ran"
+    copy = registry.resolve(uri).folder.parent
+    copy.chmod(0o755)
+    planted(copy, ran)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "pycache_prefix", str(tmp_path / "private"))  # PYTHONPYCACHEPREFIX, see docs/serving.md
+        mlflow.pyfunc.load_model(str(copy))
+    assert not ran.exists()
+    mlflow.pyfunc.load_model(str(copy))
+    assert ran.exists()  # what it would have done
+    shutil.rmtree(ran)
+    assert registry.resolve(uri).folder.parent == copy  # before fine-tuning, evaluation, export and serving
+    assert (copy / "__pycache__").is_file()
+    mlflow.pyfunc.load_model(str(copy))
+    assert not ran.exists()
+
+
+def test_byte_code_planted_in_the_store_is_refused_everywhere(tiny: Registry, digits: Path, tmp_path: Path) -> None:
+    uri = tiny.add()
+    registry.resolve(uri)
+    planted(tiny.stored(uri), tmp_path / "ran")
+    told = rf"^{uri}: __pycache__.* registered.*: the artifact was changed"
+    with pytest.raises(InputError, match=told):
+        registry.resolve(uri)
+    with pytest.raises(InputError, match=told):
+        evaluate._open(uri, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
+    with pytest.raises(InputError, match=told):
+        export(uri, "timm", tmp_path / "out")
+    assert not registry.verify(uri)["ok"]
+    assert not promote.promote(uri, gates())["ok"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_byte_code_beside_a_version_of_before_is_refused_with_the_remedy(
+    tiny: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "_BYTE_CODE", "unused")  # such versions have no file that keeps it away
+    uri = tiny.add()
+    monkeypatch.undo()
+    monkeypatch.setenv(copies.VARIABLE, str(tiny.folder / "cache"))
+    (tiny.stored(uri) / "__pycache__").mkdir()
+    assert registry.verify(uri)["ok"]
+    (tiny.stored(uri) / "__pycache__" / "served.pyc").touch()
+    with pytest.raises(InputError, match=rf"^{uri}: __pycache__/served.pyc .*: nobody has checked .*: remove it"):
+        registry.resolve(uri)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sitecustomize.py",
+        "evil.pth",
+        "environment.yml",
+        "SERVED.py",
+        "served.so",
+        "torch/__init__.py",
+        "code/mlflow.py",
+    ],
+)
+def test_what_others_would_read_by_name_is_refused(tiny: Registry, name: str) -> None:
+    uri = tiny.add()
+    extra = tiny.stored(uri) / name
+    assert not extra.exists()
+    extra.parent.mkdir(exist_ok=True)
+    extra.write_text("raise SystemExit")
+    with pytest.raises(InputError, match=f"{name} has SHA-256 .*, but no such file was registered"):
+        registry.resolve(uri)
+    assert not registry.verify(uri)["ok"]
+
+
+def test_links_and_pipes_are_refused_and_never_followed(tiny: Registry, tmp_path: Path) -> None:
+    uri = tiny.add()
+    registered, stored = package.digests(tiny.stored(uri)), tiny.stored(uri)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(stored / "served.py", tmp_path / "elsewhere")
+    for name, target in (("__pycache__", "elsewhere"), ("pipeline", "elsewhere"), ("served.py", "elsewhere/served.py")):
+        aside = tmp_path / "aside"
+        if name in registered:
+            (stored / name).rename(aside)
+        (stored / name).symlink_to(tmp_path / target)
+        with pytest.raises(InputError, match=rf"{name} is a link, or something else that is no file, but"):
+            registry.resolve(uri)
+        assert not registry.verify(uri)["ok"]
+        (stored / name).unlink()
+        if name in registered:
+            aside.rename(stored / name)
+    os.mkfifo(stored / "registered_model_meta")
+    with pytest.raises(InputError, match="registered_model_meta is a link, or something else"):
+        registry.resolve(uri)
+
+
+def test_copies_are_read_only_and_can_be_made_anew_and_removed() -> None:
+    """By somebody who is not root, whom a mode would not stop."""
+    script = """
+import hashlib, os, sys
+from pathlib import Path
+from pipeline.track import copies
+if os.getuid() == 0:
+    os.setuid(65534)
+digest = {"sub/a": hashlib.sha256(b"a").hexdigest()}
+def download(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a").write_bytes(b"a")
+cache = Path(sys.argv[1])
+for _ in range(2):
+    copy = copies.obtain(digest, 1, download, lambda faults: SystemExit(str(faults)), cache)
+    assert (copy / "sub" / "a").read_bytes() == b"a"
+    assert {oct(path.stat().st_mode & 0o777) for path in (copy, copy / "sub")} == {"0o555"}
+    assert oct((copy / "sub" / "a").stat().st_mode & 0o777) == "0o444"
+    for write in ((copy / "sub" / "more").touch, (copy / "sub" / "a").unlink, (copy / "more").mkdir):
+        try:
+            write()
+        except PermissionError:
+            continue
+        raise SystemExit("was changed")
+    (copy / "sub").chmod(0o755)
+    (copy / "sub" / "more").touch()
+copies._remove(copy)
+assert sorted(path.suffix for path in cache.iterdir()) == [".lock"]
+"""
+    with tempfile.TemporaryDirectory() as cache:  # pytest's folders are closed to others
+        Path(cache).chmod(0o777)
+        process = subprocess.run(
+            [sys.executable, "-c", script, cache], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+        )
+    assert process.returncode == 0, process.stderr
 
 
 # Copies

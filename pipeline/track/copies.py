@@ -4,8 +4,8 @@
     FOLDER/KEY.partial/    a copy on its way, made by whoever holds the lock; what a killed process left is made anew
     FOLDER/KEY.lock
 
-A copy is hashed again each time it is asked for, so that nothing which happened to the disk since is used. Copies may
-be removed whenever no job is starting.
+A copy is hashed again each time it is asked for, so that nothing which happened to the disk since is used. Its files
+and folders are read-only: nothing is added to it by mistake. Copies may be removed whenever no job is starting.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
-from pipeline.track.package import Fault, faults, is_leftover
+from pipeline.track.package import Fault, faults
 
 VARIABLE = "PVT_MODEL_CACHE"
 
@@ -45,9 +45,9 @@ def obtain(
     """
     folder = folder_of(cache)
     copy = folder / fingerprint(dict(registered))
-    if copy.is_dir() and not faults(registered, copy):
-        return copy
     with _explained(folder):
+        if copy.is_dir() and not faults(registered, copy):
+            return copy
         _make(folder)
         with files.locked(folder / f"{copy.name}.lock", mode=0o644):
             if copy.is_dir():
@@ -59,33 +59,43 @@ def obtain(
                 _fill(partial, num_bytes, download)
                 if wrong := faults(registered, partial):
                     raise refuse(wrong)
+                _protect(partial)
                 _replace(copy, partial)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
     return copy
 
 
 def _fill(partial: Path, num_bytes: int, download: Callable[[Path], None]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     if shutil.disk_usage(partial.parent).free < num_bytes:
         raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes are needed, {os.strerror(errno.ENOSPC)}")
     partial.mkdir()
     download(partial)
-    for path in [partial, *partial.rglob("*")]:
-        if path.is_file() and is_leftover(path.relative_to(partial).as_posix()):
-            path.unlink()
-        else:
-            _open_to_group(path)
+
+
+def _protect(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        _open_to_group(path)
+        path.chmod(path.stat().st_mode & ~0o222)
+
+
+def _remove(folder: Path) -> None:
+    """As far as it can be: nothing is taken out of folders that are read-only."""
+    with contextlib.suppress(OSError):
+        for parent, _, _ in os.walk(folder):
+            Path(parent).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _replace(copy: Path, partial: Path) -> None:
     """A damaged copy steps aside whole: another process may be reading it."""
     aside = copy.with_name(f"{copy.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     with contextlib.suppress(FileNotFoundError):
         copy.rename(aside)
     partial.rename(copy)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def _make(folder: Path) -> None:

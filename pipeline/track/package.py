@@ -4,14 +4,16 @@
         └─build──▶ MLmodel  served.py  requirements.txt  input_example.json  …  artifacts/ with the files above
                        └─digests──▶ {path: SHA-256} ──tags of the version──▶ faults(…, a copy)
 
-An MLflow model from code: nothing in it is a pickle. Its code is covered by the digests, too.
+An MLflow model from code: nothing in it is a pickle. Its code is covered by the digests, too. A file in the place of
+Python's folder of byte code keeps that from being written beside the code, and from being read there.
 """
 
 import hashlib
 import importlib.metadata
 import io
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ MIN_SCORE = 0.05
 
 _SERVED = Path(__file__).with_name("served.py")
 _MLMODEL = "MLmodel"
+_BYTE_CODE = "__pycache__"
+_NO_FILE = "is a link, or something else that is no file"
 _CLASSES = {
     "label": "string",
     "score": "double",
@@ -59,14 +63,22 @@ class Fault(NamedTuple):
     registered: str | None
     """SHA-256; None for a file that does not belong there."""
     found: str | None
-    """SHA-256; None for a file that is missing."""
+    """SHA-256, or what it is instead of a file; None for a file that is missing."""
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.file} is missing, {self.registered} was registered"
-        if self.registered is None:
-            return f"{self.file} has SHA-256 {self.found}, but no such file was registered"
-        return f"{self.file} has SHA-256 {self.found}, but {self.registered} was registered"
+        found = self.found if self.is_no_file else f"has SHA-256 {self.found}"
+        return f"{self.file} {found}, but {self.registered or 'no such file'} was registered"
+
+    @property
+    def is_no_file(self) -> bool:
+        return self.found == _NO_FILE
+
+    @property
+    def is_byte_code(self) -> bool:
+        """Whether Python may have left it beside the code of a version that was opened where it lies."""
+        return self.registered is None and self.file.startswith(f"{_BYTE_CODE}/")
 
 
 def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
@@ -92,6 +104,7 @@ def build(entry: Path, card: Card, folder: Path, model: Model) -> None:
     for name in names:
         (folder / ARTIFACTS / name).unlink()
         files.link(entry / name, folder / ARTIFACTS / name)
+    (folder / _BYTE_CODE).write_text("This file keeps Python from writing byte code here, and from running any.\n")
     model.model_size_bytes = size(folder)
     model.save(folder / _MLMODEL)
 
@@ -108,9 +121,13 @@ def check(entry: Path, card: Card) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by path of each file that a version consists of."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: sha256(path) for name, path in paths.items() if not is_leftover(name)}
+    """SHA-256 by path of each file in a folder, and for all else but folders what it is. Raises OSError, also for a
+    folder that cannot be listed."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() and not path.is_symlink() else _NO_FILE
+        for path in sorted(_entries(folder))
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def faults(registered: Mapping[str, str], folder: Path) -> list[Fault]:
@@ -118,11 +135,6 @@ def faults(registered: Mapping[str, str], folder: Path) -> list[Fault]:
     names = sorted(registered.keys() | found.keys())
     rows = [Fault(name, registered.get(name), found.get(name)) for name in names]
     return [row for row in rows if row.registered != row.found]
-
-
-def is_leftover(name: str) -> bool:
-    """What MLflow itself adds to a version's files when it opens them on a local disk. Never read nor copied here."""
-    return name == "registered_model_meta" or name.startswith("__pycache__/")
 
 
 def size(folder: Path) -> int:
@@ -140,6 +152,14 @@ def example(image_size: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (image_size, image_size), (128, 128, 128)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in (*folders, *names))
 
 
 def _signature(task: config.Task) -> ModelSignature:

@@ -29,7 +29,6 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
-from pydantic import ValidationError
 
 from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
@@ -48,6 +47,9 @@ SCORED = "scored"
 """A tag: digest of the data that the metrics were measured on."""
 
 _ENTRY, _LOGGED, _GOOD = "entry", "logged_model", "good"
+_NOTE = "registered_model_meta"
+"""A file that MLflow adds to a version which it opens in a local store. Nobody reads it."""
+_LEFT = "remove it from the store, and see docs/serving.md on PYTHONPYCACHEPREFIX"
 _ATTEMPTS = 6
 _jitter = random.SystemRandom()  # leaves the seeded generators as they were
 
@@ -78,7 +80,7 @@ def register(client: MlflowClient, name: str, entry: Path, *, experiment_id: str
     """
     try:
         card = Card.read(entry)
-    except (OSError, ValidationError) as error:
+    except OSError as error:
         raise InputError(f"{entry / CARD}: cannot be read: {error}") from error
     package.check(entry, card)
     with reaching(f"models:/{name}"):
@@ -101,19 +103,17 @@ def resolve(uri: str, cache: Path | None = None) -> Version:
 
     def refuse(faults: list[Fault]) -> InputError:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        return InputError(
-            f"{pinned}: {faults[0]}{more}: the artifact was changed or damaged; do not use it, register the model again"
-        )
+        remedy = "the artifact was changed or damaged; do not use it, register the model again"
+        if all(fault.is_byte_code for fault in faults):
+            remedy = f"nobody has checked this byte code, which Python leaves where MLflow opens a version: {_LEFT}"
+        return InputError(f"{pinned}: {faults[0]}{more}: {remedy}")
 
-    if isinstance(store, LocalArtifactRepository) and (faults := package.faults(registered, Path(store.artifact_dir))):
+    if isinstance(store, LocalArtifactRepository) and (faults := _stored_faults(store.artifact_dir, version)):
         raise refuse(faults)
-    num_bytes = int(version.tags.get("bytes", 0))
+    size = version.tags.get("bytes", "")
+    num_bytes = int(size) if size.isdecimal() else 0
     copy = copies.obtain(registered, num_bytes, lambda folder: _download(store, pinned, folder), refuse, cache)
-    folder = copy / ARTIFACTS
-    try:
-        return Version(pinned, folder, Card.read(folder), dict(version.tags))
-    except ValidationError as error:
-        raise InputError(f"{pinned}: {CARD} is not one that this version reads: {error.errors()[0]['msg']}") from error
+    return Version(pinned, copy / ARTIFACTS, _card(copy, registered, pinned), dict(version.tags))
 
 
 def verify(uri: str, cache: Path | None = None) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def verify(uri: str, cache: Path | None = None) -> dict[str, Any]:
             copies.folder_of(cache).mkdir(parents=True, exist_ok=True)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=copies.folder_of(cache))))
             _download(store, uri_of(version), folder)
-        faults = {fault.file: fault for fault in package.faults(registered, folder)}
+        faults = {fault.file: fault for fault in _stored_faults(folder, version)}
     rows = [
         faults.get(name) or Fault(name, registered[name], registered[name]) for name in sorted({*registered, *faults})
     ]
@@ -241,9 +241,10 @@ def worth(metric: str, value: float | None) -> float:
 
 def metric_of(version: ModelVersion, metric: str) -> float | None:
     """As it was registered; None where it was not measured or was not finite."""
-    text = version.tags.get(f"{METRIC}{metric}")
-    value = float(text) if text else math.nan
-    return value if math.isfinite(value) else None
+    with contextlib.suppress(KeyError, ValueError):
+        value = float(version.tags[f"{METRIC}{metric}"])
+        return value if math.isfinite(value) else None
+    return None
 
 
 def is_good(version: ModelVersion) -> bool:
@@ -408,6 +409,22 @@ def _digests(version: ModelVersion) -> Mapping[str, str]:
     return found
 
 
+def _stored_faults(folder: str | Path, version: ModelVersion) -> list[Fault]:
+    """Of a version's files where they are stored, or as they come from there."""
+    with reaching(uri_of(version)):
+        faults = package.faults(_digests(version), Path(folder))
+    return [fault for fault in faults if fault.file != _NOTE or fault.is_no_file]
+
+
+def _card(copy: Path, registered: Mapping[str, str], pinned: str) -> Card:
+    """Raises InputError for a version without a card, and for one whose card tells of other weights."""
+    beside = {name.removeprefix(f"{ARTIFACTS}/"): digest for name, digest in registered.items()}
+    card = Card.read(copy / ARTIFACTS) if CARD in beside else None
+    if card is None or WEIGHTS not in card.sha256 or not card.sha256.items() <= beside.items():
+        raise InputError(f"{pinned}: has no {CARD} that tells of its {WEIGHTS}: it was not registered by this project")
+    return card
+
+
 def _store(client: MlflowClient, version: ModelVersion) -> ArtifactRepository:
     with reaching(uri_of(version)):
         location = client.get_model_version_download_uri(version.name, str(version.version))
@@ -417,6 +434,7 @@ def _store(client: MlflowClient, version: ModelVersion) -> ArtifactRepository:
 def _download(store: ArtifactRepository, pinned: str, folder: Path) -> None:
     with reaching(pinned):
         store.download_artifacts("", dst_path=str(folder))
+        (folder / _NOTE).unlink(missing_ok=True)
 
 
 def _known(client: MlflowClient, name: str) -> str:
