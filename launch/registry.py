@@ -16,6 +16,7 @@ URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME
 """
 
 import contextlib
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from datetime import UTC, datetime
@@ -208,6 +209,7 @@ def _import_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="ENTRY", help="of a training checkpoint; default: the moving average, or else the weights"
     )
+    parser.add_argument("--sha256", metavar="HEX", help="refuse the file unless this is its digest, as published")
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each, in order")
     classes.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
@@ -218,6 +220,8 @@ def _import(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track import foreign
 
     classes = _classes(arguments)
+    if arguments.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", arguments.sha256):
+        raise InputError(f"--sha256 {arguments.sha256}: 64 hexadecimal digits were expected")
     uri = foreign.import_weights(
         _connect(arguments, create=True),
         arguments.source,
@@ -226,6 +230,7 @@ def _import(arguments: Namespace) -> dict[str, Any]:
         image_size=arguments.image_size,
         classes=classes,
         entry=arguments.weights,
+        sha256=arguments.sha256,
     )
     return {"model": uri, "source": str(arguments.source)}
 

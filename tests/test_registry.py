@@ -1,12 +1,16 @@
 """The model registry on an embedded database: versions in, verified copies out, champions, imports, lineage."""
 
 import argparse
+import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
 import py_compile
+import re
+import resource
 import shutil
 import signal
 import stat
@@ -15,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import MAGIC_NUMBER
@@ -887,6 +893,148 @@ def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, 
         Classifier(registry.resolve(headless).card, registry.resolve(headless).weights)
     with pytest.raises(InputError, match="head of 0 classes, but 1 names"):
         bring_in(tiny, tmp_path / "backbone", classes=["a"])
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert text.isprintable(), text
+    assert len(text) < 1500, text
+    return text
+
+
+def flipped(data: bytes, places: Iterable[int]) -> bytes:
+    changed = bytearray(data)
+    for place in places:
+        changed[place] ^= 1 << place % 8
+    return bytes(changed)
+
+
+def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> None:
+    state, file = weights_of(5), tmp_path / "w.pth"
+    torch.save(state, file)
+    whole, draws = file.read_bytes(), np.random.default_rng(0)
+    for place in draws.integers(0, len(whole), 40):
+        file.write_bytes(flipped(whole, [int(place)]))
+        found = None
+        with contextlib.suppress(InputError):
+            found = foreign.read(file).tensors
+        # What fills a part up to its alignment holds nothing.
+        assert found is None or all(torch.equal(found[key], state[key]) for key in state)
+    for length in (*draws.integers(0, len(whole), 10), len(whole) - 1):
+        file.write_bytes(whole[: int(length)])
+        with pytest.raises(InputError):
+            foreign.read(file)
+    at = whole.index(state["head.weight"].numpy().tobytes())
+    file.write_bytes(flipped(whole, [at + 1]))
+    with pytest.raises(InputError, match=r"is damaged: w/data/\d+ differs from its checksum: get the file again"):
+        foreign.read(file)
+    with (
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        zipfile.ZipFile(io.BytesIO(whole)) as parts,
+    ):
+        for name in parts.namelist():
+            packed.writestr(name, parts.read(name))
+    with pytest.raises(InputError, match="its parts are compressed, or overlap"):
+        foreign.read(tmp_path / "z.pth")
+
+
+def test_damaged_and_giant_headers_of_safetensors_are_refused(tiny: Registry, tmp_path: Path) -> None:
+    state, file = weights_of(5), tmp_path / "w.safetensors"
+    safetensors.torch.save_file(state, file)
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    for place in np.random.default_rng(0).integers(0, header + 8, 60):
+        file.write_bytes(flipped(whole, [int(place)]))
+        with pytest.raises(InputError) as refused:
+            bring_in(tiny, file)
+        one_line(refused.value)
+    giant = json.dumps({"w": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
+    many = json.dumps({"w": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}).encode()
+    for data in (
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (99 << 20).to_bytes(8, "little") + b"{}",
+        len(giant).to_bytes(8, "little") + giant,
+        len(many).to_bytes(8, "little") + many + bytes(4),
+        (20_000).to_bytes(8, "little") + b"[" * 20_000,
+        b"",
+    ):
+        file.write_bytes(data)
+        with pytest.raises(InputError) as refused:
+            bring_in(tiny, file)
+        one_line(refused.value)
+
+
+def test_the_digest_that_was_published_is_compared(
+    tiny: Registry, published: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = published["ours"]
+    digest = package.sha256(file)
+
+    def bring(sha256: str) -> str:
+        line = ["import", str(file), "--name", "pub", "--model", "pvt_pico", "--image-size", "32", "--sha256", sha256]
+        monkeypatch.setattr(sys, "argv", ["registry.py", *line, "--tracking-uri", tiny.uri])
+        return launch_registry.main()["model"]
+
+    with pytest.raises(InputError, match=f"--sha256 {'0' * 64}: but {file} has {digest}"):
+        bring("0" * 64)
+    with pytest.raises(InputError, match="--sha256 abc: 64 hexadecimal digits"):
+        bring("abc")
+    assert bring(digest.upper()) == "models:/pub/1"
+
+
+HOSTILE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "sparse": lambda state: {**state, "head.weight": state["head.weight"].to_sparse()},
+    "no values": lambda state: {**state, "head.weight": torch.empty(10**7, 10**7, device="meta")},
+    "quantised": lambda state: {**state, "x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)},
+    "of another type: head.bias torch.complex64": lambda state: {**state, "head.bias": torch.zeros(10).cfloat()},
+    "of another type: head.bias torch.float8": lambda state: {
+        **state,
+        "head.bias": torch.zeros(10).to(torch.float8_e4m3fn),
+    },
+    "bytes, but its tensors would have 4,000,": lambda state: {**state, "y": torch.zeros(1).expand(10**6, 10**6)},
+    "no names of tensors: a int": lambda state: {**state, 3: torch.zeros(1)},
+    "no names of tensors: :": lambda state: {**state, "": torch.zeros(1)},
+    r"no names of tensors: \\x1b": lambda state: {**state, "\x1b[31mred\n": torch.zeros(1)},
+    "no names of tensors: hhhh": lambda state: {**state, "h" * 5000: torch.zeros(1)},
+    "nested without an end": lambda state: endless(),
+    "other types: head.bias torch.int32": lambda state: {**state, "head.bias": torch.zeros(10, dtype=torch.int32)},
+    "other shapes": lambda state: {**state, "head.weight": torch.tensor(1.0), "stages.0.pos_embed": torch.tensor(1.0)},
+    "TypeError": lambda state: {**state, "model": torch.tensor(1.0)},
+    "cannot be read as weights|would have": lambda state: {**state, "head.bias": Sized(torch.zeros(10), 10**12)},
+}
+
+
+def endless() -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    state["model"] = state
+    return state
+
+
+class Sized:
+    """Pickled as a tensor of `num` numbers on a storage that has fewer."""
+
+    def __init__(self, tensor: torch.Tensor, num: int):
+        self.tensor, self.num = tensor, num
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        storage = self.tensor.storage()
+        return (torch._utils._rebuild_tensor_v2, (storage, 0, (self.num,), (1,), False, OrderedDict()))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("told", HOSTILE)
+@pytest.mark.filterwarnings("ignore")  # torch's, of how it saves and loads such tensors
+def test_hostile_tensors_are_refused_in_one_line_and_take_no_memory(
+    tiny: Registry, tmp_path: Path, told: str, zipped: bool
+) -> None:
+    torch.save(HOSTILE[told](weights_of(5)), tmp_path / "h.pth", _use_new_zipfile_serialization=zipped)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError) as refused:
+        bring_in(tiny, tmp_path / "h.pth", image_size=None)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # in KiB
+    text = one_line(refused.value)
+    if zipped or "float8" not in told:  # which the old format cannot hold
+        assert re.search(told, text), text
 
 
 class Malicious:

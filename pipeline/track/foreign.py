@@ -47,6 +47,14 @@ _ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state_dict", "module")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 """What DistributedDataParallel, torch.compile, Lightning and dense networks put before each name, also several."""
 _USUAL_PX = 224
+_SHOWN = 200
+"""Letters of a tensor's name, or of another one in a message."""
+_MAX_CONFIG = 1 << 20
+"""Bytes of a config.json."""
+_MOST_SHARED = 2
+"""How often on average a file's bytes may be part of several tensors, as tied weights are."""
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DTYPES = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
 class Weights(NamedTuple):
@@ -75,15 +83,19 @@ def import_weights(
     image_size: int | None = None,
     classes: list[str] | None = None,
     entry: str | None = None,
+    sha256: str | None = None,
 ) -> str:
     """Register the weights in `source` (a file, or a folder that Transformers wrote) as the next version of `name`.
 
     Without `image_size` (pixels) it is that of the position embeddings. Without `classes` they are called "0", "1", …
-    Weights without a head have none. `entry`: of a training checkpoint. Returns the version's URI.
-    Raises InputError for what cannot be read without running code from it and for weights that are not exactly those of
-    the architecture, and Unreachable.
+    Weights without a head have none. `entry`: of a training checkpoint. `sha256`: what the file has to have, in hex.
+    Returns the version's URI. Raises InputError for what cannot be read without running code from it and for weights
+    that are not exactly those of the architecture, and Unreachable.
     """
     file = _file_in(source)
+    digest = package.sha256(file)
+    if sha256 and sha256.lower() != digest:
+        raise InputError(f"--sha256 {sha256}: but {file} has {digest}: it is damaged, or another file: get it again")
     found = read(file, entry, _head(model))
     if image_size is None:
         image_size = _image_size(found.tensors, model)
@@ -92,7 +104,6 @@ def import_weights(
     classes = classes or [str(index) for index in range(num_classes)]
     if len(classes) != num_classes:
         raise InputError(f"{file}: has a head of {num_classes} classes, but {len(classes)} names were given")
-    digest = package.sha256(file)
     settings = {"model": config.Model(name=model), "image": config.Image(size=image_size)}
     fingerprint = config.fingerprint({key: value.model_dump(mode="json") for key, value in settings.items()})
     chosen = [found.entry] if entry or (found.entry or "").startswith(_AVERAGED) else []
@@ -128,7 +139,8 @@ def read(file: Path, entry: str | None = None, head: str = "head.weight") -> Wei
     Raises InputError for what cannot be read so, and for an `entry` that the file does not have.
     """
     entry, state = _chosen(_load(file), entry, file)
-    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    _require_plain(tensors, file)
     tensors.pop("n_averaged", None)  # of torch's AveragedModel
     if not tensors:
         raise InputError(
@@ -138,21 +150,54 @@ def read(file: Path, entry: str | None = None, head: str = "head.weight") -> Wei
     skipped = [*(key for key, value in state.items() if not isinstance(value, Tensor)), *outside]
     try:
         return Weights(from_any(tensors), entry, skipped)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the latter of tensors that are joined
         raise InputError(f"{file}: {_short(error)}") from error
+
+
+def _require_plain(tensors: Mapping[Any, Tensor], file: Path) -> None:
+    """Raises InputError for names and tensors that are no network's, before anything is computed of them.
+
+    A few bytes in a file can stand for a tensor of any size, and other kinds of tensors make other errors.
+    """
+    if odd := [key for key in tensors if not (isinstance(key, str) and key.isprintable() and 0 < len(key) < _SHOWN)]:
+        raise InputError(f"{file}: these are no names of tensors: {_some(odd)}: save a module's state dict")
+    if odd := [key for key, each in tensors.items() if each.layout != torch.strided or each.is_meta]:
+        raise InputError(f"{file}: is sparse, or has no values: {_some(odd)}: save dense tensors")
+    if odd := [f"{key} {each.dtype}" for key, each in tensors.items() if each.dtype not in _DTYPES]:
+        raise InputError(f"{file}: is quantised, or of another type: {_some(odd)}: save the weights in fp32")
+    num_bytes, in_file = sum(each.numel() * each.itemsize for each in tensors.values()), file.stat().st_size
+    if num_bytes > _MOST_SHARED * in_file:
+        raise InputError(
+            f"{file}: has {in_file:,} bytes, but its tensors would have {num_bytes:,}: save them without expanding any"
+        )
+
+
+def _require_whole(file: Path) -> None:
+    """Raises InputError for a file in torch's zip format that is damaged, which torch does not notice."""
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > file.stat().st_size:
+            raise InputError(f"{file}: its parts are compressed, or overlap, as torch writes none: save it again")
+        if damaged := archive.testzip():
+            raise InputError(f"{file}: is damaged: {_some([damaged])} differs from its checksum: get the file again")
 
 
 def _load(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
+        if zipped := zipfile.is_zipfile(file):
+            _require_whole(file)
         # Training checkpoints hold their command line, too, as Namespace, which does nothing, and scores of numpy's.
+        # Of a mapped file no tensor gets memory, whatever size it claims.
         with torch.serialization.safe_globals([argparse.Namespace, *_numpy_types()]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         # The rest of torch's message advises to open the file without this protection.
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "it is damaged or of another kind"
+        reason = f"it asks for {asked[1][:_SHOWN]}" if asked else "it is damaged or of another kind"
         raise InputError(
             f"{file}: is no file of tensors alone: {reason}; nothing in it was run: get the weights as .safetensors, "
             "or as a .pth with a state dict and no more"
@@ -173,6 +218,8 @@ def _chosen(state: Any, entry: str | None, file: Path) -> tuple[str | None, Mapp
         path, state = [entry], state[entry]
     while key := next((key for key in _ENTRIES if isinstance(state.get(key), Mapping)), None):
         path, state = [*path, key], state[key]
+        if len(path) > len(_ENTRIES):
+            raise InputError(f"{file}: its entries are nested without an end: {'.'.join(path)}")
     return ".".join(path) or None, state
 
 
@@ -202,13 +249,18 @@ def _file_in(source: Path) -> Path:
         if not source.is_file():
             raise InputError(f"{source}: no such file or folder")
         return source
-    file = source / "model.safetensors"
+    file, about = source / "model.safetensors", source / "config.json"
     try:
-        kind = json.loads((source / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+        described: Any = (
+            json.loads(about.read_bytes()) if about.is_file() and about.stat().st_size < _MAX_CONFIG else None
+        )
+        kind = described.get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{source}: has no config.json that can be read, so it is no Transformers model") from error
     if kind != "pvt":
-        raise InputError(f"{source / 'config.json'}: model_type is {kind!r}, but only 'pvt', PVT v1, can be imported")
+        raise InputError(
+            f"{source / 'config.json'}: model_type is {repr(kind)[:_SHOWN]}, but only 'pvt', PVT v1, can be imported"
+        )
     if not file.is_file():
         raise InputError(f"{source}: has no model.safetensors; save the model with Transformers again, in one file")
     return file
@@ -217,7 +269,7 @@ def _file_in(source: Path) -> Path:
 def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) -> dict[str, Tensor]:
     """The tensors in fp32, once they are those of the architecture, each with its shape."""
     expected = _expected(model, image_size, _num_classes(tensors, model))
-    faults = {
+    faults: dict[str, list[str]] = {
         "missing": [key for key in expected if key not in tensors],
         "unknown": [key for key in tensors if key not in expected],
         "other shapes": [
@@ -225,8 +277,14 @@ def _fit(tensors: dict[str, Tensor], file: Path, model: str, image_size: int) ->
             for key in expected
             if key in tensors and tensors[key].shape != expected[key].shape
         ],
-        "not finite": [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()],
+        "other types": [
+            f"{key} {tensors[key].dtype}"
+            for key in expected
+            if key in tensors and tensors[key].is_floating_point() != expected[key].is_floating_point()
+        ],
     }
+    if not any(faults.values()):
+        faults["not finite"] = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if any(faults.values()):
         found = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
         raise InputError(f"{file}: is not a {model} for {image_size} px: {found}: check --model and --image-size")
@@ -245,7 +303,7 @@ def _expected(model: str, image_size: int, num_classes: int) -> dict[str, Tensor
 def _image_size(tensors: dict[str, Tensor], model: str) -> int:
     """The side in pixels of the images that the position embeddings are for; 224 for a network that has none."""
     for name, usual in _expected(model, _USUAL_PX, 0).items():
-        if name.endswith("pos_embed") and usual.ndim == 3 and name in tensors:
+        if name.endswith("pos_embed") and usual.ndim == 3 and name in tensors and tensors[name].ndim == 3:
             grid = math.isqrt(usual.shape[1])
             num_prefix = usual.shape[1] - grid**2  # class tokens
             side = math.isqrt(max(0, tensors[name].shape[1] - num_prefix))
@@ -256,7 +314,7 @@ def _image_size(tensors: dict[str, Tensor], model: str) -> int:
 
 def _num_classes(tensors: dict[str, Tensor], model: str) -> int:
     head = _head(model)
-    return len(tensors[head]) if head in tensors else 0
+    return len(tensors[head]) if head in tensors and tensors[head].ndim else 0
 
 
 def _head(model: str) -> str:
@@ -282,11 +340,12 @@ def _register(client: MlflowClient, name: str, entry: Path, source: dict[str, st
 
 
 def _some(names: Iterable[Any]) -> str:
-    names = [str(name) for name in names]
+    names = [(repr(name)[1:-1] if isinstance(name, str) else f"a {type(name).__name__}")[:_SHOWN] for name in names]
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _short(error: Exception) -> str:
     """Errors of conversion name every tensor."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = "".join(letter if letter.isprintable() else "�" for letter in text[:401])
     return text if len(text) <= 400 else f"{text[:400]} …"
