@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import safetensors.torch
 import torch
 
 from launch import command, handoff, rules
@@ -291,7 +290,7 @@ def _start_from(settings: Config, world: World, task: AnyTask, classes: list[str
             settings.task,
             settings.model,
             classes,
-            safetensors.torch.load_file(here / WEIGHTS),
+            network.read_weights(here / WEIGHTS),
             pinned,
             source_task=card.task,
             source_classes=card.classes,

@@ -1,5 +1,8 @@
 """The errors that users meet, and how commands end."""
 
+import contextlib
+from collections.abc import Iterator
+
 DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
 """Exit codes. The last one: stopped by a signal, saved, to be started again."""
 STOPPING = "stopping after this step"
@@ -19,3 +22,15 @@ class ExternalError(RuntimeError):
 
     The message says what failed and the way out. Commands print it alone and end with exit code 1.
     """
+
+
+@contextlib.contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Around imports of packages that an extra in pyproject.toml installs: InputError where one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{what}: needs the package {error.name}, which is not installed: pip install -e '.[{extra}]' in this "
+            "project's folder"
+        ) from error

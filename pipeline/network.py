@@ -1,13 +1,17 @@
 """The network that a task and a model's settings describe: the one place where it is made."""
 
 import difflib
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from pipeline import config, flops
-from pipeline.errors import InputError
+from pipeline.errors import InputError, needing
 from pvt.create import create_model
 from pvt.dense import backbone
 from pvt.mask_rcnn import MaskRcnn
@@ -30,12 +34,29 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
         network = _build(task, model, image_size, num_classes)
     except TypeError as error:  # a setting that the architecture has not
         raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RuntimeError) as error:  # the latter where there is no memory for it
         size = model.image_size or image_size
         raise InputError(f"model.name {model.name!r} for {size} px: {error}") from error
     if model.grad_checkpointing:
         network.set_grad_checkpointing()
     return network
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Raises InputError for what is no whole safetensors file."""
+    try:
+        return safetensors.torch.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read as weights: {error}; register the model again") from error
+
+
+def load_weights(network: nn.Module, file: Path) -> None:
+    """Raises InputError for what is no whole safetensors file, or not of this network."""
+    try:
+        network.load_state_dict(read_weights(file))
+    except RuntimeError as error:  # a line for each tensor
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{file}: are not the weights of the network beside them: {why}") from error
 
 
 def _compute_fp32_in_full() -> None:
@@ -64,7 +85,8 @@ def _build(task: config.Task, model: config.Model, image_size: int, num_classes:
     if isinstance(task, config.SemanticFpn):
         return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
     if isinstance(task, config.Detr):
-        from pvt.detr import Detr  # brings in transformers, which takes seconds
+        with needing("detr", "task detr"):
+            from pvt.detr import Detr  # brings in transformers, which takes seconds
 
         return Detr(
             pyramid,

@@ -1,9 +1,11 @@
 """The model registry on an embedded database: versions in, verified copies out, champions, imports, lineage."""
 
 import argparse
+import ast
 import contextlib
 import errno
 import fcntl
+import importlib
 import io
 import json
 import math
@@ -13,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import stat
 import struct
 import subprocess
@@ -25,16 +28,21 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import MAGIC_NUMBER
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.environment_variables
 import numpy as np
 import pandas
 import pytest
 import safetensors.torch
 import timm
 import torch
+from mlflow.store.artifact import models_artifact_repo
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.tracking import MlflowClient
 from timm.models import load_state_dict
 from transformers import PvtConfig, PvtForImageClassification
@@ -47,7 +55,7 @@ from pipeline.config import Gates
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.cache import DEFAULT_CACHE
 from pipeline.tasks.build import build_task, start_from
-from pipeline.track import copies, foreign, lineage, network, package, promote, registry, server
+from pipeline.track import copies, foreign, lineage, network, package, promote, registry, relocate, server
 from pipeline.track.card import RAW, WEIGHTS, Card, Scored
 from pipeline.track.classifier import Classifier
 from pipeline.track.export import export
@@ -482,6 +490,83 @@ assert sorted(path.suffix for path in cache.iterdir()) == [".lock"]
             [sys.executable, "-c", script, cache], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
         )
     assert process.returncode == 0, process.stderr
+
+
+def stored_anew(tiny: Registry, name: str, data: bytes) -> str:
+    """A version whose file was replaced, and its digest with it, as who may edit the registry can."""
+    uri = tiny.add()
+    (tiny.stored(uri) / name).write_bytes(data)
+    tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", package.sha256(tiny.stored(uri) / name))
+    return uri
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"classes": ' + b"9" * 10_000 + b"}",
+        b'{"task": {"name": "\x1b[31m\\u001b"}, "model": 3, "' + b"k" * 10_000 + b'": null}',
+        b" " * (65 << 20),
+    ],
+    ids=["empty", "bytes", "list", "nothing", "deep", "long", "odd", "huge"],
+)
+def test_a_card_that_is_none_is_one_line(tiny: Registry, data: bytes) -> None:
+    uri = stored_anew(tiny, "artifacts/model.json", data)
+    assert registry.verify(uri)["ok"]
+    with pytest.raises(InputError) as refused:
+        registry.resolve(uri)
+    assert "model.json: " in one_line(refused.value)
+
+
+def test_a_card_of_other_weights_and_tags_that_are_no_numbers(tiny: Registry) -> None:
+    uri = tiny.add(1, top1=0.5)
+    tiny.client.set_model_version_tag("tiny", "1", "bytes", "many")
+    tiny.client.set_model_version_tag("tiny", "1", "metric.top1", "most")
+    assert registry.metric_of(registry.find(tiny.client, uri), "top1") is None
+    card = Card.read(registry.resolve(uri).folder)
+    for digests in ({}, {WEIGHTS: "0" * 64}, {**card.sha256, "../../x": "0" * 64}):
+        card.model_copy(update={"sha256": digests}).write(tiny.folder)
+        uri = stored_anew(tiny, "artifacts/model.json", (tiny.folder / "model.json").read_bytes())
+        with pytest.raises(InputError, match=rf"^{uri}: has no model.json that tells of its {WEIGHTS}"):
+            registry.resolve(uri)
+
+
+@pytest.mark.parametrize("name", ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml"])
+def test_what_only_mlflow_reads_is_never_read_here(tiny: Registry, name: str) -> None:
+    bomb = "a: &a [x]\n" + "".join(
+        f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
+    )
+    uri = stored_anew(tiny, name, bomb.encode())
+    assert registry.verify(uri)["ok"]
+    assert registry.resolve(uri).card.classes == CLASSES
+    edit(tiny.stored(uri) / name)
+    with pytest.raises(InputError, match=rf"^{uri}: {name} has SHA-256"):
+        registry.resolve(uri)
+
+
+def test_what_is_used_of_mlflow_is_where_it_was(empty_database: Path) -> None:
+    """Also what its documentation does not promise: modules below its packages, variables, tables, files."""
+    sources = {file: file.read_text() for file in (ROOT / "pipeline").rglob("*.py")}
+    for file, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("mlflow."):
+                module = importlib.import_module(str(node.module))
+                moved = [each.name for each in node.names if not hasattr(module, each.name)]
+                assert not moved, f"{file}: {node.module} has no {moved}"
+    variables = {name for text in sources.values() for name in re.findall(r'"(MLFLOW_\w+)"', text)}
+    assert {"MLFLOW_UV_AUTO_DETECT", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"} <= variables
+    assert not [name for name in variables if not hasattr(mlflow.environment_variables, name)]
+    assert models_artifact_repo.REGISTERED_MODEL_META_FILE_NAME == registry._NOTE
+    assert isinstance(LocalArtifactRepository.artifact_dir, property)
+    for method in ("collect_metrics", "aggregate_metrics", "clear_metrics"):
+        assert callable(getattr(BaseMetricsMonitor, method))
+    with contextlib.closing(sqlite3.connect(empty_database)) as connection:
+        for table, column in relocate._PATHS:
+            connection.execute(f"SELECT {column} FROM {table}")
 
 
 # Copies
@@ -986,7 +1071,10 @@ HOSTILE: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "sparse": lambda state: {**state, "head.weight": state["head.weight"].to_sparse()},
     "no values": lambda state: {**state, "head.weight": torch.empty(10**7, 10**7, device="meta")},
     "quantised": lambda state: {**state, "x": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)},
-    "of another type: head.bias torch.complex64": lambda state: {**state, "head.bias": torch.zeros(10).cfloat()},
+    "of another type: head.bias torch.complex64": lambda state: {
+        **state,
+        "head.bias": torch.zeros(10, dtype=torch.cfloat),
+    },
     "of another type: head.bias torch.float8": lambda state: {
         **state,
         "head.bias": torch.zeros(10).to(torch.float8_e4m3fn),
@@ -1018,7 +1106,7 @@ class Sized:
 
     def __reduce__(self) -> tuple[Any, ...]:
         storage = self.tensor.storage()
-        return (torch._utils._rebuild_tensor_v2, (storage, 0, (self.num,), (1,), False, OrderedDict()))
+        return (sys.modules["torch._utils"]._rebuild_tensor_v2, (storage, 0, (self.num,), (1,), False, OrderedDict()))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -58,9 +57,9 @@ def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
 def build_trained(
     task: config.Task, model: config.Model, image: config.Image, classes: list[str], weights: Path
 ) -> AnyTask:
-    """With the weights of a safetensors file, in evaluation mode."""
+    """With the weights of a safetensors file, in evaluation mode. Raises InputError where they are not its own."""
     built = build_task(task, model, image, classes)
-    built.model.load_state_dict(safetensors.torch.load_file(weights))
+    network.load_weights(built.model, weights)
     built.model.eval()
     return built
 

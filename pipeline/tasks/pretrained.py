@@ -26,7 +26,7 @@ def load_pretrained(model: nn.Module, weights: Mapping[str, Tensor], source: str
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         weights = dict(filter_fn(weights, model) if filter_fn else weights)
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:  # whatever timm makes of others' weights
         raise InputError(f"{source}: not weights of model.name {type(model).__name__}: {error}") from error
     if not keep_head:
         heads: Any = model.pretrained_cfg["classifier"]  # pyright: ignore[reportIndexIssue, reportArgumentType]

@@ -183,6 +183,6 @@ def _requirements(task: config.Task) -> list[str]:
     packages = [
         *("mlflow", "numpy", "pandas", "pillow", "pycocotools", "pydantic", "pyyaml"),
         *("safetensors", "timm", "torch", "torchvision"),
-        *(("transformers",) if isinstance(task, config.Detr) else ()),
+        *(("scipy", "transformers") if isinstance(task, config.Detr) else ()),
     ]
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

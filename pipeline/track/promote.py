@@ -149,7 +149,7 @@ def _digests(pinned: str) -> Row:
 def _loads(pinned: str) -> Row:
     try:
         told, number = _answer(registry.resolve(pinned))
-    except (InputError, RuntimeError) as error:  # torch's, for weights that are not the architecture's
+    except (InputError, RuntimeError) as error:  # the latter for weights that are not finite
         return {"gate": "loads", "value": str(error), "passed": False}
     return {"gate": "loads", "value": f"{told} for the input example", "passed": math.isfinite(number)}
 

@@ -128,7 +128,7 @@ class Served(PythonModel):
 
 
 def answering(card: Card, weights: Path) -> Answering:
-    """Raises RuntimeError for weights that are not the card's network's, or of which it makes no sense."""
+    """Raises InputError for weights that are not the card's network's, and RuntimeError for some that make no sense."""
     if isinstance(card.task, config.Classification):
         return Classifier(card, weights)
     if isinstance(card.task, config.SemanticFpn):
