@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import command
 from launch.digits import digit_range
-from pipeline.errors import InputError
+from pipeline.errors import InputError, needing
 
 if TYPE_CHECKING:
     from pipeline.scenes.photographs import Split
@@ -41,7 +41,8 @@ def main() -> dict[str, Any]:
     # These take seconds to import, which --help and wrong usage do without.
     from tqdm import tqdm
 
-    from pipeline.scenes import layouts
+    with needing("scenes", "launch/scenes.py"):
+        from pipeline.scenes import layouts
 
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:

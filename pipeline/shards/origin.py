@@ -117,7 +117,10 @@ class Remote:
             root = str(URL(root))  # quoted, as names and the query are
         try:
             fs, self._path = fsspec.core.url_to_fs(root, skip_instance_cache=True, **_options(root, timeout_s))
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            s3 = "; pip install -e '.[s3]' in this project's folder" if root.startswith(("s3:", "s3a:")) else ""
+            raise InputError(f"{self.root}: cannot be opened: {redact(str(error))}{s3}") from None
+        except ValueError as error:
             raise InputError(f"{self.root}: cannot be opened: {redact(str(error))}") from None
         self._fs: Any = fs
         if hasattr(fs, "retries"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from pipeline import files
-from pipeline.errors import ExternalError, InputError
+from pipeline.errors import ExternalError, InputError, needing
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 from pipeline.track import package, registry
 from pipeline.track.export import check
@@ -95,13 +95,8 @@ def export(
 def _target(name: str) -> Target:
     if name not in _MODULES:
         raise InputError(f"--to {name}: models are exported to {', '.join(TARGETS)}")
-    try:
+    with needing("export", f"--to {name}"):
         return cast(Target, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--to {name}: needs the package {error.name}, which is not installed: "
-            "pip install -e '.[export]' in this project's folder"
-        ) from error
 
 
 @contextlib.contextmanager
