@@ -1,5 +1,5 @@
-"""Writing files so that they are whole under their name or absent, even after a power cut; folders of one user; and
-what file systems do not all have: locks and hard links."""
+"""Reading files up to a size; writing them so that they are whole under their name or absent, even after a power cut;
+folders of one user; and what file systems do not all have: locks and hard links."""
 
 import contextlib
 import errno
@@ -18,6 +18,35 @@ from pipeline.errors import InputError
 _MISSING = (errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_LOCKS = (errno.ENOLCK, *_MISSING)
 _NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, *_MISSING)
+
+MAX_DOCUMENT_BYTES = 4 << 20
+"""Of a file of settings, notes or results, which is read whole."""
+
+
+class UnreadableError(OSError):
+    """The file is too large, or no regular file: trying again does not help."""
+
+
+def read(path: str | Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
+    """A whole file. Raises OSError where there is more of it, and as `open_regular` does."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        is_short = os.fstat(file.fileno()).st_size <= most_bytes
+        data = file.read(most_bytes + 1) if is_short else b""
+    if is_short and len(data) <= most_bytes:
+        return data
+    raise UnreadableError(errno.EFBIG, f"more than {most_bytes:,} bytes", str(path))
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor for reading. Raises OSError, also for what is no regular file: a pipe may never give a byte, and a
+    device bytes without end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe's writer is not waited for
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    code, why = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")
+    raise UnreadableError(code, why, str(path))
 
 
 def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:

@@ -8,6 +8,7 @@ Faults happen on the wire in front of a server that works, so both protocols mee
 
 import contextlib
 import email.message
+import gzip
 import http.client
 import http.server
 import re
@@ -40,6 +41,8 @@ Fault = Literal[
     "flip",  # one byte differs
     "ignore range",  # 200 and the whole file
     "slow",  # right, half a second late
+    "endless",  # the body over and over, until the client leaves
+    "gzip",  # Content-Encoding says so, and blocks of zeros expand a thousandfold
 ]
 
 
@@ -139,6 +142,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
         if fault == "slow":
             time.sleep(0.5)
+        if fault in ("endless", "gzip"):
+            self._never_end(fault, body)
+            return
         if fault not in ("reset", "cut", "stall", "trickle"):
             self._answer(status, headers, body)
             return
@@ -165,6 +171,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body if send is None else send)
+
+    def _never_end(self, fault: Fault, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        if fault == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+            body = gzip.compress(bytes(1 << 24))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while not self.faulty.ended.is_set():
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(body), body))
+        self.close_connection = True
 
     def _file(self, path: str) -> tuple[int, dict[str, str], bytes]:
         assert isinstance(self.faulty.source, Path)

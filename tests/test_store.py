@@ -24,8 +24,11 @@ from pathlib import Path
 import boto3
 import fsspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import InputError
+from pipeline.shards import origin
 from pipeline.shards.adopt import index
 from pipeline.shards.descriptors import Descriptors
 from pipeline.shards.index import read_manifest
@@ -257,6 +260,16 @@ def test_descriptors_are_bounded_and_shared_by_threads(local: Place) -> None:
     assert _num_open(local.originals) == 0
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 40), st.integers(0, 1 << 20)), max_size=12))
+def test_descriptors_give_what_the_file_has(originals: Path, reads: list[tuple[int, int, int]]) -> None:
+    files = Descriptors[str](lambda name: os.open(originals / name, os.O_RDONLY), max_open=2)
+    for number, offset, size in reads:
+        assert files.pread(NAMES[number], offset, size) == (originals / NAMES[number]).read_bytes()[offset:][:size]
+    files.close()
+    assert _num_open(originals) == 0
+
+
 def _num_open(folder: Path) -> int:
     """Descriptors of this process on files below a folder, deleted ones among them."""
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
@@ -333,6 +346,84 @@ def test_bytes_that_trickle_do_not_hold_us(http: Place) -> None:
     with http.store(retry=Retry(1), timeout_s=STALL_S) as store, pytest.raises(StoreError, match="timed out"):
         store.pread_origin(http.blob(), 0, 10_000)
     assert time.monotonic() - started < 100  # of the 500 s that it takes
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("endless", r"more than 1,000 bytes$"),
+        ("gzip", r"the server sends it encoded \(gzip\): serve the file as it is$"),
+    ],
+)
+def test_a_small_file_without_end_is_refused_once(http: Place, fault: Fault, reason: str) -> None:
+    http.wire.spoil(fault, times=float("inf"))
+    with http.store() as store, pytest.raises(StoreError, match=f"^{http.root}/{NAMES[0]}: {reason}"):
+        store.read(NAMES[0], 1000)
+    assert len(http.wire.gets()) == 1
+
+
+def test_a_part_without_end_is_read_no_further_than_its_file_goes(http: Place) -> None:
+    http.wire.spoil("endless", times=float("inf"))
+    blob = http.blob()
+    with (
+        http.store() as store,
+        pytest.raises(StoreError, match=f"{blob.bytes + 1} bytes arrived instead of 10 .* 3 att"),
+    ):
+        store.pread_origin(blob, 0, 10)
+
+
+def test_a_small_file_that_trickles_is_given_up(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origin, "READ_BYTES", 0)
+    http.wire.spoil("trickle", times=float("inf"))
+    started = time.monotonic()
+    given_up = pytest.raises(StoreError, match=r"timed out; given up after [12] attempts?$")
+    with http.store(retry=Retry(6, 0.01, last_start_s=1.0), timeout_s=0.5) as store, given_up:
+        store.read(NAMES[0], 1 << 20)
+    assert time.monotonic() - started < 30  # of the hours that it takes
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (pipe, "not a regular file"),
+        (device, "not a regular file"),
+        (folder, "Is a directory"),
+        (itself, "Too many levels of symbolic links"),
+        (sparse, "more than 4,194,304 bytes"),
+    ],
+)
+def test_what_is_no_file_of_its_size_is_refused_at_once(
+    tmp_path: Path, make: Callable[[Path], None], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "x")
+    blob = Blob("x", 10, "0" * 64)
+    with contextlib.closing(Store(tmp_path)) as store:
+        ways = [lambda: store.read("x"), lambda: store.pread(blob, 0, 10), lambda: store.open("x")]
+        for way in ways if make is not sparse else ways[:1]:
+            with pytest.raises((StoreError, OSError), match=reason):
+                way()
+    assert capfd.readouterr().err == "", "nothing is tried again"
 
 
 def test_a_server_that_fails_is_not_a_missing_file(remote: Place) -> None:

@@ -6,6 +6,7 @@
 Every byte of a large remote file comes through one primitive, the range request, so every failure is met in one place.
 """
 
+import errno
 import io
 import os
 import re
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import fsspec.asyn
 import fsspec.core
 
+from pipeline import files
 from pipeline.errors import InputError
 from pipeline.redact import redact, split_url
 from pipeline.shards.descriptors import Descriptors
@@ -30,7 +33,8 @@ BLOCK_BYTES = 8 << 20
 MIN_BYTES_PER_S = 32 << 10
 """A request that is slower than this on top of the time-out is given up: bytes that trickle could hold us for days."""
 
-SHA256_HEX = frozenset("0123456789abcdef")
+READ_BYTES = 1 << 20
+"""A small file that is read whole takes no longer than this much may take, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,7 @@ class Blob:
 
     def __post_init__(self) -> None:
         below_root(self.name)
-        if len(self.sha256) != 64 or not SHA256_HEX.issuperset(self.sha256):
-            raise InputError(f"{self.name}: SHA-256 {self.sha256!r}; expected 64 digits of lower-case hexadecimal")
+        sha256_hex(self.sha256)
         if self.bytes < 0:
             raise InputError(f"{self.name}: {self.bytes} bytes; expected 0 or more")
 
@@ -58,7 +61,7 @@ class Folder:
     def __init__(self, root: Path, retry: Retry):
         self.root = str(root)
         self._retry = retry
-        self._open = Descriptors[str](lambda name: os.open(self.url(name), os.O_RDONLY | os.O_CLOEXEC))
+        self._open = Descriptors[str](lambda name: files.open_regular(self.url(name)))
 
     def url(self, name: str) -> str:
         return os.path.join(self.root, below_root(name))  # noqa: PTH118  # called for each sample
@@ -67,8 +70,8 @@ class Folder:
         path = Path(self.url(name))
         return path.stat().st_size if path.is_file() else None
 
-    def read(self, name: str) -> bytes:
-        return self._retry(self.url(name), Path(self.url(name)).read_bytes)
+    def read(self, name: str, most_bytes: int) -> bytes:
+        return self._retry(self.url(name), lambda: files.read(self.url(name), most_bytes))
 
     def pread(self, blob: Blob, offset: int, size: int) -> bytes:
         def attempt() -> bytes:
@@ -85,7 +88,7 @@ class Folder:
             os.close(descriptor)
 
     def open(self, name: str) -> BinaryIO:
-        return Path(self.url(name)).open("rb")
+        return os.fdopen(files.open_regular(self.url(name)), "rb")
 
     def names(self) -> list[str]:
         ignored: list[str] = []
@@ -144,7 +147,7 @@ class Remote:
         def attempt() -> int | None:
             self._fs.invalidate_cache()
             try:
-                info = self._fs.info(self._full_path(name), **self._limit())
+                info = self._fs.info(self._full_path(name), **self._limit(0))
             except FileNotFoundError as error:
                 # For HTTP, fsspec calls every failure a missing file; the cause tells.
                 if self._is_http and isinstance(error.__cause__, Exception):
@@ -160,9 +163,37 @@ class Remote:
 
         return self._retry(self.url(name), attempt)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most_bytes: int) -> bytes:
         path = self._full_path(below_root(name))
-        return self._retry(self.url(name), lambda: self._fs.cat_file(path, **self._limit()))
+
+        def attempt() -> bytes:
+            data = self._fetch(path, most_bytes + 1, READ_BYTES)
+            if len(data) > most_bytes:
+                raise files.UnreadableError(errno.EFBIG, f"more than {most_bytes:,} bytes")
+            return data
+
+        return self._retry(self.url(name), attempt)
+
+    def _fetch(self, path: str, most_bytes: int, num_bytes: int, **part: int) -> bytes:
+        """A file, or the `part` of it from `start` to `end`; no more than `most_bytes`, in the time for `num_bytes`."""
+        if not self._is_http:
+            return self._fs.cat_file(path, **(part or {"start": 0, "end": most_bytes}), **self._limit(num_bytes))
+        limit = self._limit(num_bytes)
+        return cast(bytes, fsspec.asyn.sync(self._fs.loop, self._stream, path, most_bytes, **part, **limit))
+
+    async def _stream(self, path: str, most_bytes: int, start: int = 0, end: int = 0) -> bytes:
+        # What fsspec has for this holds whatever the server sends, however much.
+        session = await self._fs.set_session()
+        headers = {"Range": f"bytes={start}-{end - 1}"} if end else {}
+        data = bytearray()
+        async with session.get(self._fs.encode_url(path), headers=headers) as answer:
+            self._fs._raise_not_found_for_status(answer, path)
+            if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
+                why = f"the server sends it encoded ({coding[:20]}): serve the file as it is"
+                raise files.UnreadableError(errno.EINVAL, why)
+            while len(data) < most_bytes and (block := await answer.content.read(most_bytes - len(data))):
+                data += block
+            return bytes(data)
 
     def pread(self, blob: Blob, offset: int, size: int) -> bytes:
         return self._retry(self.url(blob.name), lambda: self._range(blob.name, offset, size, blob.bytes))
@@ -170,8 +201,8 @@ class Remote:
     def _range(self, name: str, offset: int, size: int, total: int) -> bytes:
         if size == 0:
             return b""
-        limit = self._limit(size if self.honours_ranges else total)
-        data = self._fs.cat_file(self._full_path(name), start=offset, end=offset + size, **limit)
+        num_bytes = size if self.honours_ranges else total
+        data = self._fetch(self._full_path(name), total + 1, num_bytes, start=offset, end=offset + size)
         if size != len(data) == total:
             if self.honours_ranges:
                 self.honours_ranges = False
@@ -287,6 +318,13 @@ def below_root(name: str) -> str:
     return name
 
 
+def sha256_hex(digest: str) -> str:
+    """`digest`, if it is a SHA-256 in lower-case hexadecimal. Raises InputError."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise InputError(f"SHA-256 {digest[:100]!r}; expected 64 digits of lower-case hexadecimal")
+    return digest
+
+
 def _options(root: str, timeout_s: float) -> dict[str, Any]:
     """Time-outs for connecting and between bytes, and no retries, in the words of each library."""
     if is_http(root):
@@ -295,6 +333,7 @@ def _options(root: str, timeout_s: float) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
         # Ranges of a compressed body would be ranges of something else. trust_env: proxies and .netrc.
         client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
+        client["auto_decompress"] = False
         return {"client_kwargs": client, "encoded": True}  # a signature is sent as it is
     if root.startswith(("s3://", "s3a://")):
         config = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.errors import ExternalError
+from pipeline.files import UnreadableError
 from pipeline.redact import redact
 
 T = TypeVar("T")
@@ -33,10 +34,13 @@ class Retry:
 
     attempts: int = 6
     first_wait_s: float = 0.5
+    last_start_s: float = 180.0
+    """No attempt begins later than this after the first one did."""
 
     def __call__(self, url: str, call: Callable[[], T], on: type[Exception] = Exception) -> T:
         """Raises FileNotFoundError at once, and StoreError at once where permission is missing or the request itself is
         refused, or after the last attempt. Exceptions that are not `on` pass through."""
+        started = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 return call()
@@ -49,8 +53,8 @@ class Retry:
                 cause = _describe(error)
                 if _is_final(error):
                     raise StoreError(f"{url}: {cause}{_remedy(error)}") from None
-                if attempt >= self.attempts:
-                    raise StoreError(f"{url}: {cause}; given up after {attempt} attempts") from None
+                if attempt >= self.attempts or time.monotonic() - started > self.last_start_s:
+                    raise StoreError(f"{url}: {cause}; given up after {attempt} attempt{'s' * (attempt > 1)}") from None
             wait_s = self.first_wait_s * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.0)
             more = f"attempt {attempt + 1} of {self.attempts} in {wait_s:.1f} s"
             print(f"warning: {url}: {cause}; {more}", file=sys.stderr, flush=True)
@@ -62,7 +66,12 @@ def _is_final(error: Exception) -> bool:
     status = _status(error)
     is_refused = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
     is_slow = isinstance(error, TimeoutError)  # which S3 answers with 400
-    return _is_denied(error) or (is_refused and not is_slow)
+    return _is_denied(error) or _is_wrong_kind(error) or (is_refused and not is_slow)
+
+
+def _is_wrong_kind(error: Exception) -> bool:
+    is_wrong_path = isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+    return is_wrong_path or isinstance(error, UnreadableError)
 
 
 def _is_denied(error: Exception) -> bool:
@@ -90,6 +99,8 @@ def _what_is_missing(error: FileNotFoundError) -> str:
 
 def _remedy(error: Exception) -> str:
     """What to do about a request that was refused."""
+    if _is_wrong_kind(error):
+        return ""
     if _is_denied(error):
         return (
             "; access is denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3, .netrc for https; "
@@ -106,6 +117,8 @@ def _describe(error: Exception) -> str:
         text = f"HTTP {status} {getattr(error, 'message', None) or getattr(error, 'strerror', None) or error}"
     elif isinstance(error, WrongBytes):
         text = str(error)
+    elif isinstance(error, OSError) and _is_wrong_kind(error):
+        text = str(error.strerror)
     elif isinstance(error, TimeoutError):
         text = f"timed out: {error}"
     else:

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline import files
 from pipeline.shards.cache import Cache
 from pipeline.shards.descriptors import Descriptors
 from pipeline.shards.origin import BLOCK_BYTES, Blob, Folder, Remote
@@ -83,9 +84,9 @@ class Store:
         """In bytes; None where there is no such file."""
         return self._origin.size(name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most_bytes: int = files.MAX_DOCUMENT_BYTES) -> bytes:
         """A whole small file whose digest is not known. Raises FileNotFoundError."""
-        return self._origin.read(name)
+        return self._origin.read(name, most_bytes)
 
     def open(self, name: str) -> BinaryIO:
         """A file to read in order, past the cache; remote ones in large blocks. Raises FileNotFoundError."""
