@@ -13,7 +13,7 @@ import math
 import re
 import typing
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     Tag,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -34,7 +35,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from pipeline import yaml_text
+from pipeline import files, json_text, yaml_text
 from pipeline.errors import InputError
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -131,6 +132,7 @@ RandAugmentField = Annotated[RandAugment, PlainValidator(RandAugment.parse), Pla
 NOT_SET = ("null", "none", "off")
 MAX_EXTENDED = 20
 """Files that extend one another."""
+MAX_YAML_BYTES = 1 << 20
 
 
 class Section(BaseModel):
@@ -171,7 +173,7 @@ def _scalars(value: Any) -> Iterator[Any]:
         yield from _scalars(part)
 
 
-def _written(pattern: str, rule: str) -> AfterValidator:
+def written(pattern: str, rule: str) -> AfterValidator:
     """Text that matches a regular expression from end to end, or an error that states the rule in words."""
 
     def check(value: str) -> str:
@@ -183,18 +185,19 @@ def _written(pattern: str, rule: str) -> AfterValidator:
 
 
 SomeSection = TypeVar("SomeSection", bound=Section)
+Value = TypeVar("Value")
 
 
 _CONTROL = r"\x00-\x1f\x7f"
 Folder = Annotated[
-    str, _written(rf"(?!\w+://)[^{_CONTROL}]+", "expected a folder's path: no URL, and without control characters")
+    str, written(rf"(?!\w+://)[^{_CONTROL}]+", "expected a folder's path: no URL, and without control characters")
 ]
 
 
 class Run(Section):
     name: Annotated[
         str,
-        _written(
+        written(
             "[A-Za-z0-9][A-Za-z0-9._-]*", "a name has letters, digits, . _ and -, and begins with a letter or digit"
         ),
     ]
@@ -651,7 +654,7 @@ class Tracking(Section):
     it."""
     experiment: str = "pretrain"
     model_name: (
-        Annotated[str, _written(rf"[^/:@{_CONTROL}]+", "a model's name is not empty and has none of / : @")] | None
+        Annotated[str, written(rf"[^/:@{_CONTROL}]+", "a model's name is not empty and has none of / : @")] | None
     ) = None
     """Registered model that receives this run's versions. None: the run's name."""
     system_metrics: bool = True
@@ -740,7 +743,7 @@ class Handoff(Section):
     """What this run's model has to reach, or the job is not started."""
 
 
-_Word = Annotated[str, _written(r"[\w.,:&|*\[\]-]+", "expected letters, digits and . , : & | * [ ] - _ without spaces")]
+_Word = Annotated[str, written(r"[\w.,:&|*\[\]-]+", "expected letters, digits and . , : & | * [ ] - _ without spaces")]
 """What goes into a batch script as it is."""
 
 
@@ -780,7 +783,7 @@ class Cluster(Section):
     memory_gb: int | None = Field(default=None, gt=0)
     """Of a node. None: what the partition gives."""
     time: Annotated[
-        str, _written("([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
+        str, written("([0-9]+-)?[0-9]+(:[0-9]+){0,2}", "expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES")
     ] = "24:00:00"
     """Limit for one stretch, as SLURM writes it: MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS. A run
     that needs longer saves and goes to the end of the queue."""
@@ -789,7 +792,7 @@ class Cluster(Section):
     """Nodes never to be used, such as node[07,12-14]."""
     exclusive: bool = False
     """Share the nodes with no other job."""
-    options: tuple[Annotated[str, _written("--[a-z][^\n]*", "an option of sbatch begins with --")], ...] = ()
+    options: tuple[Annotated[str, written("--[a-z][^\n]*", "an option of sbatch begins with --")], ...] = ()
     """Further options of sbatch, such as --mail-type=END."""
     grace_s: int = Field(default=180, ge=10)
     """So long before the time limit a run is told to save. Longer than train.preempt_deadline_s."""
@@ -973,7 +976,7 @@ def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[s
     """The mapping in a YAML file. `extends: OTHER`, a path from the file's folder, lays it over that other file:
     mappings key by key, everything else whole. Raises InputError."""
     try:
-        text = Path(path).read_text()
+        text = files.read(path, MAX_YAML_BYTES).decode()
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except ValueError as error:  # bytes that are no text, or a path that cannot be one
@@ -1015,6 +1018,20 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
+def read_json(kind: type[Value], path: str | Path) -> Value:
+    """What a JSON file holds, as `kind`. Raises OSError where the file cannot be read, and as `validated` does."""
+    return validated(kind, json_text.read(files.read(path), path), path)
+
+
+def validated(kind: type[Value], tree: Any, source: object) -> Value:
+    """A tree of JSON as a model, a dataclass or another type. Raises InputError of one line for its first fault."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise InputError(f"{source}: {_told(detail, map(str, detail['loc']))}") from None
+
+
 def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
     for name in path[:-1]:
         node = tree.setdefault(name, {})
@@ -1027,7 +1044,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> No
 _RULES = {
     "value_error": "{error}",
     "assertion_error": "{error}",
-    "extra_forbidden": "no such setting",
+    "extra_forbidden": "no such key is known",
     "greater_than_equal": "has to be at least {ge}",
     "greater_than": "has to be more than {gt}",
     "less_than_equal": "has to be at most {le}",
@@ -1037,6 +1054,7 @@ _RULES = {
     "float": "expected a number",
     "int": "expected a whole number",
     "bool": "expected true or false",
+    "string_unicode": "expected text in UTF-8",
     "string_too_short": "expected text that is not empty",
     "string": "expected text; put a number into quotes to make it text",
     "literal_error": "expected {expected}",
@@ -1048,6 +1066,7 @@ _RULES = {
     "tuple": "expected a list",
     "list": "expected a list",
     "dict": "expected a mapping",
+    "dataclass": "expected a mapping",
     "model": "expected a mapping of settings",
 }
 """In our words, by how the type of pydantic's error begins; the first one that fits."""
@@ -1076,10 +1095,14 @@ def _explain(kind: type[Section], detail: ErrorDetails) -> str:
         return f"{key}: no such setting{f'; did you mean {near}?' if near else valid}"
     if detail["type"] == "missing" and not path[-1].isdigit():
         return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
-    message = rule_of(detail)
+    return _told(detail, path)
+
+
+def _told(detail: ErrorDetails, path: Iterable[str]) -> str:
+    """The key, the rule and the value found."""
     # A whole section as "the value found" would bury the rule that compares several of its settings.
     found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {_shown(detail['input'])})"
-    return f"{key}: {message}{found}" if key else f"{message}{found}"
+    return ": ".join(filter(None, [".".join(path), f"{rule_of(detail)}{found}"]))
 
 
 def rule_of(detail: ErrorDetails) -> str:

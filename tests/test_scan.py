@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.shards.faults import Fault, read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
-from pipeline.shards.tar import Reader, TarError, members
+from pipeline.shards.tar import Reader, TarError, members, padded
 from pipeline.shards.verify import verify
 from tests.damage import Damage, Member, build, tar_of
 from tests.servers import FaultyServer
@@ -47,6 +48,19 @@ class Sample:
     extension: str
     label: str
     image: bytes
+
+
+class Streamed(BytesIO):
+    """Bytes that are made as they are read."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        super().__init__()
+        self._parts, self._rest = parts, b""
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._rest = self._rest or next(self._parts, b"")
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
 
 
 def samples(long: int = 0) -> list[Sample]:
@@ -266,6 +280,34 @@ def test_global_pax_headers_and_sparse_files(tmp_path: Path) -> None:
     data = buffer.getvalue()
     with tarfile.open(fileobj=BytesIO(data)) as theirs:
         assert [(m.name, m.header) for m in members(Reader(BytesIO(data)))] == [(m.name, m.offset) for m in theirs]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XGLTYPE, tarfile.XHDTYPE])
+def test_headers_without_end_take_no_memory(kind: bytes) -> None:
+    """A hundred PAX headers of a thousand keys each, of which none is used."""
+
+    def stream() -> Iterator[bytes]:
+        for number in range(100):
+            content = b"".join(b"%d key%06d=%s\n" % (115, number * 1000 + key, b"v" * 100) for key in range(999))
+            yield tar_of([Member("pax", content, type=kind)])[: 512 + padded(len(content))]
+        yield tar_of([Member("a")])
+
+    tracemalloc.start()
+    reader = Reader(Streamed(stream()))
+    if kind == tarfile.XHDTYPE:
+        with pytest.raises(TarError, match=r"damaged at byte 0: a name or header of \d+ bytes"):
+            list(members(reader))
+    else:
+        assert [member.name for member in members(reader)] == ["a"]
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_a_label_of_many_bytes_is_refused(tmp_path: Path) -> None:
+    parts = [Member("a.jpg", image_bytes(0)), Member("a.json", b'{"label": 1, "x": [' + b"{}," * 2_000_000 + b"{}]}")]
+    (tmp_path / "data.tar").write_bytes(tar_of(parts))
+    _, (fault,) = index(str(tmp_path), labels="json:label")
+    assert fault.reason == "its json part has 6,000,023 bytes; the limit is 4,194,304"
 
 
 @settings(max_examples=300, deadline=None)
@@ -649,7 +691,7 @@ REASONS = {
     "joined": {"data follows the end mark"},
     "negative_size": {"is not a number"},
     "huge_size": {"cut short", "the limit is 268,435,456"},
-    "huge_pax_header": {"a name or header of 8589934591 bytes"},
+    "huge_pax_header": {"a name or header of 8589935104 bytes"},
     "broken_pax_header": {"a PAX header that cannot be read"},
     "compressed": {"decompress it"},
     "repeated_key": {"a second sample of this key"},

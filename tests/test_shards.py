@@ -72,7 +72,7 @@ def garble_manifest(folder: Path) -> None:
         (miscount_manifest, "its digest and counts do not match its contents"),
         (lead_manifest_out, "not a file below the data set's root"),
         (newer_manifest, "format 99, but this version reads format 2"),
-        (garble_manifest, "not a manifest"),
+        (garble_manifest, "manifest.json: not JSON: Expecting property name"),
     ],
 )
 def test_a_wrong_manifest_is_refused(packed: Path, spoil: Callable[[Path], None], message: str) -> None:

@@ -15,9 +15,8 @@ In an annotated data set the tar holds behind each image what is to be learnt of
 
 import functools
 import hashlib
+import itertools
 import json
-import re
-import tarfile
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -27,19 +26,25 @@ from typing import Annotated, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 import pydantic.dataclasses
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
+from pipeline import config, files, json_text
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards.attribution import ATTRIBUTION
 from pipeline.shards.header import read_size
-from pipeline.shards.origin import below_root, is_http
+from pipeline.shards.origin import below_root, is_http, sha256_hex
 from pipeline.shards.store import Blob, Cache, Store, StoreError
+from pipeline.shards.tar import Reader, TarError, members
 
 MANIFEST = "manifest.json"
 TARS_QUERY = "tars.query"
 """Beside the manifest, readable by its owner alone: the query that signs the tars' URLs, and is part of no manifest."""
 FORMAT = 2
+MAX_MANIFEST_BYTES = 64 << 20
+"""Of some 250,000 shards."""
+MAX_BYTES = 1 << 28
+"""Of an encoded image or annotation, which is held in memory."""
 MAX_PIXELS = 1 << 27
 """Most pixels of an image. A larger one is taken for a decompression bomb: three bytes a pixel, in every thread."""
 MAX_CLASSES = 1 << 20
@@ -85,10 +90,10 @@ class Shard:
     name: Annotated[str, AfterValidator(below_root)]
     """Path below the root, without .tar."""
     samples: Annotated[int, Field(gt=0)]
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: Annotated[str, AfterValidator(sha256_hex)]
+    index_bytes: Annotated[int, Field(ge=0, le=1 << 30)]
+    index_sha256: Annotated[str, AfterValidator(sha256_hex)]
 
     @property
     def tar(self) -> Blob:
@@ -99,14 +104,28 @@ class Shard:
         return Blob(f"{self.name}.index.npy", self.index_bytes, self.index_sha256)
 
 
+def _this_format(number: int) -> int:
+    if number != FORMAT:
+        raise ValueError(f"format {number}, but this version reads format {FORMAT}")
+    return number
+
+
+def _class_list(names: list[str]) -> list[str]:
+    if wrong := next((name for name in names if not name.isprintable()), None):
+        raise ValueError(f"{wrong[:100]!r} is no class name: control characters are refused")
+    if len(set(names)) < len(names) or len(names) > MAX_CLASSES:
+        raise ValueError(f"expected at most {MAX_CLASSES} names, each once")
+    return names
+
+
 class Manifest(BaseModel):
     """A data set: its classes and shards. `digest` covers both, so two data sets with equal digests are equal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[2]
-    classes: list[str]
-    shards: list[Shard]
+    format: Annotated[int, AfterValidator(_this_format)]
+    classes: Annotated[list[str], FailFast(), AfterValidator(_class_list)]
+    shards: Annotated[list[Shard], FailFast(), Field(min_length=1)]
     samples: int
     digest: str
     tars: str | None = None
@@ -154,19 +173,16 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
     store = store or Store(root)
     path = store.url(MANIFEST)
     try:
-        data = store.read(MANIFEST)
-    except OSError as error:
-        reason = error.strerror or error
+        data = store.read(MANIFEST, MAX_MANIFEST_BYTES)
+    except (OSError, StoreError) as error:
+        if isinstance(error, StoreError) and not store.is_local:
+            raise
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, StoreError) else error.strerror or error
         raise InputError(f"{path}: cannot read the manifest: {reason}; make one with launch/shards.py") from error
     try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        found = re.search(rb'"format": *(\d+)', data)
-        if found and int(found[1]) != FORMAT:
-            reason = f"format {found[1].decode()}, but this version reads format {FORMAT}"
-        else:
-            reason = f"not a manifest: {error}"
-        raise InputError(f"{path}: {reason}; pack the data again") from error
+        manifest = config.validated(Manifest, json_text.read(data, path), path)
+    except InputError as error:
+        raise InputError(f"{error}; copy or pack the data again") from None
     if manifest.samples != sum(s.samples for s in manifest.shards) or manifest.digest != _digest(
         manifest.classes, manifest.shards, manifest.annotations
     ):
@@ -187,7 +203,7 @@ def _signed(tars: str, store: Store) -> str:
     if not (is_http(tars) and store.is_local and path.exists()):
         return tars
     try:
-        return f"{tars}?{path.read_text().strip().removeprefix('?')}"
+        return f"{tars}?{files.read(path).decode().strip().removeprefix('?')}"
     except OSError as error:
         remedy = "ask its owner for a copy, or index the tars into a folder of your own"
         raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from error
@@ -295,7 +311,10 @@ class ShardSet:
                 f"{store.url(entry.index.name)}: {error}; it was changed or belongs to another packing: "
                 "copy or pack the data again"
             ) from error
-        return np.load(BytesIO(data), allow_pickle=False)
+        records = decode_records(data, self.record)
+        if wrong := _wrong_records(records, entry, len(self.classes)):
+            raise InputError(f"{store.url(entry.index.name)}: its index is wrong: {wrong}; index the data set again")
+        return records
 
     def records(self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """The records, [n] of `record`, of samples given by shard number and row, both [n]."""
@@ -346,12 +365,9 @@ class ShardSet:
         record = self.index(shard)[row]
         start, end = int(record["header"]), int(record["offset"])
         try:
-            header = self._tars[part].pread(entry.tar, start, end - start)
-            with tarfile.open(fileobj=BytesIO(header), mode="r:") as members:
-                name = next(iter(members)).name
-        except (tarfile.TarError, StopIteration, StoreError, OSError):
+            return key_in(self._tars[part].pread(entry.tar, start, end - start), row)
+        except (StoreError, OSError):
             return f"row {row}"
-        return key_and_extension(name)[0]
 
     def prefetch(self, shards: npt.NDArray[np.int64]) -> None:
         """Start fetching remote shards that will be needed soon."""
@@ -363,8 +379,51 @@ class ShardSet:
             store.close()
 
 
+def decode_records(data: bytes, record: np.dtype[np.void]) -> npt.NDArray[np.void]:
+    """The records, [n] of `record`, in a .npy file; none where it does not hold what its first bytes promise."""
+    buffer = BytesIO(data)
+    try:
+        np.lib.format.read_magic(buffer)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+        records = np.frombuffer(data, record, offset=buffer.tell())
+    except Exception:  # the header is Python's text, of which parsing raises almost anything
+        return np.empty(0, record)
+    return records if dtype == record and shape == records.shape else np.empty(0, record)
+
+
+def _wrong_records(records: npt.NDArray[np.void], shard: Shard, num_classes: int) -> str | None:
+    """What an index, whoever made it, says that cannot be."""
+    if len(records) != shard.samples:
+        return f"it holds not {shard.samples} records"
+    parts = [("offset", "size"), ("annotation_offset", "annotation_size")]
+    parts = parts[: 2 if records.dtype == ANNOTATED_RECORD else 1]
+    edges = [(records[start], records[start] + records[size]) for start, size in parts]
+    places = np.stack([records["header"], *itertools.chain(*edges)], axis=1)
+    if places.max() > shard.bytes:  # what wraps around has begun beyond it
+        return f"samples beyond the {shard.bytes} bytes of its tar"
+    steps = np.diff(places.ravel().astype(np.int64))
+    if steps.min() < 0:
+        return "samples overlap"
+    if max(steps[part :: places.shape[1]].max() for part in range(places.shape[1] - 1)) > MAX_BYTES:
+        return f"an image, annotation or header of more than {MAX_BYTES:,} bytes"
+    if records["label"].min() < 0 or records["label"].max() >= num_classes:
+        return f"labels beyond the {num_classes} classes"
+    pixels = records["height"].astype(np.int64) * records["width"]
+    if pixels.min() < 1 or pixels.max() > MAX_PIXELS:
+        return f"images of more than {MAX_PIXELS} pixels, or of none"
+    return None
+
+
 def _named(annotations: Annotations | None) -> str:
     return f"{annotations} annotations" if annotations else "labelled images"
+
+
+def key_in(header: bytes, row: int) -> str:
+    """The key that a sample's header gives it; "row N" where that cannot be read."""
+    try:
+        return key_and_extension(next(members(Reader(BytesIO(header)))).name)[0]
+    except (TarError, StopIteration):
+        return f"row {row}"
 
 
 def key_and_extension(name: str) -> tuple[str, str]:

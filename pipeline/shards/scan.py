@@ -26,6 +26,8 @@ from pipeline.shards.tar import Member, Reader, TarError, members
 from pipeline.shards.tree import is_system
 
 MAX_LABEL_LENGTH = 1000
+MAX_LABEL_BYTES = 1 << 22
+"""Of a part that holds the label."""
 
 IMAGE_PARTS = ("jpg", "jpeg", "png")
 LABEL_PARTS = ("cls", "json")
@@ -70,8 +72,9 @@ class Sample:
         """Raises BadSampleError."""
         if extension not in self.members:
             raise BadSampleError(f"no .{extension} part; it has {', '.join(self.members)}")
-        if (size := self.members[extension].size) > images.MAX_BYTES:
-            raise BadSampleError(f"its {extension} part has {size:,} bytes; the limit is {images.MAX_BYTES:,}")
+        size, limit = self.members[extension].size, _most_bytes(extension)
+        if size > limit:
+            raise BadSampleError(f"its {extension} part has {size:,} bytes; the limit is {limit:,}")
         if extension not in self.data:
             raise BadSampleError(f"its {extension} part is cut short")
         return self.data[extension]
@@ -150,8 +153,7 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
                     yield sample
                 sample = Sample(key)
             sample.members[extension] = member
-            is_read = extension in IMAGE_PARTS or extension in LABEL_PARTS
-            if is_read and member.kind == "file" and member.size <= images.MAX_BYTES:
+            if member.kind == "file" and member.size <= _most_bytes(extension):
                 sample.data[extension] = reader.take(member.size)
     except TarError:
         if sample is not None:
@@ -159,6 +161,11 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
         raise
     if sample is not None:
         yield sample
+
+
+def _most_bytes(extension: str) -> int:
+    """Of a part that is read."""
+    return images.MAX_BYTES if extension in IMAGE_PARTS else MAX_LABEL_BYTES if extension in LABEL_PARTS else -1
 
 
 def _row(sample: Sample, source: str, labels: dict[str, int], look: Callable[[bytes], Header]) -> Row | str:

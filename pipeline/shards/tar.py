@@ -8,13 +8,15 @@ negative size. Here each of these is a TarError, and nothing is ever extracted o
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from typing import IO, Literal
 
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
-_MAX_EXTENDED_BYTES = 1 << 20  # of a long name or PAX header
+_MAX_HEADER_BYTES = 1 << 20  # before a member's data: a long name, PAX headers, its own header
+_MAX_PAX_RECORDS = 1000  # of one header
 
 Kind = Literal["file", "folder", "link", "sparse", "special"]
 _KINDS: dict[bytes, Kind] = {
@@ -24,6 +26,8 @@ _KINDS: dict[bytes, Kind] = {
     b"S": "sparse",
 }
 _WITHOUT_DATA = b"123456"  # links, devices, folders and pipes, whatever their header says of a size
+_SPARSE = "GNU.sparse"
+_USED = (b"path", b"size", b"GNU.sparse.name")  # of PAX records
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -79,9 +83,9 @@ class Reader:
         while size:
             size -= len(self.take(min(size, 1 << 20)))
 
-    def finish(self) -> str:
-        """Read to the end; the SHA-256 of the whole stream."""
-        while self.read(1 << 20):
+    def finish(self, num_bytes: float = math.inf) -> str:
+        """Read to the end, or until there are more than `num_bytes`; the SHA-256 of all that was read."""
+        while self.position <= num_bytes and self.read(1 << 20):
             pass
         return self._sha256.hexdigest()
 
@@ -103,7 +107,7 @@ def members(reader: Reader) -> Iterator[Member]:
             start = member.offset + padded(member.size)
             reader.skip(start - reader.position)
             continue
-        data = _extended_header(block, reader)
+        data = _extended_header(block, start, reader)
         if kind == b"g":
             common.update(_pax_records(data))
             start = reader.position
@@ -150,7 +154,7 @@ def _member(block: bytes, start: int, records: dict[str, str], reader: Reader) -
         more = block[482]
         while more:  # blocks that continue the map of holes
             more = reader.take(BLOCK)[504]
-    elif any(key.startswith("GNU.sparse.") for key in records):
+    elif _SPARSE in records:
         kind, name = "sparse", records.get("GNU.sparse.name", name)
     return Member(name, kind, start, reader.position, _size(block, records, start))
 
@@ -165,24 +169,30 @@ def _size(block: bytes, records: dict[str, str], start: int) -> int:
     return int(records["size"])
 
 
-def _extended_header(block: bytes, reader: Reader) -> bytes:
-    start = reader.position - BLOCK
+def _extended_header(block: bytes, start: int, reader: Reader) -> bytes:
     size = _number(block[124:136], start)
-    if size > _MAX_EXTENDED_BYTES:
-        raise TarError(f"damaged at byte {start}: a name or header of {size} bytes")
+    total = reader.position - start + padded(size)
+    if total > _MAX_HEADER_BYTES - BLOCK:
+        raise TarError(f"damaged at byte {start}: a name or header of {total} bytes")
     return reader.take(padded(size))[:size]
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """Parse lines of "LENGTH KEY=VALUE", where the length counts the whole line."""
-    records, start = {}, 0
+    """Parse lines of "LENGTH KEY=VALUE", where the length counts the whole line. Only what is used is kept."""
+    records, start, count = {}, 0, 0
     while start < len(data):
+        count += 1
+        if count > _MAX_PAX_RECORDS:
+            raise TarError(f"damaged: a PAX header of more than {_MAX_PAX_RECORDS} records")
         length, _, _ = data[start : start + 20].partition(b" ")
         line = data[start : start + int(length)] if re.fullmatch(rb"\d{1,7}", length) else b""
         key, equals, value = line[len(length) + 1 : -1].partition(b"=")
         if not equals or not line.endswith(b"\n"):
             raise TarError("damaged: a PAX header that cannot be read")
-        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        if key in _USED:
+            records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        if key.startswith(b"GNU.sparse."):
+            records[_SPARSE] = ""
         start += len(line)
     return records
 

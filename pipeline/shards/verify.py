@@ -9,7 +9,6 @@ import functools
 import tempfile
 import zlib
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -20,11 +19,11 @@ from pipeline.errors import InputError
 from pipeline.shards import images, objects
 from pipeline.shards.faults import Fault
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import ANNOTATED_RECORD, MAX_PIXELS, Manifest, ShardSet, key_and_extension
+from pipeline.shards.index import ANNOTATED_RECORD, Manifest, ShardSet, key_in
 from pipeline.shards.objects import BadObjectsError
 from pipeline.shards.parallel import advance, each
 from pipeline.shards.store import Blob, Cache, StoreError
-from pipeline.shards.tar import Reader, TarError, members
+from pipeline.shards.tar import Reader, TarError
 
 
 def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[Fault]:
@@ -54,30 +53,10 @@ def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
     tar = manifest.shards[number].tar
     try:
         records = shards.index(number)
-        if wrong := _wrong_records(records, shards.record, manifest.shards[number].samples, len(manifest.classes)):
-            return [Fault(tar.name, None, f"its index is wrong: {wrong}; index the data set again")]
         with shards.open(number) as stream:
             return list(_compare(stream, records, tar, manifest, deep))
     except (InputError, StoreError, OSError) as error:
         return [Fault(tar.name, None, str(error))]
-
-
-def _wrong_records(records: npt.NDArray[np.void], record: np.dtype[np.void], samples: int, classes: int) -> str | None:
-    """What contradicts itself in an index, whoever made it."""
-    if records.dtype != record or records.shape != (samples,):
-        return f"it holds {records.shape} of {records.dtype}, not {samples} records"
-    begin, end = records["header"], records["offset"] + records["size"]
-    if record == ANNOTATED_RECORD:
-        if (records["annotation_offset"] < end).any():
-            return "annotations before their images"
-        end = records["annotation_offset"] + records["annotation_size"]
-    if (records["offset"] < begin).any() or (begin[1:] < end[:-1]).any():
-        return "samples overlap"
-    if ((records["label"] < 0) | (records["label"] >= classes)).any():
-        return f"labels beyond the {classes} classes"
-    if (records["height"].astype(np.int64) * records["width"] > MAX_PIXELS).any():
-        return f"images of more than {MAX_PIXELS} pixels"
-    return None
 
 
 def _compare(
@@ -101,20 +80,13 @@ def _compare(
             reason = _wrong_annotation(annotation, record, manifest, deep)
         if reason:
             is_damaged = True
-            yield Fault(tar.name, _key(header, row), reason)
+            yield Fault(tar.name, key_in(header, row), reason)
         advance()
-    sha256 = reader.finish()
+    sha256 = reader.finish(tar.bytes)
     if reader.position != tar.bytes:
         yield Fault(tar.name, None, f"has {reader.position} bytes, but the manifest lists {tar.bytes}")
     elif sha256 != tar.sha256 and not is_damaged:
         yield Fault(tar.name, None, "differs from the manifest, but no image does: only headers, labels or padding")
-
-
-def _key(header: bytes, row: int) -> str:
-    try:
-        return key_and_extension(next(members(Reader(BytesIO(header)))).name)[0]
-    except (TarError, StopIteration):
-        return f"row {row}"
 
 
 def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
