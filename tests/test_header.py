@@ -1,17 +1,24 @@
 """Reading sizes from headers, against PIL; and what it lets through is something DALI can follow."""
 
 import io
+import struct
+import time
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.config import Image as ImageSettings
 from pipeline.feed.augment import evaluation_views
 from pipeline.feed.dali import Decoder
-from pipeline.shards.header import read_size
+from pipeline.shards import images
+from pipeline.shards.header import damage, excess, read_size
+from tests.corpus import kinds, png
 
 SIZE = 37, 53
 
@@ -54,6 +61,71 @@ def test_other_formats_have_no_size(format: str) -> None:
     buffer = io.BytesIO()
     picture("RGB").save(buffer, format)
     assert read_size(buffer.getvalue()) is None
+
+
+def scans(data: bytes, count: int, before: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan comes `count` times, each behind `before`."""
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:start] + (before + data[start:end]) * count + data[end:]
+
+
+def chunks(kind: bytes, count: int) -> bytes:
+    data = png(np.zeros((*SIZE, 1), int), 0)
+    chunk = struct.pack(">I", 0) + kind + struct.pack(">I", zlib.crc32(kind))
+    return data[:33] + chunk * count + data[33:]
+
+
+def jpeg(**options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture("RGB").save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+PLAIN, PROGRESSIVE = jpeg(), jpeg(progressive=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (scans(PROGRESSIVE, 300), "more than 100 scans"),
+        (scans(PROGRESSIVE, 300, b"junk"), "more than 100 scans"),
+        (scans(PROGRESSIVE, 300, b"\xff\xfe\0\4\xff\xd9"), "more than 100 scans"),
+        (PLAIN[:2] + b"\xff" * 1_000_000 + PLAIN[2:], "more than 65,536 bytes between segments"),
+        (PLAIN[:2] + b"\xff\xd0" * 500_000 + PLAIN[2:], "more than 65,536 bytes between segments"),
+        (PLAIN[:3] + b"\xff" * 1_000_000, "more than 65,536 bytes between segments"),
+        (PLAIN[:2] + b"\xff\xe5\0\2" * 200_000 + PLAIN[2:], "more than 131,072 segments"),
+        (chunks(b"prIv", 200_000), "more than 131,072 chunks"),
+        (chunks(b"IDAT", 200_000), "more than 131,072 chunks"),
+    ],
+    ids=range(9),
+)
+def test_what_would_hold_a_decoder_up_is_refused(data: bytes, reason: str) -> None:
+    started = time.process_time()
+    assert read_size(data) is None
+    for look in (images.check, images.header, lambda data: images.prepare(data, quality=90)):
+        with pytest.raises(images.BadImageError, match=f"^{reason}, as no encoder writes"):
+            look(data)
+    assert time.process_time() - started < 10
+
+
+def test_no_ordinary_picture_has_too_much_of_anything() -> None:
+    assert not [kind.name for kind in kinds() if excess(kind.data)]
+    assert excess(scans(PROGRESSIVE, 90)) is None
+    assert excess(jpeg(icc_profile=b"\xff\xda" * 40_000)) is None
+    assert excess(PLAIN + b"\xff\xda" * 1000) is None, "behind the only scan"
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.sampled_from([PLAIN, PROGRESSIVE, png(np.zeros((5, 7, 3), int), 2)]), st.data())
+def test_whatever_the_bytes_they_are_followed_or_not(whole: bytes, data: st.DataObject) -> None:
+    spoilt = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(spoilt)))
+        spoilt[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=12))
+    found = read_size(bytes(spoilt))
+    assert found is None or all(0 <= side < 1 << 32 for side in found)
+    assert isinstance(damage(bytes(spoilt)), str | None)
+    assert isinstance(excess(bytes(spoilt)), str | None)
 
 
 def truncate(data: bytearray, rng: np.random.Generator) -> None:

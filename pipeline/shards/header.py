@@ -6,6 +6,7 @@ the index says, such as a decompression bomb's, is found at the same time, and s
 decodes to other colours or not at all; `python -m tests.decoders` prints a table of all kinds.
 """
 
+import itertools
 import re
 import struct
 import zlib
@@ -19,22 +20,56 @@ _CRITICAL = re.compile(rb"IHDR(PLTE)?(IDAT)+(IEND)?")  # chunks that decoders mu
 _COLOR, _PALETTE = 25, 3  # where a PNG says its colour type, and one of them
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
 _CHUNK = struct.Struct(">I4s")  # where a PNG's chunk begins: length, kind
-_SEGMENT = struct.Struct(">BBH")  # where a JPEG's segment begins: 0xFF, marker, length
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # these three are tables
 _PROGRESSIVE = frozenset([0xC2, 0xCA])
 _NOT_DECODED = _START_OF_FRAME - _PROGRESSIVE - {0xC0, 0xC1, 0xC9}  # lossless, hierarchical
 _START_OF_SCAN, _END, _ADOBE = 0xDA, 0xD9, 0xEE
-_WITHOUT_LENGTH = frozenset([0x01, *range(0xD0, 0xD8)])
-_BEHIND_SCAN = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # but for those that stand in a scan
 _BLOCK = 64  # coefficients
+
+MAX_SCANS = 100
+"""Of a JPEG: what libjpeg's cjpeg writes at most. Each takes a decoder through all of the image, however few bytes."""
+MAX_PARTS = 1 << 17
+"""Segments of a JPEG, chunks of a PNG."""
+_MAX_FILLING = 1 << 16  # bytes between segments, which Pillow reads one by one
 
 
 def read_size(data: bytes) -> tuple[int, int] | None:
     """Height and width in pixels; None for anything but a JPEG or PNG that can be followed up to its pixels, of
     a kind that DALI decodes as Pillow does."""
     if data.startswith(b"\xff\xd8\xff"):
-        return _read_jpeg_size(data)
+        return None if excess(data) else _read_jpeg_size(data)
     return _read_png_size(data) if data.startswith(_PNG) else None
+
+
+def excess(data: bytes) -> str | None:
+    """What of a JPEG or PNG would hold a decoder up for long, or take much memory, beside its pixels."""
+    if data.startswith(_PNG):
+        num_chunks = sum(1 for _ in itertools.islice(_chunks(data), MAX_PARTS + 1))
+        return f"more than {MAX_PARTS:,} chunks" if num_chunks > MAX_PARTS else None
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    num_segments = num_scans = 0
+    is_progressive, components, place = False, b"", 2
+    for marker, start, end in _segments(data, is_forgiving=True):
+        num_segments += 1
+        if marker in _START_OF_FRAME:
+            is_progressive, components = marker in _PROGRESSIVE, data[start + 5 : end][:1]
+        if start - place > _MAX_FILLING:
+            break
+        place = end
+        if marker != _START_OF_SCAN:
+            continue
+        num_scans += 1
+        has_all = not is_progressive and data[start : start + 1] >= components  # and decoders stop behind it
+        if has_all or data.count(b"\xff\xda", end) <= MAX_SCANS - num_scans:
+            return None
+        if num_scans > MAX_SCANS:
+            return f"more than {MAX_SCANS} scans"
+        place = len(data)
+    if num_segments > MAX_PARTS:
+        return f"more than {MAX_PARTS:,} segments"
+    return f"more than {_MAX_FILLING:,} bytes between segments" if len(data) - place > _MAX_FILLING else None
 
 
 def damage(data: bytes) -> str | None:
@@ -86,45 +121,43 @@ def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yields marker, and start and end of the content, of a JPEG's segments, as far as they can be followed."""
+def _segments(data: bytes, is_forgiving: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Yields marker, and start and end of the content, of a JPEG's segments, as far as they can be followed.
+
+    Behind the first scan, and before it as well if `is_forgiving`, bytes in front of a marker are passed over, as in
+    libjpeg.
+    """
     place = 2
-    while place + 4 <= len(data):
-        first, marker, length = _SEGMENT.unpack_from(data, place)
-        end = place + 2 + length
-        if first != 0xFF or marker == _END:
+    for _ in range(MAX_PARTS + 1):
+        found = _MARKER.search(data, place)
+        if not found or found.end() + 2 > len(data):
             return
-        if marker == 0xFF:  # filling
-            place += 1
-            continue
-        if marker in _WITHOUT_LENGTH:
-            place += 2
-            continue
-        if marker < 0xC0 or length < 2 or end > len(data):
+        marker = data[found.end() - 1]
+        end = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        is_adjacent = is_forgiving or not data[place : found.start()].strip(b"\xff")
+        if marker < 0xC0 or marker == _END or not is_adjacent or not found.end() + 2 <= end <= len(data):
             return
-        yield marker, place + 4, end
+        yield marker, found.end() + 2, end
         place = end
-        if marker == _START_OF_SCAN:
-            behind = _BEHIND_SCAN.search(data, end)
-            place = behind.start() if behind else len(data)
+        is_forgiving |= marker == _START_OF_SCAN
 
 
 def _has_wrong_chunks(data: bytes) -> bool:
-    critical = b""
+    critical = []
     for kind, start, end in _chunks(data):
         if not kind[:1].isupper():
             continue
         checksum = int.from_bytes(data[end : end + 4])
         if zlib.crc32(data[start - 4 : end]) != checksum:
             return True
-        critical += kind
+        critical.append(kind)
     lacks_palette = data[_COLOR] == _PALETTE and b"PLTE" not in critical
-    return lacks_palette or not _CRITICAL.fullmatch(critical)
+    return lacks_palette or not _CRITICAL.fullmatch(b"".join(critical))
 
 
 def _read_png_size(data: bytes) -> tuple[int, int] | None:
     size = None
-    for kind, start, end in _chunks(data):
+    for kind, start, end in itertools.islice(_chunks(data), MAX_PARTS):
         if kind == b"IHDR" and end - start == 13:
             width, height, depth, color, compression = struct.unpack_from(">IIBBB", data, start)
             if depth not in _PNG_DEPTHS.get(color, ()) or compression:

@@ -22,17 +22,14 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.shards.header import damage, read_size
-from pipeline.shards.index import MAX_PIXELS
+from pipeline.shards.header import damage, excess, read_size
+from pipeline.shards.index import MAX_BYTES, MAX_PIXELS
 
 MAX_SIDE_PX = 65535  # what an index record holds
 QUALITY = 90
-MAX_BYTES = 1 << 28
-"""Of an encoded image, which is held in memory."""
 MAX_SCALED_BYTES, MAX_SCALED_PIXELS = 1 << 30, 1 << 29
 """Of an image that packing scales down; the pixels are those of JPEGs alone, which can be decoded at a part of their
 size: 3 GB for a progressive one."""
-
 IGNORED = 255
 """In a label map: a pixel that does not count."""
 
@@ -160,6 +157,8 @@ def _opened(data: bytes, max_side: int | None = None) -> Iterator[ImageFile]:
     if not data:
         raise BadImageError("empty")
     _check_bytes(data, MAX_SCALED_BYTES if max_side else MAX_BYTES)
+    if reason := excess(data):
+        raise BadImageError(f"{reason}, as no encoder writes: taken for a decompression bomb")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and PIL's own limit on pixels, which is lower than ours
