@@ -35,11 +35,14 @@ _SCALARS = {
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # the inherited ones follow YAML 1.1, where 010 is eight and no is false
 
-    depth = 0
+    depth = num_nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         self.depth += 1
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES:
+            raise _fault(event, f"more than {MAX_NODES:,} values")
         if self.depth > _MAX_DEPTH:
             raise _fault(event, "values are nested too deeply")
         if getattr(event, "tag", None) not in (None, "!", _TAG + "str"):

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.faults import BadSource
 from pipeline.shards.index import MANIFEST
@@ -116,7 +117,7 @@ def _classes(root: Path | None, given: list[str] | None) -> list[str]:
 def _read_classes(path: Path) -> list[str]:
     """The whole names with their synonyms, because the first words of two may be the same."""
     try:
-        header, *rows = path.read_text("utf-8-sig").splitlines() or [""]
+        header, *rows = files.read(path).decode("utf-8-sig").splitlines() or [""]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     columns = [column.strip() for column in header.split("\t")]

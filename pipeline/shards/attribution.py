@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from pipeline import files
+
 ATTRIBUTION = "ATTRIBUTION.txt"
 """Beside manifest.json. Packing copies it from the folder of the images or the nearest one above."""
 
@@ -12,7 +14,7 @@ def above(image: str | Path) -> str | None:
     """The text in the image's folder or the nearest one above it that has one."""
     for folder in Path(image).resolve().parents[:_LEVELS]:
         try:
-            text = (folder / ATTRIBUTION).read_text(encoding="utf-8", errors="replace").strip()
+            text = files.read(folder / ATTRIBUTION).decode(errors="replace").strip()
         except OSError:
             continue
         if text:

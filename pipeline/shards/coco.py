@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards.faults import BadSource
@@ -24,6 +25,8 @@ from pipeline.shards.objects import Annotated, BadObjectsError, encode, num_poin
 from pipeline.shards.sources import Entry, Listing, key_of, listing
 from pipeline.shards.tree import files_below
 
+MAX_FILE_BYTES = 4 << 30
+"""Of an annotation file, of which Python's objects take several times as much memory. COCO's have 0.5 GB."""
 EXPECTED = "ROOT/annotations/instances_SPLIT.json and images in ROOT/SPLIT"
 
 
@@ -102,7 +105,7 @@ def _places(annotations: str | Path, images: str | Path | None) -> tuple[Path, P
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(files.read(path, MAX_FILE_BYTES))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -27,6 +27,9 @@ from pipeline.shards.index import MAX_PIXELS
 
 Mask = npt.NDArray[np.uint8]  # [height, width] of 0 and 1
 
+MAX_BYTES = 1 << 24
+"""Of an image's objects. Python's take several times as much memory."""
+
 _FIELDS = ("id", "bbox", "area", "iscrowd")
 _DECIMALS = 3  # of coordinates that were scaled
 
@@ -51,6 +54,8 @@ def encode(annotated: Annotated) -> bytes:
 
 def decode(data: bytes, num_classes: int) -> Annotated:
     """Raises BadObjectsError."""
+    if len(data) > MAX_BYTES:
+        raise BadObjectsError(f"objects in {len(data):,} bytes of JSON; the limit is {MAX_BYTES:,}")
     try:
         annotated = Annotated(**json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:

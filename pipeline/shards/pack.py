@@ -340,8 +340,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _read(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            return file.read(images.MAX_SCALED_BYTES + 1)
+        return files.read(path, images.MAX_SCALED_BYTES)
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
 

@@ -175,6 +175,8 @@ def _opened(path: Path) -> "Iterator[pq.ParquetFile]":
 
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            if file.metadata.num_rows > path.stat().st_size:
+                raise InputError(f"{path}: {file.metadata.num_rows:,} rows in fewer bytes, so they hold no images")
             yield file
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {error}; fetch it again") from error

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.faults import BadSource
@@ -35,6 +36,9 @@ from pipeline.shards.tree import entries_of, files_below, is_folder, is_system, 
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """Files that are taken for images in a tree."""
+
+MAX_LINE_LENGTH = 1 << 20
+"""Of a list, in characters."""
 
 _NO_IMAGES = (
     "no images; a class folder holds at least one file that ends in "
@@ -161,9 +165,12 @@ class _Row(NamedTuple):
 def _read_list(path: Path) -> list[_Row]:
     """The rows of a CSV file with a header, or of JSON lines."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = _csv_rows(path, file) if path.suffix == ".csv" else _json_rows(file)
+        with os.fdopen(files.open_regular(path), newline="", encoding="utf-8-sig") as file:
+            lines = iter(lambda: _line(file), "")
+            table = _csv_rows(path, lines) if path.suffix == ".csv" else _json_rows(lines)
             rows = [_checked_row(path, *row) for row in table]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -173,8 +180,15 @@ def _read_list(path: Path) -> list[_Row]:
     return rows
 
 
-def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any, Any]]:
-    table = csv.DictReader(file)
+def _line(file: TextIO) -> str:
+    line = file.readline(MAX_LINE_LENGTH)
+    if len(line) == MAX_LINE_LENGTH:
+        raise ValueError(f"a line of more than {MAX_LINE_LENGTH:,} characters")
+    return line
+
+
+def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
+    table = csv.DictReader(lines)
     if not {"path", "label"} <= set(table.fieldnames or ()):
         found = ", ".join(table.fieldnames or ())
         raise InputError(f"{path}: the first line names the columns, path and label among them; found {found}")
@@ -182,8 +196,8 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[tuple[int, Any, Any]]:
         yield table.line_num, row["path"], row["label"]
 
 
-def _json_rows(file: TextIO) -> Iterator[tuple[int, Any, Any]]:
-    for number, line in enumerate(file, 1):
+def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             row = json.loads(line)
             row = row if isinstance(row, dict) else {}
