@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from launch import command
 from pipeline import config, files
@@ -55,12 +55,10 @@ class Claim(BaseModel):
     def read(cls, path: Path) -> "Claim":
         """Its root is where the parent's folder is now: runs may have been moved together."""
         try:
-            claim = cls.model_validate_json(path.read_bytes())
+            claim = config.read_json(cls, path)
             return claim.model_copy(update={"root": str(path.parent.parent.parent)})
         except OSError as error:
             raise InputError(f"--claim {path}: {error.strerror}: it is written by launch/handoff.py") from error
-        except ValidationError as error:
-            raise InputError(f"--claim {path}: not one that launch/handoff.py has written: {error}") from error
 
     def make(self, path: Path) -> "Claim":
         """Write the claim, unless there is one: returns the one that holds."""
@@ -82,7 +80,7 @@ class Claim(BaseModel):
         path = self.folder / "result.json"
         if not path.exists() or Record.read(self.folder).uuid != self.uuid:
             return None
-        result = json.loads(path.read_text())
+        result = config.read_json(dict[str, Any], path)
         return None if result.get("requeue") else result
 
 
@@ -198,7 +196,7 @@ def decide(folder: Path, settings: Config, entry: Handoff) -> tuple[Claim | None
 
 def _require_end(folder: Path) -> None:
     path = folder / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {"requeue": True}
+    result = config.read_json(dict[str, Any], path) if path.exists() else {"requeue": True}
     if result.get("requeue"):
         raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
 

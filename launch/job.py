@@ -16,7 +16,7 @@ import torch
 from launch import command, handoff, rules
 from launch.handoff import Claim
 from launch.publish import RESULT, Publisher, parent_of
-from pipeline import files, network
+from pipeline import config, files, network
 from pipeline.cluster import slurm
 from pipeline.config import Config, Detection
 from pipeline.errors import REQUEUE, ExternalError, InputError
@@ -332,7 +332,7 @@ def _finished(folder: Path, schedule: Schedule, found: Checkpoint | None) -> dic
     """Returns the result of a run that has ended, also where its checkpoints have been deleted since. One whose last
     checkpoints are damaged goes on from an older one, and writes them again."""
     result = folder / RESULT
-    document = json.loads(result.read_text()) if result.exists() else {"requeue": True}
+    document = config.read_json(dict[str, Any], result) if result.exists() else {"requeue": True}
     step = found.state.step if found else document.get("steps", 0)
     if document.get("requeue") or step < schedule.total:
         return None

@@ -233,7 +233,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 
 def _jobs(folder: Path) -> dict[str, Any]:
     path = folder / SLURM / JOBS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return config.read_json(dict[str, Any], path) if path.exists() else {}
 
 
 def _stop(arguments: argparse.Namespace) -> dict[str, Any]:

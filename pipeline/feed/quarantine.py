@@ -79,7 +79,7 @@ class Quarantine:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:  # a process ended in the middle of writing it
                 continue
-        return [line for line in lines if line["data"] == self._shards.digest]
+        return [line for line in lines if isinstance(line, dict) and line.get("data") == self._shards.digest]
 
     def _report(self) -> str:
         found = list(self._found.values())

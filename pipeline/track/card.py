@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline import config, files
 from pipeline.errors import InputError
 
 CARD, WEIGHTS, RAW = "model.json", "model.safetensors", "raw.safetensors"
-_MAX_BYTES = 64 << 20
 
 
 class Scored(BaseModel):
@@ -44,16 +43,8 @@ class Card(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "Card":
-        """Raises InputError for a file that is no card, and OSError."""
-        file = folder / CARD
-        try:
-            if file.stat().st_size > _MAX_BYTES:
-                raise InputError(f"{file}: has more than {_MAX_BYTES:,} bytes, so it describes no model")
-            return cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))[:100]
-            raise InputError(f"{file}: is not a card that this version reads: {where}: {first['msg'][:200]}") from error
+        """Raises OSError and InputError."""
+        return config.read_json(cls, folder / CARD)
 
     def require_head(self, model: str) -> None:
         """Raises InputError, which names the `model`, for a backbone that was imported without a head."""

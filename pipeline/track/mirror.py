@@ -35,7 +35,7 @@ from mlflow.utils.validation import (
     MAX_PARAMS_TAGS_PER_BATCH,
     MAX_TAG_VAL_LENGTH,
 )
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline import config, files
 from pipeline.errors import InputError
@@ -159,8 +159,8 @@ class Mirror:
     def _noted(self) -> Sent:
         uri = redact(self.uri)
         try:
-            sent = Sent.model_validate_json((self.folder / NOTE).read_bytes())
-        except (FileNotFoundError, ValidationError):
+            sent = config.read_json(Sent, self.folder / NOTE)
+        except (FileNotFoundError, InputError):
             return Sent(uri=uri)
         return sent if sent.uri == uri else Sent(uri=uri)
 

@@ -13,9 +13,9 @@ import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from pipeline import files
+from pipeline import config, files
 from pipeline.errors import InputError
 from pipeline.redact import redact
 
@@ -55,15 +55,11 @@ class Sweep(BaseModel):
         """That of the run in `folder`; None if it is part of none. Raises InputError for a file that is none."""
         path = folder / SWEEP
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return config.read_json(cls, path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
-        except ValidationError as error:
-            raise InputError(
-                f"{path}: not one that launch/submit.py has written: {error.errors()[0]['msg']}"
-            ) from error
 
     @property
     def tags(self) -> dict[str, str]:
@@ -92,11 +88,9 @@ class Record(BaseModel):
         """Raises InputError for a folder that no job has written."""
         path = folder / RECORD
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return config.read_json(cls, path)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}: give the folder of a run, such as runs/NAME") from error
-        except ValidationError as error:
-            raise InputError(f"{path}: not a record that this version reads: {error.errors()[0]['msg']}") from error
 
     @classmethod
     def begin(

@@ -81,7 +81,7 @@ def register(client: MlflowClient, name: str, entry: Path, *, experiment_id: str
     try:
         card = Card.read(entry)
     except OSError as error:
-        raise InputError(f"{entry / CARD}: cannot be read: {error}") from error
+        raise InputError(f"{entry / CARD}: cannot be read: {error.strerror}") from error
     package.check(entry, card)
     with reaching(f"models:/{name}"):
         version = _find_same(client, name, card) or _create(client, name, entry, card, experiment_id, run_id)

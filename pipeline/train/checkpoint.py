@@ -26,13 +26,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import files
+from pipeline import config, files
 from pipeline.errors import InputError
 from pipeline.train.commit import (
     COMMIT,
     EMA,
     FORMAT,
     MODEL,
+    STATE,
     damage,
     is_whole,
     json_bytes,
@@ -227,7 +228,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         known = {field.name for field in dataclasses.fields(State)}  # earlier versions have saved more
-        self.state = State(**{name: value for name, value in read_document(folder)["state"].items() if name in known})
+        saved = {name: value for name, value in read_document(folder)["state"].items() if name in known}
+        self.state = config.validated(State, saved, folder / STATE)
 
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)

@@ -12,17 +12,20 @@ hold.
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
+from pipeline import config
 from pipeline.errors import InputError
+from pipeline.files import open_regular
 
 COMMIT, MODEL, EMA, STATE = "COMMIT.json", "model.safetensors", "ema.safetensors", "state.json"
 FORMAT = 2
@@ -43,11 +46,12 @@ class Commit(BaseModel):
     """COMMIT.json."""
 
     format: Literal[2]
-    files: dict[str, Entry]
+    files: dict[Annotated[str, config.written(r"[\w.-]*\w", "a file's name, without folders")], Entry]
 
     @classmethod
     def read(cls, folder: Path) -> "Commit":
-        return cls.model_validate_json((folder / COMMIT).read_text())
+        """Raises OSError and InputError."""
+        return config.read_json(cls, folder / COMMIT)
 
 
 def commit_fault(folder: Path) -> str | None:
@@ -61,13 +65,13 @@ def commit_fault(folder: Path) -> str | None:
         commit = Commit.read(folder)
     except FileNotFoundError:
         return f"no {COMMIT}: saving it did not finish"
-    except ValidationError as error:
+    except InputError as error:
         if (found := format_of(folder)) > FORMAT:
             raise InputError(f"{folder}: format {found}, but this version reads format {FORMAT}: update it") from None
         if found in range(1, FORMAT):
             return f"format {found}, but this version reads format {FORMAT}"
-        return f"{COMMIT} cannot be read: {error.errors()[0]['msg']}"
-    except (OSError, ValueError) as error:
+        return f"{COMMIT} cannot be read: {str(error).removeprefix(f'{folder / COMMIT}: ')}"
+    except OSError as error:
         return f"{COMMIT} cannot be read: {error}"
     if missing := {MODEL, STATE} - commit.files.keys():
         return f"{COMMIT} does not list {', '.join(sorted(missing))}"
@@ -94,7 +98,7 @@ def damage(folder: Path) -> str | None:
         return fault
     for name, entry in Commit.read(folder).files.items():
         try:
-            with (folder / name).open("rb") as file:
+            with os.fdopen(open_regular(folder / name), "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -106,9 +110,9 @@ def damage(folder: Path) -> str | None:
 def format_of(folder: Path) -> int:
     """0 if it cannot be read."""
     try:
-        found = json.loads((folder / COMMIT).read_text())["format"]
+        found = config.read_json(dict[str, Any], folder / COMMIT).get("format")
         return found if isinstance(found, int) else 0
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, InputError):
         return 0
 
 
@@ -145,8 +149,8 @@ def _files_misfit(folder: Path) -> str | None:
     if missing := parts - present:
         return f"{_names(missing)} is missing"
     try:
-        written = [json.loads((folder / part).read_text()).items() for part in sorted(parts)]
-    except (OSError, ValueError, AttributeError) as error:
+        written = [config.read_json(dict[str, Any], folder / part).items() for part in sorted(parts)]
+    except (OSError, InputError) as error:
         return f"a part-R.json cannot be read: {error}"
     if dict(entry for part in written for entry in part) != listed:
         return f"the part-R.json files together do not list what {COMMIT} does"
@@ -250,8 +254,11 @@ def step_of(folder: Path) -> int:
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    """state.json: "format", "identity", "state"."""
-    return json.loads((folder / STATE).read_text())
+    """state.json: "format", "identity", "state". Raises OSError and InputError."""
+    document = config.read_json(dict[str, Any], folder / STATE)
+    for part in ("identity", "state"):
+        config.validated(dict[str, Any], document.get(part), f"{folder / STATE}: {part}")
+    return document
 
 
 def scores_of(folder: Path) -> dict[str, float] | None:

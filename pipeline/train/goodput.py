@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline import config
+from pipeline.errors import InputError
 
 Category = Literal[
     "compute",  # of steps done for the first time, and not taken back since
@@ -163,14 +166,14 @@ def _read(path: Path | None, resumed_step: int) -> _Account | None:
     if path is None:
         return None
     try:
-        return _Account.model_validate_json(path.read_bytes())
+        return config.read_json(_Account, path)
     except FileNotFoundError:
         if resumed_step == 0:
             return None
         fault = "no such file"
     except OSError as error:
         fault = error.strerror or str(error)
-    except ValidationError as error:
-        fault = error.errors()[0]["msg"]
+    except InputError as error:
+        fault = str(error).removeprefix(f"{path}: ")
     print(f"warning: {path}: {fault}; the account of time starts here", file=sys.stderr, flush=True)
     return None
