@@ -105,6 +105,18 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "garbled commit": (lambda c: (c / "COMMIT.json").write_text("{"), "COMMIT.json cannot be read"),
     "empty commit": (lambda c: (c / "COMMIT.json").write_text('{"format": 2, "files": {}}'), "does not list model"),
     "no mapping": (lambda c: (c / "COMMIT.json").write_text("[]"), "COMMIT.json cannot be read"),
+    "wrong types": (
+        lambda c: (c / "COMMIT.json").write_text('{"format": 2, "files": {"a": {"bytes": "x", "sha256": "y"}}}'),
+        "COMMIT.json cannot be read: files.a.bytes: expected a whole number (found 'x')",
+    ),
+    "a name that leads out": (
+        lambda c: (c / "COMMIT.json").write_text('{"format": 2, "files": {"../a": {"bytes": 1, "sha256": "y"}}}'),
+        "COMMIT.json cannot be read: files.../a.[key]: a file's name, without folders (found '../a')",
+    ),
+    "a device": (
+        lambda c: (c / "ema.safetensors").unlink() or (c / "ema.safetensors").symlink_to("/dev/zero"),
+        "ema.safetensors cannot be read: not a regular file",
+    ),
     "bit flipped": (lambda c: flip_bit(c / "optimizer-1.safetensors"), "optimizer-1.safetensors has SHA-256"),
     "truncated": (lambda c: (c / "model.safetensors").write_bytes(b""), "model.safetensors has SHA-256"),
     "file missing": (lambda c: (c / "optimizer-0.safetensors").unlink(), "optimizer-0.safetensors cannot be read"),
@@ -192,6 +204,22 @@ def test_a_state_with_more_in_it_is_read(folder: Path) -> None:
     document["state"]["bad_samples"] = 3
     (folder / "step-00000004/state.json").write_text(json.dumps(document))
     assert Checkpoint(folder / "step-00000004").state.step == 4
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("[]", "expected a mapping (found [])"),
+        ('{"identity": {}}', "state: expected a mapping (found null)"),
+        ('{"identity": {}, "state": {"step": "four"}}', "step: expected a whole number (found 'four')"),
+        ('{"identity": {}, "state": {"scores": [1]}}', "scores: expected a mapping (found [1])"),
+    ],
+)
+def test_a_damaged_state_is_one_line(folder: Path, document: str, message: str) -> None:
+    (folder / "step-00000004" / "state.json").write_text(document)
+    with pytest.raises(InputError) as error:
+        Checkpoint(folder / "step-00000004")
+    assert str(error.value) == f"{folder / 'step-00000004' / 'state.json'}: {message}"
 
 
 def test_a_source_that_does_not_exist_is_named(folder: Path) -> None:

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from launch.handoff import Claim
 from pipeline import config
 from pipeline.config import Config, Length
 from pipeline.errors import InputError
+from pipeline.track.card import Card
+from pipeline.track.record import Record, Sweep
+from pipeline.train.commit import Commit
 from tests.conftest import write_config
 
 Make = Callable[..., Config]
@@ -166,3 +171,29 @@ def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(settings: M
 )
 def test_zero_shares_out_what_is_large(settings: Make, override: str, num_parameters: int, stage: int) -> None:
     assert settings(override).engine.stage(num_parameters) == stage
+
+
+@pytest.mark.parametrize("kind", [Record, Sweep, Card, Claim, Commit, dict[str, Any]])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff", "not JSON: byte 0 is not UTF-8"),
+        (b'{"a": 1, "a": 2}', "not JSON: 'a' is set twice"),
+        (b"[" * 100_000, "not JSON: values are nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: a number of 5000 digits; 100 at most"),
+        (b"[1]", "expected a mapping"),
+    ],
+)
+def test_damaged_json_is_one_line_whatever_it_should_hold(tmp_path: Path, kind: Any, data: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(InputError) as error:
+        config.read_json(kind, tmp_path / "x.json")
+    assert str(error.value).startswith(f"{tmp_path}/x.json: {message}")
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_json_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"run\.json: not a regular file: give the folder of a run"):
+        Record.read(tmp_path)

@@ -1,12 +1,19 @@
 """What people write in YAML and with --set: each case is read as it was meant, or refused in one line that says why."""
 
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline import config
+from pipeline import config, json_text, yaml_text
 from pipeline.errors import InputError
+from pipeline.shards.labels import are_several, is_number
+from pipeline.shards.sources import number_classes
 
 BASE = """\
 run: {name: mine}
@@ -226,6 +233,62 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match=r"bytes\.yaml: cannot be read as YAML"):
         config.load(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: os.mkfifo(path), "cannot read the configuration: not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot read the configuration: not a regular file"),
+        (lambda path: path.write_bytes(b" " * 2_000_000), "cannot read the configuration: more than 1,048,576 bytes"),
+        (lambda path: path.write_bytes(b"[" + b"[]," * 3_000 + b"]"), "more than 2,000 values"),
+    ],
+)
+def test_a_file_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Any], message: str
+) -> None:
+    monkeypatch.setattr(yaml_text, "MAX_NODES", 2000)
+    make(tmp_path / "endless.yaml")
+    with pytest.raises(InputError) as error:
+        config.load(tmp_path / "endless.yaml")
+    assert message in str(error.value)
+
+
+TEXT = st.text(alphabet="ab01 \n:-[]{},#&*!|>'\"%@`?~<.e\t\x00é", max_size=60)
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda parts: st.lists(parts, max_size=4) | st.dictionaries(st.text(max_size=4), parts, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(TEXT, TREES, st.binary(max_size=30), st.integers(0, 99))
+def test_whatever_the_text_it_is_a_tree_or_one_line(text: str, tree: Any, junk: bytes, place: int) -> None:
+    document = json.dumps(tree).encode()
+    assert json_text.read(document, "x") == tree
+    reads = [
+        lambda: yaml_text.read(text, "x"),
+        lambda: json_text.read(document[:place] + junk + document[place:], "x"),
+        lambda: config.validated(config.Config, tree, "x"),
+    ]
+    for read in reads:
+        try:
+            read()
+        except InputError as error:
+            told = str(error)
+            assert told.startswith("x: ") and "\n" not in told and "pydantic" not in told  # noqa: PT018
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.text(max_size=12) | st.integers(-5, 2**31).map(str), min_size=1, max_size=6))
+def test_labels_are_numbered_or_one_line(labels: list[str]) -> None:
+    try:
+        classes, positions = number_classes(set(labels), None, "x")
+        assert all(classes[positions[label]] == label for label in labels)
+    except InputError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    assert [are_several(label) and is_number(label) for label in labels] == [False] * len(labels)
 
 
 def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from sklearn.datasets import load_sample_images
 
 from launch import shards as shards_command
 from pipeline.errors import InputError
-from pipeline.shards import images, parquet
+from pipeline.shards import coco, images, parquet
 from pipeline.shards.faults import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
@@ -515,6 +515,40 @@ def test_large_pictures_are_scaled_before_they_are_judged(tmp_path: Path, monkey
 
 
 # Bad input
+
+
+def test_pipes_and_devices_among_images_are_told(tmp_path: Path) -> None:
+    folder = one_image(tmp_path, encoded(np.zeros((9, 9, 3), np.uint8), "PNG"))
+    (folder / "c").mkdir(exist_ok=True)
+    os.mkfifo(folder / "c" / "pipe.jpg")
+    (folder / "c" / "device.jpg").symlink_to("/dev/zero")
+    pack(folder, tmp_path / "out", skip_bad=True)
+    told = {Path(str(line["path"])).name: line["reason"] for line in read_skipped(tmp_path / "out")}
+    assert told == dict.fromkeys(["pipe.jpg", "device.jpg"], "cannot be read: not a regular file")
+
+
+@pytest.mark.parametrize(("name", "start"), [("list.csv", "path,label\n"), ("list.jsonl", "")])
+def test_a_list_without_line_ends_is_refused(tmp_path: Path, name: str, start: str) -> None:
+    (tmp_path / name).write_text(start)
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(InputError, match=f"{name}: not a .* list in UTF-8: a line of more than 1,048,576 characters"):
+        pack(tmp_path / name, tmp_path / "out")
+
+
+def test_rows_in_fewer_bytes_are_refused(tmp_path: Path) -> None:
+    rows = {"image": pa.nulls(100_000, pa.binary()), "label": pa.array(np.zeros(100_000, np.int64))}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet", compression="zstd")
+    with pytest.raises(InputError, match=r"rows\.parquet: 100,000 rows in fewer bytes, so they hold no images"):
+        pack(tmp_path / "rows.parquet", tmp_path / "out")
+
+
+def test_an_annotation_file_without_end_is_refused(tmp_path: Path) -> None:
+    for folder in ("annotations", "x"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "annotations" / "instances_x.json").touch()
+    os.truncate(tmp_path / "annotations" / "instances_x.json", 1 << 40)
+    with pytest.raises(InputError, match=r"instances_x\.json: cannot be read: more than 4,294,967,296 bytes"):
+        coco.find(tmp_path / "annotations" / "instances_x.json")
 
 
 def empty_folder(tree: Path) -> None:

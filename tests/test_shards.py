@@ -3,19 +3,32 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.shards import adopt
 from pipeline.shards.faults import Fault
-from pipeline.shards.index import RECORD, CorruptSampleError, Manifest, Shard, ShardSet, read_manifest
+from pipeline.shards.index import (
+    RECORD,
+    CorruptSampleError,
+    Manifest,
+    Shard,
+    ShardSet,
+    decode_records,
+    key_in,
+    read_manifest,
+)
 from pipeline.shards.pack import pack
 from pipeline.shards.verify import verify
 from tests.damage import Member, tar_of
@@ -81,6 +94,83 @@ def test_a_wrong_manifest_is_refused(packed: Path, spoil: Callable[[Path], None]
         with pytest.raises(InputError) as error:
             use(packed)
         assert message in str(error.value)
+
+
+def first(**fields: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda tree: tree["shards"][0].update(fields)
+
+
+def whole(**fields: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda tree: tree.update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (first(samples="six"), "shards.0.samples: expected a whole number (found 'six')"),
+        (first(samples=0), "shards.0.samples: has to be more than 0 (found 0)"),
+        (first(bytes=-5), "shards.0.bytes: has to be at least 0 (found -5)"),
+        (first(bytes=10**40), "shards.0.bytes: has to be less than 9223372036854775808 (found 1000"),
+        (first(bytes=10**200), "not JSON: a number of 201 digits; 100 at most"),
+        (first(index_bytes=10**15), "shards.0.index_bytes: has to be at most 1073741824 (found 1000000000000000)"),
+        (first(samples=math.nan), "shards.0.samples: has to be a finite number (found nan)"),
+        (first(sha256="x"), "shards.0.sha256: SHA-256 'x'; expected 64 digits of lower-case hexadecimal"),
+        (first(name="../x"), "shards.0.name: '../x': not a file below the data set's root"),
+        (first(name="/etc/x"), "shards.0.name: '/etc/x': not a file below the data set's root"),
+        (first(name="a\nb"), "shards.0.name: 'a\\nb': not a file below the data set's root"),
+        (first(name="\ud800"), "shards.0.name: '\\ud800': not a file below the data set's root"),
+        (first(more=1), "shards.0.more: no such key is known (found 1)"),
+        (lambda tree: tree["shards"][0].pop("sha256"), "shards.0.sha256: a value is missing here"),
+        (whole(shards={}), "shards: expected a list"),
+        (whole(shards=[]), "shards: expected at least 1 values (found [])"),
+        (whole(shards=[7]), "shards.0: expected a mapping (found 7)"),
+        (whole(shards=[{}] * 100_000), "shards.0.name: a value is missing here"),
+        (
+            whole(classes=[["cat"], "dog"]),
+            "classes.0: expected text; put a number into quotes to make it text (found ['",
+        ),
+        (whole(classes=["\x1b[31m", "dog"]), "classes: '\\x1b[31m' is no class name: control characters are refused"),
+        (whole(classes=["cat", "cat"]), "classes: expected at most 1048576 names, each once"),
+    ],
+)
+def test_a_damaged_manifest_is_one_line_that_names_key_value_and_rule(
+    packed: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    tree = json.loads((packed / "manifest.json").read_text())
+    change(tree)
+    (packed / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError) as error:
+        read_manifest(packed)
+    assert str(error.value).startswith(f"{packed}/manifest.json: {message}")
+    assert str(error.value).endswith("; copy or pack the data again")
+    assert len(str(error.value).splitlines()) == 1
+    assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not JSON: Expecting value"),
+        (b"[" * 1_000_000, "not JSON: values are nested too deeply"),
+        (b"\xff\xfe{}", "not JSON: byte 0 is not UTF-8"),
+        (b'{"format": 2, "format": 3}', "not JSON: 'format' is set twice"),
+        (b"[1]", "expected a mapping of settings (found [1])"),
+    ],
+)
+def test_what_is_no_manifest_at_all_is_one_line(packed: Path, data: bytes, message: str) -> None:
+    (packed / "manifest.json").write_bytes(data)
+    with pytest.raises(InputError) as error:
+        read_manifest(packed)
+    assert str(error.value).startswith(f"{packed}/manifest.json: {message}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_manifest_that_never_ends_is_refused_at_once(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (packed / "manifest.json").unlink()
+    (packed / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="cannot read the manifest: not a regular file; make one"):
+        read_manifest(packed)
+    assert capfd.readouterr().err == ""
 
 
 def shorten_shard(folder: Path) -> None:
@@ -225,6 +315,39 @@ def bomb(records: np.ndarray) -> np.ndarray:
     return records
 
 
+def label_below(records: np.ndarray) -> np.ndarray:
+    records["label"][1] = -1
+    return records
+
+
+def no_height(records: np.ndarray) -> np.ndarray:
+    records["height"][1] = 0
+    return records
+
+
+def far_beyond(records: np.ndarray) -> np.ndarray:
+    records["offset"][1] = 2**64 - 10
+    return records
+
+
+def far_header(records: np.ndarray) -> np.ndarray:
+    records["header"][1] = 2**64 - 100
+    return records
+
+
+def huge(records: np.ndarray) -> np.ndarray:
+    records["size"][3] = 2**32 - 1
+    return records
+
+
+def two_axes(records: np.ndarray) -> np.ndarray:
+    return np.stack([records, records])
+
+
+def objects_of_python(records: np.ndarray) -> np.ndarray:
+    return np.array([{}] * 4, object)
+
+
 def other_size(records: np.ndarray) -> np.ndarray:
     records["width"][1] += 1
     return records
@@ -238,6 +361,13 @@ def other_size(records: np.ndarray) -> np.ndarray:
         (overlapping, "samples overlap"),
         (backwards, "samples overlap"),
         (label_beyond, "labels beyond the 2 classes"),
+        (label_below, "labels beyond the 2 classes"),
+        (no_height, "images of more than 134217728 pixels, or of none"),
+        (far_beyond, "samples beyond the"),
+        (far_header, "samples beyond the"),
+        (huge, "samples beyond the"),
+        (two_axes, "not 4 records"),
+        (objects_of_python, "not 4 records"),
         (bomb, "images of more than 134217728 pixels"),
         (other_size, "but the index says"),
     ],
@@ -245,19 +375,63 @@ def other_size(records: np.ndarray) -> np.ndarray:
 def test_an_index_that_contradicts_its_tar_is_told(
     packed: Path, change: Callable[[np.ndarray], np.ndarray], reason: str
 ) -> None:
-    manifest = read_manifest(packed)
     records = np.load(packed / "shard-000000.index.npy")
     assert records.dtype == RECORD
     buffer = BytesIO()
     np.save(buffer, change(records))
-    (packed / "shard-000000.index.npy").write_bytes(buffer.getvalue())
-    first = dataclasses.asdict(manifest.shards[0])
-    first |= {"index_bytes": len(buffer.getvalue()), "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
-    forged = Manifest.of(manifest.classes, [Shard(**first), manifest.shards[1]])
-    (packed / "manifest.json").write_text(forged.model_dump_json())
-    (fault,) = verify(packed, deep=True)
-    assert fault.shard == "shard-000000.tar"
+    forge_index(packed, buffer.getvalue())
+    (packed / "shard-000001.tar").unlink()
+    fault, other = verify(packed, deep=True)
+    assert (fault.shard, other.shard) == ("shard-000000.tar", "shard-000001.tar"), "every fault of every shard"
     assert reason in fault.reason
+    if change is not other_size:  # which the tar alone tells
+        with pytest.raises(InputError, match=f"^{packed}/shard-000000.index.npy: its index is wrong: .*index the data"):
+            ShardSet(packed).index(0)
+
+
+def forge_index(folder: Path, data: bytes) -> None:
+    """Gives the first shard another index, which the manifest then lists."""
+    manifest = read_manifest(folder)
+    (folder / "shard-000000.index.npy").write_bytes(data)
+    first = dataclasses.asdict(manifest.shards[0])
+    first |= {"index_bytes": len(data), "index_sha256": hashlib.sha256(data).hexdigest()}
+    forged = Manifest.of(manifest.classes, [Shard(**first), manifest.shards[1]])
+    (folder / "manifest.json").write_text(forged.model_dump_json())
+
+
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        npy(b"{'descr': " + b"[" * 5000 + b"}"),
+        npy(repr({"descr": RECORD.descr, "fortran_order": False, "shape": (10**12,)}).encode() + b"\n"),
+        npy(repr({"descr": RECORD.descr, "fortran_order": False, "shape": (4,)}).encode() + b"\n"),
+    ],
+)
+def test_an_index_that_is_no_array_is_told(packed: Path, data: bytes) -> None:
+    forge_index(packed, data)
+    (fault,) = verify(packed)
+    assert fault.reason.startswith(f"{packed}/shard-000000.index.npy: its index is wrong: it holds not 4 records")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_whatever_its_bytes_an_index_is_read_or_not(data: st.DataObject) -> None:
+    buffer = BytesIO()
+    np.save(buffer, np.ones(3, RECORD))
+    spoilt = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(0, 3))):
+        start = data.draw(st.integers(0, len(spoilt)))
+        spoilt[start : start + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=12))
+    records = decode_records(bytes(spoilt), RECORD)
+    assert records.dtype == RECORD
+    assert len(records) in (0, 3)
+    assert isinstance(key_in(bytes(spoilt), 7), str)
 
 
 def test_workers_do_not_change_what_is_found(packed: Path) -> None:
