@@ -323,7 +323,7 @@ def test_a_database_needs_a_folder_that_can_be_written(settings: Settings, tmp_p
 
 def test_other_databases_are_not_looked_at(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
-    assert doctor.tracking(settings()) == Check("mlflow", True, "postgresql://db/mlflow: is not looked at")
+    assert doctor.tracking(settings()) == Check("mlflow", True, "postgresql://***@db/mlflow: is not looked at")
 
 
 # The command
