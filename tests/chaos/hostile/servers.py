@@ -18,6 +18,7 @@ from tests.chaos.hostile.trial import Case, Sandbox
 Answer = Callable[[bytes], Iterator[bytes]]
 """Yields an answer's bytes, headers included, in place of a file's content."""
 
+IMPATIENT = "tests.chaos.hostile.impatient"
 _BLOCK = bytes(1 << 16)
 
 
@@ -250,7 +251,7 @@ def http(server: HostileServer) -> Callable[[Rng, Sandbox], Case]:
         plan = rng.bytes(8).hex()
         server.plans[plan] = _FILES[file], ANSWERS[kind]
         url = f"{server.url}/{plan}/packed"
-        commands = [(*VERIFY, url, "--workers", "1"), (FEED, url)]
+        commands = [(IMPATIENT, *VERIFY, url, "--workers", "1"), (IMPATIENT, FEED, url)]
         return Case(f"http: {kind}", commands, environment={"XDG_CACHE_HOME": str(sandbox.work / "cache")})
 
     return make
@@ -266,11 +267,12 @@ def s3(server: HostileServer) -> Callable[[Rng, Sandbox], Case]:
             body = LISTINGS[kind].encode()
             answer = _with_headers("200 OK", "Content-Type: application/xml", f"Content-Length: {len(body)}")
             server.plans[plan] = "list-type", lambda data: answer(body)
-            commands = [(*INDEX, f"s3://{plan}/tars", "--out", "out", "--workers", "1")]
+            commands = [(IMPATIENT, *INDEX, f"s3://{plan}/tars", "--out", "out", "--workers", "1")]
         else:
             kind, file = pick(rng, sorted(ANSWERS)), pick(rng, sorted(_FILES))
             server.plans[plan] = _FILES[file], ANSWERS[kind]
-            commands = [(*VERIFY, f"s3://{plan}/packed", "--workers", "1"), (FEED, f"s3://{plan}/packed")]
+            url = f"s3://{plan}/packed"
+            commands = [(IMPATIENT, *VERIFY, url, "--workers", "1"), (IMPATIENT, FEED, url)]
         environment = {
             "XDG_CACHE_HOME": str(sandbox.work / "cache"),
             "AWS_ENDPOINT_URL": server.url,
