@@ -238,6 +238,8 @@ def _plant(rng: Rng, folder: Path) -> str:
     }
     name = pick(rng, sorted(planted))
     path = folder / name
+    if path.parent.is_file():  # which is registered so that no folder of byte code may lie there
+        path.parent.unlink()
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.write_bytes(planted[name])
@@ -325,7 +327,7 @@ def stored(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
 
         def judge(ran: Sequence[Ran]) -> str:
             _, verified, evaluated = ran
-            if is_changed and "__pycache__" not in kind and "registered_model_meta" not in kind and not verified.code:
+            if is_changed and "registered_model_meta" not in kind and not verified.code:
                 return "verify found nothing"
             if evaluated.code == 0 and evaluated.result["top1"] != prepared.score:
                 return f"evaluated to {evaluated.result['top1']} instead of {prepared.score}"
