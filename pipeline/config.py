@@ -1044,8 +1044,8 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> No
 _RULES = {
     "value_error": "{error}",
     "assertion_error": "{error}",
-    "extra_forbidden": "no such key is known",
-    "unexpected_keyword_argument": "no such key is known",
+    "extra_forbidden": "no such setting",
+    "unexpected_keyword_argument": "no such key",
     "greater_than_equal": "has to be at least {ge}",
     "greater_than": "has to be more than {gt}",
     "less_than_equal": "has to be at most {le}",

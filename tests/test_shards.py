@@ -119,7 +119,7 @@ def whole(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         (first(name="/etc/x"), "shards.0.name: '/etc/x': not a file below the data set's root"),
         (first(name="a\nb"), "shards.0.name: 'a\\nb': not a file below the data set's root"),
         (first(name="\ud800"), "shards.0.name: '\\ud800': not a file below the data set's root"),
-        (first(more=1), "shards.0.more: no such key is known (found 1)"),
+        (first(more=1), "shards.0.more: no such key (found 1)"),
         (lambda tree: tree["shards"][0].pop("sha256"), "shards.0.sha256: a value is missing here"),
         (whole(shards={}), "shards: expected a list"),
         (whole(shards=[]), "shards: expected at least 1 values (found [])"),

@@ -159,7 +159,11 @@ def _images(path: Path) -> Iterator[bytes]:
     import pyarrow as pa
 
     with _opened(path) as file:
-        for batch in file.iter_batches(batch_size=64, columns=["image"], use_threads=False):
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        # No image has more than all of its row group, which may be compressed a thousandfold.
+        most_bytes = max((group.total_byte_size for group in groups), default=0)
+        num_rows = max(1, min(64, 8 * RUN_BYTES // max(1, most_bytes)))
+        for batch in file.iter_batches(batch_size=num_rows, columns=["image"], use_threads=False):
             column = batch.column(0)
             if isinstance(column, pa.StructArray):
                 column = column.flatten()[column.type.get_field_index("bytes")]
