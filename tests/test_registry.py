@@ -455,6 +455,14 @@ def test_links_and_pipes_are_refused_and_never_followed(tiny: Registry, tmp_path
         registry.resolve(uri)
 
 
+def test_a_file_with_holes_is_not_read(tiny: Registry) -> None:
+    uri = tiny.add()
+    os.truncate(tiny.stored(uri) / "requirements.txt", 1 << 42)
+    with pytest.raises(InputError, match=r"requirements.txt is larger than the whole version, but [0-9a-f]{64} was"):
+        registry.resolve(uri)
+    assert not registry.verify(uri)["ok"]
+
+
 def test_copies_are_read_only_and_can_be_made_anew_and_removed() -> None:
     """By somebody who is not root, whom a mode would not stop."""
     script = """

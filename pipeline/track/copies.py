@@ -46,18 +46,18 @@ def obtain(
     folder = folder_of(cache)
     copy = folder / fingerprint(dict(registered))
     with _explained(folder):
-        if copy.is_dir() and not faults(registered, copy):
+        if copy.is_dir() and not faults(registered, copy, num_bytes):
             return copy
         _make(folder)
         with files.locked(folder / f"{copy.name}.lock", mode=0o644):
             if copy.is_dir():
-                if not faults(registered, copy):  # another process has been faster
+                if not faults(registered, copy, num_bytes):  # another process has been faster
                     return copy
                 print(f"{copy}: this copy was damaged on the disk; it is made anew", file=sys.stderr, flush=True)
             partial = folder / f"{copy.name}.partial"
             try:
                 _fill(partial, num_bytes, download)
-                if wrong := faults(registered, partial):
+                if wrong := faults(registered, partial, num_bytes):
                     raise refuse(wrong)
                 _protect(partial)
                 _replace(copy, partial)

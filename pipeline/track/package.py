@@ -11,6 +11,7 @@ Python's folder of byte code keeps that from being written beside the code, and 
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ _SERVED = Path(__file__).with_name("served.py")
 _MLMODEL = "MLmodel"
 _BYTE_CODE = "__pycache__"
 _NO_FILE = "is a link, or something else that is no file"
+_TOO_LARGE = "is larger than the whole version"
 _CLASSES = {
     "label": "string",
     "score": "double",
@@ -68,7 +70,7 @@ class Fault(NamedTuple):
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.file} is missing, {self.registered} was registered"
-        found = self.found if self.is_no_file else f"has SHA-256 {self.found}"
+        found = self.found if self.found in (_NO_FILE, _TOO_LARGE) else f"has SHA-256 {self.found}"
         return f"{self.file} {found}, but {self.registered or 'no such file'} was registered"
 
     @property
@@ -120,18 +122,28 @@ def check(entry: Path, card: Card) -> None:
             )
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by path of each file in a folder, and for all else but folders what it is. Raises OSError, also for a
-    folder that cannot be listed."""
+def digests(folder: Path, most_bytes: float = math.inf) -> dict[str, str]:
+    """Returns the SHA-256 by path of each file in a folder, and for all else but folders what it is.
+
+    Files of more than `most_bytes` are not read: one with holes can be larger than any disk. Raises OSError, also for a
+    folder that cannot be listed.
+    """
     return {
-        path.relative_to(folder).as_posix(): sha256(path) if path.is_file() and not path.is_symlink() else _NO_FILE
+        path.relative_to(folder).as_posix(): _digest(path, most_bytes)
         for path in sorted(_entries(folder))
         if path.is_symlink() or not path.is_dir()
     }
 
 
-def faults(registered: Mapping[str, str], folder: Path) -> list[Fault]:
-    found = digests(folder)
+def _digest(path: Path, most_bytes: float) -> str:
+    if path.is_symlink() or not path.is_file():
+        return _NO_FILE
+    return sha256(path) if path.stat().st_size <= most_bytes else _TOO_LARGE
+
+
+def faults(registered: Mapping[str, str], folder: Path, num_bytes: int = 0) -> list[Fault]:
+    """Returns what differs in a folder from the digests, by path, of a version of `num_bytes` (0: not known)."""
+    found = digests(folder, num_bytes or math.inf)
     names = sorted(registered.keys() | found.keys())
     rows = [Fault(name, registered.get(name), found.get(name)) for name in names]
     return [row for row in rows if row.registered != row.found]

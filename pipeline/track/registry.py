@@ -10,6 +10,7 @@ tells of the model, and "child.UUID" of each run that was started from it.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import re
@@ -110,9 +111,8 @@ def resolve(uri: str, cache: Path | None = None) -> Version:
 
     if isinstance(store, LocalArtifactRepository) and (faults := _stored_faults(store.artifact_dir, version)):
         raise refuse(faults)
-    size = version.tags.get("bytes", "")
-    num_bytes = int(size) if size.isdecimal() else 0
-    copy = copies.obtain(registered, num_bytes, lambda folder: _download(store, pinned, folder), refuse, cache)
+    download = functools.partial(_download, store, pinned)
+    copy = copies.obtain(registered, _num_bytes(version), download, refuse, cache)
     return Version(pinned, copy / ARTIFACTS, _card(copy, registered, pinned), dict(version.tags))
 
 
@@ -412,8 +412,14 @@ def _digests(version: ModelVersion) -> Mapping[str, str]:
 def _stored_faults(folder: str | Path, version: ModelVersion) -> list[Fault]:
     """Of a version's files where they are stored, or as they come from there."""
     with reaching(uri_of(version)):
-        faults = package.faults(_digests(version), Path(folder))
+        faults = package.faults(_digests(version), Path(folder), _num_bytes(version))
     return [fault for fault in faults if fault.file != _NOTE or fault.is_no_file]
+
+
+def _num_bytes(version: ModelVersion) -> int:
+    """Returns the size of a version's files in bytes; 0 where that is not known."""
+    size = version.tags.get("bytes", "")
+    return int(size) if size.isdecimal() else 0
 
 
 def _card(copy: Path, registered: Mapping[str, str], pinned: str) -> Card:
