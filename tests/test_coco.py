@@ -368,6 +368,7 @@ FULL = HEIGHT * WIDTH
             "has runs of 9 pixels, but its image",
         ),
         (change("annotations", 4, segmentation={"size": [48, 64], "counts": [-1, FULL + 1]}), "are no lengths of runs"),
+        (change("annotations", 4, segmentation=[[0, 0, 64, 48] * 500]), "has outlines of more than 7,168 pixels"),
         (change("annotations", 4, segmentation=[[1, 2, 3, 4, 5]]), "has a polygon of 5 numbers"),
         (change("annotations", 4, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "has a polygon of 7 numbers"),
         (change("annotations", 4, segmentation=[1, 2, 3, 4, 5, 6]), "has a polygon that is not a list"),

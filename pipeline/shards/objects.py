@@ -30,6 +30,9 @@ Mask = npt.NDArray[np.uint8]  # [height, width] of 0 and 1
 MAX_BYTES = 1 << 24
 """Of an image's objects. Python's take several times as much memory."""
 
+MAX_OUTLINE = 64
+"""Of an object, in heights and widths of its image."""
+
 _FIELDS = ("id", "bbox", "area", "iscrowd")
 _DECIMALS = 3  # of coordinates that were scaled
 
@@ -183,7 +186,9 @@ def _wrong_box(box: Any, height: int, width: int) -> str | None:
 
 def _wrong_segmentation(segmentation: Any, height: int, width: int) -> str | None:
     if isinstance(segmentation, list):
-        return next(filter(None, (_wrong_polygon(polygon, height, width) for polygon in segmentation)), None)
+        wrong = next(filter(None, (_wrong_polygon(polygon, height, width) for polygon in segmentation)), None)
+        limit = MAX_OUTLINE * (height + width)
+        return wrong or (f"has outlines of more than {limit:,} pixels" if _outline(segmentation) > limit else None)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither a list of polygons nor run lengths with size and counts"
     if not _fits(segmentation, height, width):
@@ -206,6 +211,12 @@ def _wrong_polygon(polygon: Any, height: int, width: int) -> str | None:
     if min(polygon) < -reach or max(polygon) > reach:
         return f"has a polygon with a point far outside the image of {width} × {height} pixels"
     return None
+
+
+def _outline(polygons: list[list[float]]) -> float:
+    """In pixels. pycocotools walks along it in fifths of them, and holds every step."""
+    corners = [np.reshape(polygon, (-1, 2)) for polygon in polygons]
+    return sum(float(np.abs(each - np.roll(each, 1, axis=0)).max(axis=1).sum()) for each in corners)
 
 
 def _wrong_runs(runs: npt.NDArray[np.int64], height: int, width: int) -> str | None:
