@@ -419,6 +419,14 @@ def test_an_index_that_is_no_array_is_told(packed: Path, data: bytes) -> None:
     assert fault.reason.startswith(f"{packed}/shard-000000.index.npy: its index is wrong: it holds not 4 records")
 
 
+def test_a_wrong_index_hides_no_fault_of_its_tar(packed: Path) -> None:
+    forge_index(packed, b"hello")
+    overwrite(packed / "shard-000000.tar", 700, b"????")
+    index, tar = (fault.reason for fault in verify(packed))
+    assert index.endswith("its index is wrong: it holds not 4 records; index the data set again")
+    assert tar == "differs from the manifest"
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_whatever_its_bytes_an_index_is_read_or_not(data: st.DataObject) -> None:

@@ -51,12 +51,17 @@ def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
     shards = _open(root, cache)
     manifest = shards.manifests[0]
     tar = manifest.shards[number].tar
+    faults, records = [], np.empty(0, shards.record)
     try:
         records = shards.index(number)
-        with shards.open(number) as stream:
-            return list(_compare(stream, records, tar, manifest, deep))
     except (InputError, StoreError, OSError) as error:
-        return [Fault(tar.name, None, str(error))]
+        faults.append(Fault(tar.name, None, str(error)))
+    try:
+        with shards.open(number) as stream:
+            faults += _compare(stream, records, tar, manifest, deep)
+    except (StoreError, OSError) as error:
+        faults.append(Fault(tar.name, None, str(error)))
+    return faults
 
 
 def _compare(
@@ -86,7 +91,8 @@ def _compare(
     if reader.position != tar.bytes:
         yield Fault(tar.name, None, f"has {reader.position} bytes, but the manifest lists {tar.bytes}")
     elif sha256 != tar.sha256 and not is_damaged:
-        yield Fault(tar.name, None, "differs from the manifest, but no image does: only headers, labels or padding")
+        which = ", but no image does: only headers, labels or padding" if len(records) else ""
+        yield Fault(tar.name, None, f"differs from the manifest{which}")
 
 
 def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
