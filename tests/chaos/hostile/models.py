@@ -35,6 +35,8 @@ EVIL = f"import os\nopen(os.environ[{MARK!r}], 'w').write('ran')\n"
 class Prepared(NamedTuple):
     registry: Path
     """A folder with a tracking database and a store that hold version 1 of "base"."""
+    imports: Path
+    """Another such folder, for versions that trials make."""
     cache: Path
     """A cache that holds its checked copy."""
     data: Path
@@ -44,15 +46,16 @@ class Prepared(NamedTuple):
 
 
 def prepare(folder: Path, data: Path) -> Prepared:
-    registry, cache = folder / "registry", folder / "cache"
-    registry.mkdir()
-    safetensors.torch.save_file(_tensors(), registry / "base.safetensors")
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": _uri(registry), "PVT_MODEL_CACHE": str(cache)}
+    registry, imports, cache = (folder / name for name in ("registry", "imports", "cache"))
+    call = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+    safetensors.torch.save_file(_tensors(), folder / "base.safetensors")
     words = ["import", "base.safetensors", "--name", "base", "--model", MODEL, "--classes-from", str(data)]
-    call = functools.partial(subprocess.run, cwd=registry, env=environment, check=True, capture_output=True)
-    call([sys.executable, ROOT / REGISTRY, *words])
-    done = call([sys.executable, ROOT / EVALUATE, "--model", URI, "--data", str(data)])
-    return Prepared(registry, cache, data, _score(done.stdout.decode()))
+    for each in (registry, imports):
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": _uri(each), "PVT_MODEL_CACHE": str(cache)}
+        call([sys.executable, ROOT / REGISTRY, *words], env=environment)
+    environment["MLFLOW_TRACKING_URI"] = _uri(registry)
+    done = call([sys.executable, ROOT / EVALUATE, "--model", URI, "--data", str(data)], env=environment)
+    return Prepared(registry, imports, cache, data, _score(done.stdout.decode()))
 
 
 def _score(output: str) -> float:
@@ -174,7 +177,7 @@ def weights(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
 
         name = f"w{int(rng.integers(1 << 40))}"
         words = ("import", f"weights{suffix}", "--name", name, "--model", MODEL)
-        environment = {"MLFLOW_TRACKING_URI": _uri(prepared.registry)}
+        environment = {"MLFLOW_TRACKING_URI": _uri(prepared.imports)}
         return Case(f"weights: {kind}", [(REGISTRY, *words)], judge, environment=environment)
 
     return make
