@@ -30,7 +30,7 @@ PACK, INDEX, VERIFY, SHOW = (("launch/shards.py", word) for word in ("pack", "in
 FEED = "tests.chaos.hostile.feed"
 _ONE = ("--workers", "1")
 _NUM_GOOD = 4
-_NUM_HOSTILE = 12
+_NUM_HOSTILE = 24
 
 
 # Images
@@ -303,7 +303,7 @@ def tars(rng: Rng, sandbox: Sandbox) -> Case:
     folder.mkdir()
     good = [Sample(f"good/{row}", row % 2, damage.picture(rng, row % 2)) for row in range(4)]
     (folder / "good.tar").write_bytes(damage.whole(good))
-    makers = [pick(rng, _RARE_TARS if rng.integers(30) == 0 else _TARS) for _ in range(6)]
+    makers = [pick(rng, _RARE_TARS if rng.integers(30) == 0 else _TARS) for _ in range(12)]
     for number, make in enumerate(makers):
         (folder / f"{number}.tar").write_bytes(make(rng))
     commands = [

@@ -13,7 +13,7 @@ from tests.chaos.hostile.trial import Case, Ran, Sandbox
 from tests.ranks import ROOT
 
 READ = "tests.chaos.hostile.read_configs"
-_MANY = 25
+_MANY = 100
 _BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
 )
