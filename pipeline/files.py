@@ -28,13 +28,17 @@ class UnreadableError(OSError):
 
 
 def read(path: str | Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """A whole file. Raises OSError where there is more of it, and as `open_regular` does."""
+    """Returns a whole file. Raises OSError for one that is larger than `most_bytes`, and as `open_regular` does."""
     with os.fdopen(open_regular(path), "rb") as file:
-        is_short = os.fstat(file.fileno()).st_size <= most_bytes
-        data = file.read(most_bytes + 1) if is_short else b""
-    if is_short and len(data) <= most_bytes:
-        return data
-    raise UnreadableError(errno.EFBIG, f"more than {most_bytes:,} bytes", str(path))
+        size = os.fstat(file.fileno()).st_size
+        data = b""
+        # Python reserves as much memory as is asked for, so only as much is asked for as the file says that it has.
+        while size <= most_bytes and (block := file.read(size - len(data) + 1)):
+            data += block
+            size = max(size, len(data))
+    if size > most_bytes:
+        raise UnreadableError(errno.EFBIG, f"more than {most_bytes:,} bytes", str(path))
+    return data
 
 
 def open_regular(path: str | Path) -> int:
