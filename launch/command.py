@@ -56,10 +56,7 @@ def _run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     except KeyboardInterrupt:
         _fail(130, "interrupted")
     except Exception as error:
-        if _is_out_of_memory(error):
-            why = str(error).partition("\n")[0].rstrip(".")
-            _fail(FAILED, f"error: {why}: end what else is on the GPU, or run on the CPUs with CUDA_VISIBLE_DEVICES=")
-        _fail(FAILED, traceback.format_exc())
+        _fail(FAILED, _shortage(error) or traceback.format_exc())
     if result is not None:
         print(json.dumps(result, allow_nan=False), flush=True)
     if result and result.get("requeue"):
@@ -67,10 +64,23 @@ def _run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     sys.exit(DONE if result is None or result.get("ok", True) else FAILED)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU is out of memory, asked without an import of torch."""
+_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
+"""What Python's and the operating system's errors say where a limit is reached."""
+
+
+def _shortage(error: Exception) -> str | None:
+    """Returns the line for a machine that lacks memory or threads; None for every other error.
+
+    Asked without an import of torch.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        why = str(error).partition("\n")[0].rstrip(".")
+        return f"error: {why}: end what else is on the GPU, or run on the CPUs with CUDA_VISIBLE_DEVICES="
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_THREADS):
+        why = str(error).strip().rpartition("\n")[2] or "out of memory"
+        return f"error: {why}: raise the limits of this shell (ulimit -v, ulimit -u) or job, or start fewer workers"
+    return None
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -460,6 +460,19 @@ def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits:
     assert logged == "{'2 steps': 64, '50 %': 96}"
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [("MemoryError()", "out of memory"), ('RuntimeError("can\'t start new thread")', "can't start new")],
+)
+def test_a_limit_of_memory_or_threads_is_one_line(error: str, why: str) -> None:
+    code = f"from launch import command\ndef main():\n    raise {error}\ncommand.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {why}")
+    assert "raise the limits" in line
+
+
 def test_a_gpu_without_room_is_one_line() -> None:
     code = """import torch
 from launch import command
