@@ -308,7 +308,7 @@ def tars(rng: Rng, sandbox: Sandbox) -> Case:
     for number, make in enumerate(makers):
         (folder / f"{number}.tar").write_bytes(make(rng))
     commands = [
-        (*INDEX, "tars", "--out", "out", "--skip-bad", *_ONE),
+        (*INDEX, "tars", "--out", "out", "--labels", "cls", "--skip-bad", *_ONE),
         (*VERIFY, "out", "--deep", *_ONE),
         (FEED, "out"),
     ]
