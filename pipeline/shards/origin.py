@@ -14,6 +14,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -167,33 +168,39 @@ class Remote:
         path = self._full_path(below_root(name))
 
         def attempt() -> bytes:
-            data = self._fetch(path, most_bytes + 1, READ_BYTES)
+            data, _ = self._fetch(path, most_bytes + 1, READ_BYTES)
             if len(data) > most_bytes:
                 raise files.UnreadableError(errno.EFBIG, f"more than {most_bytes:,} bytes")
             return data
 
         return self._retry(self.url(name), attempt)
 
-    def _fetch(self, path: str, most_bytes: int, num_bytes: int, **part: int) -> bytes:
-        """A file, or the `part` of it from `start` to `end`; no more than `most_bytes`, in the time for `num_bytes`."""
-        if not self._is_http:
-            return self._fs.cat_file(path, **(part or {"start": 0, "end": most_bytes}), **self._limit(num_bytes))
-        limit = self._limit(num_bytes)
-        return cast(bytes, fsspec.asyn.sync(self._fs.loop, self._stream, path, most_bytes, **part, **limit))
+    def _fetch(self, path: str, size: int, num_bytes: int, start: int | None = None) -> tuple[bytes, bool]:
+        """Returns up to `size` bytes, from `start` on if that is given, and whether the server sent no more than these.
 
-    async def _stream(self, path: str, most_bytes: int, start: int = 0, end: int = 0) -> bytes:
-        # What fsspec has for this holds whatever the server sends, however much.
+        It has the time that `num_bytes` may take.
+        """
+        limit = self._limit(num_bytes)
+        if not self._is_http:
+            return self._fs.cat_file(path, start=start or 0, end=(start or 0) + size, **limit), True
+        return cast(tuple[bytes, bool], fsspec.asyn.sync(self._fs.loop, self._stream, path, size, start, **limit))
+
+    async def _stream(self, path: str, size: int, start: int | None) -> tuple[bytes, bool]:
+        # fsspec's own functions hold whatever the server sends, however much.
         session = await self._fs.set_session()
-        headers = {"Range": f"bytes={start}-{end - 1}"} if end else {}
+        headers = {} if start is None else {"Range": f"bytes={start}-{start + size - 1}"}
         data = bytearray()
         async with session.get(self._fs.encode_url(path), headers=headers) as answer:
             self._fs._raise_not_found_for_status(answer, path)
             if (coding := answer.headers.get("Content-Encoding", "identity")) != "identity":
                 why = f"the server sends it encoded ({coding[:20]}): serve the file as it is"
                 raise files.UnreadableError(errno.EINVAL, why)
-            while len(data) < most_bytes and (block := await answer.content.read(most_bytes - len(data))):
-                data += block
-            return bytes(data)
+            is_part = answer.status == HTTPStatus.PARTIAL_CONTENT
+            skip = 0 if is_part else start or 0
+            while len(data) < size and (block := await answer.content.read(BLOCK_BYTES)):
+                data += block[skip:]
+                skip = max(0, skip - len(block))
+            return bytes(data[:size]), is_part
 
     def pread(self, blob: Blob, offset: int, size: int) -> bytes:
         return self._retry(self.url(blob.name), lambda: self._range(blob.name, offset, size, blob.bytes))
@@ -202,16 +209,14 @@ class Remote:
         if size == 0:
             return b""
         num_bytes = size if self.honours_ranges else total
-        data = self._fetch(self._full_path(name), total + 1, num_bytes, start=offset, end=offset + size)
-        if size != len(data) == total:
-            if self.honours_ranges:
-                self.honours_ranges = False
-                print(
-                    f"warning: {self.url(name)}: the server ignores Range and sends whole files, "
-                    "so reading single samples from it is slow; give the cache room for the shards in use",
-                    file=sys.stderr,
-                )
-            data = data[offset : offset + size]
+        data, is_part = self._fetch(self._full_path(name), size, num_bytes, start=offset)
+        if self.honours_ranges and not is_part and size < total:
+            self.honours_ranges = False
+            print(
+                f"warning: {self.url(name)}: the server ignores Range and sends whole files, "
+                "so reading single samples from it is slow; give the cache room for the shards in use",
+                file=sys.stderr,
+            )
         if len(data) != size:
             raise WrongBytes(f"{len(data)} bytes arrived instead of {size} from offset {offset}")
         return data
