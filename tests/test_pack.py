@@ -286,7 +286,7 @@ def test_neighbours_in_the_order_are_neighbours_on_the_disk(digit_images: Path, 
     places = np.load(tmp_path / "spill.npy")
     assert (np.diff(places["position"]) > 0).all()
     assert (np.diff(places["offset"].astype(int)) > 0).all()
-    found = parquet.read_spilled([tmp_path / "spill"], 3, 12)
+    found = list(parquet.read_spilled([tmp_path / "spill"], 3, 12))
     wanted = {int(position): rows[row][0] for row, position in zip(chosen, positions, strict=True)}
     assert found == [wanted.get(position, b"") for position in range(3, 12)]
 

@@ -305,10 +305,10 @@ def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]],
     spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries)) if task.spilled else None
     records, bad, options = [], [], task.options
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for row, entry in enumerate(task.entries):
+        for entry in task.entries:
             place, annotation = entry.place, None
             try:
-                image = spilled[row] if spilled else _read(place)
+                image = next(spilled) if spilled else _read(place)
                 data, head = images.prepare(image, options.max_side, options.quality, options.bits_stored)
                 if isinstance(entry.annotation, str):
                     place = entry.annotation

@@ -124,17 +124,22 @@ def is_spilled(target: Path) -> bool:
         return False
 
 
-def read_spilled(targets: Iterable[Path], first: int, last: int) -> list[bytes]:
-    """The images at positions first, …, last - 1."""
-    images = [b""] * (last - first)
+def read_spilled(targets: Iterable[Path], first: int, last: int) -> Iterator[bytes]:
+    """The images at positions first, …, last - 1, one at a time: a shard of them may be larger than memory."""
+    found: list[tuple[Path, int, int] | None] = [None] * (last - first)
     for target in targets:
         places = np.load(target.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
         begin, end = (bisect.bisect_left(places["position"], position) for position in (first, last))
-        with target.with_suffix(".bin").open("rb") as file:
-            for position, offset, size in places[begin:end].tolist():
-                file.seek(offset)
-                images[position - first] = file.read(size)
-    return images
+        for position, offset, size in places[begin:end].tolist():
+            found[position - first] = target.with_suffix(".bin"), offset, size
+    for place in found:
+        yield _read_part(*place) if place else b""
+
+
+def _read_part(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _runs(
