@@ -59,6 +59,8 @@ class Claim(BaseModel):
             return claim.model_copy(update={"root": str(path.parent.parent.parent)})
         except OSError as error:
             raise InputError(f"--claim {path}: {error.strerror}: it is written by launch/handoff.py") from error
+        except InputError as error:
+            raise InputError(f"--claim {error}; it is not one that launch/handoff.py has written") from None
 
     def make(self, path: Path) -> "Claim":
         """Write the claim, unless there is one: returns the one that holds."""

@@ -302,5 +302,5 @@ def test_what_was_rolled_back_before_it_was_registered_never_is(tmp_path: Path) 
 
 def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "claim.json").write_text('{"uuid": 3}')
-    with pytest.raises(InputError, match=r"claim\.json: .*not one that launch/handoff\.py has written"):
+    with pytest.raises(InputError, match=r"claim\.json: uuid: .*; it is not one that launch/handoff\.py has written"):
         Claim.read(tmp_path / "claim.json")

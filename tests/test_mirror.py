@@ -777,7 +777,7 @@ def test_a_sweep_that_cannot_be_read_is_named(folder: Path) -> None:
     assert Sweep.read(folder) is None
     (folder / "slurm").mkdir()
     (folder / SWEEP).write_text('{"uuid": 1}')
-    with pytest.raises(InputError, match=r"sweep\.json: not one that launch/submit\.py has written"):
+    with pytest.raises(InputError, match=r"sweep\.json: .*; it is not one that launch/submit\.py has written"):
         Sweep.read(folder)
 
 

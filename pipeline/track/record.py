@@ -60,6 +60,8 @@ class Sweep(BaseModel):
             return None
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
+        except InputError as error:
+            raise InputError(f"{error}; it is not one that launch/submit.py has written") from None
 
     @property
     def tags(self) -> dict[str, str]:
