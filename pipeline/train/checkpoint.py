@@ -229,7 +229,8 @@ class Checkpoint:
         self.folder = folder
         known = {field.name for field in dataclasses.fields(State)}  # earlier versions have saved more
         saved = {name: value for name, value in read_document(folder)["state"].items() if name in known}
-        self.state = config.validated(State, saved, folder / STATE)
+        config.validated(State, saved, folder / STATE)
+        self.state = State(**saved)  # as it was saved: pydantic would make floats of the loss scale's counts
 
     def weights(self) -> dict[str, Tensor]:
         return safetensors.torch.load_file(self.folder / MODEL)
