@@ -505,6 +505,7 @@ def stored_anew(tiny: Registry, name: str, data: bytes) -> str:
     uri = tiny.add()
     (tiny.stored(uri) / name).write_bytes(data)
     tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", package.sha256(tiny.stored(uri) / name))
+    tiny.client.set_model_version_tag("tiny", "1", "bytes", str(package.size(tiny.stored(uri))))
     return uri
 
 

@@ -299,9 +299,9 @@ def _from_environment(query: str) -> str:
     match = re.fullmatch(r"\?\$(\w+|\{\w+\})", query)
     if not match:
         return query
-    name = match[1].strip("{}")
-    if not (value := os.environ.get(name)):
-        raise InputError(f"a URL ends with ?${name}, but {name} has no value here: export {name}=QUERY")
+    variable, value = match[1].strip("{}"), os.path.expandvars(query[1:])
+    if value in ("", query[1:]):  # which expandvars leaves as it is where there is no such variable
+        raise InputError(f"a URL ends with ?${variable}, but {variable} has no value here: export {variable}=QUERY")
     return f"?{value.removeprefix('?')}"
 
 
