@@ -425,7 +425,10 @@ def _num_bytes(version: ModelVersion) -> int:
 def _card(copy: Path, registered: Mapping[str, str], pinned: str) -> Card:
     """Raises InputError for a version without a card, and for one whose card tells of other weights."""
     beside = {name.removeprefix(f"{ARTIFACTS}/"): digest for name, digest in registered.items()}
-    card = Card.read(copy / ARTIFACTS) if CARD in beside else None
+    try:
+        card = Card.read(copy / ARTIFACTS) if CARD in beside else None
+    except OSError as error:
+        raise InputError(f"{pinned}: {CARD}: {error.strerror}") from error
     if card is None or WEIGHTS not in card.sha256 or not card.sha256.items() <= beside.items():
         raise InputError(f"{pinned}: has no {CARD} that tells of its {WEIGHTS}: it was not registered by this project")
     return card
