@@ -1,4 +1,4 @@
-"""JSON that may be damaged: each key once, no endless numbers, and errors of one line.
+"""Reads JSON that may be damaged: each key once, no endless numbers, and errors of one line.
 
 bytes ──read──▶ tree of dict, list, str, int, float, bool, None
 """
@@ -12,7 +12,7 @@ _MAX_DIGITS = 100
 
 
 def read(data: bytes, source: object) -> Any:
-    """The tree that a document stands for. Raises InputError of one line, which says where in `source`."""
+    """Returns the tree that a document stands for. Raises InputError of one line that names `source` and the place."""
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_mapping, parse_int=_whole_number)
     except RecursionError:
@@ -25,11 +25,11 @@ def read(data: bytes, source: object) -> Any:
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice[:100]!r} is set twice")
+    tree: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in tree:
+            raise ValueError(f"{name[:100]!r} is set twice")
+        tree[name] = value
     return tree
 
 

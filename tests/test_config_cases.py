@@ -322,3 +322,9 @@ def test_every_setting_is_found_by_its_last_word(base: Path) -> None:
             config.load(base, [f"{last}=1"])
         named = str(error.value).rpartition("did you mean ")[2].rstrip("?").split(" or ")
         assert key in named or len(named) == 3
+
+
+def test_a_key_set_twice_is_found_among_many() -> None:
+    names = [f'"{number}": 0' for number in range(200_000)]
+    with pytest.raises(InputError, match="'199999' is set twice"):
+        json_text.read(f"{{{', '.join([*names, names[-1]])}}}".encode(), "x")
