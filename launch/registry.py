@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from launch import command
 from launch.command import Subcommand
 from pipeline import lease
+from pipeline.cluster import slurm
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
@@ -287,7 +288,7 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
     record = Record.read(folder)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(lease.hold(folder))
+            held.enter_context(lease.hold(folder, slurm.has_ended))
         except BlockingIOError:
             raise InputError(f"{folder}: its job is at work and sends everything by itself; wait for its end") from None
         if record.status == "RUNNING":  # and yet nobody is at work: the job was killed
