@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import struct
 import tarfile
@@ -391,7 +390,7 @@ def packed(prepared: Path) -> Callable[[Rng, Sandbox], Case]:
             document = json.loads((root / "manifest.json").read_text())
             (root / "manifest.json").write_bytes(mutate.json_text(rng, document))
         elif kind == "place":
-            kind = _misplaced(rng, root)
+            kind = mutate.something_else(rng, pick(rng, sorted(root.iterdir())))
         else:
             path = pick(rng, sorted(root.glob("*.index.npy" if kind == "index" else "*.tar")))
             path.write_bytes(mutate.some_bytes(rng, path.read_bytes()))
@@ -399,7 +398,7 @@ def packed(prepared: Path) -> Callable[[Rng, Sandbox], Case]:
         changed = _content(root) != _content(prepared)
 
         def judge(ran: Sequence[Ran]) -> str:
-            if changed and ran[0].code == 0 and "lie" not in kind and kind != "link":
+            if changed and ran[0].code == 0 and "lie" not in kind:
                 return "verify found no fault in what was changed"
             return ""
 
@@ -410,38 +409,10 @@ def packed(prepared: Path) -> Callable[[Rng, Sandbox], Case]:
 
 def _content(root: Path) -> dict[str, Any]:
     """Returns what the files hold, a manifest as a tree: another order of keys is no other manifest."""
-    found: dict[str, Any] = {}
-    for path in sorted(root.iterdir()):
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 30:
-            found[path.name] = "not what was there"
-            continue
-        found[path.name] = data = path.read_bytes()
-        if path.name == "manifest.json":
-            with contextlib.suppress(ValueError, RecursionError):
-                found[path.name] = json.dumps(json.loads(data), sort_keys=True)
+    found: dict[str, Any] = dict(mutate.content(root))
+    with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        found["manifest.json"] = json.dumps(json.loads(found["manifest.json"]), sort_keys=True)
     return found
-
-
-def _misplaced(rng: Rng, root: Path) -> str:
-    """Puts something that is no file where one should be. Returns what."""
-    path = pick(rng, sorted(root.iterdir()))
-    kind = pick(rng, ("folder", "fifo", "zero", "missing", "loop", "unreadable", "huge"))
-    data = path.read_bytes()
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "zero":
-        path.symlink_to("/dev/zero")
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    elif kind == "huge":
-        path.write_bytes(data)
-        os.truncate(path, 1 << 40)
-    elif kind == "unreadable":
-        path.symlink_to("/proc/self/mem")
-    return kind
 
 
 # Lists

@@ -275,25 +275,17 @@ def _described(rng: Rng, folder: Path) -> str:
 
 
 def _replaced(rng: Rng, folder: Path) -> str:
-    """Puts something else in the place of a file. Returns what."""
+    """Damages a file, replaces it by a link to a damaged one, or by something that is no file. Returns what."""
     path = pick(rng, sorted(each for each in folder.rglob("*") if each.is_file()))
-    data, kind = path.read_bytes(), pick(rng, ("bytes", "link", "folder", "fifo", "zero", "missing", "huge"))
+    kind = pick(rng, ("bytes", "link", "other", "other"))
+    if kind == "other":
+        return f"{mutate.something_else(rng, path)} for a file"
+    data = mutate.some_bytes(rng, path.read_bytes())
     path.unlink()
-    if kind == "bytes":
-        path.write_bytes(mutate.some_bytes(rng, data))
-    elif kind == "link":
-        elsewhere = folder.parent / "elsewhere"
-        elsewhere.write_bytes(mutate.some_bytes(rng, data))
-        path.symlink_to(elsewhere)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "zero":
-        path.symlink_to("/dev/zero")
-    elif kind == "huge":
-        path.write_bytes(data)
-        os.truncate(path, 1 << 40)
+    place = folder.parent / "elsewhere" if kind == "link" else path
+    place.write_bytes(data)
+    if kind == "link":
+        path.symlink_to(place)
     return f"{kind} for a file"
 
 
@@ -304,14 +296,6 @@ def _change(rng: Rng, folder: Path) -> str:
     return pick(rng, (_plant, _plant, _described, _replaced))(rng, folder)
 
 
-def _content(folder: Path) -> dict[str, object]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.stat().st_size < 1 << 30 else "?"
-        for path in folder.rglob("*")
-        if not path.is_dir() and not path.is_fifo() and not (path.is_symlink() and path.readlink() == Path("/dev/zero"))
-    }
-
-
 def stored(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
     """A version that was changed where the registry keeps it."""
 
@@ -319,9 +303,9 @@ def stored(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
         registry = sandbox.work / "registry"
         shutil.copytree(prepared.registry, registry)
         (folder,) = (path.parent for path in registry.rglob("MLmodel"))
-        before = _content(folder)
+        before = mutate.content(folder)
         kind = _change(rng, folder)
-        is_changed = _content(folder) != before
+        is_changed = mutate.content(folder) != before
         commands = [
             (REGISTRY, "relocate"),
             (REGISTRY, "verify", URI),

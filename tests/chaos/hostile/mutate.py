@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +120,37 @@ def _zeros(rng: Rng, data: bytes) -> bytes:
 
 
 _CHANGES: tuple[Callable[[Rng, bytes], bytes], ...] = (_flip, _flip, _cut, _drop, _repeat, _insert, _extreme, _zeros)
+
+
+def something_else(rng: Rng, path: Path) -> str:
+    """Puts something else in the place of a file. Returns what."""
+    data, kind = path.read_bytes(), pick(rng, ("folder", "fifo", "zero", "missing", "loop", "memory", "huge"))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "memory":
+        path.symlink_to("/proc/self/mem")
+    elif kind == "huge":
+        path.write_bytes(data)
+        os.truncate(path, 1 << 40)
+    return kind
+
+
+def content(root: Path) -> dict[str, bytes | None]:
+    """Returns the bytes of each file below a folder by its path; None for what `something_else` has put there."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 30
+        else None
+        for path in sorted(root.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
 
 
 def tree(rng: Rng, document: Any) -> Any:
