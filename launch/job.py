@@ -342,9 +342,11 @@ def _finished(folder: Path, schedule: Schedule, found: Checkpoint | None) -> dic
 
 @contextlib.contextmanager
 def _claimed(folder: Path, world: World, claim: Claim | None) -> Iterator[Lease | None]:
-    """The run's folder, held by rank 0, so that no other job works in it; on the others None. None on rank 0 where this
-    very hand-off is at work in it already. Raises InputError where another job is, and for a hand-off whose folder is
-    another run's."""
+    """Holds the run's folder on rank 0, so that no other job works in it; yields its lease there, None on other ranks.
+
+    On rank 0 None says that this very hand-off is at work in it already. Raises InputError where another job is, and
+    for a hand-off whose folder is another run's.
+    """
     if not world.is_first:
         yield None
         return

@@ -1019,12 +1019,12 @@ def divisors(number: int) -> list[int]:
 
 
 def read_json(kind: type[Value], path: str | Path) -> Value:
-    """What a JSON file holds, as `kind`. Raises OSError where the file cannot be read, and as `validated` does."""
+    """Returns what a JSON file holds, as `kind`. Raises OSError where it cannot be read, and as `validated` does."""
     return validated(kind, json_text.read(files.read(path), path), path)
 
 
 def validated(kind: type[Value], tree: Any, source: object) -> Value:
-    """A tree of JSON as a model, a dataclass or another type. Raises InputError of one line for its first fault."""
+    """Returns a tree of JSON as a model, dataclass or other type. Raises InputError of one line for its first fault."""
     try:
         return TypeAdapter(kind).validate_python(tree)
     except ValidationError as error:
@@ -1099,7 +1099,7 @@ def _explain(kind: type[Section], detail: ErrorDetails) -> str:
 
 
 def _told(detail: ErrorDetails, path: Iterable[str]) -> str:
-    """The key, the rule and the value found."""
+    """Returns the key, the rule and the value found, as one line."""
     # A whole section as "the value found" would bury the rule that compares several of its settings.
     found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {_shown(detail['input'])})"
     return ": ".join(filter(None, [".".join(path), f"{rule_of(detail)}{found}"]))

@@ -26,7 +26,10 @@ class ExternalError(RuntimeError):
 
 @contextlib.contextmanager
 def needing(extra: str, what: str) -> Iterator[None]:
-    """Around imports of packages that an extra in pyproject.toml installs: InputError where one is missing."""
+    """Wraps imports of packages that an extra in pyproject.toml installs.
+
+    Raises InputError, which names the package and the extra, where one is missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,5 +1,7 @@
-"""Reading files up to a size; writing them so that they are whole under their name or absent, even after a power cut;
-folders of one user; and what file systems do not all have: locks and hard links."""
+"""Reads files up to a size, and writes them so that they are whole under their name or absent, even after a power cut.
+
+Also here: folders of one user, and what not all file systems have, locks and hard links.
+"""
 
 import contextlib
 import errno
@@ -42,8 +44,10 @@ def read(path: str | Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor for reading. Raises OSError, also for what is no regular file: a pipe may never give a byte, and a
-    device bytes without end."""
+    """Opens a file and returns its descriptor, for reading.
+
+    Raises OSError, also for what is no regular file: a pipe may never give a byte, and a device gives them without end.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe's writer is not waited for
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -54,8 +58,10 @@ def open_regular(path: str | Path) -> int:
 
 
 def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
-    """Write under another name, sync, rename, and sync the folder. The mode is what the umask allows; of a `private`
-    file, which may hold a secret, 0600."""
+    """Writes under another name, syncs, renames, and syncs the folder.
+
+    The mode is what the umask allows, or 0600 for a `private` file, which may hold a secret.
+    """
     partial = path.with_name(f".{path.name}.partial")
     if private:  # made anew: an older one may be open to others
         partial.unlink(missing_ok=True)
@@ -110,7 +116,7 @@ def _flock(descriptor: int, path: Path, *, wait: bool) -> None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of this name."""
+    """Returns whether an open file is the one of this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -43,7 +43,7 @@ def build(task: config.Task, model: config.Model, image_size: int, num_classes: 
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Raises InputError for what is no whole safetensors file."""
+    """Returns the tensors of a safetensors file by name. Raises InputError for one that is not whole."""
     try:
         return safetensors.torch.load_file(file)
     except (OSError, SafetensorError) as error:
@@ -51,7 +51,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(network: nn.Module, file: Path) -> None:
-    """Raises InputError for what is no whole safetensors file, or not of this network."""
+    """Loads a safetensors file. Raises InputError for one that is not whole, and for weights of another network."""
     try:
         network.load_state_dict(read_weights(file))
     except RuntimeError as error:  # a line for each tensor

@@ -128,8 +128,8 @@ def disk(folder: str | Path) -> str:
 
 @check("disk")
 def run_disk(run: Run) -> str:
-    """The folder of all runs, with locks and room for the checkpoints of this one, in which no other job is at work as
-    far as this node sees."""
+    """Checks that the folder of all runs has locks and room for this run's checkpoints, and that no other job is at
+    work in it as far as this node sees."""
     told = usable(run.root, NUM_CHECKPOINTS * _checkpoint_bytes(run.folder) or RUN_BYTES)
     with tempfile.NamedTemporaryFile(dir=run.root, prefix=".preflight-") as probe, files.locked(Path(probe.name)):
         pass

@@ -66,7 +66,7 @@ def states(job: str) -> dict[str, str]:
 
 
 def has_ended(job: str) -> bool:
-    """Whether a job, CLUSTER/ID, is known to have left this cluster's queue."""
+    """Returns whether a job, CLUSTER/ID, is known to have left this cluster's queue."""
     cluster, _, number = job.rpartition("/")
     if cluster != os.environ.get("SLURM_CLUSTER_NAME", ""):
         return False

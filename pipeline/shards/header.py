@@ -43,7 +43,7 @@ def read_size(data: bytes) -> tuple[int, int] | None:
 
 
 def excess(data: bytes) -> str | None:
-    """What of a JPEG or PNG would hold a decoder up for long, or take much memory, beside its pixels."""
+    """Returns what of a JPEG or PNG, beside its pixels, would take a decoder long or much memory; None for nothing."""
     if data.startswith(_PNG):
         num_chunks = sum(1 for _ in itertools.islice(_chunks(data), MAX_PARTS + 1))
         return f"more than {MAX_PARTS:,} chunks" if num_chunks > MAX_PARTS else None
@@ -124,7 +124,7 @@ def _read_jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _segments(data: bytes, is_forgiving: bool = False) -> Iterator[tuple[int, int, int]]:
     """Yields marker, and start and end of the content, of a JPEG's segments, as far as they can be followed.
 
-    Behind the first scan, and before it as well if `is_forgiving`, bytes in front of a marker are passed over, as in
+    Behind the first scan, and before it as well if `is_forgiving`, bytes in front of a marker are skipped, as in
     libjpeg.
     """
     place = 2

@@ -380,7 +380,7 @@ class ShardSet:
 
 
 def decode_records(data: bytes, record: np.dtype[np.void]) -> npt.NDArray[np.void]:
-    """The records, [n] of `record`, in a .npy file; none where it does not hold what its first bytes promise."""
+    """Returns the records, [n] of `record`, of a .npy file; none where it does not hold what its header says."""
     buffer = BytesIO(data)
     try:
         np.lib.format.read_magic(buffer)
@@ -392,7 +392,7 @@ def decode_records(data: bytes, record: np.dtype[np.void]) -> npt.NDArray[np.voi
 
 
 def _wrong_records(records: npt.NDArray[np.void], shard: Shard, num_classes: int) -> str | None:
-    """What an index, whoever made it, says that cannot be."""
+    """Returns what an index says that cannot be, whoever made it; None for an index that can be used."""
     if len(records) != shard.samples:
         return f"it holds not {shard.samples} records"
     parts = [("offset", "size"), ("annotation_offset", "annotation_size")]
@@ -419,7 +419,7 @@ def _named(annotations: Annotations | None) -> str:
 
 
 def key_in(header: bytes, row: int) -> str:
-    """The key that a sample's header gives it; "row N" where that cannot be read."""
+    """Returns the key in a sample's tar header; "row N" where that cannot be read."""
     try:
         return key_and_extension(next(members(Reader(BytesIO(header)))).name)[0]
     except (TarError, StopIteration):

@@ -214,7 +214,7 @@ def _wrong_polygon(polygon: Any, height: int, width: int) -> str | None:
 
 
 def _outline(polygons: list[list[float]]) -> float:
-    """In pixels. pycocotools walks along it in fifths of them, and holds every step."""
+    """Returns the length of the outlines in pixels. pycocotools walks them in fifths of one, and holds each step."""
     corners = [np.reshape(polygon, (-1, 2)) for polygon in polygons]
     return sum(float(np.abs(each - np.roll(each, 1, axis=0)).max(axis=1).sum()) for each in corners)
 

@@ -295,7 +295,7 @@ def split_query(url: str) -> tuple[str, str]:
 
 
 def _from_environment(query: str) -> str:
-    """The query, which may be that of a variable: ?$NAME, so that no file has to hold a signature."""
+    """Returns the query, or for ?$NAME the value of that variable, so that no file has to hold a signature."""
     match = re.fullmatch(r"\?\$(\w+|\{\w+\})", query)
     if not match:
         return query

@@ -81,7 +81,7 @@ def _protect(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """As far as it can be: nothing is taken out of folders that are read-only."""
+    """Removes a folder as far as possible, after its folders were made writable: nothing leaves a read-only one."""
     with contextlib.suppress(OSError):
         for parent, _, _ in os.walk(folder):
             Path(parent).chmod(0o700)

@@ -155,7 +155,7 @@ def read(file: Path, entry: str | None = None, head: str = "head.weight") -> Wei
 
 
 def _require_plain(tensors: Mapping[Any, Tensor], file: Path) -> None:
-    """Raises InputError for names and tensors that are no network's, before anything is computed of them.
+    """Raises InputError for names and tensors that no network has, before anything is computed with them.
 
     A few bytes in a file can stand for a tensor of any size, and other kinds of tensors make other errors.
     """
