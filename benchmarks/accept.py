@@ -27,8 +27,7 @@ from typing import Any
 
 from benchmarks import accept_table, report
 from benchmarks.accept_stages import STAGES, Stage
-from launch import command
-from pipeline import files
+from pipeline import cli, files
 from pipeline.errors import InputError
 
 GRACE_S = 3.0
@@ -106,7 +105,7 @@ def _processes(device: str) -> Any:
     if device == "cuda":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.step", "launch.job"])
+    context.set_forkserver_preload(["benchmarks.step", "pipeline.job.training_job"])
     first = context.Process(target=int)  # which waits for these imports
     first.start()
     first.join()
@@ -186,4 +185,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
 from benchmarks.step import Contender, take_turns, timed
-from launch import command
+from pipeline import cli
 from pipeline.flops import DTYPES
 from pipeline.world import keep_freed_memory
 from pvt.model import STRIDES, attend, by_products
@@ -123,4 +123,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

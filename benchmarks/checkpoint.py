@@ -38,12 +38,11 @@ from tqdm import tqdm
 
 from benchmarks import report, synthetic
 from benchmarks.savers import Contender, Distributed, Ours, contenders, share_of
-from launch import command
-from pipeline import world
+from pipeline import cli, world
 from pipeline.config import Config
 from pipeline.feed.loader import MicroBatch
-from pipeline.tasks.classify import Classification, build_model
-from pipeline.train.commit import EMA, MODEL, damage
+from pipeline.tasks.classify import ClassificationTask, build_model
+from pipeline.train.checkpoint_files import EMA, MODEL, damage
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.world import World
@@ -137,7 +136,7 @@ class Bench:
     def of(cls, arguments: argparse.Namespace, here: World, scratch: Path) -> "Bench":
         config = _config(arguments, here)
         batch = synthetic.batch(IMAGES[here.device.type], arguments.image_size, NUM_CLASSES, here.device)
-        task = Classification(build_model(config.model, config.image.size, NUM_CLASSES))
+        task = ClassificationTask(build_model(config.model, config.image.size, NUM_CLASSES))
         engine = Engine(config, task, here, lambda step: [batch])
         ema = Ema(engine, 0.9999)
         own_bytes = sum(tensor.numel() * tensor.element_size() for tensor in share_of(engine, ema, here).values())
@@ -377,4 +376,4 @@ def _cell(figures: dict[str, float], name: str) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

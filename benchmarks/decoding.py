@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import photographs, report
-from launch import command
-from pipeline import config, keys
-from pipeline.feed import pixels
+from pipeline import cli, keys
+from pipeline.config import AugmentConfig, ImageConfig
+from pipeline.feed import image_ops
 from pipeline.feed.augment import Views, training_views
 from pipeline.feed.dali import Decoder
 from pipeline.keys import Stream
@@ -43,7 +43,7 @@ def main() -> dict[str, Any]:
         photographs.write(images, arguments.photographs)
     encoded = [np.fromfile(path, np.uint8) for path in sorted(images.glob("*/*.jpg"))[: arguments.images]]
     key = keys.key(0, Stream.AUGMENT, np.arange(len(encoded)))
-    views = training_views(config.Augment(hflip=0), config.Image(), SIZE_PX, key, np.array(list(map(_size, encoded))))
+    views = training_views(AugmentConfig(hflip=0), ImageConfig(), SIZE_PX, key, np.array(list(map(_size, encoded))))
     ways = {"torch": by_torch(encoded, views)}
     if torch.cuda.is_available():
         ways["mixed"] = by_dali(encoded, views, torch.device("cuda", 0))
@@ -65,10 +65,10 @@ def by_dali(encoded: Encoded, views: Views, device: torch.device) -> Tensor:
 
 def by_torch(encoded: Encoded, views: Views) -> Tensor:
     windows = _decoded(encoded, views, CPU, resizes=False)
-    interpolation = config.Image().interpolation
+    interpolation = ImageConfig().interpolation
     sizes = views.resized.tolist()
     return torch.stack(
-        [pixels.resize(window, size, interpolation) for window, size in zip(windows, sizes, strict=True)]
+        [image_ops.resize(window, size, interpolation) for window, size in zip(windows, sizes, strict=True)]
     )
 
 
@@ -76,7 +76,7 @@ def _decoded(encoded: Encoded, views: Views, device: torch.device, *, resizes: b
     decoder = Decoder(
         lambda _: (encoded, views),
         batch_size=len(encoded),
-        interpolation=config.Image().interpolation,
+        interpolation=ImageConfig().interpolation,
         device=device,
         num_threads=2,
         prefetch=1,
@@ -109,4 +109,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

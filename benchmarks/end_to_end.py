@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks import photographs, report
 from benchmarks.step import DEPTHS
-from launch import command
+from pipeline import cli
 from pipeline.errors import ExternalError
 from pipeline.flops import DTYPES
 from pipeline.shards.pack import pack
@@ -126,10 +126,10 @@ def measured(name: str, job: dict[str, Any]) -> float:
 
 def ours_once(job: dict[str, Any]) -> float:
     """Returns the images a second of a run, which is ended once it has been measured."""
-    settings = configuration(job)
-    run = Path(settings["run"]["root"], settings["run"]["name"])
+    config = configuration(job)
+    run = Path(config["run"]["root"], config["run"]["name"])
     path, log = run.with_suffix(".yaml"), run.with_suffix(".log")
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(config))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "launch/pretrain.py", "--config", path], stdout=output, stderr=output
@@ -204,4 +204,4 @@ def configuration(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

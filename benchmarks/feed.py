@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import peers, photographs, report
 from benchmarks.peers import BATCH_SIZE, Job
-from launch import command
+from pipeline import cli
 from pipeline.errors import InputError
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
@@ -241,4 +241,4 @@ def table(rounds: Rounds, workers: dict[str, int]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

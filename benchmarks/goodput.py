@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import command
+from pipeline import cli
 
 # Measured by benchmarks.checkpoint for PVT-Large on two CPU cores, rounded up.
 STALL_S = 0.15
@@ -153,4 +153,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

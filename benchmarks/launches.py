@@ -21,8 +21,7 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks import report, synthetic
 from benchmarks.step import DEPTHS, NUM_CLASSES, SIZE_PX
-from launch import command
-from pipeline import world
+from pipeline import cli, world
 from pipeline.config import Config
 from pipeline.feed.loader import MicroBatch
 from pipeline.tasks.build import build_task
@@ -107,4 +106,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

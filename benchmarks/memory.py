@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks import report
-from launch import command
+from pipeline import cli
 from pvt.dense import backbone
 from pvt.detector import Detector, Extent, Objects
 from pvt.detr import Detr
@@ -121,4 +121,4 @@ def _objects(size: Extent, device: torch.device) -> Objects:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from benchmarks import report
-from launch import command
+from pipeline import cli
 
 BATCH, LANES, WINDOW = 1024, 64, 4096
 
@@ -125,4 +125,4 @@ def open_manifest(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

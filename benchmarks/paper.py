@@ -18,9 +18,10 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from launch import command
-from pipeline import config, network
-from pipeline.track import registry, server
+from pipeline import cli, network
+from pipeline.config import Config, load_config
+from pipeline.track import tracking_server
+from pipeline.track.registry import registry
 
 
 class Row(NamedTuple):
@@ -122,7 +123,7 @@ def _registry(uri: str | None) -> MlflowClient | None:
     if uri is None and not Path("runs/mlflow.db").exists():
         print("runs/mlflow.db does not exist, and --tracking-uri names no other registry", file=sys.stderr)
         return None
-    return server.connect(server.tracking_uri(uri))
+    return tracking_server.connect(tracking_server.tracking_uri(uri))
 
 
 def _announced(table: Table) -> Table:
@@ -133,9 +134,9 @@ def _announced(table: Table) -> Table:
 
 
 def _compare(client: MlflowClient | None, table: Table, row: Row) -> dict[str, Any]:
-    settings = config.load(Path(table.folder) / f"{row.name}.yaml")
-    parameters = _millions(settings, table.num_classes)
-    version = _best(client, settings, table) if client else None
+    config = load_config(Path(table.folder) / f"{row.name}.yaml")
+    parameters = _millions(config, table.num_classes)
+    version = _best(client, config, table) if client else None
     scores = {metric: registry.metric_of(version, metric) if version else None for metric in table.metrics}
     cells = [row.name, f"{row.parameters} M", f"{parameters:.1f} M"]
     for published, score in zip(row.scores, scores.values(), strict=True):
@@ -150,19 +151,19 @@ def _compare(client: MlflowClient | None, table: Table, row: Row) -> dict[str, A
     }
 
 
-def _millions(settings: config.Config, num_classes: int) -> float:
+def _millions(config: Config, num_classes: int) -> float:
     with torch.device("meta"):
-        built = network.build(settings.task, settings.model, settings.image.size, num_classes)
+        built = network.build(config.task, config.model, config.image.size, num_classes)
     return sum(parameter.numel() for parameter in built.parameters()) / 1e6
 
 
-def _best(client: MlflowClient, settings: config.Config, table: Table) -> ModelVersion | None:
+def _best(client: MlflowClient, config: Config, table: Table) -> ModelVersion | None:
     metric = table.metrics[0]
-    tags = {"task": settings.task.name, "model": settings.model.name, "num_classes": str(table.num_classes)}
-    name = settings.tracking.model_name or settings.run.name
+    tags = {"task": config.task.name, "model": config.model.name, "num_classes": str(table.num_classes)}
+    name = config.tracking.model_name or config.run.name
     scored = [each for each in registry.versions(client, name, **tags) if registry.score_of(each, metric) is not None]
     return max(scored, key=lambda each: registry.worth(metric, registry.score_of(each, metric)), default=None)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pvt  # noqa: F401  registers the models
 from benchmarks import report
 from benchmarks.step import DEPTHS, SIZE_PX, Contender, take_turns, timed
-from launch import command
+from pipeline import cli
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.train.compile import compile_blocks
 from pipeline.world import keep_freed_memory
@@ -194,4 +194,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

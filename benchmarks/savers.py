@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
 from pipeline.train.checkpoint import Checkpoints, Retention, State
-from pipeline.train.commit import range_key
+from pipeline.train.checkpoint_files import range_key
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.saver import Saver

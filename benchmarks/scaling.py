@@ -49,9 +49,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers, report, scaling_model, sizing
 from benchmarks.scaling_model import RING_PASSES, Hardware, Link, Network, Pieces, Setting, Step, Weight
-from launch import command
-from pipeline import config, network
-from pipeline.config import Config
+from pipeline import cli, network
+from pipeline.config import Config, load_config
 from pipeline.errors import ExternalError, InputError
 from pipeline.train.optim import parameter_groups
 
@@ -79,7 +78,7 @@ class Case(NamedTuple):
     image_size: int
     batch: int  # of a rank
 
-    def settings(self, setting: Setting = SETTINGS["ZeRO-0"], ranks: int = 1) -> Config:
+    def config(self, setting: Setting = SETTINGS["ZeRO-0"], ranks: int = 1) -> Config:
         zero = {"stage3_param_persistence_threshold": setting.persistent_elements} if setting.stage == 3 else {}
         engine = {"zero_stage": setting.stage, "precision": "fp32", "deepspeed": {"zero_optimization": zero}}
         return Config.model_validate(
@@ -124,17 +123,17 @@ Readings = dict[str, list[float]]  # seconds, by what was measured
 
 def main() -> dict[str, Any]:
     arguments = _arguments()
-    settings = _settings(arguments.config)
+    config = _read_config(arguments.config)
     checked = {} if arguments.no_check else check()
-    model = network_of(settings, sizing.NUM_CLASSES)
-    pieces = h200(settings, model, arguments)
+    model = network_of(config, sizing.NUM_CLASSES)
+    pieces = h200(config, model, arguments)
     steps = {
         name: {gpus: scaling_model.step(pieces, model, setting, gpus) for gpus in (1, *GPUS)}
         for name, setting in SETTINGS.items()
     }
     alone_s = steps["ZeRO-0"][1].computing_s
     efficiency = {name: {gpus: alone_s / of[gpus].total_s for gpus in GPUS} for name, of in steps.items()}
-    title = f"{settings.model.name}, {pieces.batch} images a GPU, nodes of 8 H200"
+    title = f"{config.model.name}, {pieces.batch} images a GPU, nodes of 8 H200"
     print(f"\n{title}, all assumed\n\n{table(steps, efficiency, pieces.batch)}", file=sys.stderr)
     if checked:
         hooks = (f"{1e-3 * us * len(model.weights):.0f} ms at {name}" for name, us in checked["hook_us"].items())
@@ -145,7 +144,7 @@ def main() -> dict[str, Any]:
         "efficiency": _rounded(efficiency),
         "step_ms": _rounded(step_ms),
         "check": checked,
-        "model": settings.model.name,
+        "model": config.model.name,
         "assumed": {**dataclasses.asdict(pieces), "mfu": arguments.mfu, "link_efficiency": LINK_EFFICIENCY},
     }
     # Nothing but the check is measured, and that on a CPU.
@@ -153,24 +152,24 @@ def main() -> dict[str, Any]:
     return report.finish("scaling", result, arguments.out, device="cpu", draw=draw)
 
 
-def _settings(path: Path) -> Config:
-    settings, gpus = config.load(path), sizing.GPUS_PER_NODE
-    if settings.task.name != "classification":
-        raise InputError(f"{path}: task: {settings.task.name}: only steps of classification are computed")
-    if (batch := settings.train.global_batch_size) % gpus:
+def _read_config(path: Path) -> Config:
+    config, gpus = load_config(path), sizing.GPUS_PER_NODE
+    if config.task.name != "classification":
+        raise InputError(f"{path}: task: {config.task.name}: only steps of classification are computed")
+    if (batch := config.train.global_batch_size) % gpus:
         raise InputError(f"{path}: train.global_batch_size: {batch} is not a multiple of a node's {gpus} GPUs")
-    return settings
+    return config
 
 
 def _rounded(figures: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
     return {name: {str(gpus): round(figure, 4) for gpus, figure in of.items()} for name, of in figures.items()}
 
 
-def network_of(settings: Config, num_classes: int) -> Network:
+def network_of(config: Config, num_classes: int) -> Network:
     """Its weights, and how much of the forward pass, by FLOPs, is over when each is needed. Made of shapes alone."""
-    size = settings.image.size
+    size = config.image.size
     with torch.device("meta"):
-        model = network.build(settings.task, settings.model, size, num_classes).eval()
+        model = network.build(config.task, config.model, size, num_classes).eval()
         image = torch.empty(1, 3, size, size)
     reached: list[tuple[int, int]] = []  # elements of a weight, FLOPs before its module
 
@@ -182,17 +181,17 @@ def network_of(settings: Config, num_classes: int) -> Network:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     total = counter.get_total_flops()
-    groups = parameter_groups(model, settings.optim)
+    groups = parameter_groups(model, config.optim)
     return Network(
         weights=tuple(Weight(num_elements, flops / total) for num_elements, flops in reached),
         groups=tuple(sum(weight.numel() for weight in group["params"]) for group in groups),
     )
 
 
-def h200(settings: Config, model: Network, assumed: argparse.Namespace) -> Pieces:
+def h200(config: Config, model: Network, assumed: argparse.Namespace) -> Pieces:
     """Returns the assumed figures of one GPU (see the module), by default with one node's batch divided by its GPUs."""
-    batch = assumed.batch or settings.train.global_batch_size // sizing.GPUS_PER_NODE
-    flops = network.training_flops(settings.task, settings.model, settings.image.size, sizing.NUM_CLASSES)
+    batch = assumed.batch or config.train.global_batch_size // sizing.GPUS_PER_NODE
+    flops = network.training_flops(config.task, config.model, config.image.size, sizing.NUM_CLASSES)
     forward_s = batch * flops / 3 / (assumed.mfu * sizing.PEAK_FLOPS["H100, H200"])
     nvlink = Link(latency_s=1.9e-6, bytes_per_s=LINK_EFFICIENCY * 450e9)
     adapter = Link(latency_s=4.0e-6, bytes_per_s=LINK_EFFICIENCY * 50e9)
@@ -235,7 +234,7 @@ class Checked(NamedTuple):
 def check() -> dict[str, Any]:
     """Real steps of one and two ranks beside those that the model makes of pieces measured without them. Printed."""
     worlds = {ranks: _measured(ranks) for ranks in (1, 2)}
-    model, small = (network_of(case.settings(), CHECKED_CLASSES) for case in (CHECKED, SMALL))
+    model, small = (network_of(case.config(), CHECKED_CLASSES) for case in (CHECKED, SMALL))
     links = links_of([rank["torch"] | rank["deepspeed"] for rank in worlds[2]])
     rows, hook_us, traffic = [], {}, {}
     for name in CHECKED_SETTINGS:
@@ -439,4 +438,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

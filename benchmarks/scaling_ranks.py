@@ -34,7 +34,7 @@ from benchmarks.scaling import (
 )
 from benchmarks.scaling_model import Setting
 from pipeline import world
-from pipeline.tasks.classify import Classification, build_model
+from pipeline.tasks.classify import ClassificationTask, build_model
 from pipeline.train.engine import Engine
 from pipeline.world import World
 
@@ -161,7 +161,7 @@ def engine_step(case: Case, setting: Setting, here: World) -> Callable[[], objec
     """A step of training on one batch. Stage 3 has seen the order of the modules by then. Collective."""
     batches = [synthetic.batch(case.batch, case.image_size, CHECKED_CLASSES, here.device)]
     numbers = itertools.count()
-    engine = Engine(case.settings(setting, here.size), _task(case), here, lambda step: batches)
+    engine = Engine(case.config(setting, here.size), _task(case), here, lambda step: batches)
 
     def step() -> object:
         return engine.step(batches, step=next(numbers), lr=1e-6)
@@ -171,8 +171,8 @@ def engine_step(case: Case, setting: Setting, here: World) -> Callable[[], objec
     return step
 
 
-def _task(case: Case) -> Classification:
-    return Classification(build_model(case.settings().model, case.image_size, CHECKED_CLASSES))
+def _task(case: Case) -> ClassificationTask:
+    return ClassificationTask(build_model(case.config().model, case.image_size, CHECKED_CLASSES))
 
 
 if __name__ == "__main__":

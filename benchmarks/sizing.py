@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import command
-from pipeline import config, network
-from pipeline.config import Config
+from pipeline import cli, network
+from pipeline.config import Config, load_config
 from pipeline.flops import MFU, PEAK_FLOPS
 
 CONFIGS = tuple(f"configs/pretrain/pvt_{size}_in1k.yaml" for size in ("tiny", "small", "medium", "large"))
@@ -51,11 +50,11 @@ def main() -> dict[str, Any]:
     print(f"| | nodes | GPUs | global batch | `optim.lr` | {' | '.join(columns)} |", file=sys.stderr)
     print("|---" * (5 + 3 * len(columns)) + "|", file=sys.stderr)
     models = {}
-    for settings in (config.load(Path(path)) for path in CONFIGS):
-        per_image = network.training_flops(settings.task, settings.model, settings.image.size, NUM_CLASSES)
-        cases = [_case(settings, per_image, nodes, arguments) for nodes in arguments.nodes]
-        models[settings.model.name] = {"gflop_per_image": round(per_image / 1e9, 1), "cases": cases}
-    images = num_images(config.load(Path(CONFIGS[0])))
+    for config in (load_config(Path(path)) for path in CONFIGS):
+        per_image = network.training_flops(config.task, config.model, config.image.size, NUM_CLASSES)
+        cases = [_case(config, per_image, nodes, arguments) for nodes in arguments.nodes]
+        models[config.model.name] = {"gflop_per_image": round(per_image / 1e9, 1), "cases": cases}
+    images = num_images(load_config(Path(CONFIGS[0])))
     feed = {n: Speed.of(arguments.feed * n * GPUS_PER_NODE, images, n * GPUS_PER_NODE) for n in arguments.nodes}
     for nodes, speed in feed.items():
         cells = ["any, by its feed", nodes, nodes * GPUS_PER_NODE, "", "", *speed.cells() * len(PEAK_FLOPS)]
@@ -64,22 +63,22 @@ def main() -> dict[str, Any]:
     return {"images": images, "computed": models, "by_feed": limits, **vars(arguments), "peak_flops": PEAK_FLOPS}
 
 
-def _case(settings: Config, per_image: int, nodes: int, assumed: argparse.Namespace) -> dict[str, Any]:
+def _case(config: Config, per_image: int, nodes: int, assumed: argparse.Namespace) -> dict[str, Any]:
     """A row, printed. `per_image`: the FLOPs of a training image."""
-    gpus, batch = nodes * GPUS_PER_NODE, nodes * settings.train.global_batch_size
+    gpus, batch = nodes * GPUS_PER_NODE, nodes * config.train.global_batch_size
     used = gpus * assumed.mfu * assumed.efficiency ** math.log2(nodes)
-    speeds = {name: Speed.of(used * peak / per_image, num_images(settings), gpus) for name, peak in PEAK_FLOPS.items()}
-    cells = [settings.model.name, str(nodes), str(gpus), f"{batch:,}", f"{nodes * settings.optim.lr:g}"]
+    speeds = {name: Speed.of(used * peak / per_image, num_images(config), gpus) for name, peak in PEAK_FLOPS.items()}
+    cells = [config.model.name, str(nodes), str(gpus), f"{batch:,}", f"{nodes * config.optim.lr:g}"]
     for speed in speeds.values():
         cells += speed.cells(marked=speed.images_per_second > assumed.feed * gpus)
     print(f"| {' | '.join(cells)} |", file=sys.stderr)
     return {"nodes": nodes, "global_batch_size": batch, **{name: speed._asdict() for name, speed in speeds.items()}}
 
 
-def num_images(settings: Config) -> int:
+def num_images(config: Config) -> int:
     """That a run trains on. The tail of each epoch is left out."""
-    batch = settings.train.global_batch_size
-    return batch * settings.train.length.steps(steps_per_epoch=SAMPLES // batch, global_batch_size=batch)
+    batch = config.train.global_batch_size
+    return batch * config.train.length.steps(steps_per_epoch=SAMPLES // batch, global_batch_size=batch)
 
 
 def _arguments() -> argparse.Namespace:
@@ -112,4 +111,4 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -104,16 +104,16 @@ def _arguments() -> argparse.Namespace:
 def contenders(
     model: str, device: torch.device, dtype: torch.dtype, batch: int, with_compiled: bool
 ) -> Iterator[Contender]:
-    settings = {"num_classes": NUM_CLASSES, "drop_path_rate": DROP_PATH}
+    config = {"num_classes": NUM_CLASSES, "drop_path_rate": DROP_PATH}
     networks: dict[str, Callable[[], nn.Module]] = {
-        "ours": lambda: timm.create_model(model, **settings),
+        "ours": lambda: timm.create_model(model, **config),
         "Transformers": lambda: transformers.PvtForImageClassification(
             transformers.PvtConfig(depths=list(DEPTHS[model]), num_labels=NUM_CLASSES, drop_path_rate=DROP_PATH)
         ),
-        "plain": lambda: PlainPvt(DEPTHS[model], **settings),
+        "plain": lambda: PlainPvt(DEPTHS[model], **config),
     }
     if model == "pvt_large":
-        networks["twins_pcpvt_large"] = lambda: timm.create_model("twins_pcpvt_large", **settings)
+        networks["twins_pcpvt_large"] = lambda: timm.create_model("twins_pcpvt_large", **config)
     for is_compiled in (False, True) if with_compiled else (False,):
         for name, make in networks.items():
             torch.manual_seed(0)

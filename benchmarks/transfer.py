@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch import command
-from pipeline import config
+from pipeline import cli
+from pipeline.config import fingerprint, load_config
 from pipeline.errors import ExternalError
-from pipeline.track import server
-from pipeline.track.record import MAIN_METRIC, Record
+from pipeline.track import tracking_server
+from pipeline.track.sync.record import MAIN_METRIC, Record
 
 STARTS = ("before", "fine-tuned", "from scratch")
 _STILL = ("train.length=1 steps", "optim.warmup=0 steps", "optim.lr=1e-12")
@@ -37,9 +37,9 @@ def main() -> dict[str, Any]:
     arguments = parser.parse_args()
     if min(arguments.seeds, arguments.ranks) < 1:
         parser.error("--seeds and --ranks are at least 1")
-    settings = config.load(arguments.config, arguments.set)
-    name, about = settings.run.name, [settings.model_dump(mode="json"), arguments.model, arguments.ranks]
-    root = Path("runs/transfer") / f"{name}-{config.fingerprint(about)[:8]}"
+    config = load_config(arguments.config, arguments.set)
+    name, about = config.run.name, [config.model_dump(mode="json"), arguments.model, arguments.ranks]
+    root = Path("runs/transfer") / f"{name}-{fingerprint(about)[:8]}"
     scores: dict[str, list[float]] = {start: [] for start in STARTS}
     print(f"{name}\n| seed | {' | '.join(STARTS)} |\n|---|---|---|---|", file=sys.stderr)
     metric = ""
@@ -58,12 +58,12 @@ def main() -> dict[str, Any]:
 
 def _run(arguments: argparse.Namespace, start: str, folder: Path, seed: int) -> dict[str, Any]:
     """The result of a run; of one that has finished before, what it was."""
-    settings = [
+    config = [
         *arguments.set,
         f"run.seed={seed}",
         f"run.name={folder.name}",
         f"run.root={folder.parent}",
-        f"tracking.uri={server.tracking_uri(None)}",
+        f"tracking.uri={tracking_server.tracking_uri(None)}",
         "tracking.report=false",
         "tracking.log_samples=false",
         *(() if start == "from scratch" else (f"init.model={arguments.model}",)),
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace, start: str, folder: Path, seed: int) -> 
     ]
     starter = [*torchrun, target, "--config", arguments.config]
     process = subprocess.run(
-        [*starter, *(part for setting in settings for part in ("--set", setting))], capture_output=True, text=True
+        [*starter, *(part for setting in config for part in ("--set", setting))], capture_output=True, text=True
     )
     path = folder / "result.json"
     if process.returncode or not path.exists():
@@ -89,4 +89,4 @@ def _run(arguments: argparse.Namespace, start: str, folder: Path, seed: int) -> 
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

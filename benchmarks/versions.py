@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from benchmarks import report
-from launch import command
+from pipeline import cli
 
 OTHERS = ("triton", "timm", "transformers", "deepspeed", "nvidia.dali", "mlflow", "webdataset", "pytest")
 
@@ -75,12 +75,12 @@ def libraries(device: str) -> dict[str, Any]:
 
 def _driver() -> str | None:
     try:
-        from pipeline import driver  # whose package of NVIDIA's may be missing here
+        from pipeline import nvidia_driver  # whose package of NVIDIA's may be missing here
     except ImportError:
         return None
-    found = driver.read()
+    found = nvidia_driver.read_driver()
     return found.version if found else None
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -1,53 +1,7 @@
-"""Write scikit-learn's digits as a class-per-folder JPEG tree: the demo's images.
+"""Write scikit-learn's digits as a class-per-folder JPEG tree: the demo's images."""
 
-python launch/digits.py --out DIR [--classes 0-6]
-
-1,797 real scans of handwritten digits (UCI "Optical Recognition of Handwritten Digits") come with scikit-learn, so
-nothing is downloaded. Every fifth goes to DIR/val, the others to DIR/train.
-"""
-
-import argparse
-import re
-from pathlib import Path
-from typing import Any
-
-from launch import command
-from pipeline.errors import InputError
-
-SIZE_PX = 32
-
-
-def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/digits.py", description="Write the demo's images.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
-    arguments = parser.parse_args()
-    out, classes = arguments.out, digit_range(arguments.classes)
-    # These take seconds to import, which --help and wrong usage do without.
-    import numpy as np
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    counts = {"train": 0, "val": 0}
-    for number, (scan, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        if label not in classes:
-            continue
-        split = "val" if number % 5 == 0 else "train"
-        path = out / split / str(label) / f"digit-{number:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((scan * (255 / 16)).astype(np.uint8))
-        image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC).save(path, quality=95)
-        counts[split] += 1
-    return {"images": str(out), **counts}
-
-
-def digit_range(text: str) -> range:
-    found = re.fullmatch(r"([0-9])-([0-9])", text)
-    if not found or found[1] > found[2]:
-        raise InputError(f"--classes {text}: expected A-B with digits A <= B, such as 0-6")
-    return range(int(found[1]), int(found[2]) + 1)
-
+from pipeline import cli
+from pipeline.commands.digits import main
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -3,8 +3,8 @@
 deepspeed launch/pretrain.py --config configs/pretrain/NAME.yaml [--set key=value …]
 """
 
-from launch import command
-from launch.start import start
+from pipeline import cli
+from pipeline.commands.train import start
 
 if __name__ == "__main__":
-    command.run(lambda: start("launch/pretrain.py", "Pretrain a backbone.", fine_tuning=False))
+    cli.run(lambda: start("launch/pretrain.py", "Pretrain a backbone.", fine_tuning=False))

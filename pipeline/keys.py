@@ -103,5 +103,5 @@ def torch_seed(key: Key) -> int:
 
 
 def permutation(key: Key, size: int) -> npt.NDArray[Any]:
-    """A uniform permutation of range(size) in O(size) memory. For orders too long for that see feed/permute.py."""
+    """A uniform permutation of range(size) in O(size) memory. For orders too long for that see feed/permutation.py."""
     return np.argsort(bits(key, size), kind="stable")

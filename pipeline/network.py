@@ -10,7 +10,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pipeline import config, flops
+from pipeline import flops
+from pipeline.config import (
+    ClassificationConfig,
+    DetrConfig,
+    ModelConfig,
+    RetinaNetConfig,
+    SemanticFpnConfig,
+    TaskConfig,
+)
 from pipeline.errors import InputError, needing
 from pvt.create import create_model
 from pvt.dense import backbone
@@ -19,7 +27,7 @@ from pvt.retinanet import RetinaNet
 from pvt.semantic_fpn import SemanticFpn
 
 
-def build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+def build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
     """Freshly initialised from torch's current seed, in training mode, for images of `image_size` pixels.
 
     From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]; a
@@ -67,13 +75,13 @@ def _compute_fp32_in_full() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def training_flops(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> int:
+def training_flops(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> int:
     """Floating-point operations of training on one image of `image_size` pixels, see pipeline/flops.py."""
     return flops.training_flops(lambda: build(task, model, image_size, num_classes), image_size)
 
 
-def _build(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
-    if isinstance(task, config.Classification):
+def _build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
+    if isinstance(task, ClassificationConfig):
         return create_model(
             model.name,
             image_size,
@@ -82,9 +90,9 @@ def _build(task: config.Task, model: config.Model, image_size: int, num_classes:
             drop_path_rate=model.drop_path_rate,
         )
     pyramid = backbone(model.name, model.image_size or image_size, model.drop_path_rate)
-    if isinstance(task, config.SemanticFpn):
+    if isinstance(task, SemanticFpnConfig):
         return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
-    if isinstance(task, config.Detr):
+    if isinstance(task, DetrConfig):
         with needing("detr", "task detr"):
             from pvt.detr import Detr  # brings in transformers, which takes seconds
 
@@ -107,7 +115,7 @@ def _build(task: config.Task, model: config.Model, image_size: int, num_classes:
         "max_overlap": task.max_overlap,
         "max_detections": task.max_detections,
     }
-    if isinstance(task, config.RetinaNet):
+    if isinstance(task, RetinaNetConfig):
         return RetinaNet(pyramid, num_classes, **of_both)
     return MaskRcnn(
         pyramid,

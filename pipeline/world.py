@@ -14,15 +14,15 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline import driver
+from pipeline import nvidia_driver
 from pipeline.errors import FAILED, USAGE, ExternalError, InputError
 
 Value = TypeVar("Value")
@@ -110,6 +110,25 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first_then_all(self, build: Callable[[], Value]) -> Value:
+        """Builds something on every rank, but on rank 0 first, so that a mistake of all ranks is reported once.
+
+        Collective. After a mistake of rank 0 the others end without a message. In a world of one it is raised.
+        """
+        if self.size == 1:
+            return build()
+        failed, value = False, cast(Value, None)  # until rank 0 has built it
+        if self.is_first:
+            try:
+                value = build()
+            except InputError as error:
+                # Reported before the others hear of it: a launcher ends all ranks as soon as one has ended.
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failed = True
+        if self.from_first(failed):
+            os._exit(USAGE)
+        return value if self.is_first else build()
 
 
 def start(timeout_s: float = 1800.0) -> World:
@@ -199,7 +218,7 @@ def _device(place: World, store: Store) -> torch.device:
             return _CPU
     # A batch system may show each task its own GPU alone.
     device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    gpu = driver.pci_bus_id(torch.cuda.get_device_properties(device))
+    gpu = nvidia_driver.pci_bus_id(torch.cuda.get_device_properties(device))
     if os.environ.get(_BACKEND) != "gloo":
         _require_own(gpu, torch.cuda.device_count(), place, store)
     torch.cuda.set_device(device)
@@ -209,11 +228,11 @@ def _device(place: World, store: Store) -> torch.device:
 
 def require_no_gpu() -> None:
     """Raises ExternalError on a machine whose GPUs torch cannot use: nobody means to train on its CPUs."""
-    found = driver.read()
+    found = nvidia_driver.read_driver()
     if not found or not found.num_gpus:
         return
     built_for = torch.version.cuda
-    needed = driver.OLDEST.get(int((built_for or "0").partition(".")[0]), 0)
+    needed = nvidia_driver.OLDEST.get(int((built_for or "0").partition(".")[0]), 0)
     if built_for is None:
         why = "it was built without CUDA: make setup installs one that was built with it"
     elif int(found.version.partition(".")[0]) < needed:
@@ -249,9 +268,9 @@ def _require_own(gpu: str, visible: int, place: World, store: Store) -> None:
 
 def _require_memory(gpu: str, free: int, total: int) -> None:
     """Warns of other processes that use a GPU. Raises ExternalError where they leave less than MIN_FREE_MEMORY."""
-    if free >= driver.UNUSED_MEMORY * total:
+    if free >= nvidia_driver.UNUSED_MEMORY * total:
         return
-    usage = f"GPU {gpu} of {os.uname().nodename}: {driver.taken(gpu, free, total)}"
+    usage = f"GPU {gpu} of {os.uname().nodename}: {nvidia_driver.gpus_in_use(gpu, free, total)}"
     if free < MIN_FREE_MEMORY * total:
         raise ExternalError(f"{usage}: end that, or take another GPU with CUDA_VISIBLE_DEVICES")
     print(f"warning: {usage}", file=sys.stderr, flush=True)

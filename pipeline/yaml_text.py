@@ -3,7 +3,7 @@
     text ──read──▶ tree of dict, list, str, int, float, bool, None ──write──▶ text
 
 Of words only true, false and null have a meaning here. What on, off or none stand for depends on the setting, and
-pipeline/config.py knows it. Dates and times are text, keys are what is written, and 5e7 is a number.
+pipeline/config/ knows it. Dates and times are text, keys are what is written, and 5e7 is a number.
 """
 
 import re

@@ -347,7 +347,7 @@ class PyramidVisionTransformer(nn.Module):
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), *args, **kwargs)
 
 
-def set_fast(network: nn.Module, enable: bool = True) -> None:
+def set_optimised_kernels(network: nn.Module, enable: bool = True) -> None:
     """Whether the parts of a PVT take the quicker ways to compute what they compute, as they do unless told."""
     for module in network.modules():
         if isinstance(module, Patches | Attention | Stage):

@@ -15,8 +15,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline import config
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.shards.pack import pack
 from tests.ranks import PATIENCE_S, ROOT, start
 
@@ -71,11 +70,11 @@ def digits(digit_images: Path) -> Path:
 
 
 @pytest.fixture
-def settings(digits: Path, tmp_path: Path) -> Callable[..., Config]:
+def make_config(digits: Path, tmp_path: Path) -> Callable[..., Config]:
     """Makes a Config for a tiny run on the digits; arguments are `--set` overrides."""
 
     def make(*overrides: str) -> Config:
-        return config.load(write_config(digits, tmp_path), list(overrides))
+        return load_config(write_config(digits, tmp_path), list(overrides))
 
     return make
 

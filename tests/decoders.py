@@ -22,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from launch import command
-from pipeline import config
+from pipeline import cli
+from pipeline.config import ImageConfig, SemanticFpnConfig
 from pipeline.feed.augment import whole_views
 from pipeline.feed.dali import Decoder
 from pipeline.shards import images
-from pipeline.shards.adopt import index
-from pipeline.shards.faults import read_skipped
+from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import ShardSet
+from pipeline.shards.index_tars import index_tars
 from pipeline.shards.pack import pack
 from tests import corpus
 from tests.corpus import Kind
@@ -92,7 +92,7 @@ def try_all(folder: Path) -> list[Result]:
     pack(folder / "images", folder / "packed", skip_bad=True)
     packed = {Path(str(entry["path"])).stem: str(entry["reason"]) for entry in read_skipped(folder / "packed")}
     write_tar(folder / "tars" / "all.tar", kinds)
-    _, faults = index(str(folder / "tars"), labels="cls", skip_bad=True)
+    _, faults = index_tars(str(folder / "tars"), labels="cls", skip_bad=True)
     indexed = {str(fault.key): fault.reason for fault in faults}
     shards = ShardSet(folder / "tars")
     fed = {shards.key(0, row): shards.read(0, row) for row in range(len(shards))}
@@ -124,7 +124,7 @@ def difference(data: bytes, expected: Array) -> float:
 
 def feed(data: bytes, size: tuple[int, ...]) -> Array:
     """Returns what the feed decodes of an image, all of it, [height, width, 3]. Raises RuntimeError where it cannot."""
-    views = whole_views(config.SemanticFpn(), config.Image(), np.array([size]))
+    views = whole_views(SemanticFpnConfig(), ImageConfig(), np.array([size]))
     batch = [np.frombuffer(data, np.uint8)], views
     decoder = Decoder(
         lambda _: batch,
@@ -205,4 +205,4 @@ WAYS: dict[str, Damage] = {
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -7,10 +7,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from pipeline import config
+from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.tasks import classify
-from pipeline.track import package, registry, server
-from pipeline.track.card import WEIGHTS, Card
+from pipeline.track import tracking_server
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import model_files, registry
 from tests.chaos.runs import Job
 from tests.ranks import PATIENCE_S, start
 
@@ -18,23 +19,23 @@ from tests.ranks import PATIENCE_S, start
 def register_classifier(folder: Path) -> None:
     """In FOLDER/mlflow.db models:/pico/1, a classifier of ten classes at 32 px, with random weights; they are in
     FOLDER/entry, too."""
-    client = server.connect(f"sqlite:///{folder / 'mlflow.db'}", create=True)
+    client = tracking_server.connect(f"sqlite:///{folder / 'mlflow.db'}", create=True)
     torch.manual_seed(1)
-    classifier = classify.build_model(config.Model(name="pvt_pico"), 32, 10)
+    classifier = classify.build_model(ModelConfig(name="pvt_pico"), 32, 10)
     entry = folder / "entry"
     entry.mkdir()
     safetensors.torch.save_file(classifier.state_dict(), entry / WEIGHTS)
-    Card(
-        task=config.Classification(),
-        model=config.Model(name="pvt_pico"),
-        image=config.Image(size=32),
+    ModelCard(
+        task=ClassificationConfig(),
+        model=ModelConfig(name="pvt_pico"),
+        image=ImageConfig(size=32),
         eval_batch_size=8,
         classes=[str(digit) for digit in range(10)],
         metrics={},
-        sha256={WEIGHTS: package.sha256(entry / WEIGHTS)},
+        sha256={WEIGHTS: model_files.sha256(entry / WEIGHTS)},
         lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
     ).write(entry)
-    experiment = server.find_experiment(client, "pretrain")
+    experiment = tracking_server.find_experiment(client, "pretrain")
     registry.register(client, "pico", entry, experiment_id=experiment, run_id=None)
 
 

@@ -12,10 +12,6 @@ import mlflow.store.model_registry.sqlalchemy_workspace_store
 import mlflow.store.tracking.sqlalchemy_workspace_store  # noqa: F401
 import torch
 
-import launch.job  # noqa: F401
-import pipeline.track.mirror
-import pipeline.track.registry  # noqa: F401
-
 torch.set_num_threads(1)
 
 # So that ranks neither walk through what is imported here nor copy its pages.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch import command
+from pipeline import cli
 from pipeline.errors import USAGE
 from pipeline.shards.pack import pack
 from tests.conftest import write_config
@@ -117,4 +117,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -87,7 +87,7 @@ def stopped(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Pa
 from benchmarks import accept
 from tests.test_accept import HELP, STUCK
 accept.STAGES = (HELP, STUCK)
-accept.command.run(accept.main)
+accept.cli.run(accept.main)
 """
     command = [sys.executable, "-c", script, "--device", "cpu", "--out", tmp_path]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -21,9 +21,9 @@ import webdataset
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.palette import colourise, palette
-from pipeline.shards import ade20k, images, layouts
-from pipeline.shards.faults import read_skipped
+from pipeline.pictures.palette import colourise, palette
+from pipeline.shards import ade20k, images, public_datasets
+from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.images import BadImageError, decode_map
 from pipeline.shards.index import (
     ANNOTATED_RECORD,
@@ -36,7 +36,7 @@ from pipeline.shards.index import (
     read_manifest,
 )
 from pipeline.shards.pack import pack
-from pipeline.shards.show import show, table
+from pipeline.shards.show_dataset import show_dataset, table
 from pipeline.shards.store import Cache
 from pipeline.shards.verify import verify
 from tests.ranks import PATIENCE_S, ROOT
@@ -430,7 +430,7 @@ def test_an_index_that_contradicts_itself_is_found(tmp_path: Path) -> None:
 
 def pack_in_background(ade: Path, cache: Path) -> subprocess.Popen[str]:
     script = (
-        "import sys; from pathlib import Path; from pipeline.shards.layouts import packed; "
+        "import sys; from pathlib import Path; from pipeline.shards.public_datasets import packed; "
         "print(packed(sys.argv[1], Path(sys.argv[2])))"
     )
     arguments = [sys.executable, "-c", script, str(maps(ade)), str(cache)]
@@ -446,13 +446,13 @@ def test_a_folder_is_packed_once(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     assert listing(root) == listing(tmp_path / "out")
     before = root.stat()
-    assert layouts.packed(maps(ade), tmp_path / "cache") == root
+    assert public_datasets.packed(maps(ade), tmp_path / "cache") == root
     assert os.path.samestat(before, root.stat())
 
 
 @pytest.mark.parametrize("change", ["content", "name", "removed", "classes"])
 def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str) -> None:
-    first = layouts.packed(maps(ade), tmp_path / "cache")
+    first = public_datasets.packed(maps(ade), tmp_path / "cache")
     before = listing(first)
     picture, labels = paths(ade, 2)
     if change == "content":
@@ -465,7 +465,7 @@ def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str)
         labels.unlink()
     else:
         (ade / "objectInfo150.txt").write_text(TABLE.replace("wall", "fence"))
-    second = layouts.packed(maps(ade), tmp_path / "cache")
+    second = public_datasets.packed(maps(ade), tmp_path / "cache")
     assert second != first
     assert read_manifest(second).digest != read_manifest(first).digest
     assert listing(first) == before
@@ -477,7 +477,7 @@ def test_a_killed_packing_is_taken_up(ade: Path, tmp_path: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    root = layouts.packed(maps(ade), tmp_path / "cache")
+    root = public_datasets.packed(maps(ade), tmp_path / "cache")
     assert not verify(root, deep=True)
     assert not list((tmp_path / "cache").glob(".ade20k-*"))
 
@@ -486,13 +486,13 @@ def test_a_bad_folder_is_refused_and_leaves_nothing(ade: Path, tmp_path: Path) -
     with_value(*paths(ade, 3))
     for _ in range(2):
         with pytest.raises(InputError, match="the value 4 at x 9, y 7"):
-            layouts.packed(maps(ade), tmp_path / "cache")
+            public_datasets.packed(maps(ade), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 def test_the_default_cache_is_a_private_folder(ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    root = layouts.packed(maps(ade))
+    root = public_datasets.packed(maps(ade))
     assert root.parent == tmp_path / f"pvt-shards-{os.getuid()}"
     assert root.parent.stat().st_mode & 0o077 == 0
 
@@ -533,7 +533,7 @@ def test_maps_come_through_the_cache(ade: Path, tmp_path: Path) -> None:
 
 def test_the_balance_of_pixels_is_shown(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
-    summary = show(tmp_path / "out", tmp_path / "sheet.png")
+    summary = show_dataset(tmp_path / "out", tmp_path / "sheet.png")
     values = np.concatenate([np.asarray(Image.open(paths(ade, number)[1])).ravel() for number in range(6)])
     counts = {name: int((values == value).sum()) for value, name in enumerate(CLASSES, 1)}
     assert summary["maps_read"] == 6
@@ -554,4 +554,4 @@ def test_a_damaged_map_does_not_stop_the_show(ade: Path, tmp_path: Path) -> None
     with (tmp_path / "out/shard-000000.tar").open("r+b") as file:
         file.seek(int(record["annotation_offset"]))
         file.write(b"damage")
-    assert show(tmp_path / "out", tmp_path / "sheet.png")["maps_read"] == 5
+    assert show_dataset(tmp_path / "out", tmp_path / "sheet.png")["maps_read"] == 5

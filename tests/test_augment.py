@@ -18,8 +18,9 @@ from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
-from pipeline import config, keys
-from pipeline.feed import pixels, transfer
+from pipeline import keys
+from pipeline.config import AugmentConfig, ImageConfig, RandAugment
+from pipeline.feed import image_ops, transfer
 from pipeline.feed.augment import RAND_AUGMENT, Op, Views, evaluation_views, training_views
 from pipeline.feed.dali import Decoder
 from pipeline.keys import Stream
@@ -102,7 +103,7 @@ def test_operations_against_timm(op: Op, squares: list[Image.Image], device: tor
     for argument in ARGUMENTS[op]:
         args = torch.full((len(squares),), float(argument)).to(device), torch.arange(len(squares)).to(device)
         fill = torch.tensor(FILL, dtype=torch.uint8)[:, None, None]
-        results = pixels.apply(tensors(squares).to(device), np.full(len(squares), op), *args, fill).cpu()
+        results = image_ops.apply(tensors(squares).to(device), np.full(len(squares), op), *args, fill).cpu()
         value = [int(argument) if op in WHOLE else argument] if op in LEVELED else []
         for image, result in zip(squares, results, strict=True):
             expected = TIMM[op](image, *value, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
@@ -111,7 +112,7 @@ def test_operations_against_timm(op: Op, squares: list[Image.Image], device: tor
     assert worst <= (GREY_LEVELS if op is Op.ROTATE else 0.2)
 
 
-IMAGE = config.Image()
+IMAGE = ImageConfig()
 PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -144,7 +145,9 @@ def show(encoded: list[bytes], views: Views, interpolation: str = "bicubic", *, 
         crops = zip(images, views.resized.tolist(), views.corner.tolist(), strict=True)
         images = torch.stack(
             [
-                pixels.resize(image, resized, interpolation)[top : top + views.canvas[0], left : left + views.canvas[1]]
+                image_ops.resize(image, resized, interpolation)[
+                    top : top + views.canvas[0], left : left + views.canvas[1]
+                ]
                 for image, resized, (top, left) in crops
             ]
         )
@@ -157,8 +160,8 @@ def sizes(pictures: list[Image.Image]) -> np.ndarray:
     return np.array([(picture.height, picture.width) for picture in pictures])
 
 
-def draw(settings: config.Augment, hw: np.ndarray, size: int = 224) -> Views:
-    return training_views(settings, IMAGE, size, keys.key(0, Stream.AUGMENT, np.arange(len(hw))), hw)
+def draw(config: AugmentConfig, hw: np.ndarray, size: int = 224) -> Views:
+    return training_views(config, IMAGE, size, keys.key(0, Stream.AUGMENT, np.arange(len(hw))), hw)
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["torch", "DALI"])
@@ -169,7 +172,7 @@ def test_training_views_show_what_pillow_shows(
 ) -> None:
     encoded = [encode(image, format) for image in photographs for _ in range(3)]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
-    views = draw(config.Augment(), sizes(pictures), 96)
+    views = draw(AugmentConfig(), sizes(pictures), 96)
     assert 0 < views.flip.sum() < len(encoded)
     worst = 0.0
     for n, shown in enumerate(show(encoded, views, interpolation, in_graph=in_graph)):
@@ -188,7 +191,7 @@ def test_evaluation_views_show_what_torchvision_shows(
 ) -> None:
     encoded = [encode(image) for image in photographs]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
-    views = evaluation_views(config.Image(crop_pct=crop_pct), 112, sizes(pictures))
+    views = evaluation_views(ImageConfig(crop_pct=crop_pct), 112, sizes(pictures))
     resize = transforms.Resize(int(112 / crop_pct), transforms.InterpolationMode.BICUBIC)
     reference = transforms.Compose([resize, transforms.CenterCrop(112)])
     for shown, picture in zip(show(encoded, views, in_graph=in_graph), pictures, strict=True):
@@ -199,7 +202,7 @@ def test_evaluation_views_show_what_torchvision_shows(
 def test_a_plain_crop_is_a_window_of_the_resized_image(in_graph: bool, photographs: list[Image.Image]) -> None:
     encoded = [encode(image) for image in photographs]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
-    views = draw(config.Augment(crop="plain", hflip=0), sizes(pictures), 112)
+    views = draw(AugmentConfig(crop="plain", hflip=0), sizes(pictures), 112)
     assert len({tuple(corner) for corner in views.corner.tolist()}) > 2
     for n, shown in enumerate(show(encoded, views, in_graph=in_graph)):
         top, left = views.corner[n].tolist()
@@ -210,7 +213,7 @@ def test_a_plain_crop_is_a_window_of_the_resized_image(in_graph: bool, photograp
 
 def test_a_centre_crop_is_evaluations(photographs: list[Image.Image]) -> None:
     hw = sizes(photographs)
-    ours, theirs = draw(config.Augment(crop="center", hflip=0), hw), evaluation_views(IMAGE, 224, hw)
+    ours, theirs = draw(AugmentConfig(crop="center", hflip=0), hw), evaluation_views(IMAGE, 224, hw)
     for name in ("anchor", "shape", "resized", "corner", "flip"):
         assert (getattr(ours, name) == getattr(theirs, name)).all()
 
@@ -219,7 +222,7 @@ def test_exif_orientation_is_ignored_as_by_torchvision(photographs: list[Image.I
     picture = photographs[0]
     exif = picture.getexif()
     exif[0x0112] = 6
-    views = evaluation_views(config.Image(crop_pct=1.0), 64, sizes([picture]))
+    views = evaluation_views(ImageConfig(crop_pct=1.0), 64, sizes([picture]))
     turned, plain = encode(picture, exif=exif), encode(picture)
     assert (show([turned], views, in_graph=False) == show([plain], views, in_graph=False)).all()
 
@@ -234,7 +237,7 @@ def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
     views = Views((SIZE, SIZE), nought, nought, nought, nought, full, flip, ops, args, boxes, np.zeros(2), nowhere)
     noise = torch.randn(1 << 16)
     batch, single = torch.empty(2, 3, SIZE, SIZE), torch.empty(2, 3, SIZE, SIZE)
-    finisher = pixels.Finisher(IMAGE, torch.device("cpu"), noise)
+    finisher = image_ops.Finisher(IMAGE, torch.device("cpu"), noise)
     images = tensors(squares[:2]).permute(0, 2, 3, 1)
     finisher.finish(images, views, batch)
     for n in range(2):
@@ -262,7 +265,7 @@ def test_a_batch_is_finished_as_its_images_are(squares: list[Image.Image]) -> No
     views = Views((SIZE, SIZE), nought, nought, nought, nought, full, flip, ops, args, boxes, np.zeros(n), nowhere)
     images = tensors([squares[i % len(squares)] for i in range(n)]).permute(0, 2, 3, 1)
     batch, single = torch.empty(n, 3, SIZE, SIZE), torch.empty(n, 3, SIZE, SIZE)
-    finisher = pixels.Finisher(IMAGE, torch.device("cpu"))
+    finisher = image_ops.Finisher(IMAGE, torch.device("cpu"))
     finisher.finish(images, views, batch)
     for i in range(n):
         finisher.finish(images[i : i + 1], views[i : i + 1], single[i : i + 1])
@@ -271,7 +274,7 @@ def test_a_batch_is_finished_as_its_images_are(squares: list[Image.Image]) -> No
 
 def test_histograms_are_counted_on_a_gpu_as_bincount_counts() -> None:
     bins = torch.randint(0, 700, (5000,), dtype=torch.int32)
-    assert torch.equal(pixels._count_by_scattering(bins, minlength=768), torch.bincount(bins, minlength=768))
+    assert torch.equal(image_ops._count_by_scattering(bins, minlength=768), torch.bincount(bins, minlength=768))
 
 
 def test_arrays_come_out_as_they_were_packed() -> None:
@@ -297,14 +300,14 @@ def test_no_noise_erases_to_zero(squares: list[Image.Image]) -> None:
     still = np.array([False])
     views = Views((SIZE, SIZE), nought, nought, nought, nought, full, still, none, none, box, np.zeros(1), nowhere)
     out = torch.empty(1, 3, SIZE, SIZE)
-    pixels.Finisher(IMAGE, torch.device("cpu")).finish(tensors(squares[:1]).permute(0, 2, 3, 1), views, out)
+    image_ops.Finisher(IMAGE, torch.device("cpu")).finish(tensors(squares[:1]).permute(0, 2, 3, 1), views, out)
     assert (out[0, :, 5:9, 3:30] == 0).all()
     assert (out[0, :, 9:, :] != 0).any()
 
 
 def test_crop_windows_are_distributed_as_torchvisions() -> None:
     count, height, width = 4000, 375, 500
-    ours = draw(config.Augment(), np.full((count, 2), (height, width)))
+    ours = draw(AugmentConfig(), np.full((count, 2), (height, width)))
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
     theirs = np.array(
@@ -318,7 +321,7 @@ def test_crop_windows_are_distributed_as_torchvisions() -> None:
 
 
 def test_an_image_too_narrow_for_any_window_gets_the_central_one() -> None:
-    views = draw(config.Augment(crop_scale=(0.9, 1.0)), np.full((4, 2), (10, 400)))
+    views = draw(AugmentConfig(crop_scale=(0.9, 1.0)), np.full((4, 2), (10, 400)))
     assert (views.shape == [10, 13]).all()
     assert (views.anchor == [0, 193]).all()
 
@@ -358,7 +361,7 @@ def timm_draws(policy: str, images: int) -> list[tuple[Op, float]]:
 def test_rand_augments_draws_are_distributed_as_timms(policy: str) -> None:
     images = 6000
     theirs = timm_draws(policy, images)
-    views = draw(config.Augment(rand_augment=config.RandAugment.parse(policy)), np.full((images, 2), 32))
+    views = draw(AugmentConfig(rand_augment=RandAugment.parse(policy)), np.full((images, 2), 32))
     ops, args = views.ops.ravel(), views.args.ravel()
     counts = np.array([[np.sum(ops == op), sum(o is op for o, _ in theirs)] for op in RAND_AUGMENT])
     assert same_frequencies(counts)
@@ -373,13 +376,13 @@ def test_rand_augments_draws_are_distributed_as_timms(policy: str) -> None:
 
 def test_posterizing_to_no_bits_is_black(squares: list[Image.Image]) -> None:
     nought = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, 1)
-    black = pixels.apply(tensors(squares[:1]), np.array([Op.POSTERIZE]), *nought)
+    black = image_ops.apply(tensors(squares[:1]), np.array([Op.POSTERIZE]), *nought)
     assert not black.any()
 
 
 def test_color_jitter_is_distributed_as_torchvisions() -> None:
     count = 3000
-    views = draw(config.Augment(color_jitter=0.4), np.full((count, 2), 32))
+    views = draw(AugmentConfig(color_jitter=0.4), np.full((count, 2), 32))
     torch.manual_seed(0)
     jitter: Any = transforms.ColorJitter(0.4, 0.4, 0.4)
     # Its parameters: an order of 0 brightness, 1 contrast, 2 saturation, 3 hue, and the factors.
@@ -396,7 +399,7 @@ def test_color_jitter_is_distributed_as_torchvisions() -> None:
 
 def test_erased_boxes_are_distributed_as_timms() -> None:
     count, size = 4000, 64
-    views = draw(config.Augment(erase_prob=0.5), np.full((count, 2), 64), size)
+    views = draw(AugmentConfig(erase_prob=0.5), np.full((count, 2), 64), size)
     erasing = RandomErasing(probability=0.5, mode="const", device="cpu")
     random.seed(0)
     boxes = []

@@ -21,15 +21,15 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline import config
-from pipeline.config import Bound, Config, Gates
+from pipeline.config import Bound, ClassificationConfig, Config, Gates, dump_config
 from pipeline.errors import InputError
 from pipeline.shards.index import ShardSet
-from pipeline.track import promote, registry, server
-from pipeline.track.card import WEIGHTS, Card, Scored
-from pipeline.track.mirror import Mirror
-from pipeline.track.outbox import Outbox
-from pipeline.track.record import DataInput, Record
+from pipeline.track import tracking_server
+from pipeline.track.model_card import WEIGHTS, ModelCard, ScoredData
+from pipeline.track.registry import promote, registry
+from pipeline.track.sync.mirror import Mirror
+from pipeline.track.sync.outbox import Outbox
+from pipeline.track.sync.record import DataInput, Record
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, Rank
 from tests.tracking_servers import (
@@ -65,7 +65,7 @@ class Backend:
 
     @property
     def client(self) -> MlflowClient:
-        return server.connect(self.uri, create=True)
+        return tracking_server.connect(self.uri, create=True)
 
     def flip_last_byte(self, location: str) -> None:
         """Of a stored artifact, behind MLflow's back."""
@@ -90,7 +90,7 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     root = tmp_path / "runs"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if request.param == "embedded":
-        yield Backend(server.tracking_uri(None, root), None, root, None)
+        yield Backend(tracking_server.tracking_uri(None, root), None, root, None)
         return
     team: Team = request.getfixturevalue("team")
     with credentials(USER, PASSWORD):
@@ -101,12 +101,12 @@ only_server = pytest.mark.parametrize("backend", ["server"], indirect=True)
 
 
 @pytest.fixture
-def run(backend: Backend, digits: Path, settings: Callable[..., Config]) -> Path:
+def run(backend: Backend, digits: Path, make_config: Callable[..., Config]) -> Path:
     """The folder of a run of eight steps that has ended, as a job leaves it."""
-    made = settings(f"run.root={backend.root}", f"tracking.uri={backend.configured or 'null'}")
+    made = make_config(f"run.root={backend.root}", f"tracking.uri={backend.configured or 'null'}")
     folder = made.run.folder
     (folder / "data").mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.dump(made))
+    (folder / "config.yaml").write_text(dump_config(made))
     (folder / "packages.txt").write_text("torch==2\n")
     (folder / "deepspeed.json").write_text('{"zero_optimization": {"stage": 1}}\n')
     manifest = ShardSet(digits / "train").manifests[0]
@@ -189,7 +189,7 @@ def test_a_copy_that_is_lost_is_made_anew(backend: Backend, run: Path) -> None:
 
 @only_server
 def test_a_wrong_password_is_told_and_loses_nothing(backend: Backend, run: Path) -> None:
-    with credentials(USER, "not-the-password"), pytest.raises(server.Unreachable) as refused:
+    with credentials(USER, "not-the-password"), pytest.raises(tracking_server.Unreachable) as refused:
         Mirror(run).sync()
     assert backend.uri in str(refused.value)
     assert "not authenticated" in str(refused.value)
@@ -205,21 +205,21 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def write_entry(
-    folder: Path, weights: dict[str, torch.Tensor], settings: Config, *, step: int, top1: float = 0.9, seed: int = 0
+    folder: Path, weights: dict[str, torch.Tensor], config: Config, *, step: int, top1: float = 0.9, seed: int = 0
 ) -> Path:
     """An outbox entry, as a job makes it of a checkpoint; `seed` decides its weights."""
     checkpoint = folder / f"weights-{step}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     head = torch.randn(weights["head.bias"].shape, generator=torch.Generator().manual_seed(seed))
     safetensors.torch.save_file({**weights, "head.bias": head}, checkpoint)
-    card = Card(
-        task=config.Classification(),
-        model=settings.model,
-        image=settings.image,
+    card = ModelCard(
+        task=ClassificationConfig(),
+        model=config.model,
+        image=config.image,
         eval_batch_size=32,
         classes=[str(digit) for digit in range(10)],
         metrics={"top1": top1, "val_loss": 0.5},
-        scored=Scored(path="val", digest="v" * 64, samples=360),
+        scored=ScoredData(path="val", digest="v" * 64, samples=360),
         sha256={WEIGHTS: sha256(checkpoint)},
         lineage={"run": f"{step:032x}", "step": str(step), "config": "c", "code": "abc", "data": "d"},
     )
@@ -242,12 +242,12 @@ def experiment_of(client: MlflowClient, name: str, backend: Backend) -> str:
 
 
 def test_eight_jobs_register_versions_at_once(
-    backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], settings: Callable[..., Config]
+    backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], make_config: Callable[..., Config]
 ) -> None:
     client = backend.client
     experiment_of(client, "shared", backend)
     entries = [
-        write_entry(tmp_path / str(job), weights, settings(), step=job + 1, seed=job).absolute() for job in range(8)
+        write_entry(tmp_path / str(job), weights, make_config(), step=job + 1, seed=job).absolute() for job in range(8)
     ]
     begin = tmp_path / "begin"
     jobs = [
@@ -276,20 +276,20 @@ def test_eight_jobs_register_versions_at_once(
     assert int(newest.version) == 8
     for entry, uri in zip(entries, given, strict=True):
         version = registry.resolve(uri, tmp_path / "cache")
-        assert sha256(version.weights) == Card.read(entry).sha256[WEIGHTS]
-        assert version.tags["step"] == Card.read(entry).lineage["step"]
+        assert sha256(version.weights) == ModelCard.read(entry).sha256[WEIGHTS]
+        assert version.tags["step"] == ModelCard.read(entry).lineage["step"]
 
 
 @pytest.fixture
 def registered(
-    backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], settings: Callable[..., Config]
+    backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], make_config: Callable[..., Config]
 ) -> Callable[..., str]:
     """Registers a version of a model."""
 
     def make(name: str, **entry: Any) -> str:
         client = backend.client
         experiment = experiment_of(client, "models", backend)
-        folder = write_entry(tmp_path / "made", weights, settings(), **entry)
+        folder = write_entry(tmp_path / "made", weights, make_config(), **entry)
         return registry.register(client, name, folder, experiment_id=experiment, run_id=None)
 
     return make
@@ -342,8 +342,8 @@ def test_a_tampered_artifact_is_refused(
 def start_job(backend: Backend, digits: Path, folder: Path, *overrides: str) -> tuple[Path, Rank]:
     """`python launch/pretrain.py …`, and the folder of its run."""
     folder.mkdir(exist_ok=True)
-    settings = [f"tracking.uri={backend.uri}", f"run.root={backend.root}", *overrides]
-    arguments = ["--config", write_config(digits, folder), *(part for each in settings for part in ("--set", each))]
+    config = [f"tracking.uri={backend.uri}", f"run.root={backend.root}", *overrides]
+    arguments = ["--config", write_config(digits, folder), *(part for each in config for part in ("--set", each))]
     return backend.root / "tiny", Rank("launch/pretrain.py", arguments, tracking_environment(), folder / "job")
 
 

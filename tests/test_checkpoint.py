@@ -13,7 +13,7 @@ import yaml
 
 from pipeline.errors import InputError
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention
-from pipeline.train.commit import damage
+from pipeline.train.checkpoint_files import damage
 from pipeline.world import World
 from tests.conftest import run_ranks, write_config
 

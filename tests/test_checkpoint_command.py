@@ -16,9 +16,9 @@ import timm
 from safetensors.numpy import load_file, save_file
 
 import pvt  # noqa: F401 - registers its models with timm
-from launch import checkpoint as checkpoint_command
-from pipeline import config
-from pipeline.train import commit
+from pipeline.commands import checkpoint as checkpoint_command
+from pipeline.config import GuardConfig
+from pipeline.train import checkpoint_files
 from pipeline.train.guard import Guard
 from tests.conftest import ROOT, run_ranks, write_config
 from tests.ranks import PATIENCE_S
@@ -98,14 +98,16 @@ def split_range(folder: Path) -> tuple[str, str, int, int]:
     """A file with a range of a moment that begins inside the parameter; the range's name and its bounds."""
     for path in sorted(folder.glob("optimizer-*.safetensors")):
         for key in sorted(load_file(path)):
-            name, start, stop = commit.parse_range(key)
+            name, start, stop = checkpoint_files.parse_range(key)
             if start > 0 and stop - start > 8:
                 return path.name, name, start, stop
     raise AssertionError("no parameter is shared by two ranks")
 
 
 def test_it_starts_without_torch() -> None:
-    code = "import sys, launch.checkpoint; print(sorted({'torch', 'deepspeed', 'numpy'} & sys.modules.keys()))"
+    code = (
+        "import sys, pipeline.commands.checkpoint; print(sorted({'torch', 'deepspeed', 'numpy'} & sys.modules.keys()))"
+    )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert process.stdout == "[]\n"
 
@@ -263,7 +265,7 @@ def test_verify_finds_what_is_wrong(run: Path, spoil: Callable[[Path], str]) -> 
     new = run / "checkpoints" / NEW
     expected = spoil(new)
     # Where a digest differs, a run would not resume either; all else can only be seen from what the files say.
-    assert (commit.damage(new) is None) == (spoil is not flip)
+    assert (checkpoint_files.damage(new) is None) == (spoil is not flip)
     result, told = result_of("verify", run, code=1)
     old_row, row = result["checkpoints"]
     assert (old_row["state"], row["state"]) == ("whole", "damaged")
@@ -304,7 +306,7 @@ def test_what_a_run_removes_in_the_meantime_is_left_out(run: Path, capsys: pytes
 
 def test_show_says_what_is_in_it(run: Path) -> None:
     new = run / "checkpoints" / NEW
-    guard = Guard(config.Guard(window=8), chance_loss=2.3)
+    guard = Guard(GuardConfig(window=8), chance_loss=2.3)
     fresh = guard.state()
     guard.settle(0, loss=9.0, grad_norm=1.0, applied=True)
     guard.roll_back(fresh)

@@ -22,13 +22,13 @@ from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
 from pipeline.errors import InputError
-from pipeline.scenes import layouts as scene_layouts
-from pipeline.shards import coco, images, layouts, objects
-from pipeline.shards.faults import read_skipped
+from pipeline.scenes import write_dataset as scene_layouts
+from pipeline.shards import coco, images, object_annotations, public_datasets
+from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
-from pipeline.shards.objects import Annotated, BadObjectsError
+from pipeline.shards.object_annotations import Annotated, BadObjectsError
 from pipeline.shards.pack import pack
-from pipeline.shards.show import show, table
+from pipeline.shards.show_dataset import show_dataset, table
 from pipeline.shards.verify import verify
 from tests.ranks import ROOT
 from tests.test_ade20k import write_set
@@ -100,7 +100,7 @@ def write(root: Path, table: Table) -> None:
 def samples(folder: Path) -> dict[str, Annotated]:
     shards = ShardSet(folder)
     return {
-        shards.key(shard, row): objects.decode(shards.read_annotation(shard, row), len(shards.classes))
+        shards.key(shard, row): object_annotations.decode(shards.read_annotation(shard, row), len(shards.classes))
         for shard, count in enumerate(shards.shard_samples)
         for row in range(count)
     }
@@ -123,7 +123,7 @@ def require_same(packed: dict[str, Annotated], classes: list[str], reference: CO
             theirs = expected[entry["id"]]
             assert {name: entry[name] for name in ("bbox", "area", "iscrowd")}.items() <= theirs.items()
             assert classes[entry["label"]] == reference.loadCats(theirs["category_id"])[0]["name"]
-            pixels = objects.mask(entry, annotated.height, annotated.width)
+            pixels = object_annotations.mask(entry, annotated.height, annotated.width)
             assert pixels.dtype == np.uint8
             np.testing.assert_array_equal(pixels, reference.annToMask(theirs))
             seen += 1
@@ -144,7 +144,7 @@ def test_what_is_packed_is_what_pycocotools_reads(root: Path, tmp_path: Path) ->
 
 
 def test_scenes_are_packed_as_pycocotools_reads_them(tmp_path: Path) -> None:
-    scene_layouts.write(tmp_path / "scenes", {"train": 30, "val": 0}, seed=1)
+    scene_layouts.write_dataset(tmp_path / "scenes", {"train": 30, "val": 0}, seed=1)
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
     manifest = pack(coco.find(path), tmp_path / "out", samples_per_shard=8)
     reference = COCO(path)
@@ -161,7 +161,7 @@ def test_any_mask_is_read_back_as_pycocotools_does() -> None:
             pixels = np.kron(pixels, np.ones((9, 7), np.uint8))
         runs: Any = masks.encode(np.asfortranarray(pixels))
         packed = {"size": list(pixels.shape), "counts": runs["counts"].decode()}
-        np.testing.assert_array_equal(objects.mask({"segmentation": packed}, *pixels.shape), pixels)
+        np.testing.assert_array_equal(object_annotations.mask({"segmentation": packed}, *pixels.shape), pixels)
 
 
 def test_run_lengths_are_read_or_refused_whatever_they_are() -> None:
@@ -171,9 +171,9 @@ def test_run_lengths_are_read_or_refused_whatever_they_are() -> None:
     for counts in map("".join, itertools.chain(*(itertools.product(characters, repeat=n) for n in (1, 2)))):
         entry["segmentation"] = {"size": [3, 3], "counts": counts}
         with contextlib.suppress(BadObjectsError):
-            packed = objects.packed_form(entry, 0, 1, 3, 3)
+            packed = object_annotations.packed_form(entry, 0, 1, 3, 3)
             decoded: Any = masks.decode(packed["segmentation"])  # pyright: ignore[reportArgumentType]
-            np.testing.assert_array_equal(objects.mask(packed, 3, 3), decoded)
+            np.testing.assert_array_equal(object_annotations.mask(packed, 3, 3), decoded)
             accepted.add(counts)
     assert accepted == {"9", "Y0"} | {f"{chr(48 + run)}{chr(48 + 9 - run)}" for run in range(10)}
     rng = np.random.default_rng(0)
@@ -184,7 +184,7 @@ def test_run_lengths_are_read_or_refused_whatever_they_are() -> None:
             counts[place] = chr(rng.integers(32, 127))
         entry["segmentation"] = {"size": [30, 40], "counts": "".join(counts[: rng.integers(1, len(counts))])}
         with pytest.raises(BadObjectsError, match="annotation 1: its segmentation"):
-            objects.packed_form(entry, 0, 1, 30, 40)
+            object_annotations.packed_form(entry, 0, 1, 30, 40)
 
 
 @pytest.mark.parametrize("order", [[2, 1, 0], [1, 0, 2]])
@@ -212,7 +212,7 @@ def test_images_may_lie_elsewhere_and_in_folders(root: Path, tmp_path: Path) -> 
 
 
 def test_scaled_objects_keep_to_their_images(tmp_path: Path) -> None:
-    scene_layouts.write(tmp_path / "scenes", {"train": 12, "val": 0}, seed=2)
+    scene_layouts.write_dataset(tmp_path / "scenes", {"train": 12, "val": 0}, seed=2)
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
     pack(coco.find(path), tmp_path / "large")
     pack(coco.find(path), tmp_path / "small", max_side=100)
@@ -226,9 +226,9 @@ def test_scaled_objects_keep_to_their_images(tmp_path: Path) -> None:
         assert (after.height, after.width) == (record["height"], record["width"])
         assert max(after.height, after.width) == 100
         for one, other in zip(before.annotations, after.annotations, strict=True):
-            pixels = Image.fromarray(objects.mask(one, before.height, before.width))
+            pixels = Image.fromarray(object_annotations.mask(one, before.height, before.width))
             expected = np.asarray(pixels.resize((after.width, after.height), Image.Resampling.NEAREST))
-            found = objects.mask(other, after.height, after.width)
+            found = object_annotations.mask(other, after.height, after.width)
             ious.append((found & expected).sum() / max((found | expected).sum(), 1))
             assert abs(other["area"] - expected.sum()) < 4 + 0.15 * other["area"]
             box = masks.toBbox(masks.encode(np.asfortranarray(expected)))
@@ -240,11 +240,13 @@ def test_scaled_objects_keep_to_their_images(tmp_path: Path) -> None:
 def test_each_axis_is_scaled_by_itself() -> None:
     entry = {"id": 1, "label": 0, "bbox": [10, 4, 20, 8], "area": 160, "iscrowd": 0}
     entry["segmentation"] = [[10, 4, 30, 4, 30, 12, 10, 12]]
-    stored = objects.encode(Annotated(5, 40, 100, [entry]))
-    packed = objects.decode(objects.prepare(stored, (40, 100), images.Header("jpg", 10, 50), 1), 1)
+    stored = object_annotations.encode(Annotated(5, 40, 100, [entry]))
+    packed = object_annotations.decode(
+        object_annotations.prepare(stored, (40, 100), images.Header("jpg", 10, 50), 1), 1
+    )
     scaled = {"bbox": [5, 1, 10, 2], "area": 20, "segmentation": [[5, 1, 15, 1, 15, 3, 5, 3]]}
     assert packed == Annotated(5, 10, 50, [{**entry, **scaled}])
-    assert objects.prepare(stored, (40, 100), images.Header("jpg", 40, 100), 1) == stored
+    assert object_annotations.prepare(stored, (40, 100), images.Header("jpg", 40, 100), 1) == stored
 
 
 # At rest
@@ -482,7 +484,7 @@ def test_what_cannot_be_seen_is_kept_or_told(root: Path, tmp_path: Path, capsys:
     assert "left out 2 polygons of fewer than three points" in told
     packed = {entry["id"]: entry for found in samples(tmp_path / "out").values() for entry in found.annotations}
     assert packed[1]["segmentation"] == segmentation(1)
-    assert not objects.mask(packed[4], HEIGHT, WIDTH).any()
+    assert not object_annotations.mask(packed[4], HEIGHT, WIDTH).any()
     assert "segmentation" not in packed[7]
     assert packed[1000]["bbox"] == [10, 10, 0, 7]
 
@@ -491,23 +493,23 @@ def test_what_cannot_be_seen_is_kept_or_told(root: Path, tmp_path: Path, capsys:
 
 
 def test_a_file_that_a_setting_names_is_packed_once(root: Path, tmp_path: Path) -> None:
-    found = layouts.root_of(annotations_of(root), str(tmp_path / "cache"))
+    found = public_datasets.root_of(annotations_of(root), str(tmp_path / "cache"))
     pack(coco.find(annotations_of(root)), tmp_path / "out")
     assert read_manifest(found).digest == read_manifest(tmp_path / "out").digest
     before = Path(found).stat()
-    assert layouts.root_of(str(annotations_of(root)), str(tmp_path / "cache")) == found
+    assert public_datasets.root_of(str(annotations_of(root)), str(tmp_path / "cache")) == found
     assert os.path.samestat(before, Path(found).stat())
-    assert layouts.root_of(tmp_path / "out") == tmp_path / "out"
-    assert layouts.root_of("https://host/annotations/instances_val2017.json").startswith("https://")  # pyright: ignore
+    assert public_datasets.root_of(tmp_path / "out") == tmp_path / "out"
+    assert public_datasets.root_of("https://host/annotations/instances_val2017.json").startswith("https://")  # pyright: ignore
     with pytest.raises(
         InputError, match=r"neither label maps in ROOT/annotations/SPLIT nor ROOT/annotations/instances"
     ):
-        layouts.packed(tmp_path / "out")
+        public_datasets.packed(tmp_path / "out")
 
 
 @pytest.mark.parametrize("changed", ["annotation", "image", "removed"])
 def test_a_changed_data_set_is_packed_anew(root: Path, tmp_path: Path, changed: str) -> None:
-    first = layouts.packed(annotations_of(root), tmp_path / "cache")
+    first = public_datasets.packed(annotations_of(root), tmp_path / "cache")
     tree = read(root)
     if changed == "annotation":
         change("annotations", 4, area=7)(tree, root)
@@ -517,7 +519,7 @@ def test_a_changed_data_set_is_packed_anew(root: Path, tmp_path: Path, changed: 
     else:
         tree["images"].pop()
         write(root, tree)
-    second = layouts.packed(annotations_of(root), tmp_path / "cache")
+    second = public_datasets.packed(annotations_of(root), tmp_path / "cache")
     assert read_manifest(second).digest != read_manifest(first).digest
 
 
@@ -530,7 +532,7 @@ def test_objects_are_counted_as_they_are(root: Path, tmp_path: Path) -> None:
         entry["area"] = area
     write(root, tree)
     pack(coco.find(annotations_of(root)), tmp_path / "out")
-    summary = show(tmp_path / "out", tmp_path / "sheet.png")
+    summary = show_dataset(tmp_path / "out", tmp_path / "sheet.png")
     single = [entry for entry in tree["annotations"] if not entry["iscrowd"]]
     assert (summary["objects"], summary["crowds"], summary["objects_with_mask"]) == (len(single), 2, len(single))
     assert summary["objects_by_size"] == {"small": 2, "medium": 3, "large": 1}
@@ -549,7 +551,7 @@ def test_the_sheet_shows_boxes_where_they_are(root: Path, tmp_path: Path) -> Non
     pack(coco.find(annotations_of(root)), tmp_path / "without")
     sheets = []
     for name in ("with", "without"):
-        show(tmp_path / name, tmp_path / f"{name}.png")
+        show_dataset(tmp_path / name, tmp_path / f"{name}.png")
         sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)[90:400])
     assert (np.abs(sheets[0] - sheets[1]).sum(-1) > 0).mean() > 0.1
 
@@ -560,7 +562,7 @@ def test_damaged_objects_do_not_stop_the_show(root: Path, tmp_path: Path) -> Non
     with (tmp_path / "out/shard-000000.tar").open("r+b") as file:
         file.seek(int(record["annotation_offset"]) + 5)
         file.write(b"###")
-    summary = show(tmp_path / "out", tmp_path / "sheet.png")
+    summary = show_dataset(tmp_path / "out", tmp_path / "sheet.png")
     assert summary["images_read"] == 4
     assert images.decode(ShardSet(tmp_path / "out").read(0, 1))
 

@@ -25,7 +25,7 @@ from pipeline import files
 from pipeline.lease import LEASE
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
-from pipeline.track import server
+from pipeline.track import tracking_server
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT, free_port, start
 from tests.servers import FaultyServer
@@ -88,7 +88,7 @@ def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     tree["tracking"]["system_metrics"] = True
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     result = result_of(launched(folder))
-    server.connect(f"sqlite:///{folder}/runs/mlflow.db")
+    tracking_server.connect(f"sqlite:///{folder}/runs/mlflow.db")
     return folder, result
 
 
@@ -465,7 +465,7 @@ def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits:
     [("MemoryError()", "out of memory"), ('RuntimeError("can\'t start new thread")', "can't start new")],
 )
 def test_a_limit_of_memory_or_threads_is_one_line(error: str, why: str) -> None:
-    code = f"from launch import command\ndef main():\n    raise {error}\ncommand.run(main)"
+    code = f"from pipeline import cli\ndef main():\n    raise {error}\ncli.run(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -475,12 +475,12 @@ def test_a_limit_of_memory_or_threads_is_one_line(error: str, why: str) -> None:
 
 def test_a_gpu_without_room_is_one_line() -> None:
     code = """import torch
-from launch import command
+from pipeline import cli
 
 def main():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\\nSee the documentation")
 
-command.run(main)"""
+cli.run(main)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     told = (

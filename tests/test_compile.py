@@ -13,10 +13,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from launch import rules
 from pipeline import files
 from pipeline.config import Config
 from pipeline.errors import InputError
+from pipeline.job import start_checks
 from pipeline.train.compile import blocks, compile_blocks, require_compiler
 from pipeline.world import World
 from pvt.model import Block, Grid
@@ -142,18 +142,18 @@ def test_a_gpu_without_triton_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_runs_are_refused_before_they_start(
-    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(tmp_path, [], monkeypatch)
     cpu, gpu = World(), World(device=torch.device("cuda", 0))
-    rules.check_machine(settings(), gpu)
+    start_checks.check_machine(make_config(), gpu)
     for world in (cpu, gpu):
         with pytest.raises(InputError, match=rf"^engine\.compile: torch\.compile for {world.device.type} "):
-            rules.check_machine(settings("engine.compile=true"), world)
-    mask_rcnn = settings("task.name=mask_rcnn", "mix={}", "augment={}")
-    rules.check_machine(mask_rcnn, cpu)
+            start_checks.check_machine(make_config("engine.compile=true"), world)
+    mask_rcnn = make_config("task.name=mask_rcnn", "mix={}", "augment={}")
+    start_checks.check_machine(mask_rcnn, cpu)
     with pytest.raises(InputError, match=r"^train\.deterministic of a mask_rcnn: torch\.compile for cuda "):
-        rules.check_machine(mask_rcnn, gpu)
+        start_checks.check_machine(mask_rcnn, gpu)
 
 
 def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch
         compile_blocks(nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]))
 
 
-def test_zero_3_is_refused(settings: Callable[..., Config]) -> None:
+def test_zero_3_is_refused(make_config: Callable[..., Config]) -> None:
     with pytest.raises(InputError, match=r"engine: compile true with zero_stage 3.*choose zero_stage 0, 1 or 2"):
-        settings("engine.compile=true", "engine.zero_stage=3")
+        make_config("engine.compile=true", "engine.zero_stage=3")
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])

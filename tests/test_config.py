@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.handoff import Claim
-from pipeline import config
-from pipeline.config import Config, Length
+from pipeline.config import Config, Gates, Length, dump_config, load_config, load_section, read_json
 from pipeline.errors import InputError
-from pipeline.track.card import Card
-from pipeline.track.record import Record, Sweep
-from pipeline.train.commit import Commit
+from pipeline.job.handoff import Claim
+from pipeline.track.model_card import ModelCard
+from pipeline.track.sync.record import Record, Sweep
+from pipeline.train.checkpoint_files import Commit
 from tests.conftest import write_config
 
 Make = Callable[..., Config]
@@ -23,20 +22,20 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     if path.parent.name == "gates":
-        assert config.load_as(config.Gates, path).metrics
+        assert load_section(Gates, path).metrics
         return
-    assert config.load(path).run.name == path.stem
+    assert load_config(path).run.name == path.stem
 
 
-def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path) -> None:
-    original = settings(
+def test_a_dumped_configuration_reads_back_equal(make_config: Make, tmp_path: Path) -> None:
+    original = make_config(
         "engine.deepspeed.zero_optimization.reduce_bucket_size=1000",
         "train.length=1281167 images",
         "train.save_every=2.5e8 images",
         "train.eval_every=0.1 epochs",
     )
-    (tmp_path / "dumped.yaml").write_text(config.dump(original))
-    assert config.load(tmp_path / "dumped.yaml") == original
+    (tmp_path / "dumped.yaml").write_text(dump_config(original))
+    assert load_config(tmp_path / "dumped.yaml") == original
 
 
 @pytest.mark.parametrize(
@@ -75,15 +74,15 @@ def test_a_dumped_configuration_reads_back_equal(settings: Make, tmp_path: Path)
         ("model.frozen_stages=2", "model.frozen_stages 2 would keep what is random as it is"),
     ],
 )
-def test_mistakes_are_named(settings: Make, override: str, message: str) -> None:
+def test_mistakes_are_named(make_config: Make, override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        settings(override)
+        make_config(override)
     assert message in str(error.value)
 
 
-def test_all_mistakes_are_listed_at_once(settings: Make) -> None:
+def test_all_mistakes_are_listed_at_once(make_config: Make) -> None:
     with pytest.raises(InputError) as error:
-        settings("optim.lrr=1", "data.lane=2")
+        make_config("optim.lrr=1", "data.lane=2")
     assert "optim.lrr" in str(error.value)
     assert "data.lane:" in str(error.value)
 
@@ -99,15 +98,15 @@ def test_all_mistakes_are_listed_at_once(settings: Make) -> None:
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
-        config.load(tmp_path / "bad.yaml")
+        load_config(tmp_path / "bad.yaml")
 
 
 def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump({"run": {"name": "x"}}))
     with pytest.raises(InputError, match="optim: this setting has no default"):
-        config.load(tmp_path / "empty.yaml")
+        load_config(tmp_path / "empty.yaml")
     with pytest.raises(InputError, match=r"nowhere\.yaml: cannot read the configuration: No such file"):
-        config.load(tmp_path / "nowhere.yaml")
+        load_config(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize(
@@ -119,25 +118,25 @@ def test_a_length_in_any_unit(text: str, steps: int) -> None:
     assert Length.parse(str(length)) == length
 
 
-def test_resume_has_a_short_form(settings: Make) -> None:
-    assert settings("resume=never").resume.source == "never"
-    assert settings("resume.allow=[data]").resume.allow == ["data"]
+def test_resume_has_a_short_form(make_config: Make) -> None:
+    assert make_config("resume=never").resume.source == "never"
+    assert make_config("resume.allow=[data]").resume.allow == ["data"]
 
 
-def test_a_time_limit_needs_no_quotes(settings: Make) -> None:
+def test_a_time_limit_needs_no_quotes(make_config: Make) -> None:
     """In YAML 1.1 24:00:00 is the number 86400, which SLURM would take for minutes."""
-    assert settings("cluster.time=24:00:00").cluster.time == "24:00:00"
-    assert settings("cluster.time=90").cluster.time == "90"
+    assert make_config("cluster.time=24:00:00").cluster.time == "24:00:00"
+    assert make_config("cluster.time=90").cluster.time == "90"
 
 
 def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Path) -> None:
     below = write_config(digits, tmp_path)
     above = tmp_path / "above.yaml"
     above.write_text(f"extends: {below.name}\nrun: {{name: above}}\nimage: {{mean: [0, 0, 0]}}\nmix: {{}}\n")
-    expected = config.load(below, ["run.name=above", "image.mean=[0, 0, 0]"])
-    assert config.load(above) == expected
+    expected = load_config(below, ["run.name=above", "image.mean=[0, 0, 0]"])
+    assert load_config(above) == expected
     (tmp_path / "top.yaml").write_text("extends: above.yaml\nrun: {seed: 5}\n")
-    assert config.load(tmp_path / "top.yaml") == config.load(
+    assert load_config(tmp_path / "top.yaml") == load_config(
         below, ["run.name=above", "image.mean=[0, 0, 0]", "run.seed=5"]
     )
 
@@ -145,18 +144,18 @@ def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Pat
 def test_a_file_extends_one_file_and_never_itself(tmp_path: Path) -> None:
     (tmp_path / "seven.yaml").write_text("extends: 7\n")
     with pytest.raises(InputError, match="extends 7; expected the path of one other YAML file"):
-        config.load(tmp_path / "seven.yaml")
+        load_config(tmp_path / "seven.yaml")
     (tmp_path / "one.yaml").write_text("extends: two.yaml\n")
     (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
     with pytest.raises(InputError, match=r"two\.yaml: extends one\.yaml, which extends it in turn"):
-        config.load(tmp_path / "one.yaml")
+        load_config(tmp_path / "one.yaml")
 
 
-def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(settings: Make) -> None:
+def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(make_config: Make) -> None:
     dense = ["task=semantic_fpn", "augment={}", "mix={}"]
-    assert settings().evaluate.batch_size == 256
-    assert settings(*dense).evaluate.batch_size == 1
-    assert settings(*dense, "evaluate.batch_size=4").evaluate.batch_size == 4
+    assert make_config().evaluate.batch_size == 256
+    assert make_config(*dense).evaluate.batch_size == 1
+    assert make_config(*dense, "evaluate.batch_size=4").evaluate.batch_size == 4
 
 
 @pytest.mark.parametrize(
@@ -169,11 +168,11 @@ def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(settings: M
         ("engine.zero_stage=0", 300_000_000, 0),
     ],
 )
-def test_zero_shares_out_what_is_large(settings: Make, override: str, num_parameters: int, stage: int) -> None:
-    assert settings(override).engine.stage(num_parameters) == stage
+def test_zero_shares_out_what_is_large(make_config: Make, override: str, num_parameters: int, stage: int) -> None:
+    assert make_config(override).engine.stage(num_parameters) == stage
 
 
-@pytest.mark.parametrize("kind", [Record, Sweep, Card, Claim, Commit, dict[str, Any]])
+@pytest.mark.parametrize("kind", [Record, Sweep, ModelCard, Claim, Commit, dict[str, Any]])
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -187,7 +186,7 @@ def test_zero_shares_out_what_is_large(settings: Make, override: str, num_parame
 def test_damaged_json_is_one_line_whatever_it_should_hold(tmp_path: Path, kind: Any, data: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(InputError) as error:
-        config.read_json(kind, tmp_path / "x.json")
+        read_json(kind, tmp_path / "x.json")
     assert str(error.value).startswith(f"{tmp_path}/x.json: {message}")
     assert "\n" not in str(error.value)
     assert "pydantic" not in str(error.value)

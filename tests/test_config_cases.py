@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, json_text, yaml_text
+from pipeline import json_text, yaml_text
+from pipeline.config import Config, dump_config, load_config, setting_names, validated
 from pipeline.errors import InputError
+from pipeline.shards.image_sources import number_classes
 from pipeline.shards.labels import are_several, is_number
-from pipeline.shards.sources import number_classes
 
 BASE = """\
 run: {name: mine}
@@ -157,8 +158,8 @@ def _short(value: Any) -> str:
 
 @pytest.mark.parametrize(("override", "key", "value"), READ, ids=_short)
 def test_what_is_meant_is_read(base: Path, override: str, key: str, value: Any) -> None:
-    settings = config.load(base, [override])
-    found: Any = settings
+    config = load_config(base, [override])
+    found: Any = config
     for name in key.split("."):
         found = getattr(found, name)
     while isinstance(found, dict) and found != value:
@@ -166,14 +167,14 @@ def test_what_is_meant_is_read(base: Path, override: str, key: str, value: Any) 
     assert found == value
     assert type(found) is type(value) or not isinstance(value, bool)
     again = base.with_name("again.yaml")
-    again.write_text(config.dump(settings))
-    assert config.load(again) == settings
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED, ids=_short)
 def test_what_cannot_be_meant_is_refused(base: Path, override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        config.load(base, [override])
+        load_config(base, [override])
     text = str(error.value)
     assert message in text
     assert not [words for words in FOREIGN if words in text]
@@ -223,7 +224,7 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
     text, message = FILES[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
-        config.load(tmp_path / name)
+        load_config(tmp_path / name)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
@@ -232,7 +233,7 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match=r"bytes\.yaml: cannot be read as YAML"):
-        config.load(tmp_path / "bytes.yaml")
+        load_config(tmp_path / "bytes.yaml")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_a_file_without_end_is_refused(
     monkeypatch.setattr(yaml_text, "MAX_NODES", 2000)
     make(tmp_path / "endless.yaml")
     with pytest.raises(InputError) as error:
-        config.load(tmp_path / "endless.yaml")
+        load_config(tmp_path / "endless.yaml")
     assert message in str(error.value)
 
 
@@ -270,7 +271,7 @@ def test_whatever_the_text_it_is_a_tree_or_one_line(text: str, tree: Any, junk: 
     reads = [
         lambda: yaml_text.read(text, "x"),
         lambda: json_text.read(document[:place] + junk + document[place:], "x"),
-        lambda: config.validated(config.Config, tree, "x"),
+        lambda: validated(Config, tree, "x"),
     ]
     for read in reads:
         try:
@@ -295,31 +296,31 @@ def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
     (tmp_path / "0.yaml").write_text(BASE)
     for number in range(1, 100):
         (tmp_path / f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")
-    assert config.load(tmp_path / "19.yaml") == config.load(tmp_path / "0.yaml")
+    assert load_config(tmp_path / "19.yaml") == load_config(tmp_path / "0.yaml")
     with pytest.raises(InputError) as error:
-        config.load(tmp_path / "99.yaml")
+        load_config(tmp_path / "99.yaml")
     assert "files that extend one another" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_anchors_and_merges_work(tmp_path: Path) -> None:
     (tmp_path / "anchors.yaml").write_text(BASE.replace("1e-3", "&rate 1e-3") + "image: &i {size: 64}\n")
-    assert config.load(tmp_path / "anchors.yaml", ["optim.min_lr=1e-6"]).optim.lr == 1e-3
+    assert load_config(tmp_path / "anchors.yaml", ["optim.min_lr=1e-6"]).optim.lr == 1e-3
     (tmp_path / "merge.yaml").write_text(
         BASE + "debug: &a {trace_samples: true}\nprofile: {<<: {steps: 5}, steps: 7}\n"
     )
-    assert config.load(tmp_path / "merge.yaml").profile.steps == 7
+    assert load_config(tmp_path / "merge.yaml").profile.steps == 7
 
 
 def test_every_setting_is_found_by_its_last_word(base: Path) -> None:
     """Without its section it is unknown, and the message names the right one unless several share the word."""
-    keys = list(config.keys(config.Config))
+    keys = list(setting_names(Config))
     for key in keys:
         last = key.rpartition(".")[2]
-        if last in config.Config.model_fields:
+        if last in Config.model_fields:
             continue
         with pytest.raises(InputError) as error:
-            config.load(base, [f"{last}=1"])
+            load_config(base, [f"{last}=1"])
         named = str(error.value).rpartition("did you mean ")[2].rstrip("?").split(" or ")
         assert key in named or len(named) == 3
 

@@ -12,9 +12,9 @@ import tifffile
 from PIL import Image
 
 from pipeline.shards import images
-from pipeline.shards.adopt import index
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index_tars import index_tars
 from pipeline.shards.verify import verify
 from tests import corpus
 from tests.corpus import Kind
@@ -54,7 +54,7 @@ def test_verify_names_what_an_index_holds_that_was_made_without_these_rules(
     write_tar(tmp_path / "all.tar", kinds)
     with monkeypatch.context() as patch:
         patch.setattr(images, "_is_plain", lambda image, data: True)
-        index(str(tmp_path), labels="cls", decode=False)
+        index_tars(str(tmp_path), labels="cls", decode=False)
     reasons = {kinds[str(fault.key)].name: fault.reason for fault in verify(tmp_path, deep=True)}
     assert reasons.keys() == BAD_HEADERS | {kind.name for kind in dark_kinds()}
     for name, reason in reasons.items():

@@ -13,14 +13,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from pipeline import config
-from pipeline.detections import as_results
+from pipeline.coco_results import as_results
+from pipeline.config import ClassificationConfig, DetrConfig, ImageConfig, MaskRcnnConfig, ModelConfig, RetinaNetConfig
 from pipeline.errors import InputError
-from pipeline.feed.objects import Boxes, Truth
-from pipeline.shards import objects
+from pipeline.feed.box_transforms import BoxTransform, Truth
+from pipeline.shards import object_annotations
 from pipeline.shards.index import CorruptSampleError
 from pipeline.tasks.build import build_task, start_from
-from pipeline.tasks.detect import Detection, DetectionMetric
+from pipeline.tasks.detect import DetectionMetric, DetectionTask
 from pipeline.world import World
 from pvt.detector import Detections, Objects
 from tests.batches import batch_of
@@ -30,9 +30,9 @@ from tests.workers.detections import CLASSES, scored
 CATEGORY_IDS = [2, 3, 5, 70, 90]
 SUMMARY = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100"]
 TASKS = {
-    "retinanet": config.RetinaNet(pyramid_channels=32),
-    "mask_rcnn": config.MaskRcnn(pyramid_channels=32, box_width=64, mask_width=16, sampled_boxes=64),
-    "detr": config.Detr(width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, queries=12),
+    "retinanet": RetinaNetConfig(pyramid_channels=32),
+    "mask_rcnn": MaskRcnnConfig(pyramid_channels=32, box_width=64, mask_width=16, sampled_boxes=64),
+    "detr": DetrConfig(width=32, heads=4, encoder_layers=1, decoder_layers=2, feedforward=64, queries=12),
 }
 
 
@@ -108,18 +108,18 @@ def test_results_are_in_pixels_of_the_stored_image() -> None:
     )
     [result] = as_results(detections, (200, 300), (100, 100))
     assert result["bbox"] == pytest.approx([30, 40, 60, 80])
-    mask = objects.mask(result, 200, 300)
+    mask = object_annotations.mask(result, 200, 300)
     assert mask.shape == (200, 300)
     inside = mask[41:119, 31:89]
     assert inside.all()
     assert int(mask.sum()) == pytest.approx(60 * 80, rel=0.05)
 
 
-def task_of(task: str, classes: list[str] = CLASSES, **model: Any) -> Detection:
+def task_of(task: str, classes: list[str] = CLASSES, **model: Any) -> DetectionTask:
     torch.manual_seed(0)
-    settings = config.Model(**{"name": "pvt_pico", "image_size": 64, **model})
-    built = build_task(TASKS[task], settings, config.Image(size=64), classes)
-    assert isinstance(built, Detection)
+    config = ModelConfig(**{"name": "pvt_pico", "image_size": 64, **model})
+    built = build_task(TASKS[task], config, ImageConfig(size=64), classes)
+    assert isinstance(built, DetectionTask)
     return built
 
 
@@ -158,7 +158,7 @@ def test_it_overfits_two_images(name: str) -> None:
     assert score(task_of(name), images, truths)["box_ap50"] < 0.5
 
 
-def score(task: Detection, images: torch.Tensor, truths: list[Truth]) -> dict[str, float]:
+def score(task: DetectionTask, images: torch.Tensor, truths: list[Truth]) -> dict[str, float]:
     metric = task.metric()
     with torch.inference_mode():
         metric.update(task.outputs(task.model.eval(), batch_of(images)), truths, torch.ones(len(images)))
@@ -168,10 +168,10 @@ def score(task: Detection, images: torch.Tensor, truths: list[Truth]) -> dict[st
 @pytest.mark.parametrize("name", TASKS)
 def test_the_backbone_starts_from_a_classifier_and_the_head_from_its_own_task(name: str) -> None:
     classifier: nn.Module = timm.create_model("pvt_pico", num_classes=3, img_size=64)
-    task, settings = task_of(name), config.Model(name="pvt_pico", image_size=64)
+    task, config = task_of(name), ModelConfig(name="pvt_pico", image_size=64)
     before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
-    kinds: Any = {"source_task": config.Classification(), "source_classes": ["a", "b", "c"]}
-    start_from(task, TASKS[name], settings, CLASSES, classifier.state_dict(), "models:/c/1", **kinds)
+    kinds: Any = {"source_task": ClassificationConfig(), "source_classes": ["a", "b", "c"]}
+    start_from(task, TASKS[name], config, CLASSES, classifier.state_dict(), "models:/c/1", **kinds)
     after = task.model.state_dict()
     theirs = classifier.state_dict()
     for key, tensor in after.items():
@@ -183,7 +183,7 @@ def test_the_backbone_starts_from_a_classifier_and_the_head_from_its_own_task(na
     other = task_of(name, classes=["x", "y"])
     fresh = {key: tensor.clone() for key, tensor in other.model.state_dict().items()}
     kinds = {"source_task": TASKS[name], "source_classes": CLASSES}
-    start_from(other, TASKS[name], settings, ["x", "y"], after, "models:/d/1", **kinds)
+    start_from(other, TASKS[name], config, ["x", "y"], after, "models:/d/1", **kinds)
     of_classes = [key for key, tensor in fresh.items() if tensor.shape != after[key].shape]
     assert of_classes
     for key, tensor in other.model.state_dict().items():
@@ -196,8 +196,8 @@ def test_the_backbone_starts_from_a_classifier_and_the_head_from_its_own_task(na
     kinds = {"source_task": TASKS[name], "source_classes": CLASSES}
     start_from(
         detector,
-        config.RetinaNet() if name != "retinanet" else config.MaskRcnn(),
-        settings,
+        RetinaNetConfig() if name != "retinanet" else MaskRcnnConfig(),
+        config,
         CLASSES,
         after,
         "models:/d/1",
@@ -224,9 +224,9 @@ def test_two_images_of_one_id_are_refused() -> None:
 @pytest.mark.parametrize("crowd", [0, 1])
 def test_masks_are_not_scored_on_images_that_lack_one(crowd: int) -> None:
     entry = {"id": 7, "label": 0, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": crowd}
-    stored = objects.encode(objects.Annotated(1, 60, 80, [entry]))
-    image = config.Image(size=64)
-    boxes, masks = (Boxes(task, image, len(CLASSES)) for task in (config.RetinaNet(), config.MaskRcnn()))
+    stored = object_annotations.encode(object_annotations.Annotated(1, 60, 80, [entry]))
+    image = ImageConfig(size=64)
+    boxes, masks = (BoxTransform(task, image, len(CLASSES)) for task in (RetinaNetConfig(), MaskRcnnConfig()))
     view = boxes.evaluation_views(np.array([[60, 80]]))
     _, truth = boxes.evaluation_target(stored, view)
     assert truth.annotations == [entry]

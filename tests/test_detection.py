@@ -9,11 +9,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.scenes import layouts
-from pipeline.scenes.compose import NAMES
+from pipeline.scenes import write_dataset
+from pipeline.scenes.compose_scene import NAMES
 from pipeline.shards import coco
 from pipeline.shards.pack import pack
-from pipeline.track import registry, server
+from pipeline.track import tracking_server
+from pipeline.track.registry import registry
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
 from tests.finetuning import command, losses_of, register_classifier, result_of, seen_by
@@ -32,7 +33,7 @@ TASKS: dict[str, dict[str, Any]] = {
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DIR/train and DIR/val, packed, and DIR/coco, as they were before."""
     folder = tmp_path_factory.mktemp("scenes")
-    layouts.write(folder, {"train": 24, "val": 6}, side_px=(128, 170))
+    write_dataset.write_dataset(folder, {"train": 24, "val": 6}, side_px=(128, 170))
     for split in ("train", "val"):
         found = coco.find(folder / f"coco/annotations/instances_{split}.json")
         pack(found, folder / split, samples_per_shard=8)
@@ -135,7 +136,7 @@ def test_every_detector_trains_from_annotations_as_they_are(scenes: Path, root: 
 
 def test_it_is_registered_scored_and_drawn(scenes: Path, root: Path, trained: Job) -> None:
     uri = f"sqlite:///{root / 'mlflow.db'}"
-    server.connect(uri)
+    tracking_server.connect(uri)
     version = registry.resolve("models:/mask@candidate")
     assert version.card.lineage["parent"] == "models:/pico/1"
     result = result_of(trained)

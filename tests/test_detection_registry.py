@@ -30,27 +30,37 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from launch import examine, report
-from pipeline import config
 from pipeline import network as networks
-from pipeline.boxes import draw_boxes
-from pipeline.config import Bound, Gates
-from pipeline.detections import as_results
+from pipeline.coco_results import as_results
+from pipeline.config import (
+    Bound,
+    DetrConfig,
+    Gates,
+    ImageConfig,
+    MaskRcnnConfig,
+    ModelConfig,
+    RetinaNetConfig,
+    dump_config,
+    load_config,
+)
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
-from pipeline.palette import palette
-from pipeline.scenes import layouts
-from pipeline.scenes.compose import NAMES
+from pipeline.job import examine_model, report_page
+from pipeline.pictures.boxes import draw_boxes
+from pipeline.pictures.palette import palette
+from pipeline.scenes import write_dataset
+from pipeline.scenes.compose_scene import NAMES
 from pipeline.shards import coco
 from pipeline.shards.index import ShardSet
-from pipeline.shards.objects import mask
+from pipeline.shards.object_annotations import mask
 from pipeline.shards.pack import pack
-from pipeline.tasks.detect import Detection
-from pipeline.track import export, package, promote, registry, server
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.export import check
-from pipeline.track.export.source import Source
-from pipeline.track.outbox import Outbox
+from pipeline.tasks.detect import DetectionTask
+from pipeline.track import export, tracking_server
+from pipeline.track.export import compare_outputs
+from pipeline.track.export.source import ExportSource
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import model_files, promote, registry
+from pipeline.track.sync.outbox import Outbox
 from pipeline.world import World
 from pvt.detector import Detector
 from tests.model_server import ModelServer, serving
@@ -60,15 +70,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Operation with range is deprecated"),  # MLflow's, about its use of pandas
 ]
 
-IMAGE = config.Image(size=160, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), interpolation="bilinear")
+IMAGE = ImageConfig(size=160, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), interpolation="bilinear")
 SIDES: dict[str, Any] = {"short_side": 160, "long_side": 240}
 ANCHORS: dict[str, Any] = {**SIDES, "pyramid_channels": 32, "max_detections": 12}
 TASKS: dict[str, Any] = {
-    "retinanet": config.RetinaNet(**ANCHORS),
-    "mask_rcnn": config.MaskRcnn(**ANCHORS),
-    "detr": config.Detr(**SIDES, queries=9, width=32, heads=2, encoder_layers=1, decoder_layers=1, feedforward=64),
+    "retinanet": RetinaNetConfig(**ANCHORS),
+    "mask_rcnn": MaskRcnnConfig(**ANCHORS),
+    "detr": DetrConfig(**SIDES, queries=9, width=32, heads=2, encoder_layers=1, decoder_layers=1, feedforward=64),
 }
-MODEL, CONVOLUTIONAL = config.Model(name="pvt_pico"), config.Model(name="test_resnet")
+MODEL, CONVOLUTIONAL = ModelConfig(name="pvt_pico"), ModelConfig(name="test_resnet")
 EXPORTS = {"retinanet": "torch-export", "detr": "onnx"}
 """Of convolutional models, whose graphs take half the time; test_segmentation_registry.py has PVT's."""
 METRICS: dict[str, float | None] = {"box_ap": 0.42, "box_ap50": 0.6}
@@ -81,7 +91,7 @@ CLASSES: list[str] = list(NAMES)
 class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
-        self.client: MlflowClient = server.connect(self.uri, create=True)
+        self.client: MlflowClient = tracking_server.connect(self.uri, create=True)
         self.experiment_id = self.client.create_experiment("e", artifact_location=(folder / "artifacts").as_uri())
 
     def add(
@@ -90,7 +100,7 @@ class Registry:
         network: Detector,
         task: Any,
         metrics: dict[str, float | None],
-        model: config.Model = MODEL,
+        model: ModelConfig = MODEL,
     ) -> str:
         entry = self.folder / f"entry-{name}-{len(list(self.folder.glob('entry-*')))}"
         entry.mkdir()
@@ -99,20 +109,20 @@ class Registry:
         return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=None)
 
 
-def card(weights: Path, task: Any, metrics: dict[str, float | None], model: config.Model = MODEL) -> Card:
-    return Card(
+def card(weights: Path, task: Any, metrics: dict[str, float | None], model: ModelConfig = MODEL) -> ModelCard:
+    return ModelCard(
         task=task,
         model=model,
         image=IMAGE,
         eval_batch_size=1,
         classes=CLASSES,
         metrics=metrics,
-        sha256={WEIGHTS: package.sha256(weights)},
-        lineage={"run": package.sha256(weights)[:32], "step": "8", "data": "d" * 64},
+        sha256={WEIGHTS: model_files.sha256(weights)},
+        lineage={"run": model_files.sha256(weights)[:32], "step": "8", "data": "d" * 64},
     )
 
 
-def random_detector(name: str, seed: int = 0, model: config.Model = MODEL) -> Any:
+def random_detector(name: str, seed: int = 0, model: ModelConfig = MODEL) -> Any:
     """Of random weights, but sure of what it says, as a trained one is."""
     torch.manual_seed(seed)
     task: Any = TASKS[name]
@@ -149,7 +159,7 @@ def models(networks_by_task: dict[str, Detector], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(autouse=True)
 def connected(models: Registry) -> None:
-    server.connect(models.uri)
+    tracking_server.connect(models.uri)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +168,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
     folder = tmp_path_factory.mktemp("scenes")
     made = {}
     for seed, (name, side_px) in enumerate({"same": (160, 160), "other": (120, 300)}.items()):
-        layouts.write(folder / name, {"val": 3}, seed=seed, side_px=side_px)
+        write_dataset.write_dataset(folder / name, {"val": 3}, seed=seed, side_px=side_px)
         pack(coco.find(folder / name / "coco/annotations/instances_val.json"), folder / f"{name}-packed")
         made[name] = ShardSet(folder / f"{name}-packed")
         assert made[name].classes == CLASSES
@@ -224,7 +234,7 @@ def test_low_scores_are_left_out_unless_asked_for(scenes: dict[str, ShardSet]) -
     (every,) = answers_of(model, [data], min_score=0.0)
     scores = every["scores"]
     assert len(scores) == 9 > sum(score >= scores[3] for score in scores)
-    cases: list[tuple[dict[str, float], float]] = [({}, package.MIN_SCORE), ({"min_score": scores[3]}, scores[3])]
+    cases: list[tuple[dict[str, float], float]] = [({}, model_files.MIN_SCORE), ({"min_score": scores[3]}, scores[3])]
     for params, least in cases:
         (answer,) = answers_of(model, [data], **params)
         count = sum(score >= least for score in scores)
@@ -241,7 +251,7 @@ def test_a_version_says_what_it_is(name: str) -> None:
     masks = ["segmentations"] if name == "mask_rcnn" else []
     assert signature.outputs.input_names() == ["boxes", "labels", "scores", *masks]
     (parameter,) = signature.params.params
-    assert (parameter.name, parameter.default) == ("min_score", package.MIN_SCORE)
+    assert (parameter.name, parameter.default) == ("min_score", model_files.MIN_SCORE)
     needed = (version.folder.parent / "requirements.txt").read_text()
     assert "pycocotools==" in needed
     assert ("transformers==" in needed) == (name == "detr")
@@ -249,7 +259,7 @@ def test_a_version_says_what_it_is(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def served(models: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    server.connect(models.uri)
+    tracking_server.connect(models.uri)
     copy = registry.resolve("models:/mask_rcnn/1").folder.parent
     with serving(copy, tmp_path_factory.mktemp("served"), LIMITS) as at:
         yield at
@@ -357,7 +367,7 @@ OPEN = {"onnx": open_onnx, "torch-export": open_torch_export}
 def exported(request: pytest.FixtureRequest, models: Registry, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     name, to = request.param, EXPORTS[request.param]
     network, folder = random_detector(name, model=CONVOLUTIONAL), tmp_path_factory.mktemp(name) / to
-    server.connect(models.uri)
+    tracking_server.connect(models.uri)
     uri = models.add(f"{name}-graph", network, TASKS[name], METRICS, CONVOLUTIONAL)
     return Exported(folder, export.export(uri, to, folder), network, OPEN[to](folder))
 
@@ -463,7 +473,7 @@ def test_weights_are_exported_of_all(name: str, tmp_path: Path) -> None:
     result = export.export(f"models:/{name}/1", "safetensors", tmp_path / "out")
     assert (result["logit_difference"], result["box_difference"]) == (0, 0)
     assert result["predictions"] > 6
-    assert Card.read(tmp_path / "out").task == TASKS[name]
+    assert ModelCard.read(tmp_path / "out").task == TASKS[name]
 
 
 SERVE_IT = "as many regions as the first one has found.*serve it.*safetensors"
@@ -483,19 +493,19 @@ def test_formats_without_a_place_for_it_refuse_by_name(name: str, to: str, why: 
 
 
 def test_the_check_finds_what_differs() -> None:
-    source, images = Source(registry.resolve("models:/retinanet/1")), check.real_images(None)[:2]
+    source, images = ExportSource(registry.resolve("models:/retinanet/1")), compare_outputs.real_images(None)[:2]
     varying = source.varying
 
-    def changed(name: str, by: float) -> check.Opened:
+    def changed(name: str, by: float) -> compare_outputs.OpenedExport:
         other = source.build()
         other.get_parameter(f"head.{name}.bias").add_(by)
-        return check.Opened(source.graph(other))
+        return compare_outputs.OpenedExport(source.graph(other))
 
-    check.check(source, changed("classification_head.cls_logits", 0.0), varying, images, "x")
-    with pytest.raises(check.ExternalError, match="its export to x gives other logits"):
-        check.check(source, changed("classification_head.cls_logits", 0.01), varying, images, "x")
-    with pytest.raises(check.ExternalError, match="its export to x gives other boxes"):
-        check.check(source, changed("regression_head.bbox_reg", 0.01), varying, images, "x")
+    compare_outputs.compare_outputs(source, changed("classification_head.cls_logits", 0.0), varying, images, "x")
+    with pytest.raises(compare_outputs.ExternalError, match="its export to x gives other logits"):
+        compare_outputs.compare_outputs(source, changed("classification_head.cls_logits", 0.01), varying, images, "x")
+    with pytest.raises(compare_outputs.ExternalError, match="its export to x gives other boxes"):
+        compare_outputs.compare_outputs(source, changed("regression_head.bbox_reg", 0.01), varying, images, "x")
 
 
 # Reported
@@ -513,14 +523,14 @@ def report_of(name: str, network: Detector, data: Path, folder: Path) -> Path:
         "train": {"length": "8 steps", "global_batch_size": 2},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    settings = config.load(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
     safetensors.torch.save_file(network.state_dict(), folder / WEIGHTS)
-    Outbox(settings.run.folder).put({WEIGHTS: folder / WEIGHTS}, card(folder / WEIGHTS, TASKS[name], METRICS))
-    (settings.run.folder / "config.yaml").write_text(config.dump(settings))
+    Outbox(config.run.folder).put({WEIGHTS: folder / WEIGHTS}, card(folder / WEIGHTS, TASKS[name], METRICS))
+    (config.run.folder / "config.yaml").write_text(dump_config(config))
     scores = {f"{kind}_{part}": 0.1 for kind in ("box", "mask") for part in ("ap", "ap50", "ap75", "ap_small", "ar100")}
     readings = [{"step": 2, "time": 1.7e9, "loss": 3.0}, {"step": 8, "time": 1.7e9, **scores, "box_ap": 0.42}]
-    (settings.run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in readings))
-    return settings.run.folder
+    (config.run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in readings))
+    return config.run.folder
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
@@ -530,15 +540,15 @@ def test_a_report_has_the_precisions_and_shows_what_was_found(
     network, shards = networks_by_task[name], scenes["same"]
     data = Path(shards.url(0)).parent
     folder = report_of(name, network, data, tmp_path)
-    page = parse(report.write(folder, tmp_path / "page.html", samples=True))
-    metric = Detection(network, CLASSES).metric()
+    page = parse(report_page.write_report(folder, tmp_path / "page.html", samples=True))
+    metric = DetectionTask(network, CLASSES).metric()
     wanted, num_found = dict.fromkeys(CLASSES, 0), []
     for batch in EvalFeed(shards, World(), IMAGE, task=TASKS[name], batch_size=1):
         (detections,), (truth,) = network(batch.images, batch.extents), batch.targets
         metric.update([detections], [truth], batch.weights)
         for entry in truth.annotations:
             wanted[CLASSES[entry["label"]]] += not entry["iscrowd"]
-        num_found.append(int((detections.scores >= examine.MIN_SCORE).sum()))
+        num_found.append(int((detections.scores >= examine_model.MIN_SCORE).sum()))
     scores = metric.result(World())
     section = page.section("classes")
     lines = section.all("table", "precision")[0].all("tbody")[0].all("tr")
@@ -559,7 +569,7 @@ def test_a_report_has_the_precisions_and_shows_what_was_found(
     assert max(next(iter(pictures.values())).size) == 340
     told = page.section("inside-the-network").all("p", "picture-about")
     assert [int(each.text.rpartition(": ")[2]) for each in told if "objects" in each.text] == num_found
-    bare = images_of(parse(report.write(folder, tmp_path / "bare.html")).section("inside-the-network"))
+    bare = images_of(parse(report_page.write_report(folder, tmp_path / "bare.html")).section("inside-the-network"))
     assert {alt.partition(" of ")[0] for alt in bare} == {f"stage {number}" for number in (1, 2, 3, 4)}
 
 

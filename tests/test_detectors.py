@@ -59,10 +59,10 @@ def scenes() -> tuple[Tensor, list[Extent], list[Objects]]:
     return images, EXTENTS, [objects(num, extent) for num, extent in zip((4, 2, 0), EXTENTS, strict=True)]
 
 
-def network(name: str, model: str = "pvt_pico", **settings: Any) -> Any:
+def network(name: str, model: str = "pvt_pico", **config: Any) -> Any:
     """A small detector in training mode that draws nothing at random: it takes all that heads would sample from."""
     torch.manual_seed(0)
-    made = SMALL[name](backbone(model, 64), NUM_CLASSES, **settings)
+    made = SMALL[name](backbone(model, 64), NUM_CLASSES, **config)
     if isinstance(made, MaskRcnn):
         made.rpn.fg_bg_sampler.batch_size_per_image = 1_000_000
         made.roi_heads.fg_bg_sampler.batch_size_per_image = 1_000_000
@@ -486,8 +486,8 @@ def test_recomputing_activations_changes_nothing(name: str) -> None:
 
 @small
 def test_samplers_and_dropout_draw_from_torchs_generator(name: str) -> None:
-    settings: dict[str, Any] = {"dropout": 0.1} if name == "detr" else {}
-    detector = network(name, **settings)
+    config: dict[str, Any] = {"dropout": 0.1} if name == "detr" else {}
+    detector = network(name, **config)
     if isinstance(detector, MaskRcnn):
         detector.rpn.fg_bg_sampler.batch_size_per_image = 32
     draws = []

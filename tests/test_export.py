@@ -33,17 +33,18 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PvtForImageClassification
 
 import pvt  # noqa: F401 - registers its models with timm
-from launch import command
-from launch import registry as launch_registry
-from pipeline import config
+from pipeline import cli
+from pipeline.commands import registry as launch_registry
+from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.augment import evaluation_views
-from pipeline.feed.pixels import Finisher
+from pipeline.feed.image_ops import Finisher
 from pipeline.shards.index import ShardSet
-from pipeline.track import copies, export, package, registry, server
-from pipeline.track.card import RAW, WEIGHTS, Card
-from pipeline.track.export import check, to_timm, to_transformers
-from pipeline.track.export.source import Source
+from pipeline.track import export, tracking_server
+from pipeline.track.export import compare_outputs, to_timm, to_transformers
+from pipeline.track.export.source import ExportSource
+from pipeline.track.model_card import RAW, WEIGHTS, ModelCard
+from pipeline.track.registry import model_cache, model_files, registry
 from tests.ranks import ROOT
 
 # MLflow's, about its use of pandas.
@@ -57,7 +58,7 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
-        self.client: MlflowClient = server.connect(self.uri, create=True)
+        self.client: MlflowClient = tracking_server.connect(self.uri, create=True)
         self.experiment_id = self.client.create_experiment("e", artifact_location=(folder / "artifacts").as_uri())
 
     def add(self, name: str, model: str, *, averaged: bool = False, **image: Any) -> str:
@@ -66,15 +67,15 @@ class Models:
         weight_files = (WEIGHTS, RAW) if averaged else (WEIGHTS,)
         for seed, file in enumerate(weight_files):
             safetensors.torch.save_file(weights(model, image["size"], seed), entry / file)
-        Card(
-            task=config.Classification(),
-            model=config.Model(name=model, drop_path_rate=0.1),
-            image=config.Image(**image),
+        ModelCard(
+            task=ClassificationConfig(),
+            model=ModelConfig(name=model, drop_path_rate=0.1),
+            image=ImageConfig(**image),
             eval_batch_size=8,
             classes=CLASSES,
             averaged=averaged,
             metrics={},
-            sha256={file: package.sha256(entry / file) for file in weight_files},
+            sha256={file: model_files.sha256(entry / file) for file in weight_files},
             lineage={"run": hashlib.sha256(name.encode()).hexdigest()[:32], "step": "1"},
         ).write(entry)
         return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=None)
@@ -113,8 +114,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(autouse=True)
 def connected(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(copies.VARIABLE, str(models.folder / "cache"))
-    server.connect(models.uri)
+    monkeypatch.setenv(model_cache.VARIABLE, str(models.folder / "cache"))
+    tracking_server.connect(models.uri)
 
 
 PICO = "models:/pico/1"
@@ -136,19 +137,19 @@ def exported(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported
     return export_once
 
 
-def ours(uri: str) -> Source:
-    return Source(registry.resolve(uri))
+def ours(uri: str) -> ExportSource:
+    return ExportSource(registry.resolve(uri))
 
 
-def digit_pixels(source: Source, digits: Path, count: int) -> Tensor:
-    return torch.stack([source.pixels(image) for image in check.real_images(str(digits / "val"))[:count]])
+def digit_pixels(source: ExportSource, digits: Path, count: int) -> Tensor:
+    return torch.stack([source.pixels(image) for image in compare_outputs.real_images(str(digits / "val"))[:count]])
 
 
 # Each target, opened without our code
 
 
 def open_safetensors(folder: Path, size: int) -> Callable[[Tensor], Tensor]:
-    network = create(Card.read(folder).model.name, size)
+    network = create(ModelCard.read(folder).model.name, size)
     network.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     return network
 
@@ -205,7 +206,7 @@ def test_every_target_computes_the_same(to: str, exported: Exported, digits: Pat
     assert str(folder) in result["open"]
     files = {path.name: path for path in folder.iterdir()}
     assert {each["file"]: each["sha256"] for each in result["files"]} == {
-        name: package.sha256(path) for name, path in files.items()
+        name: model_files.sha256(path) for name, path in files.items()
     }
     probe = tmp_path / "probe"
     probe.touch()
@@ -217,7 +218,7 @@ def test_safetensors_are_the_registered_files(tmp_path: Path) -> None:
     result = export.export(PICO, "safetensors", tmp_path / "out")
     version = registry.resolve(PICO)
     assert {each["file"]: each["sha256"] for each in result["files"]} == {
-        name: package.sha256(version.folder / name) for name in ("model.json", WEIGHTS, RAW)
+        name: model_files.sha256(version.folder / name) for name in ("model.json", WEIGHTS, RAW)
     }
 
 
@@ -226,7 +227,7 @@ def test_timm_reads_labels_and_preprocessing_from_the_folder(models: Models, tmp
     export.export(uri, "timm", tmp_path / "out")
     network: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert network.pretrained_cfg["label_names"] == CLASSES
-    source, images = ours(uri), check.real_images(None)
+    source, images = ours(uri), compare_outputs.real_images(None)
     transform: Any = create_transform(**resolve_model_data_config(network))
     pixels = torch.stack([source.pixels(image) for image in images])
     assert torch.equal(torch.stack([transform(image) for image in images]), pixels)
@@ -285,20 +286,20 @@ def test_graphs_hold_no_pickle_and_no_paths(exported: Exported, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def photographs() -> list[Image.Image]:
-    return check.real_images(None)
+    return compare_outputs.real_images(None)
 
 
-def view(source: Source, image: Image.Image, shift: tuple[int, int] = (0, 0)) -> Tensor:
+def view(source: ExportSource, image: Image.Image, shift: tuple[int, int] = (0, 0)) -> Tensor:
     """What evaluation shows to the network in training, or that moved down and right."""
-    settings = source.card.image
-    views = evaluation_views(settings, settings.size, np.array([[image.height, image.width]]))
+    config = source.card.image
+    views = evaluation_views(config, config.size, np.array([[image.height, image.width]]))
     views.corner[0] += np.array(shift, np.int32)
-    out = torch.empty(1, 3, settings.size, settings.size)
-    Finisher(settings, torch.device("cpu")).finish_window(torch.from_numpy(np.array(image)), views, out)
+    out = torch.empty(1, 3, config.size, config.size)
+    Finisher(config, torch.device("cpu")).finish_window(torch.from_numpy(np.array(image)), views, out)
     return out[0]
 
 
-def levels(source: Source, one: Tensor, other: Tensor) -> float:
+def levels(source: ExportSource, one: Tensor, other: Tensor) -> float:
     return (255 * torch.tensor(source.card.image.std)[:, None, None] * (one - other).abs()).max().item()
 
 
@@ -331,34 +332,38 @@ def left(folder: Path) -> list[str]:
 
 
 def test_the_check_finds_a_weight_that_differs(tmp_path: Path) -> None:
-    source, images = ours(PICO), check.real_images(None)
+    source, images = ours(PICO), compare_outputs.real_images(None)
     assert to_transformers.write(source, tmp_path) == {"batch": "any"}
-    check.check(source, to_transformers.load(source, tmp_path), {"batch": "any"}, images, "transformers")
+    compare_outputs.compare_outputs(
+        source, to_transformers.load(source, tmp_path), {"batch": "any"}, images, "transformers"
+    )
     state = safetensors.torch.load_file(tmp_path / WEIGHTS)
     state["pvt.encoder.block.2.0.attention.self.value.weight"][0, 0] += 1
     safetensors.torch.save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ExternalError, match=r"its export to transformers gives other logits.*nothing was written"):
-        check.check(source, to_transformers.load(source, tmp_path), {"batch": "any"}, images, "transformers")
+        compare_outputs.compare_outputs(
+            source, to_transformers.load(source, tmp_path), {"batch": "any"}, images, "transformers"
+        )
 
 
 def test_the_check_finds_not_a_number_and_other_pixels(tmp_path: Path) -> None:
-    source, images = ours(PICO), check.real_images(None)
-    nan = check.Opened(lambda batch: source.network(batch) * torch.nan)
+    source, images = ours(PICO), compare_outputs.real_images(None)
+    nan = compare_outputs.OpenedExport(lambda batch: source.network(batch) * torch.nan)
     with pytest.raises(ExternalError, match="other logits: they differ by up to inf"):
-        check.check(source, nan, {"batch": "any"}, images, "x")
-    darker = check.Opened(source.network, lambda image: source.pixels(image) - 0.06)  # 3.8 grey levels
+        compare_outputs.compare_outputs(source, nan, {"batch": "any"}, images, "x")
+    darker = compare_outputs.OpenedExport(source.network, lambda image: source.pixels(image) - 0.06)  # 3.8 grey levels
     with pytest.raises(ExternalError, match="prepares images otherwise"):
-        check.check(source, darker, {"batch": "any"}, images, "x")
-    fixed = check.Opened(lambda batch: source.network(batch[..., :32, :32]))
-    check.check(source, fixed, {"batch": "any"}, images, "x")
+        compare_outputs.compare_outputs(source, darker, {"batch": "any"}, images, "x")
+    fixed = compare_outputs.OpenedExport(lambda batch: source.network(batch[..., :32, :32]))
+    compare_outputs.compare_outputs(source, fixed, {"batch": "any"}, images, "x")
     with pytest.raises(ExternalError, match="other logits"):
-        check.check(source, fixed, VARYING, images, "x")
+        compare_outputs.compare_outputs(source, fixed, VARYING, images, "x")
 
 
 def test_a_crippled_export_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = to_timm.write
 
-    def damaged(source: Source, folder: Path) -> dict[str, str]:
+    def damaged(source: ExportSource, folder: Path) -> dict[str, str]:
         varying = write(source, folder)
         state = safetensors.torch.load_file(folder / WEIGHTS)
         state["head.bias"][3] += 0.01
@@ -399,7 +404,7 @@ def test_networks_that_are_built_for_no_size(models: Models, tmp_path: Path) -> 
         export.export(uri, "timm", tmp_path / "timm")
         opened = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
         torch.testing.assert_close(opened(pixels), expected, rtol=0, atol=1e-4)
-    photo = check.real_images(None)[0].resize((64, 64))
+    photo = compare_outputs.real_images(None)[0].resize((64, 64))
     answer = served_alone(version, photo)
     expected = network(ours(uri).pixels(photo)[None]).softmax(dim=1)[0]
     assert answer["scores"] == pytest.approx(expected.sort(descending=True).values[:5].tolist(), abs=1e-5)
@@ -476,7 +481,7 @@ def test_the_command_prints_what_it_wrote(
     arguments = ["export", PICO, "--to", "timm", "--out", str(tmp_path / "out"), "--tracking-uri", models.uri]
     monkeypatch.setattr(sys, "argv", ["registry.py", *arguments])
     with pytest.raises(SystemExit) as ending:
-        command.run(launch_registry.main)
+        cli.run(launch_registry.main)
     out, err = capfd.readouterr()
     result = json.loads(out)
     assert ending.value.code == 0

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from timm.data.mixup import Mixup
 
-from pipeline import config, keys
-from pipeline.config import Config
-from pipeline.feed import mix
+from pipeline import keys
+from pipeline.config import Config, ImageConfig, MixConfig, load_config
+from pipeline.feed import mixup
+from pipeline.feed.image_stream import tensors_in
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
-from pipeline.feed.recipe import MaskTarget
-from pipeline.feed.stream import tensors_in
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.keys import Stream
-from pipeline.shards import adopt
+from pipeline.shards import index_tars
 from pipeline.shards.index import Manifest, ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
@@ -37,51 +37,51 @@ from tests.servers import FaultyServer
 Make = Callable[..., Config]
 
 
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_a_lane_is_timms_mixup_of_a_batch(mixup: float, cutmix: float) -> None:
-    settings = config.Mix(mixup_alpha=mixup, cutmix_alpha=cutmix, prob=0.9, label_smoothing=0.1)
+@pytest.mark.parametrize(("mixup_alpha", "cutmix_alpha"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_a_lane_is_timms_mixup_of_a_batch(mixup_alpha: float, cutmix_alpha: float) -> None:
+    config = MixConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha, prob=0.9, label_smoothing=0.1)
     images, labels = torch.randn(2, 3, 24, 32), torch.tensor([3, 7])
     kinds = set()
     for lane in range(60):
         key = keys.key(5, Stream.MIX, 0, np.array([lane]))
-        blends = mix.draw(settings, key, 24, 32)[np.array([0, 0])]
+        blends = mixup.draw(config, key, 24, 32)[np.array([0, 0])]
         # timm draws from numpy's global generator; let it draw from this lane's.
         rng = keys.generator(key[0])
         with mock.patch.multiple("numpy.random", rand=rng.random, beta=rng.beta, randint=rng.integers):
-            theirs = Mixup(mixup, cutmix, prob=0.9, label_smoothing=0.1, num_classes=10)
+            theirs = Mixup(mixup_alpha, cutmix_alpha, prob=0.9, label_smoothing=0.1, num_classes=10)
             expected, targets = theirs(images.clone(), labels)
-        torch.testing.assert_close(mix.mix_images(images, blends), expected)
-        torch.testing.assert_close(mix.mix_targets(mix.soft_targets(labels, 10, 0.1), blends), targets)
+        torch.testing.assert_close(mixup.mix_images(images, blends), expected)
+        torch.testing.assert_close(mixup.mix_targets(mixup.soft_targets(labels, 10, 0.1), blends), targets)
         kinds.add("cutmix" if blends.box.any() else "mixup" if blends.label_weight[0] < 1 else "none")
-    assert kinds >= {"none"} | ({"mixup"} if mixup else set()) | ({"cutmix"} if cutmix else set())
+    assert kinds >= {"none"} | ({"mixup"} if mixup_alpha else set()) | ({"cutmix"} if cutmix_alpha else set())
 
 
 Consumed = dict[tuple[int, int], tuple[int, bytes, bytes, bytes]]
 
 
-def consume(settings: Config, world_size: int, first_step: int, steps: int, quarantine: Path | None = None) -> Consumed:
+def consume(config: Config, world_size: int, first_step: int, steps: int, quarantine: Path | None = None) -> Consumed:
     """What all ranks of a world consume, one after the other."""
-    shards = ShardSet(*settings.data.train_paths)
+    shards = ShardSet(*config.data.train_paths)
     consumed: Consumed = {}
     for rank in range(world_size):
-        found = consume_rank(settings, shards, World(rank, world_size), first_step, steps, quarantine)
+        found = consume_rank(config, shards, World(rank, world_size), first_step, steps, quarantine)
         assert consumed.keys().isdisjoint(found)
         consumed |= found
     return consumed
 
 
 def consume_rank(
-    settings: Config, shards: ShardSet, world: World, first_step: int, steps: int, quarantine: Path | None = None
+    config: Config, shards: ShardSet, world: World, first_step: int, steps: int, quarantine: Path | None = None
 ) -> Consumed:
     """(step, position) of every weighing sample to its id, pixels, target and drop-path mask."""
     consumed: Consumed = {}
     feed = TrainFeed(
-        settings,
+        config,
         shards,
         world,
         first_step=first_step,
         drop_path_rates=[0.0, 0.1, 0.2, 0.3, 0.4],
-        quarantine=Quarantine(shards, quarantine, settings.data.max_bad_fraction),
+        quarantine=Quarantine(shards, quarantine, config.data.max_bad_fraction),
     )
     with contextlib.closing(feed):
         for step in range(first_step, first_step + steps):
@@ -99,23 +99,25 @@ def consume_rank(
 def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Consumed:
     from tests.conftest import write_config
 
-    settings = config.load(write_config(digits, tmp_path_factory.mktemp("reference")))
-    consumed = consume(settings, 1, 28, 3)  # an epoch has 29 steps, so this crosses into the next
+    config = load_config(write_config(digits, tmp_path_factory.mktemp("reference")))
+    consumed = consume(config, 1, 28, 3)  # an epoch has 29 steps, so this crosses into the next
     assert len(consumed) == 3 * 48
     return consumed
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 10), (2, None), (3, 4), (4, 8), (5, None), (7, 6), (12, 2)])
-def test_every_world_is_fed_the_same(settings: Make, reference: Consumed, world_size: int, micro: int | None) -> None:
-    other = settings(f"train.micro_batch_size={'null' if micro is None else micro}", "data.prefetch=3")
+def test_every_world_is_fed_the_same(
+    make_config: Make, reference: Consumed, world_size: int, micro: int | None
+) -> None:
+    other = make_config(f"train.micro_batch_size={'null' if micro is None else micro}", "data.prefetch=3")
     assert consume(other, world_size, 28, 3) == reference
 
 
-def test_seeking_gives_what_walking_gives(settings: Make, reference: Consumed) -> None:
-    assert consume(settings(), 2, 30, 1) == {where: what for where, what in reference.items() if where[0] == 30}
+def test_seeking_gives_what_walking_gives(make_config: Make, reference: Consumed) -> None:
+    assert consume(make_config(), 2, 30, 1) == {where: what for where, what in reference.items() if where[0] == 30}
 
 
-def test_pixels_belong_to_their_ids(tmp_path: Path, settings: Make) -> None:
+def test_pixels_belong_to_their_ids(tmp_path: Path, make_config: Make) -> None:
     # Each image is one flat grey that says its number, so that the tensors themselves tell which sample they are.
     for number in range(60):
         path = tmp_path / "images" / "grey" / f"{number:02d}.png"
@@ -123,7 +125,7 @@ def test_pixels_belong_to_their_ids(tmp_path: Path, settings: Make) -> None:
         Image.new("RGB", (40, 40), (4 * number,) * 3).save(path)
     pack(tmp_path / "images", tmp_path / "packed", samples_per_shard=7)
     shards = ShardSet(tmp_path / "packed")
-    plain = settings("mix={}", "train.global_batch_size=12")
+    plain = make_config("mix={}", "train.global_batch_size=12")
     feed = TrainFeed(plain, shards, World())
     for _ in range(5):
         (batch,) = feed.next()
@@ -133,9 +135,9 @@ def test_pixels_belong_to_their_ids(tmp_path: Path, settings: Make) -> None:
     feed.close()
 
 
-def test_drop_path_masks_keep_at_their_rates(settings: Make) -> None:
+def test_drop_path_masks_keep_at_their_rates(make_config: Make) -> None:
     rates = [0.0, 0.1, 0.5]
-    feed = TrainFeed(settings(), ShardSet(*settings().data.train_paths), World(), drop_path_rates=rates)
+    feed = TrainFeed(make_config(), ShardSet(*make_config().data.train_paths), World(), drop_path_rates=rates)
     plans = [feed.plan(number).drop_path for number in range(100)]
     masks = np.concatenate([mask for mask in plans if mask is not None], axis=1)
     assert masks.shape == (3, 100 * 48)
@@ -149,7 +151,7 @@ def test_drop_path_masks_keep_at_their_rates(settings: Make) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_evaluation_takes_every_sample_once(digits: Path, world_size: int) -> None:
-    shards, image = ShardSet(digits / "val"), config.Image(size=32)
+    shards, image = ShardSet(digits / "val"), ImageConfig(size=32)
     taken: list[int] = []
     for rank in range(world_size):
         batches = list(EvalFeed(shards, World(rank, world_size), image, batch_size=50))
@@ -170,26 +172,26 @@ FULL = ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.25"]
         (["augment.color_jitter=0.4", "augment.crop=plain", "augment.erase_prob=0.5", "augment.erase_mode=const"], 4),
     ],
 )
-def test_every_recipe_is_fed_the_same_on_every_world(settings: Make, overrides: list[str], world_size: int) -> None:
-    lone = consume(settings(*overrides), 1, 27, 4)
-    assert consume(settings(*overrides, "train.micro_batch_size=6"), world_size, 27, 4) == lone
+def test_every_recipe_is_fed_the_same_on_every_world(make_config: Make, overrides: list[str], world_size: int) -> None:
+    lone = consume(make_config(*overrides), 1, 27, 4)
+    assert consume(make_config(*overrides, "train.micro_batch_size=6"), world_size, 27, 4) == lone
     ids = [sample_id for (step, _), (sample_id, *_) in lone.items() if step == 27]
     assert len(ids) == 48
     assert len(set(ids)) == (24 if "data.copies=3" in overrides else 48)  # two draws and their copies in a share of 4
     assert len({pixels for _, pixels, *_ in lone.values()}) == len(lone)
 
 
-def test_a_resolution_schedule_changes_the_size_at_its_step(settings: Make) -> None:
-    scheduled = settings("train.length=40 steps", "augment.image_size={2 steps: 16, 10 %: 48}")
+def test_a_resolution_schedule_changes_the_size_at_its_step(make_config: Make) -> None:
+    scheduled = make_config("train.length=40 steps", "augment.image_size={2 steps: 16, 10 %: 48}")
     feed = TrainFeed(scheduled, ShardSet(*scheduled.data.train_paths), World())
     shapes = [feed.next()[0].images.shape[2:] for _ in range(6)]
     feed.close()
     assert shapes == [(32, 32), (32, 32), (16, 16), (16, 16), (48, 48), (48, 48)]
 
 
-def test_a_mixture_feeds_both_data_sets(settings: Make, digits: Path) -> None:
+def test_a_mixture_feeds_both_data_sets(make_config: Make, digits: Path) -> None:
     both = [{"path": str(digits / "train"), "weight": 3}, {"path": str(digits / "val"), "weight": 1}]
-    mixed = settings(f"data.train={json.dumps(both)}", "augment.crop=center")
+    mixed = make_config(f"data.train={json.dumps(both)}", "augment.crop=center")
     consumed = consume(mixed, 1, 0, 10)
     assert consume(mixed, 5, 0, 10) == consumed
     from_train = np.mean([sample_id < 1437 for sample_id, *_ in consumed.values()])
@@ -239,9 +241,9 @@ BAD = {3, 90, 91, 1000, 1199, 607, 608, 609, 1200, 1201}  # as ids: shards hold 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(3, 4), (5, 6)])
 def test_damaged_samples_are_replaced_the_same_on_every_world(
-    settings: Make, damaged: Path, tmp_path: Path, digits: Path, world_size: int, micro: int
+    make_config: Make, damaged: Path, tmp_path: Path, digits: Path, world_size: int, micro: int
 ) -> None:
-    allowed = settings(f"data.train={damaged}", "data.max_bad_fraction=0.01")
+    allowed = make_config(f"data.train={damaged}", "data.max_bad_fraction=0.01")
     quarantine = tmp_path / "quarantine.jsonl"
     lone = consume(allowed, 1, 0, 30, quarantine)
     assert BAD.isdisjoint(sample_id for sample_id, *_ in lone.values())
@@ -255,12 +257,12 @@ def test_damaged_samples_are_replaced_the_same_on_every_world(
     assert all(line["key"] == shards.key(line["shard"], line["row"]) for line in found)
     assert all(line["tar"].endswith(f"shard-{line['shard']:06d}.tar") for line in found)
     # Elsewhere, with nothing known, with everything known, and from the middle on.
-    other = settings(f"data.train={damaged}", "data.max_bad_fraction=0.01", f"train.micro_batch_size={micro}")
+    other = make_config(f"data.train={damaged}", "data.max_bad_fraction=0.01", f"train.micro_batch_size={micro}")
     assert consume(other, world_size, 0, 30, tmp_path / "other.jsonl") == lone
     later = {where: what for where, what in lone.items() if where[0] >= 13}
     assert consume(other, world_size, 13, 17, quarantine) == later
     # Nothing shifts: all other positions are as without the damage.
-    whole = consume(settings(), 1, 0, 30)
+    whole = consume(make_config(), 1, 0, 30)
     mixed_with = {(step, position ^ 1) for (step, position), (sample_id, *_) in whole.items() if sample_id in BAD}
     for where, (sample_id, *tensors) in whole.items():
         if sample_id in BAD:
@@ -275,9 +277,9 @@ def test_what_is_fed_is_a_function_of_the_files_and_the_views(tmp_path: Path) ->
     assert indexed["replaced"] > 20
 
 
-def test_the_way_of_a_gpu_makes_the_same_batches(settings: Make) -> None:
+def test_the_way_of_a_gpu_makes_the_same_batches(make_config: Make) -> None:
     # Everything but CUDA's own: DALI resizes, a batch is finished and mixed at a time, in the feed's thread.
-    mixed = settings("augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.5", "mix.cutmix_alpha=1.0")
+    mixed = make_config("augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.5", "mix.cutmix_alpha=1.0")
     shards = ShardSet(*mixed.data.train_paths)
     usual, other = (TrainFeed(mixed, shards, World(), drop_path_rates=[0.1, 0.2]) for _ in range(2))
     stream = other._stream
@@ -295,8 +297,8 @@ def test_the_way_of_a_gpu_makes_the_same_batches(settings: Make) -> None:
                 assert torch.equal(getattr(made, name), getattr(expected, name)), name
 
 
-def test_all_tensors_of_a_batch_are_handed_over(settings: Make) -> None:
-    feed = TrainFeed(settings(), ShardSet(*settings().data.train_paths), World())
+def test_all_tensors_of_a_batch_are_handed_over(make_config: Make) -> None:
+    feed = TrainFeed(make_config(), ShardSet(*make_config().data.train_paths), World())
     batch = feed.blank(0)[0]
     feed.close()
     objects = [Objects(torch.ones(2, 4), torch.ones(2), torch.ones(2, 8, 8)), Objects(torch.ones(0, 4), torch.ones(0))]
@@ -312,9 +314,9 @@ def test_all_tensors_of_a_batch_are_handed_over(settings: Make) -> None:
         assert [id(tensor) for tensor in found] == list(map(id, [made.images, *inside, made.weights, drop_path]))
 
 
-def test_too_many_damaged_samples_stop_the_run_with_a_list(settings: Make, damaged: Path) -> None:
+def test_too_many_damaged_samples_stop_the_run_with_a_list(make_config: Make, damaged: Path) -> None:
     with pytest.raises(TooManyBadSamplesError, match=r"more than data.max_bad_fraction allows \(4\)") as caught:
-        consume(settings(f"data.train={damaged}", "data.max_bad_fraction=0.003"), 1, 0, 30)
+        consume(make_config(f"data.train={damaged}", "data.max_bad_fraction=0.003"), 1, 0, 30)
     assert str(caught.value).count("shard-00000") == 5
 
 
@@ -323,17 +325,17 @@ def test_evaluation_counts_damaged_samples_without_weight(damaged: Path) -> None
     for world_size in (1, 3):
         taken: list[int] = []
         for rank in range(world_size):
-            for batch in EvalFeed(shards, World(rank, world_size), config.Image(size=32), batch_size=50):
+            for batch in EvalFeed(shards, World(rank, world_size), ImageConfig(size=32), batch_size=50):
                 taken += batch.samples.id[batch.weights.numpy() > 0].tolist()
         assert sorted(taken) == sorted(set(range(1437)) - BAD)
 
 
-def test_remote_shards_feed_the_same(settings: Make, reference: Consumed, digits: Path, tmp_path: Path) -> None:
+def test_remote_shards_feed_the_same(make_config: Make, reference: Consumed, digits: Path, tmp_path: Path) -> None:
     with FaultyServer(digits) as server:
         # Every tenth answer fails, in a way of its own each time.
         for fault in ("500", "reset", "cut", "short"):
             server.spoil(fault, times=2, match=".tar")
-        remote = settings("data.train=URL")
+        remote = make_config("data.train=URL")
         cache = Cache(tmp_path / "cache", 10**9)
         for ranks in (1, 3):
             consumed: Consumed = {}
@@ -349,9 +351,9 @@ def test_remote_shards_feed_the_same(settings: Make, reference: Consumed, digits
     assert expected <= {path.name for path in cache.folder.iterdir()}
 
 
-def test_what_is_left_of_200_damaged_files_can_be_trained_on(settings: Make, tmp_path: Path) -> None:
+def test_what_is_left_of_200_damaged_files_can_be_trained_on(make_config: Make, tmp_path: Path) -> None:
     damage = build(tmp_path / "damage")
-    adopt.index(str(damage.shards), tmp_path / "index", skip_bad=True, decode=False)
+    index_tars.index_tars(str(damage.shards), tmp_path / "index", skip_bad=True, decode=False)
     pack(damage.images, tmp_path / "packed", classes=list(CLASSES), skip_bad=True)
     shards = ShardSet(tmp_path / "index")
     keys_of = {
@@ -359,7 +361,7 @@ def test_what_is_left_of_200_damaged_files_can_be_trained_on(settings: Make, tmp
     }
     assert set(keys_of.values()) == damage.good_keys | damage.hidden_keys
     for data, bad in ((tmp_path / "index", damage.hidden_keys), (tmp_path / "packed", set())):
-        allowed = settings(f"data.train={data}", "data.max_bad_fraction=0.1", "train.global_batch_size=24")
+        allowed = make_config(f"data.train={data}", "data.max_bad_fraction=0.1", "train.global_batch_size=24")
         quarantine = tmp_path / f"{data.name}.jsonl"
         steps = 2 * (len(ShardSet(data)) // 24)
         lone = consume(allowed, 1, 0, steps, quarantine)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline import config
+from pipeline.config import ModelConfig
 from pipeline.errors import InputError
 from pipeline.tasks.classify import build_model
 from pipeline.tasks.pretrained import load_pretrained
@@ -16,7 +16,7 @@ from pipeline.tasks.pretrained import load_pretrained
 
 def network(name: str = "pvt_pico", size: int = 32, classes: int = 10, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return build_model(config.Model(name=name), size, classes).eval()
+    return build_model(ModelConfig(name=name), size, classes).eval()
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "vit_tiny_patch16_224"])

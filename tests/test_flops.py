@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import config, flops, network
+from pipeline import flops, network
+from pipeline.config import ClassificationConfig, ModelConfig
 from pipeline.train.meters import Utilisation
 
 
 @pytest.mark.parametrize(("model", "gmacs"), [("pvt_tiny", 1.9), ("pvt_large", 9.8), ("resnet50", 4.1)])
 def test_counts_what_papers_count(model: str, gmacs: float) -> None:
-    counted = network.training_flops(config.Classification(), config.Model(name=model), 224, 1000)
+    counted = network.training_flops(ClassificationConfig(), ModelConfig(name=model), 224, 1000)
     assert counted / 3 / 2 / 1e9 == pytest.approx(gmacs, abs=0.06)
 
 

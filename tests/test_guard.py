@@ -7,15 +7,15 @@ import statistics
 
 import pytest
 
-from pipeline import config
+from pipeline.config import GuardConfig
 from pipeline.errors import ExternalError
 from pipeline.train.guard import Anomaly, Diverged, Guard
 
 CHANCE = math.log(1000)
 
 
-def make(chance: float | None = CHANCE, **settings: float) -> Guard:
-    return Guard(config.Guard.model_validate(settings), chance)
+def make(chance: float | None = CHANCE, **config: float) -> Guard:
+    return Guard(GuardConfig.model_validate(config), chance)
 
 
 def noisy(mean: float, count: int, spread: float = 0.1, seed: int = 0) -> list[float]:

@@ -16,15 +16,15 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
-from launch import handoff
-from launch.handoff import Claim
-from pipeline import config
+from pipeline.config import Bound, ClassificationConfig, HandoffConfig, ImageConfig, ModelConfig, load_config
 from pipeline.errors import InputError
+from pipeline.job import handoff
+from pipeline.job.handoff import Claim
 from pipeline.shards.pack import pack
-from pipeline.track import server
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.outbox import Outbox
-from pipeline.track.record import MAIN_METRIC, Record
+from pipeline.track import tracking_server
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.sync.outbox import Outbox
+from pipeline.track.sync.record import MAIN_METRIC, Record
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT, start
 
@@ -204,7 +204,7 @@ def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refus
 def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path, entries: str, message: str) -> None:
     entries = entries.replace("CHILD", str(jobs / "child.yaml"))
     with pytest.raises(InputError, match=message):
-        handoff.check(config.load(jobs / "parent.yaml", [f"handoff={entries}"]))
+        handoff.check_handoffs(load_config(jobs / "parent.yaml", [f"handoff={entries}"]))
 
 
 def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,9 +227,11 @@ def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, m
     assert [each["run"] for each in done["children"]] == [str(folder.parent / "tiny-child")]
     (command,) = commands
     overrides = [word for before, word in itertools.pairwise(command) if before == "--set"]
-    started = config.load(child, overrides)
+    started = load_config(child, overrides)
     assert started.run.folder == folder.parent / "tiny-child"
-    assert server.tracking_uri(started.tracking.uri, started.run.root) == f"sqlite:///{folder.parent}/mlflow.db"
+    assert (
+        tracking_server.tracking_uri(started.tracking.uri, started.run.root) == f"sqlite:///{folder.parent}/mlflow.db"
+    )
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -237,10 +239,10 @@ def offer(folder: Path, step: int, uri: str | None = None, **metrics: float | No
     """A version of the run in `folder`, registered as `uri`."""
     weights = folder / "weights"
     weights.write_bytes(b"%d" % step)
-    card = Card(
-        task=config.Classification(),
-        model=config.Model(name="pvt_pico"),
-        image=config.Image(),
+    card = ModelCard(
+        task=ClassificationConfig(),
+        model=ModelConfig(name="pvt_pico"),
+        image=ImageConfig(),
         eval_batch_size=1,
         classes=["a"],
         metrics=metrics,
@@ -259,8 +261,8 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
         offer(tmp_path, step, top1=top1, val_loss=val_loss)
 
     def chosen(most: float, keep_best: int) -> str | None:
-        gate = {"val_loss": config.Bound(max=most)}
-        return handoff._choose(tmp_path, config.Handoff(config="c.yaml", gate=gate), keep_best)[0]
+        gate = {"val_loss": Bound(max=most)}
+        return handoff._choose(tmp_path, HandoffConfig(config="c.yaml", gate=gate), keep_best)[0]
 
     assert chosen(1.5, keep_best=1) is None
     assert chosen(1.5, keep_best=2) == "models:/tiny/2"
@@ -268,10 +270,8 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
     assert chosen(3.5, keep_best=1) == "models:/tiny/1"
 
 
-@pytest.mark.parametrize("gate", [{}, {"top1": config.Bound(min=0.1)}, {"val_loss": config.Bound(max=9.0)}])
-def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(
-    tmp_path: Path, gate: dict[str, config.Bound]
-) -> None:
+@pytest.mark.parametrize("gate", [{}, {"top1": Bound(min=0.1)}, {"val_loss": Bound(max=9.0)}])
+def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(tmp_path: Path, gate: dict[str, Bound]) -> None:
     Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
     good = offer(tmp_path, 10, top1=0.3, val_loss=1.0)
     offer(tmp_path, 20, top1=0.9, val_loss=1.0, top5=None)
@@ -280,7 +280,7 @@ def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(
     outbox.give_up(since=30, step=37)
     assert outbox.scores("top1") == {good: 0.3}
     assert list(outbox.given_up()) == ["models:/tiny/35"]
-    entry = config.Handoff(config="c.yaml", gate=gate)
+    entry = HandoffConfig(config="c.yaml", gate=gate)
     assert handoff._choose(tmp_path, entry, keep_best=1)[0] == "models:/tiny/10"
     outbox.give_up(since=0, step=37)
     model, why = handoff._choose(tmp_path, entry, keep_best=9)

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.config import Image as ImageSettings
+from pipeline.config import ImageConfig as ImageSettings
 from pipeline.feed.augment import evaluation_views
 from pipeline.feed.dali import Decoder
 from pipeline.shards import images
-from pipeline.shards.header import damage, excess, read_size
+from pipeline.shards.image_header import damage, excess, read_size
 from tests.corpus import kinds, png
 
 SIZE = 37, 53

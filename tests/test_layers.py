@@ -8,7 +8,7 @@ import torch
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
-from pipeline.tasks.layers import freeze, layers, num_stages, stages
+from pipeline.tasks.layer_groups import freeze, layers, num_stages, stages
 from pvt.semantic_fpn import backbone
 
 

@@ -10,14 +10,14 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from pipeline import config, keys
-from pipeline.config import Config
+from pipeline import keys
+from pipeline.config import Config, ImageConfig, SemanticFpnConfig, load_config
 from pipeline.errors import InputError
 from pipeline.feed import augment
 from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
-from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.keys import Stream
-from pipeline.palette import palette
+from pipeline.pictures.palette import palette
 from pipeline.shards import ade20k
 from pipeline.shards.images import IGNORED
 from pipeline.shards.index import ShardSet
@@ -53,7 +53,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "packed"
 
 
-def settings(data: Path, folder: Path, *overrides: str, **task: object) -> Config:
+def make_config(data: Path, folder: Path, *overrides: str, **task: object) -> Config:
     tree: dict[str, Any] = yaml.safe_load(write_config(data, folder).read_text())
     tree |= {"task": {"name": "semantic_fpn", **task}, "augment": {}, "mix": {}}
     tree["data"] |= {"train": str(data), "val": None, "lanes": 4, "shuffle_window": 8}
@@ -61,7 +61,7 @@ def settings(data: Path, folder: Path, *overrides: str, **task: object) -> Confi
     tree["train"] |= {"global_batch_size": 12}
     path = folder / "masks.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return config.load(path, list(overrides))
+    return load_config(path, list(overrides))
 
 
 def colours(images: Tensor) -> np.ndarray:
@@ -77,7 +77,7 @@ def extent_of(labels: Tensor, image: np.ndarray) -> tuple[int, int]:
 
 
 def test_a_crop_of_the_image_shows_the_classes_of_its_target(coloured: Path, tmp_path: Path) -> None:
-    chosen = settings(coloured, tmp_path, max_class_fraction=0.35)  # so that some crops are drawn again
+    chosen = make_config(coloured, tmp_path, max_class_fraction=0.35)  # so that some crops are drawn again
     feed = TrainFeed(chosen, ShardSet(coloured), World())
     padded = flat = 0
     for _ in range(8):
@@ -98,8 +98,8 @@ def test_a_crop_of_the_image_shows_the_classes_of_its_target(coloured: Path, tmp
 
 def test_flips_and_scales_are_drawn_as_configured(coloured: Path, tmp_path: Path) -> None:
     hw = np.full((4000, 2), (100, 140))
-    chosen = settings(coloured, tmp_path, short_side=96, long_side=120, scale=[0.5, 2.0])
-    assert isinstance(chosen.task, config.SemanticFpn)
+    chosen = make_config(coloured, tmp_path, short_side=96, long_side=120, scale=[0.5, 2.0])
+    assert isinstance(chosen.task, SemanticFpnConfig)
     key = keys.key(0, Stream.AUGMENT, np.arange(len(hw)))
     views = augment.scaled_crops(chosen.augment, chosen.task, chosen.image, key, hw)
     assert abs(views.flip.mean() - 0.5) < 0.03
@@ -117,7 +117,7 @@ def test_flips_and_scales_are_drawn_as_configured(coloured: Path, tmp_path: Path
 
 def test_a_crop_of_one_class_is_drawn_again(coloured: Path, tmp_path: Path) -> None:
     def shares(limit: float) -> np.ndarray:
-        feed = TrainFeed(settings(coloured, tmp_path, max_class_fraction=limit), ShardSet(coloured), World())
+        feed = TrainFeed(make_config(coloured, tmp_path, max_class_fraction=limit), ShardSet(coloured), World())
         targets = torch.cat([feed.next()[0].targets for _ in range(8)])
         feed.close()
         counts = [np.bincount(target.flatten(), minlength=256)[:IGNORED] for target in targets.numpy()]
@@ -131,7 +131,7 @@ def test_a_crop_of_one_class_is_drawn_again(coloured: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_world_sees_the_same(coloured: Path, tmp_path: Path, ranks: int) -> None:
     def batches(rank: int, size: int) -> list[MicroBatch]:
-        feed = TrainFeed(settings(coloured, tmp_path), ShardSet(coloured), World(rank, size), first_step=3)
+        feed = TrainFeed(make_config(coloured, tmp_path), ShardSet(coloured), World(rank, size), first_step=3)
         found = [feed.next()[0] for _ in range(2)]
         feed.close()
         return found
@@ -149,7 +149,7 @@ def test_every_world_sees_the_same(coloured: Path, tmp_path: Path, ranks: int) -
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_whole_images_are_evaluated_once_each_on_a_canvas(coloured: Path, tmp_path: Path, ranks: int) -> None:
-    shards, chosen = ShardSet(coloured), settings(coloured, tmp_path, short_side=48, long_side=100)
+    shards, chosen = ShardSet(coloured), make_config(coloured, tmp_path, short_side=48, long_side=100)
     seen: list[int] = []
     for rank in range(ranks):
         for batch in EvalFeed(shards, World(rank, ranks), chosen.image, task=chosen.task, batch_size=3):
@@ -182,7 +182,7 @@ def test_a_damaged_map_is_left_out_as_a_damaged_image_is(coloured: Path, tmp_pat
     with (spoiled / tar.name).open("r+b") as file:
         file.seek(int(record["annotation_offset"]) + 20)
         file.write(b"\0" * 8)
-    chosen = settings(coloured, tmp_path)
+    chosen = make_config(coloured, tmp_path)
     batches = list(EvalFeed(ShardSet(spoiled), World(), chosen.image, task=chosen.task, batch_size=4))
     assert sum(int(batch.weights.sum()) for batch in batches) == COUNT - 1
     feed = TrainFeed(chosen.model_copy(update={"data": chosen.data}), ShardSet(spoiled), World())
@@ -194,6 +194,6 @@ def test_a_damaged_map_is_left_out_as_a_damaged_image_is(coloured: Path, tmp_pat
 
 def test_data_of_another_kind_is_refused_by_name(coloured: Path, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds labelled images, but task semantic_fpn needs images with label maps"):
-        TrainFeed(settings(coloured, tmp_path), ShardSet(digits / "train"), World())
+        TrainFeed(make_config(coloured, tmp_path), ShardSet(digits / "train"), World())
     with pytest.raises(InputError, match="holds images with label maps, but task classification needs labelled"):
-        EvalFeed(ShardSet(coloured), World(), config.Image(size=32), batch_size=4)
+        EvalFeed(ShardSet(coloured), World(), ImageConfig(size=32), batch_size=4)

@@ -31,19 +31,19 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking._tracking_service import utils as tracking_utils
 
 import pvt  # noqa: F401 - registers its models with timm
-from launch import registry as registry_command
-from pipeline import config
-from pipeline.config import Config
+from pipeline.commands import registry as registry_command
+from pipeline.config import ClassificationConfig, Config, dump_config, load_config
 from pipeline.errors import InputError
-from pipeline.track import mirror, registry, runs, system
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.mirror import Mirror
-from pipeline.track.outbox import Outbox
-from pipeline.track.record import SWEEP, DataInput, Record, Status, Sweep
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import registry
 from pipeline.track.relocate import relocate
-from pipeline.track.runs import Tracker, record_failure
-from pipeline.track.server import Unreachable, connect
-from pipeline.track.system import SystemLoad
+from pipeline.track.sync import mirror, system_load, tracker
+from pipeline.track.sync.mirror import Mirror
+from pipeline.track.sync.outbox import Outbox
+from pipeline.track.sync.record import SWEEP, DataInput, Record, Status, Sweep
+from pipeline.track.sync.system_load import SystemLoad
+from pipeline.track.sync.tracker import Tracker, record_failure
+from pipeline.track.tracking_server import Unreachable, connect
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT, Rank, free_port
 from tests.tracking_servers import MlflowServer
@@ -85,24 +85,24 @@ def folder(root: Path) -> Path:
 def begin(root: Path, *overrides: str, tags: dict[str, str] | None = None) -> Path:
     """The folder of a run that has just begun."""
     root.mkdir(exist_ok=True)
-    settings = config.load(write_config(Path("/data/digits"), root), list(overrides))
-    (settings.run.folder / "data").mkdir(parents=True)
+    config = load_config(write_config(Path("/data/digits"), root), list(overrides))
+    (config.run.folder / "data").mkdir(parents=True)
     for name in ("training-0", "validation-1"):
-        (settings.run.folder / "data" / f"{name}.json").write_text(json.dumps({"name": name}))
-    return resume(settings, tags or {})
+        (config.run.folder / "data" / f"{name}.json").write_text(json.dumps({"name": name}))
+    return resume(config, tags or {})
 
 
-def resume(settings: Config, tags: dict[str, str]) -> Path:
-    folder = settings.run.folder
-    (folder / "config.yaml").write_text(config.dump(settings))
-    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **settings.engine.deepspeed}))
-    (folder / "packages.txt").write_text(runs.packages())
-    training, validation = settings.data.train_paths[0], str(settings.data.val)
+def resume(config: Config, tags: dict[str, str]) -> Path:
+    folder = config.run.folder
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **config.engine.deepspeed}))
+    (folder / "packages.txt").write_text(tracker.packages())
+    training, validation = config.data.train_paths[0], str(config.data.val)
     inputs = [
         DataInput(context="training", path=training, manifest="data/training-0.json", **FACTS),
         DataInput(context="validation", path=validation, manifest="data/validation-1.json", **FACTS),
     ]
-    Record.begin(folder, settings.run.name, tags={"main_metric": "val_top1", **tags}, inputs=inputs)
+    Record.begin(folder, config.run.name, tags={"main_metric": "val_top1", **tags}, inputs=inputs)
     return folder
 
 
@@ -315,8 +315,8 @@ def test_a_run_that_is_taken_up_again_goes_on(folder: Path) -> None:
     Mirror(folder).sync()
     first = the_run(folder).info.run_id
     # Other values than the first time, some of which MLflow would refuse as parameters.
-    settings = config.load(folder / "config.yaml", ["train.length=40 steps", "optim.lr=5e-3"])
-    resume(settings, {"code.dirty": "true"})
+    config = load_config(folder / "config.yaml", ["train.length=40 steps", "optim.lr=5e-3"])
+    resume(config, {"code.dirty": "true"})
     Mirror(folder).sync()
     run = the_run(folder)
     assert (run.info.run_id, run.info.status) == (first, "RUNNING")
@@ -333,8 +333,8 @@ def test_parameters_that_a_killed_pass_has_not_sent(folder: Path) -> None:
     (folder / "mlflow.json").unlink()
     with sqlite3.connect(folder.parent / "mlflow.db") as database:
         database.execute("DELETE FROM params WHERE key LIKE 'optim.%'")
-    settings = config.load(folder / "config.yaml", ["train.length=40 steps"])
-    resume(settings, {})
+    config = load_config(folder / "config.yaml", ["train.length=40 steps"])
+    resume(config, {})
     Mirror(folder).sync()
     params = the_run(folder).data.params
     assert params["optim.lr"] == "0.001"
@@ -345,7 +345,7 @@ def test_another_server_gets_it_all(folder: Path, tmp_path: Path) -> None:
     log(folder, range(1, 21))
     end(folder)
     Mirror(folder).sync()
-    resume(config.load(folder / "config.yaml", [f"tracking.uri=sqlite:///{tmp_path}/other/mlflow.db"]), {})
+    resume(load_config(folder / "config.yaml", [f"tracking.uri=sqlite:///{tmp_path}/other/mlflow.db"]), {})
     assert Mirror(folder).run_id is None
     assert "bytes of metrics" in Mirror(folder).behind
     Mirror(folder).sync()
@@ -485,15 +485,15 @@ def test_a_long_value_is_cut(root: Path) -> None:
 
 def offer(folder: Path, tmp_path: Path, *steps: int) -> None:
     """Versions that wait to be registered, the earlier the better."""
-    settings = config.load(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
     for step in steps:
         weights = tmp_path / f"{step}.safetensors"
         network = timm.create_model("pvt_pico", num_classes=10, img_size=32)
         safetensors.torch.save_file(network.state_dict(), weights)
-        card = Card(
-            task=config.Classification(),
-            model=settings.model,
-            image=settings.image,
+        card = ModelCard(
+            task=ClassificationConfig(),
+            model=config.model,
+            image=config.image,
             eval_batch_size=64,
             classes=[str(digit) for digit in range(10)],
             metrics={"val_top1": 1 / step},
@@ -620,9 +620,9 @@ def test_an_experiment_that_was_deleted_is_named(
     )
     with pytest.raises(Unreachable, match=told):
         Mirror(tracked).sync()
-    monkeypatch.setattr(runs, "AWAITED_RETRY_S", 0.05)
-    tracker = Tracker(tracked, patience_s=0.5)
-    assert not tracker.end("FINISHED")
+    monkeypatch.setattr(tracker, "AWAITED_RETRY_S", 0.05)
+    late = Tracker(tracked, patience_s=0.5)
+    assert not late.end("FINISHED")
     assert re.search(told, capfd.readouterr().err)
     client.restore_experiment(experiment.experiment_id)
     Mirror(tracked).sync()
@@ -764,7 +764,7 @@ def test_a_run_is_below_its_sweep_rather_than_the_run_it_started_from(folder: Pa
     Mirror(folder).sync()
     uri = f"tracking.uri={Mirror(folder).uri}"
     (child,) = begin_sweep(tmp_path / "other", [1e-3], **{"parent.version": "models:/tiny/1"})
-    resume(config.load(child / "config.yaml", [uri]), {"parent.version": "models:/tiny/1"})
+    resume(load_config(child / "config.yaml", [uri]), {"parent.version": "models:/tiny/1"})
     Mirror(child).sync()
     client = client_of(folder)
     tags = client.get_run(Mirror(child).run_id or "").data.tags
@@ -801,7 +801,7 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PACE_S", "FIRST_RETRY_S", "LAST_RETRY_S", "AWAITED_RETRY_S"):
-        monkeypatch.setattr(runs, name, 0.1)
+        monkeypatch.setattr(tracker, name, 0.1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -948,12 +948,12 @@ def test_a_fault_of_our_own_is_said_once_and_ends_nothing(folder: Path, capfd: p
 
 
 def test_importing_the_tracker_does_not_import_mlflow() -> None:
-    code = "import sys, pipeline.track.runs, pipeline.track.system; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, pipeline.track.sync.tracker, pipeline.track.sync.system_load; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_packages() -> None:
-    lines = runs.packages().splitlines()
+    lines = tracker.packages().splitlines()
     assert f"mlflow=={mlflow.__version__}" in lines
     assert lines == sorted(set(lines), key=str.lower)
 
@@ -997,7 +997,7 @@ def test_a_monitor_that_fails_is_left_out(
 
         def aggregate_metrics(self) -> None: ...
 
-    monkeypatch.setattr(system, "_monitors", lambda: [Broken(), CPUMonitor()])
+    monkeypatch.setattr(system_load, "_monitors", lambda: [Broken(), CPUMonitor()])
     path = folder / "system/node-0.jsonl"
     with SystemLoad(folder, node=0, interval_s=0.05):
         wait_until(lambda: path.exists() and path.read_text().count("\n") > 2)

@@ -11,20 +11,20 @@ import pytest
 import safetensors.torch
 import torch
 
-from launch import scenes
-from pipeline.config import Classification, Detr, Image, Model
+from pipeline.commands import scenes
+from pipeline.config import ClassificationConfig, DetrConfig, ImageConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.network import build
-from pipeline.shards.open import open_data
+from pipeline.shards.open_data import open_data
 from pipeline.tasks.build import build_task, build_trained
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.network import load
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.serve.load_network import load_network
 from tests.ranks import ROOT
 
-CARD = Card(
-    task=Classification(),
-    model=Model(name="pvt_pico"),
-    image=Image(size=32),
+CARD = ModelCard(
+    task=ClassificationConfig(),
+    model=ModelConfig(name="pvt_pico"),
+    image=ImageConfig(size=32),
     eval_batch_size=4,
     classes=["one", "two"],
     metrics={},
@@ -42,7 +42,7 @@ def evaluated(weights: Path) -> Any:
 
 
 def served_or_exported(weights: Path) -> Any:
-    return load(CARD, weights)
+    return load_network(CARD, weights)
 
 
 @pytest.mark.parametrize("make", [trained, evaluated, served_or_exported])
@@ -74,7 +74,7 @@ def test_weights_of_another_network_or_damaged_are_refused_in_one_line(tmp_path:
 @pytest.mark.parametrize(
     ("package", "extra", "need"),
     [
-        ("transformers", "detr", lambda: build(Detr(), Model(name="pvt_pico"), 32, 2)),
+        ("transformers", "detr", lambda: build(DetrConfig(), ModelConfig(name="pvt_pico"), 32, 2)),
         ("skimage", "scenes", lambda: scenes.main()),
         ("s3fs", "s3", lambda: open_data("s3://bucket/data")),
     ],

@@ -16,21 +16,30 @@ from pycocotools.coco import COCO
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from pipeline import config, keys
-from pipeline.config import Config
+from pipeline import keys
+from pipeline.config import (
+    AugmentConfig,
+    Config,
+    DetectionConfig,
+    DetrConfig,
+    ImageConfig,
+    RetinaNetConfig,
+    SourceConfig,
+    load_config,
+)
 from pipeline.errors import InputError
 from pipeline.feed import augment
+from pipeline.feed.box_transforms import BoxTransform, Truth
 from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
-from pipeline.feed.objects import Boxes, Truth
 from pipeline.feed.preview import preview
 from pipeline.feed.quarantine import Quarantine
 from pipeline.keys import Stream
-from pipeline.palette import palette
-from pipeline.scenes import layouts as scene_layouts
+from pipeline.pictures.palette import palette
+from pipeline.scenes import write_dataset as scene_layouts
 from pipeline.shards import coco
 from pipeline.shards.index import CorruptSampleError, ShardSet
-from pipeline.shards.objects import Annotated, encode
-from pipeline.shards.open import open_training
+from pipeline.shards.object_annotations import Annotated, encode
+from pipeline.shards.open_data import open_training
 from pipeline.shards.pack import pack
 from pipeline.world import World
 from pvt.detector import Objects
@@ -109,7 +118,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(data: Path, folder: Path, name: str = "mask_rcnn", **task: object) -> Config:
+def make_config(data: Path, folder: Path, name: str = "mask_rcnn", **task: object) -> Config:
     tree: dict[str, Any] = yaml.safe_load(write_config(data, folder).read_text())
     tree |= {"task": {"name": name, **task}, "augment": {}, "mix": {}}
     tree["data"] |= {"train": str(data), "val": None, "lanes": 4, "shuffle_window": 8}
@@ -118,7 +127,7 @@ def settings(data: Path, folder: Path, name: str = "mask_rcnn", **task: object) 
     tree["train"] |= {"global_batch_size": 12}
     path = folder / "objects.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return config.load(path)
+    return load_config(path)
 
 
 def batches(
@@ -147,7 +156,7 @@ def test_masks_are_the_pixels_that_the_image_shows(painted: Path, tmp_path: Path
     """Cut, scaled, flipped: every single pixel. And of crowds and what is out of sight, none."""
     annotations = json.loads((painted / "annotations/instances_train.json").read_text())["annotations"]
     shards, seen, cut = ShardSet(painted / "packed"), 0, 0
-    for batch in batches(settings(painted / "packed", tmp_path, **CROP), painted / "packed", 10):
+    for batch in batches(make_config(painted / "packed", tmp_path, **CROP), painted / "packed", 10):
         assert batch.images.shape[2] % 32 == batch.images.shape[3] % 32 == 0
         for i, (target, extent) in enumerate(zip(batch.targets, batch.extents, strict=True)):
             assert isinstance(target, Objects)
@@ -181,7 +190,7 @@ def test_boxes_bound_the_masks_that_are_seen(painted: Path, tmp_path: Path) -> N
     seen = 0
     whole: dict[str, Any] = {"train_short_sides": [40, 64, 80]}
     for task in (whole, CROP):
-        for batch in batches(settings(painted / "packed", tmp_path, **task), painted / "packed", 6):
+        for batch in batches(make_config(painted / "packed", tmp_path, **task), painted / "packed", 6):
             for target, (height, width) in zip(batch.targets, batch.extents, strict=True):
                 assert (target.boxes[:, 2:] > target.boxes[:, :2]).all()
                 assert (target.boxes >= 0).all()
@@ -198,8 +207,8 @@ def test_boxes_bound_the_masks_that_are_seen(painted: Path, tmp_path: Path) -> N
 
 def test_boxes_alone_are_the_same_boxes(painted: Path, tmp_path: Path) -> None:
     """DETR's, which has no masks, are Mask R-CNN's and those of whose masks nothing is seen."""
-    with_masks = batches(settings(painted / "packed", tmp_path, "mask_rcnn", **CROP), painted / "packed", 4)
-    alone = batches(settings(painted / "packed", tmp_path, "detr", **CROP), painted / "packed", 4)
+    with_masks = batches(make_config(painted / "packed", tmp_path, "mask_rcnn", **CROP), painted / "packed", 4)
+    alone = batches(make_config(painted / "packed", tmp_path, "detr", **CROP), painted / "packed", 4)
     more = 0
     for one, other in zip(with_masks, alone, strict=True):
         assert torch.equal(one.images, other.images)
@@ -215,8 +224,8 @@ def test_boxes_alone_are_the_same_boxes(painted: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_overhanging_the_image_end_with_it(flip: bool) -> None:
-    recipe = Boxes(config.RetinaNet(), config.Image(size=100), 3)
-    view = augment.whole_views(config.RetinaNet(), config.Image(size=100), np.array([[50, 80]]))
+    recipe = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
+    view = augment.whole_views(RetinaNetConfig(), ImageConfig(size=100), np.array([[50, 80]]))
     view = augment.dataclasses.replace(view, flip=np.array([flip]))
     assert view.extent.tolist() == [[100, 160]]
     entries = [
@@ -234,9 +243,9 @@ def test_boxes_overhanging_the_image_end_with_it(flip: bool) -> None:
 # What is drawn
 
 
-def views(task: config.Detection, count: int, hw: tuple[int, int], size: int = 800) -> augment.Views:
+def views(task: DetectionConfig, count: int, hw: tuple[int, int], size: int = 800) -> augment.Views:
     key = keys.key(0, Stream.AUGMENT, np.arange(count))
-    return augment.detection_views(config.Augment(), task, config.Image(size=size), key, np.full((count, 2), hw))
+    return augment.detection_views(AugmentConfig(), task, ImageConfig(size=size), key, np.full((count, 2), hw))
 
 
 def detr_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
@@ -250,7 +259,7 @@ def detr_size(height: int, width: int, short: int, long: int) -> tuple[int, int]
 @pytest.mark.parametrize("hw", [(480, 640), (427, 640), (640, 360), (200, 1000), (500, 500)])
 def test_whole_images_are_resized_as_detr_does(hw: tuple[int, int]) -> None:
     sides = tuple(range(480, 801, 32))
-    seen = views(config.Detr(train_short_sides=sides, long_side=1333), 3000, hw)
+    seen = views(DetrConfig(train_short_sides=sides, long_side=1333), 3000, hw)
     assert (seen.shape == hw).all()
     assert (seen.anchor == 0).all()
     expected = {detr_size(*hw, short, 1333) for short in sides}
@@ -267,11 +276,11 @@ def test_whole_images_are_resized_as_detr_does(hw: tuple[int, int]) -> None:
 
 
 def test_without_settings_the_short_side_is_the_evaluated_one() -> None:
-    seen = views(config.RetinaNet(), 10, (480, 640))
+    seen = views(RetinaNetConfig(), 10, (480, 640))
     assert seen.extent.tolist() == [[800, 1067]] * 10
-    limited = views(config.RetinaNet(long_side=900), 10, (480, 640))
+    limited = views(RetinaNetConfig(long_side=900), 10, (480, 640))
     assert limited.extent.tolist() == [[675, 900]] * 10
-    whole = augment.whole_views(config.RetinaNet(), config.Image(size=800), np.array([(480, 640), (900, 300)]))
+    whole = augment.whole_views(RetinaNetConfig(), ImageConfig(size=800), np.array([(480, 640), (900, 300)]))
     assert whole.extent.tolist() == [[800, 1067], [1333, 444]]
     assert whole.canvas == (1344, 1088)
 
@@ -280,7 +289,7 @@ def test_without_settings_the_short_side_is_the_evaluated_one() -> None:
 def test_windows_are_drawn_as_detr_draws_them(hw: tuple[int, int]) -> None:
     """RandomResize([400, 500, 600]), RandomSizeCrop(384, 600): sides and places, in parts of the image."""
     count, generator = 4000, random.Random(0)
-    seen = views(config.Detr(crop_prob=1.0, train_short_sides=(480, 800), long_side=1333), count, hw)
+    seen = views(DetrConfig(crop_prob=1.0, train_short_sides=(480, 800), long_side=1333), count, hw)
     ours = np.concatenate([seen.shape / hw, seen.anchor / np.maximum(np.array(hw) - seen.shape, 1)], axis=1)
     theirs = []
     for _ in range(count):
@@ -302,7 +311,7 @@ def test_windows_are_drawn_as_detr_draws_them(hw: tuple[int, int]) -> None:
 
 
 def test_what_is_drawn_of_an_image_is_drawn_each_by_itself() -> None:
-    seen = views(config.Detr(crop_prob=0.5, train_short_sides=(480, 800)), 4000, (480, 640))
+    seen = views(DetrConfig(crop_prob=0.5, train_short_sides=(480, 800)), 4000, (480, 640))
     cropped, large = (seen.shape < (480, 640)).any(axis=1), seen.extent.min(axis=1) > 600
     for one, other in ((cropped, large), (cropped, seen.flip), (large, seen.flip)):
         assert abs((one & other).mean() - one.mean() * other.mean()) < 0.02
@@ -313,8 +322,11 @@ def test_windows_of_any_size_lie_in_images_of_any_size() -> None:
     rng, count = np.random.default_rng(0), 3000
     hw = np.concatenate([rng.integers(1, 2000, (count, 2)), [[1, 1], [1, 65535], [65535, 1], [3, 5]]])
     key = keys.key(0, Stream.AUGMENT, np.arange(len(hw)))
-    for task in (config.Detr(crop_prob=0.7), config.Detr(crop_prob=1.0, crop_short_sides=(9,), crop_sides=(1, 3))):
-        seen = augment.detection_views(config.Augment(), task, config.Image(size=64), key, hw)
+    for task in (
+        DetrConfig(crop_prob=0.7),
+        DetrConfig(crop_prob=1.0, crop_short_sides=(9,), crop_sides=(1, 3)),
+    ):
+        seen = augment.detection_views(AugmentConfig(), task, ImageConfig(size=64), key, hw)
         assert (seen.anchor >= 0).all()
         assert (seen.shape >= 1).all()
         assert (seen.anchor + seen.shape <= hw).all()
@@ -338,7 +350,7 @@ def require_equal(one: MicroBatch, i: int, other: MicroBatch, j: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_world_sees_the_same(painted: Path, tmp_path: Path, ranks: int) -> None:
-    chosen, data = settings(painted / "packed", tmp_path, **CROP), painted / "packed"
+    chosen, data = make_config(painted / "packed", tmp_path, **CROP), painted / "packed"
     whole = batches(chosen, data, 3, first_step=2)
     parts = [batches(chosen, data, 3, World(rank, ranks), first_step=2) for rank in range(ranks)]
     canvases = set()
@@ -355,7 +367,7 @@ def test_every_world_sees_the_same(painted: Path, tmp_path: Path, ranks: int) ->
 
 
 def test_a_feed_that_starts_later_goes_on_as_if_it_had_not_stopped(painted: Path, tmp_path: Path) -> None:
-    chosen, data = settings(painted / "packed", tmp_path, **CROP), painted / "packed"
+    chosen, data = make_config(painted / "packed", tmp_path, **CROP), painted / "packed"
     for one, other in zip(batches(chosen, data, 6)[4:], batches(chosen, data, 2, first_step=4), strict=True):
         assert torch.equal(one.images, other.images)
         assert np.array_equal(one.samples.id, other.samples.id)
@@ -366,7 +378,7 @@ def test_a_feed_that_starts_later_goes_on_as_if_it_had_not_stopped(painted: Path
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_whole_images_are_evaluated_once_each(painted: Path, tmp_path: Path, ranks: int) -> None:
     data, reference = painted / "packed", COCO(painted / "annotations/instances_train.json")
-    shards, chosen = ShardSet(data), settings(data, tmp_path, short_side=48, long_side=100)
+    shards, chosen = ShardSet(data), make_config(data, tmp_path, short_side=48, long_side=100)
     seen = []
     for rank in range(ranks):
         for batch in EvalFeed(shards, World(rank, ranks), chosen.image, task=chosen.task, batch_size=3):
@@ -392,7 +404,7 @@ def test_whole_images_are_evaluated_once_each(painted: Path, tmp_path: Path, ran
 
 def test_nothing_is_to_be_found_in_a_blank_batch(painted: Path, tmp_path: Path) -> None:
     for name, shape_of_masks in (("mask_rcnn", (0, SIDE, SIDE)), ("retinanet", None)):
-        feed = TrainFeed(settings(painted / "packed", tmp_path, name), ShardSet(painted / "packed"), World())
+        feed = TrainFeed(make_config(painted / "packed", tmp_path, name), ShardSet(painted / "packed"), World())
         (batch,) = feed.blank(0)
         feed.close()
         assert len(batch.targets) == 12
@@ -406,9 +418,9 @@ def test_nothing_is_to_be_found_in_a_blank_batch(painted: Path, tmp_path: Path) 
 
 def test_data_of_another_kind_is_refused_by_name(painted: Path, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds labelled images, but task retinanet needs images with objects"):
-        TrainFeed(settings(digits / "train", tmp_path, "retinanet"), ShardSet(digits / "train"), World())
+        TrainFeed(make_config(digits / "train", tmp_path, "retinanet"), ShardSet(digits / "train"), World())
     with pytest.raises(InputError, match="holds images with objects, but task classification needs labelled images"):
-        EvalFeed(ShardSet(painted / "packed"), World(), config.Image(size=32), batch_size=4)
+        EvalFeed(ShardSet(painted / "packed"), World(), ImageConfig(size=32), batch_size=4)
 
 
 def without_masks(painted: Path, root: Path, images: Iterable[int]) -> Path:
@@ -427,8 +439,8 @@ def without_masks(painted: Path, root: Path, images: Iterable[int]) -> Path:
 def test_boxes_without_masks_are_refused_by_mask_rcnn_alone(painted: Path, tmp_path: Path) -> None:
     data = without_masks(painted, tmp_path / "none", range(1, COUNT + 1))
     with pytest.raises(InputError, match=r"annotation \d+ has no segmentation, .* task mask_rcnn .*retinanet or detr"):
-        TrainFeed(settings(data, tmp_path), ShardSet(data), World())
-    assert batches(settings(data, tmp_path, "detr"), data, 1)[0].targets
+        TrainFeed(make_config(data, tmp_path), ShardSet(data), World())
+    assert batches(make_config(data, tmp_path, "detr"), data, 1)[0].targets
 
 
 def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: Path) -> None:
@@ -438,7 +450,7 @@ def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: P
     data = without_masks(painted, tmp_path / "some", [int(key)])
     shards = ShardSet(data)
     quarantine = Quarantine(shards, tmp_path / "quarantine.jsonl")
-    feed = TrainFeed(settings(data, tmp_path), shards, World(), quarantine=quarantine)
+    feed = TrainFeed(make_config(data, tmp_path), shards, World(), quarantine=quarantine)
     seen = {shards.key(0, int(row)) for _ in range(6) for row in feed.next()[0].samples.row}
     feed.close()
     assert len(seen) == COUNT - 1
@@ -460,7 +472,7 @@ def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: P
     ],
 )
 def test_objects_that_are_not_the_images_are_corrupt(annotation: bytes, reason: str) -> None:
-    recipe = Boxes(config.RetinaNet(), config.Image(size=100), 3)
+    recipe = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
     view = recipe.evaluation_views(np.array([[50, 80]]))
     for target in (recipe.training_target, recipe.evaluation_target):
         with pytest.raises(CorruptSampleError, match=reason):
@@ -471,11 +483,11 @@ def test_objects_that_are_not_the_images_are_corrupt(annotation: bytes, reason: 
 
 
 def test_the_preview_shows_boxes_and_masks(painted: Path, tmp_path: Path) -> None:
-    scene_layouts.write(tmp_path / "scenes", {"train": 12, "val": 0})
+    scene_layouts.write_dataset(tmp_path / "scenes", {"train": 12, "val": 0})
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
-    chosen = settings(painted / "packed", tmp_path, **CROP)
+    chosen = make_config(painted / "packed", tmp_path, **CROP)
     # Packed on first use.
-    data = chosen.data.model_copy(update={"train": (config.Source(path=str(path)),), "cache": str(tmp_path / "cache")})
+    data = chosen.data.model_copy(update={"train": (SourceConfig(path=str(path)),), "cache": str(tmp_path / "cache")})
     result = preview(chosen.model_copy(update={"data": data}), open_training(data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
     pixels = np.asarray(Image.open(tmp_path / "preview.png")).reshape(-1, 3)

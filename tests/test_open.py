@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import command
+from pipeline import cli
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.shards.cache import CacheOptions
-from pipeline.shards.open import open_data, open_training, open_validation
+from pipeline.shards.open_data import open_data, open_training, open_validation
 from pipeline.shards.verify import verify
 from tests.ranks import ROOT
 from tests.servers import FaultyServer
@@ -36,10 +36,10 @@ def server(digits: Path) -> Iterator[FaultyServer]:
 
 
 def test_remote_shards_go_to_the_run_s_cache(
-    settings: Settings, server: FaultyServer, tmp_path: Path, default: Path
+    make_config: Settings, server: FaultyServer, tmp_path: Path, default: Path
 ) -> None:
     data = [f"data.train={server.url}/train", f"data.val={server.url}/val"]
-    chosen = settings(*data, f"data.cache={tmp_path}/chosen", "data.cache_gb=0.0012").data
+    chosen = make_config(*data, f"data.cache={tmp_path}/chosen", "data.cache_gb=0.0012").data
     validation = open_validation(chosen)
     assert validation
     for shards in (open_training(chosen), validation):
@@ -49,16 +49,16 @@ def test_remote_shards_go_to_the_run_s_cache(
         open_training(chosen).read(number, 0)
     assert sum(path.stat().st_size for path in (tmp_path / "chosen").iterdir()) < 1_200_100
     assert not default.exists()
-    open_training(settings(*data).data).read(0, 0)
+    open_training(make_config(*data).data).read(0, 0)
     assert default.exists()
 
 
-def test_data_on_a_disk_needs_no_cache(settings: Settings, tmp_path: Path) -> None:
+def test_data_on_a_disk_needs_no_cache(make_config: Settings, tmp_path: Path) -> None:
     """The folder may be on the disk of the node that has trained."""
     (tmp_path / "file").touch()
-    open_training(settings(f"data.cache={tmp_path}/file/cache").data).read(0, 0)
-    assert settings("data.val=null").data.val is None
-    assert open_validation(settings("data.val=null").data) is None
+    open_training(make_config(f"data.cache={tmp_path}/file/cache").data).read(0, 0)
+    assert make_config("data.val=null").data.val is None
+    assert open_validation(make_config("data.val=null").data) is None
 
 
 def test_a_cache_that_cannot_be_used_is_refused_at_once(
@@ -90,10 +90,10 @@ def test_verify_compares_what_is_at_the_origin(server: FaultyServer, default: Pa
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
 def test_the_size_of_a_cache_is_a_positive_number(size: str) -> None:
     parser = argparse.ArgumentParser()
-    command.add_cache(parser)
-    assert command.cache_of(parser.parse_args(["--cache", "x", "--cache-gb", "1.5"])) == CacheOptions("x", 1.5)
+    cli.add_cache(parser)
+    assert cli.cache_of(parser.parse_args(["--cache", "x", "--cache-gb", "1.5"])) == CacheOptions("x", 1.5)
     with pytest.raises(InputError, match=f"--cache-gb {size}: a positive number was expected"):
-        command.cache_of(parser.parse_args([f"--cache-gb={size}"]))
+        cli.cache_of(parser.parse_args([f"--cache-gb={size}"]))
 
 
 def test_only_one_function_opens_a_run_s_data() -> None:

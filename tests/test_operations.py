@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Cluster, Environment
+from pipeline.config import ClusterConfig, EnvironmentConfig
 from tests.ranks import ROOT
 
 DOCUMENT = (ROOT / "docs" / "operations.md").read_text()
@@ -166,8 +166,8 @@ def test_every_setting_of_the_cluster_is_named():
     section = DOCUMENT.split("\n## The `cluster:` section\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
-    settings = {name for name in Cluster.model_fields if name != "environment"}
-    assert named == settings | {f"environment.{name}" for name in Environment.model_fields}
+    config = {name for name in ClusterConfig.model_fields if name != "environment"}
+    assert named == config | {f"environment.{name}" for name in EnvironmentConfig.model_fields}
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pipeline import keys
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.feed.order import Order, deal, padding_waste
-from pipeline.feed.permute import permute
+from pipeline.feed.order import Order, padding_waste, partition
+from pipeline.feed.permutation import permute
 from pipeline.keys import Stream
 
 
@@ -68,8 +68,8 @@ def orders(draw: st.DrawFn, most_copies: int = 1) -> Order:
     )
 
 
-def make(*parts: np.ndarray, seed: int = 0, **settings: Any) -> Order:
-    return Order(parts, seed=seed, **settings)
+def make(*parts: np.ndarray, seed: int = 0, **config: Any) -> Order:
+    return Order(parts, seed=seed, **config)
 
 
 @settings(deadline=None, max_examples=60)
@@ -100,9 +100,9 @@ def test_every_world_deals_out_the_same_global_batch(
 ) -> None:
     if world > order.lanes:
         with pytest.raises(InputError, match="ranks"):
-            deal(order, 0, world, cut(micro))
+            partition(order, 0, world, cut(micro))
         return
-    parts = [deal(order, rank, world, cut(micro, pairs=pairs)) for rank in range(world)]
+    parts = [partition(order, rank, world, cut(micro, pairs=pairs)) for rank in range(world)]
     assert len({(part.accumulation, part.micro_batch_size) for part in parts}) == 1
     assert all(part.samples <= part.accumulation * part.micro_batch_size for part in parts)
     assert parts[0].micro_batch_size <= micro + (pairs and micro % 2)
@@ -120,7 +120,7 @@ def test_over_epochs_the_tail_falls_on_all_samples() -> None:
 
 def test_a_rank_of_four_reads_a_quarter_of_the_shards() -> None:
     order = make(np.full(400, 25), global_batch_size=200, lanes=8, shuffle_window=100)
-    part = deal(order, 1, 4, cut(None))
+    part = partition(order, 1, 4, cut(None))
     opened = {s for k in range(order.steps_per_epoch) for s in order.samples(k, part.lanes).shard.tolist()}
     assert len(opened) <= 102
 
@@ -152,7 +152,7 @@ def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 56, 64, 1024])
 def test_large_worlds_deal_out_the_same_global_batch(world_size: int) -> None:
     order = make(np.full(200, 1000), seed=1, global_batch_size=4096, lanes=1024, shuffle_window=64, copies=3)
-    parts = [deal(order, rank, world_size, cut(512, pairs=True)) for rank in range(world_size)]
+    parts = [partition(order, rank, world_size, cut(512, pairs=True)) for rank in range(world_size)]
     assert len({(part.accumulation, part.micro_batch_size) for part in parts}) == 1
     dealt = [order.samples(7, part.lanes) for part in parts]
     whole = order.samples(7)
@@ -215,7 +215,7 @@ def test_a_mixture_is_spread_evenly() -> None:
 @pytest.mark.parametrize("world_size", [2, 5, 12])
 def test_a_mixture_with_copies_is_the_same_on_every_world(world_size: int) -> None:
     order = mixture(copies=3)
-    parts = [deal(order, rank, world_size, cut(None)) for rank in range(world_size)]
+    parts = [partition(order, rank, world_size, cut(None)) for rank in range(world_size)]
     for step in (0, 1, 511, 512, 5000):
         ids = np.concatenate([order.samples(step, part.lanes).id for part in parts])
         assert (ids == order.samples(step).id).all()

@@ -27,10 +27,10 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from launch import shards as shards_command
+from pipeline.commands import shards as shards_command
 from pipeline.errors import InputError
 from pipeline.shards import coco, images, parquet
-from pipeline.shards.faults import read_skipped
+from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.verify import verify

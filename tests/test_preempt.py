@@ -11,13 +11,13 @@ from typing import IO
 
 import pytest
 
-from pipeline.train.preempt import StopSignal
+from pipeline.train.stop_signal import StopSignal
 from tests.ranks import PATIENCE_S, ROOT
 
 # A C function waits for standard input; ctypes lets the other threads run meanwhile.
 SCRIPT = """
 import ctypes, sys
-from pipeline.train.preempt import StopSignal
+from pipeline.train.stop_signal import StopSignal
 
 with StopSignal(deadline_s=float(sys.argv[1])) as stop:
     print("ready", flush=True)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from launch import doctor
 from pipeline import lease
 from pipeline.cluster import preflight
 from pipeline.cluster.preflight import Check, DriverState
+from pipeline.commands import doctor
 from pipeline.config import Config
 from pipeline.errors import ExternalError
 from pipeline.shards.pack import pack
@@ -65,10 +65,10 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     assert found.told == f"{tmp_path}/scratch: cannot be written: File exists"
 
 
-def test_a_variable_without_a_value(monkeypatch: pytest.MonkeyPatch, settings: Settings, tmp_path: Path) -> None:
+def test_a_variable_without_a_value(monkeypatch: pytest.MonkeyPatch, make_config: Settings, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NODE_DISK", raising=False)
-    checks = list(preflight.of_node(settings(*BARE, "cluster.scratch=$NODE_DISK/me")))
+    checks = list(preflight.of_node(make_config(*BARE, "cluster.scratch=$NODE_DISK/me")))
     assert [found.told.partition(":")[0] for found in checks if not found.ok] == ["$NODE_DISK/me"]
     assert not (tmp_path / "$NODE_DISK").exists()
 
@@ -86,8 +86,8 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, digits: Path) -> None:
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_room_for_five_checkpoints_is_needed(settings: Settings) -> None:
-    run = settings().run
+def test_room_for_five_checkpoints_is_needed(make_config: Settings) -> None:
+    run = make_config().run
     assert preflight.run_disk(run).ok
     checkpoint = run.folder / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
@@ -98,8 +98,8 @@ def test_room_for_five_checkpoints_is_needed(settings: Settings) -> None:
     assert "50,000.0 GB are needed" in found.told
 
 
-def test_a_folder_that_another_job_is_at_work_in(settings: Settings) -> None:
-    run = settings().run
+def test_a_folder_that_another_job_is_at_work_in(make_config: Settings) -> None:
+    run = make_config().run
     run.folder.mkdir(parents=True)
     with lease.hold(run.folder):
         found = preflight.run_disk(run)
@@ -131,40 +131,40 @@ def packed(digit_images: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_a_sample_is_read(packed: Path, settings: Settings) -> None:
-    found = preflight.shards(str(packed), settings().data)
+def test_a_sample_is_read(packed: Path, make_config: Settings) -> None:
+    found = preflight.shards(str(packed), make_config().data)
     assert found.ok
     assert f"{packed}: 360 samples" in found.told
 
 
-def test_a_missing_data_set(settings: Settings, tmp_path: Path) -> None:
-    found = preflight.shards(str(tmp_path / "nowhere"), settings().data)
+def test_a_missing_data_set(make_config: Settings, tmp_path: Path) -> None:
+    found = preflight.shards(str(tmp_path / "nowhere"), make_config().data)
     assert not found.ok
     assert f"{tmp_path}/nowhere/manifest.json: cannot read the manifest" in found.told
 
 
-def test_a_damaged_sample_is_named(packed: Path, settings: Settings) -> None:
+def test_a_damaged_sample_is_named(packed: Path, make_config: Settings) -> None:
     record = np.load(packed / "shard-000000.index.npy")[0]
     tar = packed / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
     data[int(record["offset"]) + int(record["size"]) // 2] ^= 1
     tar.write_bytes(data)
-    found = preflight.shards(str(packed), settings().data)
+    found = preflight.shards(str(packed), make_config().data)
     assert not found.ok
     assert f"{tar}: sample " in found.told
     assert "do not match their checksum" in found.told
 
 
-def test_a_shard_that_is_not_there(packed: Path, settings: Settings) -> None:
+def test_a_shard_that_is_not_there(packed: Path, make_config: Settings) -> None:
     (packed / "shard-000000.tar").unlink()
-    found = preflight.shards(str(packed), settings().data)
+    found = preflight.shards(str(packed), make_config().data)
     assert not found.ok
     assert str(packed / "shard-000000.tar") in found.told
 
 
-def test_of_remote_shards_one_sample_is_fetched(packed: Path, settings: Settings, tmp_path: Path) -> None:
+def test_of_remote_shards_one_sample_is_fetched(packed: Path, make_config: Settings, tmp_path: Path) -> None:
     with FaultyServer(packed) as remote:
-        found = preflight.shards(remote.url, settings(f"data.cache={tmp_path}/cache").data)
+        found = preflight.shards(remote.url, make_config(f"data.cache={tmp_path}/cache").data)
         parts = [request.headers["Range"] for request in remote.gets(".tar")]
     assert found.ok, found.told
     record = np.load(packed / "shard-000000.index.npy")[0]
@@ -173,12 +173,12 @@ def test_of_remote_shards_one_sample_is_fetched(packed: Path, settings: Settings
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ledger"]
 
 
-def test_public_layouts_are_not_packed(settings: Settings, tmp_path: Path) -> None:
+def test_public_layouts_are_not_packed(make_config: Settings, tmp_path: Path) -> None:
     annotations = tmp_path / "coco" / "annotations" / "instances_val.json"
-    assert not preflight.shards(str(annotations), settings().data).ok
+    assert not preflight.shards(str(annotations), make_config().data).ok
     annotations.parent.mkdir(parents=True)
     annotations.write_text("{}")
-    assert preflight.shards(str(annotations), settings().data).ok
+    assert preflight.shards(str(annotations), make_config().data).ok
 
 
 # GPUs
@@ -294,18 +294,18 @@ def server(code: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("code", "ok"), [(200, True), (401, True), (404, False), (503, False)])
-def test_a_tracking_server_that_answers(settings: Settings, code: int, ok: bool) -> None:
+def test_a_tracking_server_that_answers(make_config: Settings, code: int, ok: bool) -> None:
     with server(code) as uri:
-        found = doctor.tracking(settings(f"tracking.uri={uri}"))
+        found = doctor.tracking(make_config(f"tracking.uri={uri}"))
     assert found.ok == ok
     assert f"answers {code}" in found.told
 
 
 def test_a_server_that_is_down_is_a_warning_and_no_password_is_told(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    make_config: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}?token=hidden")
-    found = doctor.tracking(settings())
+    found = doctor.tracking(make_config())
     assert not found.ok
     assert "cannot be reached" in found.told
     assert not [word for word in ("me:", "secret", "hidden") if word in found.told]
@@ -313,17 +313,17 @@ def test_a_server_that_is_down_is_a_warning_and_no_password_is_told(
     assert found.as_warning().warning
 
 
-def test_a_database_needs_a_folder_that_can_be_written(settings: Settings, tmp_path: Path) -> None:
-    assert doctor.tracking(settings()).ok  # the default, among the runs
+def test_a_database_needs_a_folder_that_can_be_written(make_config: Settings, tmp_path: Path) -> None:
+    assert doctor.tracking(make_config()).ok  # the default, among the runs
     (tmp_path / "file").touch()
-    found = doctor.tracking(settings(f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
+    found = doctor.tracking(make_config(f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
     assert not found.ok
     assert "cannot be written" in found.told
 
 
-def test_other_databases_are_not_looked_at(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_databases_are_not_looked_at(make_config: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
-    assert doctor.tracking(settings()) == Check("mlflow", True, "postgresql://***@db/mlflow: is not looked at")
+    assert doctor.tracking(make_config()) == Check("mlflow", True, "postgresql://***@db/mlflow: is not looked at")
 
 
 # The command

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.train.kinds import kind_of_kernel, kind_of_operator
 from torch.nn.functional import gelu
 from torch.profiler import record_function
 
-from pipeline.config import Config, load
+from pipeline.config import Config, load_config
 from pipeline.errors import InputError
-from pipeline.train.kinds import kind_of_kernel, kind_of_operator
 from pipeline.train.profile import PHASES, STEP, Profiler, summarise
 from pipeline.train.schedule import Schedule
 from pipeline.world import World
@@ -74,8 +74,8 @@ def test_training_goes_on_as_if_it_was_not_there(digits: Path, tmp_path: Path, r
     assert (folder / "profile.json").stat().st_mtime_ns < before.stat().st_mtime_ns
 
 
-def test_known_work(settings: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profiler = Profiler(tmp_path / "profile", settings("profile.steps=2"), World(), at=1)
+def test_known_work(make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiler = Profiler(tmp_path / "profile", make_config("profile.steps=2"), World(), at=1)
     a, inner, outer = torch.randn(64, 64), list[float](), list[float]()
     with ThreadPoolExecutor(1) as feed:
         for step in range(6):
@@ -113,13 +113,13 @@ def test_known_work(settings: Callable[..., Config], tmp_path: Path, capsys: pyt
 
 
 def test_troubles_are_told_and_the_next_profile_works(
-    settings: Callable[..., Config],
+    make_config: Callable[..., Config],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def profile(name: str, steps: int = 2) -> Profiler:
-        profiler = Profiler(tmp_path / name, settings("profile.steps=1"), World(), at=0)
+        profiler = Profiler(tmp_path / name, make_config("profile.steps=1"), World(), at=0)
         for step in range(steps):
             profiler.begin(step)
             torch.ones(3).sum()
@@ -239,9 +239,9 @@ def test_kinds_of_operators(kind: str, names: str) -> None:
     assert {name: kind_of_operator(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
 
 
-def test_settings(settings: Callable[..., Config], digits: Path, tmp_path: Path) -> None:
+def test_settings(make_config: Callable[..., Config], digits: Path, tmp_path: Path) -> None:
     def at(*overrides: str) -> int | None:
-        return Schedule.of(settings(*overrides), steps_per_epoch=25).profile_at  # of 20 steps
+        return Schedule.of(make_config(*overrides), steps_per_epoch=25).profile_at  # of 20 steps
 
     assert at() is None
     assert at("profile.at=0 steps") == 0
@@ -253,7 +253,7 @@ def test_settings(settings: Callable[..., Config], digits: Path, tmp_path: Path)
             at(f"profile.at={text}", f"profile.steps={steps}")
     for override, rule in (("profile.at=soon", "a number and a unit"), ("profile.steps=0", "more than 0")):
         with pytest.raises(InputError, match=rule):
-            settings(override)
+            make_config(override)
     with pytest.raises(InputError, match=r"profile\.step: no such setting; did you mean profile\.steps\?"):
-        load(write_config(digits, tmp_path), ["profile.step=3"])
-    assert settings("profile.at=5 steps").identity() == settings().identity()
+        load_config(write_config(digits, tmp_path), ["profile.step=3"])
+    assert make_config("profile.at=5 steps").identity() == make_config().identity()

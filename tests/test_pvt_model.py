@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
-from pvt.model import Block, set_fast
+from pvt.model import Block, set_optimised_kernels
 from tests.tolerances import of_sums
 
 pytestmark = pytest.mark.gpu
@@ -94,7 +94,7 @@ def test_parameters_and_macs_are_the_papers(variant, num_parameters, gmacs):
     with torch.device("meta"):
         model = create(variant)
         image = torch.empty(1, 3, 224, 224)
-    set_fast(model, False)  # which would leave out what nobody looks at
+    set_optimised_kernels(model, False)  # which would leave out what nobody looks at
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
     # The math backend shows attention as matrix products, which the counter knows on any device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -463,7 +463,7 @@ def test_optimised_kernels_compute_the_same(variant, side):
     randomise(model)
     image, scales = images(2, side, side), random_scales(model, 2)
     quick = {dtype: gradients(model, image, scales, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    set_fast(model, False)
+    set_optimised_kernels(model, False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         plain = {dtype: gradients(model, image, scales, dtype) for dtype in (torch.float32, torch.bfloat16)}
     assert {"aten::scaled_dot_product_attention", "aten::conv2d"} <= {event.name for event in profile.events() or ()}

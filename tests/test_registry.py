@@ -48,19 +48,29 @@ from timm.models import load_state_dict
 from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
-from launch import command, evaluate
-from launch import registry as launch_registry
-from pipeline import config
-from pipeline.config import Gates
+from pipeline import cli
+from pipeline.commands import evaluate
+from pipeline.commands import registry as launch_registry
+from pipeline.config import (
+    ClassificationConfig,
+    Gates,
+    ImageConfig,
+    ModelConfig,
+    SemanticFpnConfig,
+    fingerprint,
+    load_section,
+)
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.cache import DEFAULT_CACHE
 from pipeline.tasks.build import build_task, start_from
-from pipeline.track import copies, foreign, lineage, network, package, promote, registry, relocate, server
-from pipeline.track.card import RAW, WEIGHTS, Card, Scored
-from pipeline.track.classifier import Classifier
+from pipeline.track import relocate, tracking_server
 from pipeline.track.export import export
-from pipeline.track.outbox import Outbox
-from pipeline.track.record import Record
+from pipeline.track.model_card import RAW, WEIGHTS, ModelCard, ScoredData
+from pipeline.track.registry import import_weights, lineage, model_cache, model_files, promote, registry
+from pipeline.track.serve import load_network
+from pipeline.track.serve.classifier import ServedClassifier
+from pipeline.track.sync.outbox import Outbox
+from pipeline.track.sync.record import Record
 from pvt.convert import from_any
 from pvt.create import create_model
 from tests.ranks import PATIENCE_S, ROOT
@@ -96,16 +106,16 @@ class Registry:
         entry.mkdir()
         for seed, name in enumerate((WEIGHTS, RAW)):
             safetensors.torch.save_file(weights_of(step + 1000 * seed), entry / name)
-        Card(
-            task=config.Classification(),
-            model=config.Model(name="pvt_pico"),
-            image=config.Image(size=32),
+        ModelCard(
+            task=ClassificationConfig(),
+            model=ModelConfig(name="pvt_pico"),
+            image=ImageConfig(size=32),
             eval_batch_size=8,
             classes=CLASSES,
             averaged=True,
             metrics=metrics,
-            scored=Scored(path="val", digest=metrics.pop("scored", "v" * 64), samples=10),
-            sha256={name: package.sha256(entry / name) for name in (WEIGHTS, RAW)},
+            scored=ScoredData(path="val", digest=metrics.pop("scored", "v" * 64), samples=10),
+            sha256={name: model_files.sha256(entry / name) for name in (WEIGHTS, RAW)},
             lineage={"run": run, "step": str(step), "data": data, **({"parent": parent} if parent else {})},
         ).write(entry)
         return entry
@@ -135,15 +145,15 @@ class Registry:
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Making the tables takes longer than most tests."""
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    server.connect(f"sqlite:///{path}", create=True)
+    tracking_server.connect(f"sqlite:///{path}", create=True)
     return path
 
 
 @pytest.fixture
 def tiny(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.setenv(copies.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(model_cache.VARIABLE, str(tmp_path / "cache"))
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    client = server.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client = tracking_server.connect(f"sqlite:///{tmp_path}/mlflow.db")
     experiment_id = client.create_experiment("shared", artifact_location=(tmp_path / "artifacts").as_uri())
     return Registry(tmp_path, client, experiment_id)
 
@@ -162,8 +172,8 @@ def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
     uri = tiny.register(entry, run_id=run_id)
     version = registry.resolve(f"{uri.rpartition('/')[0]}@candidate")
     assert version.uri == uri == "models:/tiny/1"
-    assert version.card == Card.read(entry)
-    assert {name: package.sha256(version.folder / name) for name in (WEIGHTS, RAW)} == version.card.sha256
+    assert version.card == ModelCard.read(entry)
+    assert {name: model_files.sha256(version.folder / name) for name in (WEIGHTS, RAW)} == version.card.sha256
     assert version.weights == version.folder / WEIGHTS
     expected = {
         "run": "a" * 32,
@@ -189,7 +199,7 @@ def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry, monkeypatch
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     uri = tiny.add()
     model = mlflow.pyfunc.load_model(uri)
-    answer = model.predict(pandas.DataFrame({"image": [package.example(32)]}))
+    answer = model.predict(pandas.DataFrame({"image": [model_files.example(32)]}))
     assert answer["label"][0] in CLASSES
     assert (tiny.stored(uri) / "registered_model_meta").exists()  # what MLflow adds
     assert registry.verify(uri)["ok"]
@@ -206,7 +216,7 @@ def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
 
 def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
     entry = tiny.entry(1)
-    key = config.fingerprint(["tiny", "a" * 32, "1", package.sha256(entry / WEIGHTS)])
+    key = fingerprint(["tiny", "a" * 32, "1", model_files.sha256(entry / WEIGHTS)])
     half = tiny.client.create_logged_model(tiny.experiment_id, name="model", tags={"entry": key})
     (tiny.folder / "half").mkdir()
     (tiny.folder / "half" / WEIGHTS).write_bytes(b"half")
@@ -225,9 +235,11 @@ def test_the_candidate_is_the_newest_good_version(tiny: Registry) -> None:
 
 def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
     entry = tiny.entry()
-    expected = package.sha256(entry / RAW)
+    expected = model_files.sha256(entry / RAW)
     edit(entry / RAW)
-    with pytest.raises(InputError, match=rf"{entry / RAW}: SHA-256 {package.sha256(entry / RAW)}, but .* {expected}"):
+    with pytest.raises(
+        InputError, match=rf"{entry / RAW}: SHA-256 {model_files.sha256(entry / RAW)}, but .* {expected}"
+    ):
         tiny.register(entry)
     assert not registry.versions(tiny.client, "tiny")
 
@@ -293,9 +305,9 @@ def test_a_changed_file_is_refused_by_name_and_digests(tiny: Registry) -> None:
     registry.resolve(uri)  # a good copy does not hide that the store is damaged
     for name in FILES:
         file = tiny.stored(uri) / name
-        before = package.sha256(file)
+        before = model_files.sha256(file)
         edit(file)
-        told = f"{name} has SHA-256 {package.sha256(file)}, but {before} was registered"
+        told = f"{name} has SHA-256 {model_files.sha256(file)}, but {before} was registered"
         with pytest.raises(InputError, match=f"^{uri}: {told}"):
             registry.resolve(uri)
         result = registry.verify(uri)
@@ -400,10 +412,10 @@ def test_byte_code_planted_in_the_store_is_refused_everywhere(tiny: Registry, di
 def test_byte_code_beside_a_version_of_before_is_refused_with_the_remedy(
     tiny: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "_BYTE_CODE", "unused")  # such versions have no file that keeps it away
+    monkeypatch.setattr(model_files, "_BYTE_CODE", "unused")  # such versions have no file that keeps it away
     uri = tiny.add()
     monkeypatch.undo()
-    monkeypatch.setenv(copies.VARIABLE, str(tiny.folder / "cache"))
+    monkeypatch.setenv(model_cache.VARIABLE, str(tiny.folder / "cache"))
     (tiny.stored(uri) / "__pycache__").mkdir()
     assert registry.verify(uri)["ok"]
     (tiny.stored(uri) / "__pycache__" / "served.pyc").touch()
@@ -436,7 +448,7 @@ def test_what_others_would_read_by_name_is_refused(tiny: Registry, name: str) ->
 
 def test_links_and_pipes_are_refused_and_never_followed(tiny: Registry, tmp_path: Path) -> None:
     uri = tiny.add()
-    registered, stored = package.digests(tiny.stored(uri)), tiny.stored(uri)
+    registered, stored = model_files.digests(tiny.stored(uri)), tiny.stored(uri)
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(stored / "served.py", tmp_path / "elsewhere")
     for name, target in (("__pycache__", "elsewhere"), ("pipeline", "elsewhere"), ("served.py", "elsewhere/served.py")):
@@ -504,8 +516,8 @@ def stored_anew(tiny: Registry, name: str, data: bytes) -> str:
     """A version whose file was replaced, and its digest with it, as who may edit the registry can."""
     uri = tiny.add()
     (tiny.stored(uri) / name).write_bytes(data)
-    tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", package.sha256(tiny.stored(uri) / name))
-    tiny.client.set_model_version_tag("tiny", "1", "bytes", str(package.size(tiny.stored(uri))))
+    tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", model_files.sha256(tiny.stored(uri) / name))
+    tiny.client.set_model_version_tag("tiny", "1", "bytes", str(model_files.size(tiny.stored(uri))))
     return uri
 
 
@@ -536,7 +548,7 @@ def test_a_card_of_other_weights_and_tags_that_are_no_numbers(tiny: Registry) ->
     tiny.client.set_model_version_tag("tiny", "1", "bytes", "many")
     tiny.client.set_model_version_tag("tiny", "1", "metric.top1", "most")
     assert registry.metric_of(registry.find(tiny.client, uri), "top1") is None
-    card = Card.read(registry.resolve(uri).folder)
+    card = ModelCard.read(registry.resolve(uri).folder)
     for digests in ({}, {WEIGHTS: "0" * 64}, {**card.sha256, "../../x": "0" * 64}):
         card.model_copy(update={"sha256": digests}).write(tiny.folder)
         uri = stored_anew(tiny, "artifacts/model.json", (tiny.folder / "model.json").read_bytes())
@@ -591,13 +603,13 @@ def test_concurrent_jobs_make_one_copy(tmp_path: Path) -> None:
 
     digest = {"a": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}
     with ThreadPoolExecutor() as jobs:
-        tasks = [jobs.submit(copies.obtain, digest, 1, download, refusal, tmp_path) for _ in range(4)]
+        tasks = [jobs.submit(model_cache.obtain, digest, 1, download, refusal, tmp_path) for _ in range(4)]
     (copy,) = {task.result() for task in tasks}
     assert (copy / "a").read_bytes() == b"a"
     assert len(made) == 1
 
 
-def refusal(faults: list[package.Fault]) -> InputError:
+def refusal(faults: list[model_files.FileMismatch]) -> InputError:
     return InputError(str(faults))
 
 
@@ -609,7 +621,7 @@ def test_a_damaged_copy_is_made_anew(tiny: Registry, capfd: pytest.CaptureFixtur
     edit(version.weights)
     (version.folder / "more").touch()
     (version.folder / RAW).unlink()
-    assert package.sha256(registry.resolve(uri).weights) == version.card.sha256[WEIGHTS]
+    assert model_files.sha256(registry.resolve(uri).weights) == version.card.sha256[WEIGHTS]
     assert sorted(path.name for path in version.folder.iterdir()) == ["model.json", WEIGHTS, RAW]
     assert "this copy was damaged on the disk; it is made anew" in capfd.readouterr().err
 
@@ -649,7 +661,7 @@ copies.obtain({{"a": {"0" * 64!r}}}, 1, download, None, Path({str(tmp_path)!r}))
     assert [path.read_bytes() for path in tmp_path.glob("*.partial/a")] == [b"half"]
     seen: list[list[Path]] = []
     with pytest.raises(InputError, match="found=None"):
-        copies.obtain({"a": "0" * 64}, 1, lambda folder: seen.append(list(folder.iterdir())), refusal, tmp_path)
+        model_cache.obtain({"a": "0" * 64}, 1, lambda folder: seen.append(list(folder.iterdir())), refusal, tmp_path)
     assert seen == [[]]
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
@@ -660,7 +672,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
     for num_bytes, download in ((10**18, Path.touch), (1, full)):
         with pytest.raises(ExternalError, match=rf"{tmp_path}: no room for a copy .*PVT_MODEL_CACHE"):
-            copies.obtain({"a": "0" * 64}, num_bytes, download, refusal, tmp_path)
+            model_cache.obtain({"a": "0" * 64}, num_bytes, download, refusal, tmp_path)
         assert not list(tmp_path.glob("*.partial"))
 
 
@@ -796,8 +808,8 @@ def test_a_damaged_and_a_broken_model_are_not_promoted(tiny: Registry) -> None:
     ):
         entry = tiny.entry(step)
         safetensors.torch.save_file(state, entry / WEIGHTS)
-        card = Card.read(entry)
-        card.model_copy(update={"sha256": {WEIGHTS: package.sha256(entry / WEIGHTS)}}).write(entry)
+        card = ModelCard.read(entry)
+        card.model_copy(update={"sha256": {WEIGHTS: model_files.sha256(entry / WEIGHTS)}}).write(entry)
         result = promote.promote(tiny.register(entry), gates())
         assert [(row["gate"], row["passed"]) for row in result["gates"]] == [("digests", True), ("loads", False)]
     assert tiny.alias("champion") is None
@@ -833,7 +845,9 @@ def published(tmp_path: Path) -> dict[str, Path]:
 
 
 def bring_in(tiny: Registry, source: Path, **options: Any) -> str:
-    return foreign.import_weights(tiny.client, source, "pub", **{"model": "pvt_pico", "image_size": 32, **options})
+    return import_weights.import_weights(
+        tiny.client, source, "pub", **{"model": "pvt_pico", "image_size": 32, **options}
+    )
 
 
 def test_published_weights_become_a_version(tiny: Registry, published: dict[str, Path]) -> None:
@@ -849,8 +863,8 @@ def test_published_weights_become_a_version(tiny: Registry, published: dict[str,
         run = tiny.client.get_run(str(registry.find(tiny.client, uri).run_id))
         file = source / "model.safetensors" if source.is_dir() else source
         assert run.info.status == "FINISHED"
-        assert run.data.tags["source.sha256"] == package.sha256(file)
-        assert version.tags["source"] == f"{file.name} sha256:{package.sha256(file)}"
+        assert run.data.tags["source.sha256"] == model_files.sha256(file)
+        assert version.tags["source"] == f"{file.name} sha256:{model_files.sha256(file)}"
         assert run.data.tags["run.uuid"] == version.tags["run"]
     assert tiny.alias("candidate", "pub") == "models:/pub/4"
     assert promote.promote("models:/pub/4", gates())["ok"]
@@ -865,8 +879,10 @@ def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_
     torch.save(published.state_dict(), tmp_path / "r.pth")
     version = registry.resolve(bring_in(tiny, tmp_path / "r.pth", model="resnet10t", image_size=64))
     images = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(network.load(version.card, version.weights)(images), published(images), rtol=0, atol=0)
-    task, card = config.SemanticFpn(channels=32, pyramid_channels=32), version.card
+    torch.testing.assert_close(
+        load_network.load_network(version.card, version.weights)(images), published(images), rtol=0, atol=0
+    )
+    task, card = SemanticFpnConfig(channels=32, pyramid_channels=32), version.card
     dense = build_task(task, card.model, card.image, ["a", "b"])
     weights = safetensors.torch.load_file(version.weights)
     start_from(dense, task, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes)
@@ -885,8 +901,8 @@ def test_of_a_training_checkpoint_the_average_is_taken_as_timm_does(tmp_path: Pa
         {"model": raw, "model_ema": None},
     ):
         torch.save(entries, tmp_path / "c.pth")
-        found = foreign.read(tmp_path / "c.pth")
-        with torch.serialization.safe_globals(foreign._numpy_types()):
+        found = import_weights.read(tmp_path / "c.pth")
+        with torch.serialization.safe_globals(import_weights._numpy_types()):
             expected = from_any(
                 {k: v for k, v in load_state_dict(str(tmp_path / "c.pth")).items() if k != "n_averaged"}
             )
@@ -895,13 +911,13 @@ def test_of_a_training_checkpoint_the_average_is_taken_as_timm_does(tmp_path: Pa
     torch.save(
         {"model": raw, "ema": {"decay": 0.9, "module": average}, "teacher": {"state_dict": raw}}, tmp_path / "c.pth"
     )
-    assert foreign.read(tmp_path / "c.pth").entry == "ema.module"
+    assert import_weights.read(tmp_path / "c.pth").entry == "ema.module"
     for entry, where in (("model", "model"), ("teacher", "teacher.state_dict")):
-        found = foreign.read(tmp_path / "c.pth", entry)
+        found = import_weights.read(tmp_path / "c.pth", entry)
         assert found.entry == where
         assert torch.equal(found.tensors["head.weight"], raw["head.weight"])
     with pytest.raises(InputError, match=r"--weights student: .* no such entry of weights; it has model, ema, teacher"):
-        foreign.read(tmp_path / "c.pth", "student")
+        import_weights.read(tmp_path / "c.pth", "student")
 
 
 @pytest.mark.parametrize(
@@ -911,14 +927,14 @@ def test_names_of_wrappers_are_understood(tmp_path: Path, prefix: str) -> None:
     expected = weights_of(5)
     for state in (expected, pvt.to_public(expected)):
         torch.save({f"{prefix}{key}": value for key, value in state.items()}, tmp_path / "w.pth")
-        found = foreign.read(tmp_path / "w.pth")
+        found = import_weights.read(tmp_path / "w.pth")
         assert found.tensors.keys() == expected.keys()
         assert found.skipped == []
     head = {key: expected.pop(key) for key in ("head.weight", "head.bias")}
     backbone = {f"{prefix}backbone.{key}": value for key, value in expected.items()}
     decoder = {f"{prefix}neck.0.weight": torch.zeros(1)}
     torch.save({**backbone, **{f"{prefix}{key}": value for key, value in head.items()}, **decoder}, tmp_path / "w.pth")
-    found = foreign.read(tmp_path / "w.pth")
+    found = import_weights.read(tmp_path / "w.pth")
     assert found.tensors.keys() == {**expected, **head}.keys()
     assert [key.rpartition("neck")[2] for key in found.skipped] == [".0.weight"]
 
@@ -937,11 +953,11 @@ def test_numpys_scalars_and_arrays_refuse_no_file(tmp_path: Path) -> None:
         data.replace(b"numpy._core", b"numpy.core")
     )  # as older versions of numpy wrote
     for name in ("n.pth", "numpy-1.pth"):
-        assert foreign.read(tmp_path / name).tensors.keys() == weights_of(5).keys()
+        assert import_weights.read(tmp_path / name).tensors.keys() == weights_of(5).keys()
     for evil in (np.array([Malicious(tmp_path / "ran")], dtype=object), np.load):
         torch.save({"model": weights_of(5), "scores": evil}, tmp_path / "evil.pth")
         with pytest.raises(InputError, match=r"is no file of tensors alone: .*nothing in it was run"):
-            foreign.read(tmp_path / "evil.pth")
+            import_weights.read(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -949,7 +965,7 @@ def test_numpys_scalars_and_arrays_refuse_no_file(tmp_path: Path) -> None:
     ("model", "size"), [("pvt_pico", 32), ("pvt_tiny", 384), ("vit_tiny_patch16_224", 96), ("resnet10t", 224)]
 )
 def test_the_image_size_is_that_of_the_position_embeddings(model: str, size: int) -> None:
-    assert foreign._image_size(create_model(model, size, num_classes=3).state_dict(), model) == size
+    assert import_weights._image_size(create_model(model, size, num_classes=3).state_dict(), model) == size
 
 
 @pytest.fixture
@@ -967,7 +983,7 @@ def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
     version, expected = registry.resolve(headless), weights_of(5)
     assert (version.card.classes, version.card.image.size, version.tags["num_classes"]) == ([], 32, "0")
     weights, card = safetensors.torch.load_file(version.weights), version.card
-    for task in (config.Classification(), config.SemanticFpn(channels=32, pyramid_channels=32)):
+    for task in (ClassificationConfig(), SemanticFpnConfig(channels=32, pyramid_channels=32)):
         made = build_task(task, card.model, card.image, ["a", "b"])
         start_from(
             made, task, card.model, ["a", "b"], weights, "it", source_task=card.task, source_classes=card.classes
@@ -984,7 +1000,7 @@ def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, 
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
         export(headless, "timm", tmp_path / "out")
     with pytest.raises(InputError, match=told):
-        Classifier(registry.resolve(headless).card, registry.resolve(headless).weights)
+        ServedClassifier(registry.resolve(headless).card, registry.resolve(headless).weights)
     with pytest.raises(InputError, match="head of 0 classes, but 1 names"):
         bring_in(tiny, tmp_path / "backbone", classes=["a"])
 
@@ -1011,17 +1027,17 @@ def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> Non
         file.write_bytes(flipped(whole, [int(place)]))
         found = None
         with contextlib.suppress(InputError):
-            found = foreign.read(file).tensors
+            found = import_weights.read(file).tensors
         # What fills a part up to its alignment holds nothing.
         assert found is None or all(torch.equal(found[key], state[key]) for key in state)
     for length in (*draws.integers(0, len(whole), 10), len(whole) - 1):
         file.write_bytes(whole[: int(length)])
         with pytest.raises(InputError):
-            foreign.read(file)
+            import_weights.read(file)
     at = whole.index(state["head.weight"].numpy().tobytes())
     file.write_bytes(flipped(whole, [at + 1]))
     with pytest.raises(InputError, match=r"is damaged: w/data/\d+ differs from its checksum: get the file again"):
-        foreign.read(file)
+        import_weights.read(file)
     with (
         zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as packed,
         zipfile.ZipFile(io.BytesIO(whole)) as parts,
@@ -1029,7 +1045,7 @@ def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> Non
         for name in parts.namelist():
             packed.writestr(name, parts.read(name))
     with pytest.raises(InputError, match="its parts are compressed, or overlap"):
-        foreign.read(tmp_path / "z.pth")
+        import_weights.read(tmp_path / "z.pth")
 
 
 def test_damaged_and_giant_headers_of_safetensors_are_refused(tiny: Registry, tmp_path: Path) -> None:
@@ -1062,7 +1078,7 @@ def test_the_digest_that_was_published_is_compared(
     tiny: Registry, published: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = published["ours"]
-    digest = package.sha256(file)
+    digest = model_files.sha256(file)
 
     def bring(sha256: str) -> str:
         line = ["import", str(file), "--name", "pub", "--model", "pvt_pico", "--image-size", "32", "--sha256", sha256]
@@ -1230,8 +1246,8 @@ print(model.predict(pandas.DataFrame({{"image": [package.example(32)]}})).to_jso
     (answer,) = json.loads(process.stdout.splitlines()[-1])
     network = timm.create_model("pvt_pico", num_classes=10, img_size=32).eval()
     network.load_state_dict(weights_of(3))
-    grey = (torch.full((1, 3, 32, 32), 128 / 255) - torch.tensor(config.Image().mean)[:, None, None]) / torch.tensor(
-        config.Image().std
+    grey = (torch.full((1, 3, 32, 32), 128 / 255) - torch.tensor(ImageConfig().mean)[:, None, None]) / torch.tensor(
+        ImageConfig().std
     )[:, None, None]
     with torch.inference_mode():
         score, label = network(grey).softmax(dim=1).max(dim=1)
@@ -1325,7 +1341,7 @@ def said(
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["registry.py", *map(str, arguments), "--tracking-uri", tiny.uri])
         with pytest.raises(SystemExit) as ending:
-            command.run(launch_registry.main)
+            cli.run(launch_registry.main)
         out, err = capfd.readouterr()
         result = json.loads(out.splitlines()[-1])
         assert ending.value.code == (0 if result.get("ok", True) else 1)
@@ -1381,12 +1397,12 @@ def test_sync_sends_what_a_killed_job_has_left(
     )
     record = Record.begin(folder, "tiny", tags={"main_metric": "top1"}, inputs=[])
     (folder / "metrics.jsonl").write_text('{"step": 1, "time": 1.5, "loss": 0.25}\n')
-    Outbox(folder).put({name: tiny.entry(1) / name for name in (WEIGHTS, RAW)}, Card.read(tiny.entry(1)))
+    Outbox(folder).put({name: tiny.entry(1) / name for name in (WEIGHTS, RAW)}, ModelCard.read(tiny.entry(1)))
     monkeypatch.setattr(sys, "argv", ["registry.py", "sync", str(folder)])
 
     def sync() -> dict[str, Any]:
         with pytest.raises(SystemExit) as ending:
-            command.run(launch_registry.main)
+            cli.run(launch_registry.main)
         assert ending.value.code == 0
         return json.loads(capfd.readouterr().out.splitlines()[-1])
 
@@ -1405,6 +1421,6 @@ def test_sync_sends_what_a_killed_job_has_left(
 
 
 def test_the_gates_that_ship_are_valid() -> None:
-    found = config.load_as(Gates, ROOT / "configs/gates/classification.yaml")
+    found = load_section(Gates, ROOT / "configs/gates/classification.yaml")
     assert found.metrics
     assert found.champion

@@ -23,23 +23,23 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 import pvt.model
-from launch import examine, report
-from pipeline import config
+from pipeline.config import ModelConfig, dump_config, load_config
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
-from pipeline.palette import colourise
-from pipeline.scenes import layouts
+from pipeline.job import examine_model, report_page
+from pipeline.pictures.palette import colourise
+from pipeline.scenes import write_dataset
 from pipeline.shards import ade20k
-from pipeline.shards.attribution import ATTRIBUTION
 from pipeline.shards.images import decode, decode_map
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
+from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.tasks.classify import build_model
 from pipeline.tasks.segment import predict
-from pipeline.track import package
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.outbox import Outbox
-from pipeline.track.report import Examination, Picture, RunFiles, page
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import model_files
+from pipeline.track.report import ClassifiedPicture, Examination, RunFiles, page
+from pipeline.track.sync.outbox import Outbox
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn, backbone
 from tests.conftest import run_ranks, write_config
@@ -175,8 +175,8 @@ class Runs:
         outbox = Outbox(self.finished)
         for number, entry in enumerate(outbox.waiting(), 1):
             outbox.note(entry, f"models:/tiny/{number}")
-        self.page = parse(report.write(self.finished))
-        self.page_with_samples = parse(report.write(self.finished, folder / "samples.html", samples=True))
+        self.page = parse(report_page.write_report(self.finished))
+        self.page_with_samples = parse(report_page.write_report(self.finished, folder / "samples.html", samples=True))
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_versions_come_with_commands_that_name_the_best(runs: Runs) -> None:
     assert [row[-1] for row in rows] == [card["sha256"]["model.safetensors"][:12] for card in cards]
     best = uris[max(range(len(cards)), key=lambda place: cards[place]["metrics"]["top1"])]
     assert f"--model {best} --data {runs.data / 'val'}" in section.all("pre")[0].text
-    waiting = parse(report.write(runs.killed, model=False)).section("model-versions")
+    waiting = parse(report_page.write_report(runs.killed, model=False)).section("model-versions")
     assert {row[0] for row in waiting.table()[1:]} == {"waits to be registered"}
     assert f"registry.py sync {runs.killed}" in waiting.all("pre")[0].text
 
@@ -273,15 +273,15 @@ def test_quarantined_samples_are_listed(runs: Runs) -> None:
 
 
 def test_the_matrix_is_scikit_learns_and_the_scores_are_the_runs(runs: Runs) -> None:
-    settings = config.load(runs.finished / "config.yaml")
+    config = load_config(runs.finished / "config.yaml")
     shards = ShardSet(runs.data / "val")
-    network = build_model(settings.model, 32, 10).eval()
+    network = build_model(config.model, 32, 10).eval()
     network.load_state_dict(
         safetensors.torch.load_file(runs.finished / "checkpoints" / "step-00000024" / "model.safetensors")
     )
     truth, guesses = [], []
     with torch.inference_mode():
-        for batch in EvalFeed(shards, World(), settings.image, batch_size=100):
+        for batch in EvalFeed(shards, World(), config.image, batch_size=100):
             kept = batch.weights > 0
             truth += batch.targets[kept].tolist()
             guesses += network(batch.images)[kept].argmax(dim=1).tolist()
@@ -315,7 +315,7 @@ def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_imag
     maps = images_of(runs.page.section("inside-the-network"))
     keys = {alt.partition(" of ")[2] for alt in maps}
     assert {alt.partition(" of ")[0] for alt in maps} == {f"stage {number}" for number in (1, 2, 3, 4)}
-    assert len(keys) == examine.NUM_PICTURES
+    assert len(keys) == examine_model.NUM_PICTURES
     assert [maps[f"stage {number} of {min(keys)}"].width for number in (1, 2, 3, 4)] == [8, 4, 2, 1]
     section = runs.page_with_samples.section("inside-the-network")
     shown = images_of(section)
@@ -330,7 +330,7 @@ def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> No
     note = runs.data / "val" / ATTRIBUTION
     note.write_text(f"UCI digits {HOSTILE}, CC BY 4.0\n")
     try:
-        with_samples = parse(report.write(runs.finished, tmp_path / "page.html", samples=True))
+        with_samples = parse(report_page.write_report(runs.finished, tmp_path / "page.html", samples=True))
     finally:
         note.unlink()
     text = with_samples.section("inside-the-network").text
@@ -339,7 +339,7 @@ def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> No
 
 def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    network = build_model(config.Model(name="pvt_pico"), 96, 10).eval()
+    network = build_model(ModelConfig(name="pvt_pico"), 96, 10).eval()
     images, calls = torch.randn(1, 3, 96, 96), []
     attend = pvt.model.F.scaled_dot_product_attention
 
@@ -348,8 +348,8 @@ def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) ->
         return attend(q, k, v)
 
     with torch.inference_mode():
-        found = examine._class_attention(network, images)
-        pvt.model.set_fast(network, False)
+        found = examine_model._class_attention(network, images)
+        pvt.model.set_optimised_kernels(network, False)
         monkeypatch.setattr(pvt.model.F, "scaled_dot_product_attention", recorded)
         network(images)
     q, k = calls[-1]
@@ -359,8 +359,8 @@ def test_attention_is_that_of_the_last_block(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examine, "MOST_SAMPLES", 100)
-    section = parse(report.write(runs.finished, tmp_path / "page.html")).section("classes")
+    monkeypatch.setattr(examine_model, "MOST_SAMPLES", 100)
+    section = parse(report_page.write_report(runs.finished, tmp_path / "page.html")).section("classes")
     cells = [[int(cell.text) for cell in row.all("td")] for row in section.all("table", "matrix")[0].all("tr")[1:]]
     assert 64 <= sum(map(sum, cells)) <= 100
     assert "of 360 samples, spread over the set" in section.text
@@ -368,7 +368,7 @@ def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, m
 
 def test_a_killed_run(runs: Runs, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(runs.killed, tmp_path / "killed"))
-    fresh = parse(report.write(folder, model=False))
+    fresh = parse(report_page.write_report(folder, model=False))
     assert fresh.all("span", "status")[0].text == "running"
     assert "about" in fresh.all("div", "tile")[0].text
     later = RunFiles(folder)
@@ -437,7 +437,7 @@ def spoil_data(folder: Path) -> None:
 )
 def test_nothing_in_a_folder_is_in_the_way(copy: Path, spoil: Callable[[Path], None]) -> None:
     spoil(copy)
-    made = parse(report.write(copy))
+    made = parse(report_page.write_report(copy))
     assert [section.attributes["id"] for section in made.all("section")] == SECTIONS
     if spoil is spoil_lines:
         assert "metrics.jsonl: 3 lines cannot be read" in made.all("div", "faults")[0].text
@@ -468,7 +468,7 @@ def write_profile(folder: Path, text: str) -> None:
 
 def test_a_profile_has_a_section(copy: Path) -> None:
     write_profile(copy, json.dumps(PROFILE))
-    made = parse(report.write(copy, model=False))
+    made = parse(report_page.write_report(copy, model=False))
     section = made.section("where-a-step-s-time-goes")
     assert "steps 52 to 54" in section.text
     tables = {title.text: table for title, table in zip(section.all("h3"), section.all("table"), strict=False)}
@@ -495,7 +495,7 @@ def test_a_profile_has_a_section(copy: Path) -> None:
 )
 def test_a_strange_profile_is_not_in_the_way(copy: Path, text: str, is_object: bool, is_shown: bool) -> None:
     write_profile(copy, text)
-    made = parse(report.write(copy, model=False))
+    made = parse(report_page.write_report(copy, model=False))
     sections = [section.attributes["id"] for section in made.all("section")]
     assert ("where-a-step-s-time-goes" in sections) == is_shown
     assert set(SECTIONS) <= set(sections)
@@ -506,7 +506,7 @@ def test_other_validation_data_is_not_scored(runs: Runs, copy: Path) -> None:
     record = json.loads((copy / "run.json").read_text())
     record["inputs"][1]["digest"] = "0" * 64
     (copy / "run.json").write_text(json.dumps(record))
-    assert "is another data set now" in parse(report.write(copy)).section("classes").text
+    assert "is another data set now" in parse(report_page.write_report(copy)).section("classes").text
 
 
 def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
         file.write(json.dumps({"key": HOSTILE, "tar": HOSTILE, "reason": HOSTILE, "data": HOSTILE}) + "\n")
     with (copy / "anomalies.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "kind": HOSTILE, "message": HOSTILE, "samples": []}) + "\n")
-    picture = Picture(HOSTILE, 0, 1, 0.5, None, [np.ones((2, 2), np.float32)], None)
+    picture = ClassifiedPicture(HOSTILE, 0, 1, 0.5, None, [np.ones((2, 2), np.float32)], None)
     examined = Examination(
         HOSTILE, 1, HOSTILE, 3, 2, True, [HOSTILE, "b"], "samples", np.eye(2, dtype=int), {}, [picture], HOSTILE
     )
@@ -546,7 +546,7 @@ def test_secrets_stay_in_the_folder(copy: Path) -> None:
         file.write(json.dumps({"key": "k", "tar": "https://me:hush-6@host/a.tar", "reason": "r", "data": "d"}) + "\n")
     with (copy / "packages.txt").open("a") as file:
         file.write("thing @ git+https://me:hush-7@host/thing\n")
-    text = report.write(copy, model=False).read_text()
+    text = report_page.write_report(copy, model=False).read_text()
     assert "***" in text
     assert "hush" not in text
 
@@ -563,7 +563,7 @@ def test_a_hundred_thousand_readings(copy: Path) -> None:
         for step in range(0, 100_000, 20):
             file.write(json.dumps({"step": step, "kind": "loss spike", "message": "m", "samples": ["key"] * 64}) + "\n")
     start = time.perf_counter()
-    made = report.write(copy, model=False)
+    made = report_page.write_report(copy, model=False)
     assert time.perf_counter() - start < 10
     assert made.stat().st_size < 3e6
     assert tiles(parse(made))["training loss"] == loss[-1]
@@ -599,7 +599,7 @@ class SegmentationRun:
     """A folder with a version that waits, of a network that tells brightness apart, and validation data."""
 
     def __init__(self, folder: Path) -> None:
-        layouts.write(folder / "scenes", {"val": 9}, seed=0, side_px=(128, 160))
+        write_dataset.write_dataset(folder / "scenes", {"val": 9}, seed=0, side_px=(128, 160))
         self.folder, self.data = folder / "runs" / "scenes", folder / "data"
         pack(ade20k.find(folder / "scenes/ade20k/annotations/validation"), self.data)
         path = folder / "scenes.yaml"
@@ -615,22 +615,22 @@ class SegmentationRun:
         }
         path.write_text(yaml.safe_dump(tree))
         (self.data / ATTRIBUTION).write_text("photographs by somebody\n")
-        self.settings = config.load(path)
+        self.config = load_config(path)
         self.shards = ShardSet(self.data)
         self.network = self._network()
         safetensors.torch.save_file(self.network.state_dict(), folder / WEIGHTS)
-        card = Card(
-            task=self.settings.task,
-            model=self.settings.model,
-            image=self.settings.image,
+        card = ModelCard(
+            task=self.config.task,
+            model=self.config.model,
+            image=self.config.image,
             eval_batch_size=2,
             classes=self.shards.classes,
             metrics={"miou": 0.1234, "macc": 0.2, "aacc": 0.3, "val_loss": 1.0},
-            sha256={WEIGHTS: package.sha256(folder / WEIGHTS)},
+            sha256={WEIGHTS: model_files.sha256(folder / WEIGHTS)},
             lineage={"run": "a" * 32, "step": "8"},
         )
         Outbox(self.folder).put({WEIGHTS: folder / WEIGHTS}, card)
-        (self.folder / "config.yaml").write_text(config.dump(self.settings))
+        (self.folder / "config.yaml").write_text(dump_config(self.config))
         scores = {"step": 4, "time": 1.7e9, "miou": 0.1, "macc": 0.2, "aacc": 0.3, "val_loss": 2.0}
         readings = [{"step": 2, "time": 1.7e9, "loss": 3.0}, scores, {**scores, "step": 8, "miou": 0.1234}]
         (self.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in readings))
@@ -646,7 +646,7 @@ class SegmentationRun:
         return network
 
     def batches(self) -> EvalFeed:
-        return EvalFeed(self.shards, World(), self.settings.image, task=self.settings.task, batch_size=2)
+        return EvalFeed(self.shards, World(), self.config.image, task=self.config.task, batch_size=2)
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray]:
         """True and predicted class of every labelled pixel."""
@@ -666,7 +666,7 @@ def segmentation(tmp_path_factory: pytest.TempPathFactory) -> SegmentationRun:
 
 
 def test_overlaps_and_confusions_of_pixels_are_scikit_learns(segmentation: SegmentationRun) -> None:
-    made = parse(report.write(segmentation.folder))
+    made = parse(report_page.write_report(segmentation.folder))
     section, names = made.section("classes"), segmentation.shards.classes
     truth, guesses = segmentation.pixels()
     expected = confusion_matrix(truth, guesses, labels=range(len(names)))
@@ -695,7 +695,7 @@ def test_overlaps_and_confusions_of_pixels_are_scikit_learns(segmentation: Segme
 
 
 def test_a_segmentation_runs_numbers_are_shares_of_its_own_metric(segmentation: SegmentationRun) -> None:
-    made = parse(report.write(segmentation.folder, model=False))
+    made = parse(report_page.write_report(segmentation.folder, model=False))
     assert (tiles(made)["best mIoU"], tiles(made)["last mIoU"]) == (0.1234, 0.1234)
     assert "12.34 %" in made.all("div", "tiles")[0].text
     assert "pvt_pico, semantic_fpn, from" in made.all("header")[0].text
@@ -708,16 +708,16 @@ def test_a_segmentation_runs_numbers_are_shares_of_its_own_metric(segmentation: 
 
 
 def test_maps_are_shown_only_where_asked(segmentation: SegmentationRun, tmp_path: Path) -> None:
-    section = parse(report.write(segmentation.folder)).section("inside-the-network")
+    section = parse(report_page.write_report(segmentation.folder)).section("inside-the-network")
     assert {alt.partition(" of ")[0] for alt in images_of(section)} == {f"stage {number}" for number in (1, 2, 3, 4)}
     assert not section.all("ul", "legend")
     assert "shown with --samples" in section.text
-    section = parse(report.write(segmentation.folder, tmp_path / "page.html", samples=True)).section(
+    section = parse(report_page.write_report(segmentation.folder, tmp_path / "page.html", samples=True)).section(
         "inside-the-network"
     )
     shown = images_of(section)
     keys = {alt.partition(" of ")[2] for alt in shown}
-    assert len(keys) == examine.NUM_PICTURES
+    assert len(keys) == examine_model.NUM_PICTURES
     key, shards = min(keys), segmentation.shards
     row = [shards.key(0, row) for row in range(len(shards))].index(key)
     stored = decode_map(shards.read_annotation(0, row))
@@ -747,7 +747,7 @@ def test_a_comparison(runs: Runs, copy: Path, tmp_path: Path) -> None:
         if "top1" in line:
             line["top1"] = 0.999
     (copy / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics))
-    made = parse(report.write_comparison([runs.finished, copy], tmp_path / "compare.html"))
+    made = parse(report_page.write_comparison([runs.finished, copy], tmp_path / "compare.html"))
     assert made.section("settings-that-differ").table() == [
         ["setting", "tiny", HOSTILE],
         ["optim.lr", "0.001", "0.002"],
@@ -771,7 +771,7 @@ def test_two_at_once_and_nothing_else_written(runs: Runs, tmp_path: Path) -> Non
     def draw() -> None:
         try:
             for _ in range(3):
-                report.write(runs.finished, out, model=False)
+                report_page.write_report(runs.finished, out, model=False)
         except BaseException as error:
             errors.append(error)
 
@@ -783,7 +783,7 @@ def test_two_at_once_and_nothing_else_written(runs: Runs, tmp_path: Path) -> Non
     assert errors == []
     assert list(tmp_path.iterdir()) == [out]
     parse(out)
-    report.write(runs.finished, out)
+    report_page.write_report(runs.finished, out)
     assert snapshot() == before
 
 
@@ -799,16 +799,16 @@ def test_the_command(runs: Runs, tmp_path: Path) -> None:
 
 def test_wrong_use_is_refused(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such folder: give the folder of a run"):
-        report.write(tmp_path / "nowhere")
+        report_page.write_report(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"holds none of run\.json"):
-        report.write(tmp_path)
+        report_page.write_report(tmp_path)
     (tmp_path / "taken").mkdir()
     with pytest.raises(InputError, match=r"taken: cannot be written: .*; name another file with --out"):
-        report.write(runs.finished, tmp_path / "taken", model=False)
+        report_page.write_report(runs.finished, tmp_path / "taken", model=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
 def test_importing_it_takes_neither_torch_nor_mlflow() -> None:
-    code = "import sys, launch.report; print({'torch', 'mlflow', 'timm', 'nvidia'} & set(sys.modules))"
+    code = "import sys, pipeline.commands.report; print({'torch', 'mlflow', 'timm', 'nvidia'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

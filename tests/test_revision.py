@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track import revision
-from pipeline.track.revision import code_revision, snapshot, uncommitted
+from pipeline.track.code_version import code_revision, snapshot, uncommitted
 from tests.ranks import ROOT
 
 FILES = {
@@ -33,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    monkeypatch.setattr(revision, "ROOT", folder)
+    monkeypatch.setattr(code_revision, "ROOT", folder)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -101,7 +100,7 @@ def test_code_in_a_snapshot_answers_as_the_checkout_did(
     snapshot(copy, diff=diff)
     assert commit(checkout) != then[KEY]
     assert "step = 2" in patch
-    monkeypatch.setattr(revision, "ROOT", copy)  # which lies in a checkout that has moved on
+    monkeypatch.setattr(code_revision, "ROOT", copy)  # which lies in a checkout that has moved on
     assert code_revision() == then
     assert uncommitted() == (patch if diff else "")
     (copy / "pipeline/__pycache__").mkdir()
@@ -143,7 +142,7 @@ def test_outside_a_checkout_nothing_is_known_of_the_code(folder: Path, tmp_path:
 
 def test_this_very_code_runs_from_a_snapshot(tmp_path: Path) -> None:
     snapshot(tmp_path / "copy")
-    code = "import json, pipeline.track.revision as r; print(json.dumps([r.__file__, r.code_revision()]))"
+    code = "import json, pipeline.track.code_version as r; print(json.dumps([r.__file__, r.code_revision()]))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "copy")}
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True

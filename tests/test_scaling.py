@@ -34,7 +34,7 @@ from benchmarks.scaling_model import (
     tree_s,
 )
 from pipeline import network
-from pipeline.config import Classification, Engine, Model
+from pipeline.config import ClassificationConfig, EngineConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.world import World
@@ -169,9 +169,9 @@ def test_constants_are_deepspeeds_and_ours() -> None:
     for stage in (1, 2, 3):
         setting = SETTINGS[f"ZeRO-{stage}"]
         # As a configuration that says no more than the stage.
-        engine = Engine.model_validate({"zero_stage": setting.stage})
-        settings = SMALL.settings().model_copy(update={"engine": engine})
-        given = deepspeed_config(settings, World(), 1, 10**9)["zero_optimization"]
+        engine = EngineConfig.model_validate({"zero_stage": setting.stage})
+        config = SMALL.config().model_copy(update={"engine": engine})
+        given = deepspeed_config(config, World(), 1, 10**9)["zero_optimization"]
         assert given["reduce_bucket_size"] == BUCKET_ELEMENTS
         zero = DeepSpeedZeroConfig.model_validate(given)
         assert zero.overlap_comm == setting.overlap_comm
@@ -181,8 +181,8 @@ def test_constants_are_deepspeeds_and_ours() -> None:
 
 
 def test_network_is_the_models() -> None:
-    found = scaling.network_of(SMALL.settings(), 10)
-    model = network.build(Classification(), Model(name="pvt_pico"), 32, 10)
+    found = scaling.network_of(SMALL.config(), 10)
+    model = network.build(ClassificationConfig(), ModelConfig(name="pvt_pico"), 32, 10)
     sizes = sorted(weight.numel() for weight in model.parameters())
     assert sorted(weight.num_elements for weight in found.weights) == sizes
     assert sum(found.groups) == sum(sizes)
@@ -194,7 +194,7 @@ def test_network_is_the_models() -> None:
 
 def test_calls_and_copies_are_deepspeeds() -> None:
     [found] = run_ranks(2, "scaling")
-    model = scaling.network_of(SMALL.settings(), 10)
+    model = scaling.network_of(SMALL.config(), 10)
     for name, counted in found.items():
         modelled, called = sorted(traffic(model, SETTINGS[name], 2).calls), sorted(counted["calls"])
         assert [kind for kind, _ in called] == [call.kind for call in modelled], name
@@ -222,7 +222,7 @@ def test_pieces_are_told_from_readings() -> None:
 
 def test_check_of_steps_that_are_as_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     links = {kind: Link(1e-3, 1e9) for kind in RING_PASSES}
-    model, small = (scaling.network_of(case.settings(), 10) for case in (CHECKED, SMALL))
+    model, small = (scaling.network_of(case.config(), 10) for case in (CHECKED, SMALL))
     copy_s_per_byte, hook_s = 1e-9, 2e-4
 
     def measured(ranks: int) -> list[dict[str, Any]]:

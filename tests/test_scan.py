@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.shards.adopt import index
-from pipeline.shards.faults import Fault, read_skipped
+from pipeline.shards.bad_samples import SampleFault, read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
+from pipeline.shards.index_tars import index_tars
 from pipeline.shards.pack import pack
 from pipeline.shards.store import Cache
 from pipeline.shards.tar import Reader, TarError, members, padded
@@ -172,7 +172,7 @@ def test_tars_of_other_writers_are_read_as_they_are(tmp_path: Path, writer: str,
     root.mkdir()
     WRITERS[writer](tmp_path / "tree", root / "data.tar", wanted)
     before = (root / "data.tar").read_bytes()
-    manifest, faults = index(str(root), labels="folder" if not long else "cls")
+    manifest, faults = index_tars(str(root), labels="folder" if not long else "cls")
     assert faults == []
     assert manifest is not None
     assert manifest.classes == sorted(CLASSES)
@@ -189,7 +189,7 @@ def test_tar_of_a_folder_sorted_by_name(tmp_path: Path) -> None:
     root.mkdir()
     command = ["tar", "--sort=name", "-cf", root / "data.tar", "-C", tmp_path / "tree", "."]
     subprocess.run(command, check=True)
-    index(str(root))
+    index_tars(str(root))
     assert contents(root) == {f"./{key}": value for key, value in expected(wanted).items()}
 
 
@@ -203,7 +203,7 @@ def test_shards_of_webdatasets_shardwriter(tmp_path: Path) -> None:
             label = CLASSES.index(sample.label)
             parts = {sample.extension: sample.image, "cls": label, "seg.png": b"a mask", "json": {"label": 7}}
             sink.write({"__key__": sample.key, **parts})
-    manifest, _ = index(str(tmp_path), classes=list(CLASSES))
+    manifest, _ = index_tars(str(tmp_path), classes=list(CLASSES))
     assert manifest is not None
     assert [shard.samples for shard in manifest.shards] == [5, 5, 5, 1]
     assert contents(tmp_path) == expected(wanted)
@@ -228,10 +228,10 @@ def test_shards_of_img2dataset(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="give --labels json:FIELD, where FIELD is one of class_name, class_id, caption"
     ):
-        index(str(tmp_path))
-    index(str(tmp_path), tmp_path / "by-name", labels="json:class_name")
+        index_tars(str(tmp_path))
+    index_tars(str(tmp_path), tmp_path / "by-name", labels="json:class_name")
     assert contents(tmp_path / "by-name") == expected(wanted)
-    manifest, _ = index(str(tmp_path), tmp_path / "by-number", labels="json:class_id")
+    manifest, _ = index_tars(str(tmp_path), tmp_path / "by-number", labels="json:class_id")
     assert manifest is not None
     assert manifest.classes == ["0", "1", "2", "3"]
     numbers = {key: CLASSES[int(label)] for key, (label, _) in contents(tmp_path / "by-number").items()}
@@ -306,7 +306,7 @@ def test_headers_without_end_take_no_memory(kind: bytes) -> None:
 def test_a_label_of_many_bytes_is_refused(tmp_path: Path) -> None:
     parts = [Member("a.jpg", image_bytes(0)), Member("a.json", b'{"label": 1, "x": [' + b"{}," * 2_000_000 + b"{}]}")]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
-    _, (fault,) = index(str(tmp_path), labels="json:label")
+    _, (fault,) = index_tars(str(tmp_path), labels="json:label")
     assert fault.reason == "its json part has 6,000,023 bytes; the limit is 4,194,304"
 
 
@@ -364,7 +364,7 @@ def found(root: Path) -> list[str]:
 )
 def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, classes: list, names: list) -> None:
     labelled(tmp_path / "root", labels, part)
-    manifest, faults = index(str(tmp_path / "root"), labels="json:label" if part == "json" else "cls")
+    manifest, faults = index_tars(str(tmp_path / "root"), labels="json:label" if part == "json" else "cls")
     assert faults == []
     assert manifest is not None
     assert manifest.classes == classes
@@ -390,39 +390,39 @@ def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, cl
 def test_odd_labels_are_faults(tmp_path: Path, labels: list, part: str, reason: str) -> None:
     labelled(tmp_path / "root", labels, part)
     source = "json:label" if part == "json" else "cls"
-    manifest, faults = index(str(tmp_path / "root"), labels=source)
+    manifest, faults = index_tars(str(tmp_path / "root"), labels=source)
     assert manifest is None
-    assert faults == [Fault("data.tar", "2", reason)]
-    index(str(tmp_path / "root"), labels=source, skip_bad=True)
+    assert faults == [SampleFault("data.tar", "2", reason)]
+    index_tars(str(tmp_path / "root"), labels=source, skip_bad=True)
     assert found(tmp_path / "root") == ["0", "1"]
 
 
 def test_classes_of_another_data_set(tmp_path: Path) -> None:
     labelled(tmp_path / "names", ["cat", "dog", "cow"])
-    _, faults = index(str(tmp_path / "names"), classes=["ant", "cat", "dog"], skip_bad=True)
-    assert faults == [Fault("data.tar", "2", "label 'cow' is none of the 3 classes")]
+    _, faults = index_tars(str(tmp_path / "names"), classes=["ant", "cat", "dog"], skip_bad=True)
+    assert faults == [SampleFault("data.tar", "2", "label 'cow' is none of the 3 classes")]
     assert found(tmp_path / "names") == ["cat", "dog"]
     labelled(tmp_path / "numbers", [0, 1, 3])
-    _, faults = index(str(tmp_path / "numbers"), classes=["ant", "cat", "dog"], skip_bad=True)
-    assert faults == [Fault("data.tar", "2", "label '3' is none of the 3 classes")]
+    _, faults = index_tars(str(tmp_path / "numbers"), classes=["ant", "cat", "dog"], skip_bad=True)
+    assert faults == [SampleFault("data.tar", "2", "label '3' is none of the 3 classes")]
     assert found(tmp_path / "numbers") == ["ant", "cat"]
 
 
 def test_numbers_are_names_where_the_classes_are_called_by_numbers(tmp_path: Path) -> None:
     labelled(tmp_path / "root", [10, "02", 9])
-    index(str(tmp_path / "root"), classes=["2", "9", "10"])
+    index_tars(str(tmp_path / "root"), classes=["2", "9", "10"])
     assert found(tmp_path / "root") == ["10", "2", "9"]
 
 
 def test_labels_that_count_from_one_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled(tmp_path / "zero", [0, 1, 2])
-    index(str(tmp_path / "zero"))
+    index_tars(str(tmp_path / "zero"))
     assert "count from 1" not in capsys.readouterr().err
     labelled(tmp_path / "one", [1, 2, 3, 2])
     with pytest.raises(InputError, match="labels are 1 … 3 of 3 classes, so they count from 1"):
-        index(str(tmp_path / "one"), classes=["ant", "bee", "cow"], skip_bad=True)
+        index_tars(str(tmp_path / "one"), classes=["ant", "bee", "cow"], skip_bad=True)
     assert listing(tmp_path / "one").keys() == {"data.tar"}
-    manifest, _ = index(str(tmp_path / "one"))
+    manifest, _ = index_tars(str(tmp_path / "one"))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "labels are 1 … 3 and none is 0, so class 0 has no samples; if they count from 1" in line
     assert manifest is not None
@@ -440,7 +440,7 @@ def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
     (root / "deeper").mkdir()
     (root / "deeper" / "more.tar").write_bytes(tar_of([Member("x.jpg", image_bytes(3)), Member("x.cls", b"1")]))
     before = listing(root)
-    manifest, faults = index(str(root), tmp_path / "out", skip_bad=True)
+    manifest, faults = index_tars(str(root), tmp_path / "out", skip_bad=True)
     assert [fault.shard for fault in faults] == ["part\\2.tar"]
     assert "not a file below the data set's root" in faults[0].reason
     assert faults[0].reason.endswith(": rename it")
@@ -463,7 +463,7 @@ def test_shards_have_names_in_any_script(tmp_path: Path) -> None:
     for number, name in enumerate(SHARD_NAMES):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(tar_of([Member("0.jpg", image_bytes(number)), Member("0.cls", b"0")]))
-    manifest, faults = index(str(root), out)
+    manifest, faults = index_tars(str(root), out)
     assert faults == []
     assert manifest is not None
     assert sorted(shard.tar.name for shard in manifest.shards) == sorted(SHARD_NAMES)
@@ -481,8 +481,8 @@ def test_links_to_folders_of_tars_are_followed(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "far")
     (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
     (tmp_path / "root" / "gone.tar").symlink_to("nowhere")
-    manifest, faults = index(str(tmp_path / "root"), skip_bad=True)
-    assert faults == [Fault("gone.tar", None, "no such file")]
+    manifest, faults = index_tars(str(tmp_path / "root"), skip_bad=True)
+    assert faults == [SampleFault("gone.tar", None, "no such file")]
     assert manifest is not None
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [("data", 3), ("linked/data", 2)]
     assert "repeat others" not in capsys.readouterr().err
@@ -491,7 +491,7 @@ def test_links_to_folders_of_tars_are_followed(tmp_path: Path, capsys: pytest.Ca
 def test_tars_that_repeat_others_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled(tmp_path, [0, 1])
     shutil.copy(tmp_path / "data.tar", tmp_path / "copy.tar")
-    manifest, faults = index(str(tmp_path))
+    manifest, faults = index_tars(str(tmp_path))
     assert faults == []
     assert manifest is not None
     assert manifest.samples == 4
@@ -511,7 +511,7 @@ def test_what_was_found_used_refused_and_ignored_is_reported(
     (tmp_path / "._data.tar").touch()
     (tmp_path / "@eaDir").mkdir()
     (tmp_path / "@eaDir" / "data.tar").touch()
-    _, faults = index(str(tmp_path), skip_bad=True)
+    _, faults = index_tars(str(tmp_path), skip_bad=True)
     assert {fault.shard for fault in faults} == {"data.tar", "bad.tar", "more.tgz"}
     lines = capsys.readouterr().err.splitlines()
     assert (
@@ -525,19 +525,19 @@ def test_with_faults_nothing_is_written(tmp_path: Path) -> None:
     labelled(tmp_path, [0, 1])
     (tmp_path / "empty.tar").touch()
     before = listing(tmp_path)
-    manifest, faults = index(str(tmp_path))
+    manifest, faults = index_tars(str(tmp_path))
     assert manifest is None
-    assert faults == [Fault("empty.tar", None, "an empty file")]
+    assert faults == [SampleFault("empty.tar", None, "an empty file")]
     assert listing(tmp_path) == before
 
 
 def test_an_index_is_not_made_over_another(tmp_path: Path) -> None:
     labelled(tmp_path, [0, 1])
-    index(str(tmp_path))
+    index_tars(str(tmp_path))
     with pytest.raises(InputError, match="there is an index already; remove this file"):
-        index(str(tmp_path))
+        index_tars(str(tmp_path))
     (tmp_path / "manifest.json").unlink()
-    manifest, _ = index(str(tmp_path))
+    manifest, _ = index_tars(str(tmp_path))
     assert manifest == read_manifest(tmp_path)
 
 
@@ -571,7 +571,7 @@ def no_labels(root: Path) -> None:
 def test_what_cannot_be_indexed_at_all_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     make(tmp_path / "root")
     with pytest.raises(InputError) as error:
-        index(str(tmp_path / "root"), skip_bad=True)
+        index_tars(str(tmp_path / "root"), skip_bad=True)
     assert message in str(error.value)
 
 
@@ -581,8 +581,8 @@ def test_labels_that_cannot_be_read_are_one_error(tmp_path: Path, data: str) -> 
     parts = [Member("0.jpg", image_bytes(0)), Member("0.json", data.encode("latin-1"))]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
     with pytest.raises(InputError, match=r"no label can be seen in the first sample, '0' .*: give --labels json:FIELD"):
-        index(str(tmp_path))
-    _, faults = index(str(tmp_path), labels="json:label", classes=["a"])
+        index_tars(str(tmp_path))
+    _, faults = index_tars(str(tmp_path), labels="json:label", classes=["a"])
     assert len(faults) == 1
     assert faults[0].reason.startswith(("its json part has no field 'label'", "its json part is not JSON"))
 
@@ -591,7 +591,7 @@ def test_labels_that_cannot_be_read_are_one_error(tmp_path: Path, data: str) -> 
 def test_other_places_of_labels_are_refused(tmp_path: Path, labels: str) -> None:
     labelled(tmp_path, [0, 1])
     with pytest.raises(InputError, match="expected auto, cls, folder or json:FIELD"):
-        index(str(tmp_path), labels=labels)
+        index_tars(str(tmp_path), labels=labels)
 
 
 @pytest.mark.usefixtures("private_cache")
@@ -604,13 +604,13 @@ def test_tars_by_pattern_from_a_web_server(tmp_path: Path) -> None:
     with FaultyServer(tmp_path) as server:
         pattern = f"{server.url}/data-{{000..004}}.tar"
         with pytest.raises(InputError, match="give a local folder to --out"):
-            index(pattern)
-        _, faults = index(pattern, out, skip_bad=True)
-        assert faults == [Fault("data-004.tar", None, "no such file")]
+            index_tars(pattern)
+        _, faults = index_tars(pattern, out, skip_bad=True)
+        assert faults == [SampleFault("data-004.tar", None, "no such file")]
         assert read_manifest(out).tars == server.url
         assert contents(out) == expected(wanted)
         assert verify(out, deep=True) == []
-    index(f"{tmp_path}/data-{{000..003}}.tar")
+    index_tars(f"{tmp_path}/data-{{000..003}}.tar")
     assert contents(tmp_path) == expected(wanted)
 
 
@@ -624,7 +624,7 @@ def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[
         (tars / f"a b+{number:03d}.tar").write_bytes(tar_of(parts))
     query = "X-Amz-Credential=AK%2F1&X-Amz-Signature=s3cret%2B"
     with FaultyServer(tars) as server:
-        manifest, faults = index(f"{server.url}/a%20b+{{000..002}}.tar?{query}", out)
+        manifest, faults = index_tars(f"{server.url}/a%20b+{{000..002}}.tar?{query}", out)
         assert faults == []
         assert manifest is not None
         assert manifest.samples == 3
@@ -644,7 +644,7 @@ def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[
             ShardSet(out)
         (out / "tars.query").rmdir()
         (out / "manifest.json").unlink()
-        index(f"{server.url}/a%20b+000.tar", out)
+        index_tars(f"{server.url}/a%20b+000.tar", out)
     assert not (out / "tars.query").exists()
     assert "s3cret" not in (out / "manifest.json").read_text() + "".join(capsys.readouterr())
 
@@ -655,11 +655,13 @@ def test_tars_of_an_object_store(tmp_path: Path) -> None:
     with_tarfile(tarfile.GNU_FORMAT)(tmp_path, tmp_path / "data.tar", wanted)
     fs = fsspec.filesystem("memory")
     fs.put(str(tmp_path / "data.tar"), "/bucket/deep/data.tar")
-    index("memory://bucket", tmp_path / "out")
+    index_tars("memory://bucket", tmp_path / "out")
     assert read_manifest(tmp_path / "out").tars == "memory://bucket"
     assert contents(tmp_path / "out") == expected(wanted)
     fs.rm("/bucket", recursive=True)
-    assert verify(tmp_path / "out") == [Fault("deep/data.tar", None, "memory://bucket/deep/data.tar: no such file")]
+    assert verify(tmp_path / "out") == [
+        SampleFault("deep/data.tar", None, "memory://bucket/deep/data.tar: no such file")
+    ]
 
 
 def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
@@ -667,8 +669,8 @@ def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
     for number in range(4):
         with_tarfile(tarfile.PAX_FORMAT)(tmp_path, tmp_path / f"{number}.tar", wanted[number * 4 :][:4])
     (tmp_path / "4.tar").write_text("hello")
-    one = index(str(tmp_path), tmp_path / "one", skip_bad=True)
-    three = index(str(tmp_path), tmp_path / "three", skip_bad=True, workers=3)
+    one = index_tars(str(tmp_path), tmp_path / "one", skip_bad=True)
+    three = index_tars(str(tmp_path), tmp_path / "three", skip_bad=True, workers=3)
     assert one == three
     assert listing(tmp_path / "one") == listing(tmp_path / "three")
     assert verify(tmp_path / "one", workers=2, deep=True) == []
@@ -706,13 +708,13 @@ REASONS = {
 }
 
 
-def by_shard(faults: list[Fault]) -> dict[str, set[str | None]]:
+def by_shard(faults: list[SampleFault]) -> dict[str, set[str | None]]:
     return {shard: {fault.key for fault in faults if fault.shard == shard} for shard in {f.shard for f in faults}}
 
 
 def test_every_damage_of_a_shard_is_told(damage: Damage) -> None:
     before = listing(damage.shards)
-    manifest, faults = index(str(damage.shards))
+    manifest, faults = index_tars(str(damage.shards))
     assert manifest is None
     assert by_shard(faults) == {name: keys for name, keys in damage.bad_keys.items() if keys}
     assert listing(damage.shards) == before
@@ -724,7 +726,7 @@ def test_every_damage_of_a_shard_is_told(damage: Damage) -> None:
 
 
 def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) -> None:
-    manifest, faults = index(str(damage.shards), tmp_path, skip_bad=True)
+    manifest, faults = index_tars(str(damage.shards), tmp_path, skip_bad=True)
     assert manifest is not None
     assert [fault._asdict() for fault in faults] == read_skipped(tmp_path)
     assert contents(tmp_path).keys() == damage.good_keys
@@ -732,7 +734,7 @@ def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) 
 
 
 def test_without_decoding_only_headers_are_checked(damage: Damage, tmp_path: Path) -> None:
-    _, faults = index(str(damage.shards), tmp_path, skip_bad=True, decode=False)
+    _, faults = index_tars(str(damage.shards), tmp_path, skip_bad=True, decode=False)
     assert not {fault.key for fault in faults} & damage.hidden_keys
     assert contents(tmp_path).keys() == damage.good_keys | damage.hidden_keys
     assert verify(tmp_path) == []

@@ -13,14 +13,14 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
-from pipeline.scenes import layouts, photographs
-from pipeline.scenes.compose import NAMES, compose, scans
-from pipeline.scenes.outline import polygons, rle
+from pipeline.scenes import photographs, write_dataset
+from pipeline.scenes.coco_masks import polygons, rle
+from pipeline.scenes.compose_scene import NAMES, compose, scans
 from pipeline.scenes.photographs import Split
 from pipeline.shards import ade20k
-from pipeline.shards.attribution import ATTRIBUTION
 from pipeline.shards.images import decode_map
 from pipeline.shards.pack import pack
+from pipeline.shards.picture_credits import ATTRIBUTION
 from tests.ranks import ROOT
 
 # Of pycocotools 2.0.11, which is older than numpy 2.
@@ -55,15 +55,15 @@ def coco(scenes: Path, split: Split, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_the_same_seed_gives_the_same_bytes(scenes: Path, tmp_path: Path) -> None:
-    layouts.write(tmp_path / "again", {"train": TRAIN, "val": VAL}, seed=3)
+    write_dataset.write_dataset(tmp_path / "again", {"train": TRAIN, "val": VAL}, seed=3)
     assert contents(tmp_path / "again") == contents(scenes)
-    layouts.write(tmp_path / "other", {"train": 2, "val": 2}, seed=4)
+    write_dataset.write_dataset(tmp_path / "other", {"train": 2, "val": 2}, seed=4)
     name = "ade20k/images/training/scene_00000001.jpg"
     assert (tmp_path / "other" / name).read_bytes() != (scenes / name).read_bytes()
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are(scenes: Path, tmp_path: Path) -> None:
-    layouts.write(tmp_path / "few", {"train": 5, "val": 0}, seed=3)
+    write_dataset.write_dataset(tmp_path / "few", {"train": 5, "val": 0}, seed=3)
     few, many = contents(tmp_path / "few/ade20k"), contents(scenes / "ade20k")
     assert len(few) == 11
     assert all(many[name] == data for name, data in few.items() if not name.endswith(".txt"))
@@ -89,7 +89,7 @@ def test_coco_reads_the_masks_that_were_drawn(
             assert annotation["area"] == mask.sum()
             assert annotation["bbox"] == masks.toBbox(table.annToRLE(annotation)).tolist()
             assert annotation["iscrowd"] == instance.is_crowd
-            assert names[annotation["category_id"]] == layouts.NAMES[instance.digit]
+            assert names[annotation["category_id"]] == write_dataset.NAMES[instance.digit]
 
 
 def test_any_mask_survives_as_polygons_and_as_run_lengths() -> None:
@@ -134,7 +134,7 @@ def test_there_is_something_of_every_kind(scenes: Path) -> None:
     counts = [sum(entry["image_id"] == image["id"] for entry in single) for image in table["images"]]
     assert min(counts) == 0
     assert max(counts) >= 6
-    assert {entry["category_id"] for entry in single} == set(layouts.CATEGORY_IDS)
+    assert {entry["category_id"] for entry in single} == set(write_dataset.CATEGORY_IDS)
     boxes = [(entry["image_id"], *entry["bbox"]) for entry in single]
     pairs = [(a, b) for a in boxes for b in boxes if a < b and a[0] == b[0]]
     overlapping = sum(
@@ -202,7 +202,7 @@ def test_every_photograph_is_credited(scenes: Path) -> None:
 def test_they_pack_as_ade20k(scenes: Path, tmp_path: Path) -> None:
     manifest = pack(ade20k.find(scenes / "ade20k/annotations/validation"), tmp_path / "packed")
     assert manifest.samples == VAL
-    assert manifest.classes == [layouts.BACKGROUND, *NAMES]
+    assert manifest.classes == [write_dataset.BACKGROUND, *NAMES]
 
 
 def test_the_table_of_classes_counts(scenes: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_table_of_classes_counts(scenes: Path) -> None:
     total = sum((values > 0).sum() for values in maps)
     for value, line in enumerate(lines[1:], 1):
         index, ratio, train, _, name = line.split("\t")
-        assert (int(index), name) == (value, (layouts.BACKGROUND, *NAMES)[value - 1])
+        assert (int(index), name) == (value, (write_dataset.BACKGROUND, *NAMES)[value - 1])
         assert int(train) == sum((values == value).any() for values in maps)
         assert float(ratio) == pytest.approx(sum((values == value).sum() for values in maps) / total, abs=1e-4)
 
@@ -252,7 +252,7 @@ def test_digits_are_cut_out_one_by_one(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_scenes_of_some_digits_alone(tmp_path: Path) -> None:
-    layouts.write(tmp_path, {"train": 12, "val": 3}, side_px=(128, 160), digits=range(3, 6))
+    write_dataset.write_dataset(tmp_path, {"train": 12, "val": 3}, side_px=(128, 160), digits=range(3, 6))
     maps = [decode_map(path.read_bytes()) for path in tmp_path.glob("ade20k/annotations/*/*.png")]
     assert {*np.unique(np.concatenate([each.ravel() for each in maps])).tolist()} == {0, 1, 2, 3, 4}
     manifest = pack(ade20k.find(tmp_path / "ade20k/annotations/training"), tmp_path / "packed")

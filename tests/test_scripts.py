@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
 from pipeline.cluster import script
 from pipeline.cluster.slurm import seconds
-from pipeline.config import Cluster, Config, Environment
+from pipeline.config import ClusterConfig, Config, EnvironmentConfig, load_config
 from pipeline.errors import InputError
 from tests.conftest import write_config
 from tests.ranks import ROOT
@@ -27,8 +26,8 @@ def test_ready_scripts_are_of_the_same_template(program: str) -> None:
 
 
 def test_a_job_asks_for_whole_shares_of_nodes() -> None:
-    cluster = Cluster(nodes=4, min_nodes=2, spares=1, cpus_per_rank=12, partition="gpu", time="2-00:00:00")
-    lines = script.render(cluster, name="big", log="log", code="/code", command="--config x").splitlines()
+    cluster = ClusterConfig(nodes=4, min_nodes=2, spares=1, cpus_per_rank=12, partition="gpu", time="2-00:00:00")
+    lines = script.render_batch_script(cluster, name="big", log="log", code="/code", command="--config x").splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
     wanted = "--nodes=2-5 --cpus-per-task=96 --gpus-per-node=8 --partition=gpu --time=2-00:00:00 --signal=B:USR1@180"
     assert set(wanted.split()) | {"--requeue", "--no-kill"} <= set(options)
@@ -51,8 +50,10 @@ def run_script(activate: str | None, folder: Path) -> subprocess.CompletedProces
     python.parent.mkdir()
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
     python.chmod(0o755)
-    cluster = Cluster(environment=Environment(activate=activate))
-    text = script.render(cluster, name="x", log="log", code="'/the code'", command="--config 'a b'", python="python")
+    cluster = ClusterConfig(environment=EnvironmentConfig(activate=activate))
+    text = script.render_batch_script(
+        cluster, name="x", log="log", code="'/the code'", command="--config 'a b'", python="python"
+    )
     environ = {name: value for name, value in os.environ.items() if name not in ("PS1", "NAME_OF_NOTHING")}
     return subprocess.run(["bash"], input=text, env=environ, capture_output=True, text=True)
 
@@ -67,8 +68,12 @@ def test_activation_may_use_unset_variables_and_failing_tests(tmp_path: Path) ->
 
 
 def test_what_follows_the_activation_is_strict_again(tmp_path: Path) -> None:
-    text = script.render(
-        Cluster(environment=Environment(activate="true")), name="x", log="log", code="/c", command="$NAME_OF_NOTHING"
+    text = script.render_batch_script(
+        ClusterConfig(environment=EnvironmentConfig(activate="true")),
+        name="x",
+        log="log",
+        code="/c",
+        command="$NAME_OF_NOTHING",
     )
     done = subprocess.run(["bash"], input=text, capture_output=True, text=True)
     assert done.returncode != 0
@@ -76,7 +81,7 @@ def test_what_follows_the_activation_is_strict_again(tmp_path: Path) -> None:
 
 
 def test_a_log_in_a_folder_with_spaces_is_one_word() -> None:
-    text = script.render(Cluster(), name="x", log="/two words/it's/log", code="/c", command="")
+    text = script.render_batch_script(ClusterConfig(), name="x", log="/two words/it's/log", code="/c", command="")
     (line,) = re.findall(r"^#SBATCH (--output.*)$", text, re.MULTILINE)
     assert shlex.split(line) == ["--output=/two words/it's/log"]
 
@@ -84,7 +89,7 @@ def test_a_log_in_a_folder_with_spaces_is_one_word() -> None:
 @pytest.mark.parametrize("name", ["100%j", "a:b", "a\\b"])
 def test_folders_that_slurm_would_misread_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"run\.root .* under SLURM it may contain no %") as refused:
-        script.check(with_root(f"/runs/{name}", tmp_path))
+        script.check_batch_script(with_root(f"/runs/{name}", tmp_path))
     assert "\n" not in str(refused.value)
 
 
@@ -95,11 +100,11 @@ def test_control_characters_in_folders_are_refused_everywhere(tmp_path: Path, na
 
 
 def test_folders_with_spaces_are_not_refused(tmp_path: Path) -> None:
-    script.check(with_root("/runs of/two words", tmp_path))
+    script.check_batch_script(with_root("/runs of/two words", tmp_path))
 
 
 def with_root(root: str, folder: Path) -> Config:
-    return config.load(write_config(folder, folder), [f"run.root={json.dumps(root)}", "cluster.gpus_per_node=1"])
+    return load_config(write_config(folder, folder), [f"run.root={json.dumps(root)}", "cluster.gpus_per_node=1"])
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from pipeline import config
+from pipeline.config import ImageConfig, ModelConfig, SemanticFpnConfig
 from pipeline.errors import InputError
-from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.images import IGNORED
 from pipeline.tasks.build import build_task
 from pipeline.tasks.pretrained import load_backbone, load_pretrained
-from pipeline.tasks.segment import Segmentation, SegmentationMetric, class_ious, predict
+from pipeline.tasks.segment import SegmentationMetric, SegmentationTask, class_ious, predict
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn
 from tests.batches import batch_of
@@ -28,10 +28,10 @@ from tests.workers.confusion import ABSENT, NUM_CLASSES, UNSEEN, scored
 CLASSES = [f"class {c}" for c in range(NUM_CLASSES)]
 
 
-def network(name: str = "pvt_pico", size: int = 64, classes: int = NUM_CLASSES, **settings: Any) -> SemanticFpn:
+def network(name: str = "pvt_pico", size: int = 64, classes: int = NUM_CLASSES, **config: Any) -> SemanticFpn:
     torch.manual_seed(0)
     names = [f"class {c}" for c in range(classes)]
-    task = build_task(config.SemanticFpn(), config.Model(name=name, **settings), config.Image(size=size), names)
+    task = build_task(SemanticFpnConfig(), ModelConfig(name=name, **config), ImageConfig(size=size), names)
     assert isinstance(task.model, SemanticFpn)
     return task.model
 
@@ -45,7 +45,7 @@ def crops(size: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def test_the_loss_is_pytorchs_over_all_pixels() -> None:
-    task = Segmentation(network().eval(), CLASSES)
+    task = SegmentationTask(network().eval(), CLASSES)
     images, targets = crops()
     losses = task.losses(task.model, batch_of(images, targets))
     logits = F.interpolate(task.model(images), size=(64, 64), mode="bilinear", align_corners=False)
@@ -60,7 +60,7 @@ def test_the_loss_is_pytorchs_over_all_pixels() -> None:
 
 
 def test_crops_that_are_no_multiple_of_the_stride_lose_no_pixel() -> None:
-    task = Segmentation(network().eval(), CLASSES)
+    task = SegmentationTask(network().eval(), CLASSES)
     images, targets = crops(size=50)
     losses = task.losses(task.model, batch_of(images, targets))
     padded = F.pad(images, (0, 14, 0, 14)), F.pad(targets, (0, 14, 0, 14), value=IGNORED)
@@ -71,7 +71,7 @@ def test_crops_that_are_no_multiple_of_the_stride_lose_no_pixel() -> None:
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
 def test_losses_under_autocast_are_those_of_fp32(name: str) -> None:
     """Within 1 %: bfloat16 has 8 bits of precision, 0.4 % a rounding."""
-    task = Segmentation(network(name).eval(), CLASSES)
+    task = SegmentationTask(network(name).eval(), CLASSES)
     task.model.classifier.weight.data *= 100  # logits of about 1, else all losses are log 7
     images, targets = crops()
     exact = task.losses(task.model, batch_of(images, targets))
@@ -84,7 +84,7 @@ def test_losses_under_autocast_are_those_of_fp32(name: str) -> None:
 
 
 def test_drop_path_masks_reach_the_backbone() -> None:
-    task = Segmentation(network(drop_path_rate=0.3).eval(), CLASSES)
+    task = SegmentationTask(network(drop_path_rate=0.3).eval(), CLASSES)
     images, targets = crops()
     assert len(task.drop_path_rates) == 8
     kept, dropped = torch.ones(8, 3), torch.ones(8, 3)
@@ -98,7 +98,7 @@ def test_drop_path_masks_reach_the_backbone() -> None:
 def test_logits_of_few_bits_are_enlarged_in_fp32() -> None:
     """The network's are bfloat16 under autocast."""
     logits, targets = torch.randn(3, NUM_CLASSES, 16, 16).bfloat16(), crops()[1]
-    task, itself = Segmentation(network(), CLASSES), torch.nn.Identity()
+    task, itself = SegmentationTask(network(), CLASSES), torch.nn.Identity()
     losses = task.losses(itself, batch_of(logits, targets))
     assert torch.equal(losses, task.losses(itself, batch_of(logits.float(), targets)))
     target = MaskTarget(targets[0].byte(), (60, 64))
@@ -179,7 +179,7 @@ def test_it_learns_and_is_scored_for_it() -> None:
             images[i, :, top : top + 24, left : left + 24] = torch.eye(3)[c - 1][:, None, None]
             labels[i, top : top + 24, left : left + 24] = c
     labels[:, :2] = IGNORED
-    task = Segmentation(network(classes=4), CLASSES[:4])
+    task = SegmentationTask(network(classes=4), CLASSES[:4])
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-3)
     miou = []
     for step in range(41):
@@ -236,7 +236,7 @@ def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "settings", "message"),
+    ("name", "size", "config", "message"),
     [
         ("pvt_pic", 64, {}, "'pvt_pic' is no timm model; near: pvt_pico"),
         ("vit_tiny_patch16_224", 64, {}, "maps at strides .16, 16, .*choose a pyramid"),
@@ -246,13 +246,13 @@ def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:
         ("pvt_pico", 64, {"drop_rate": 0.1}, "model.drop_rate 0.1 is of a classifier's head.*dropout"),
     ],
 )
-def test_models_that_cannot_segment_are_refused(name: str, size: int, settings: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_segment_are_refused(name: str, size: int, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        network(name, size, **settings)
+        network(name, size, **config)
 
 
 def test_layers_of_the_backbone_are_named_as_in_the_network() -> None:
-    task = Segmentation(network(), CLASSES)
+    task = SegmentationTask(network(), CLASSES)
     names = {name for name, _ in task.model.named_parameters()}
     assert {name for name in names if name.startswith("backbone.")} == task.depths.keys()
     assert task.depths["backbone.stages.0.patch_embed.proj.weight"] == 0

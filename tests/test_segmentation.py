@@ -14,14 +14,16 @@ import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipeline import config
-from pipeline.scenes import layouts
-from pipeline.scenes.compose import NAMES
+from pipeline.config import load_config
+from pipeline.scenes import write_dataset
+from pipeline.scenes.compose_scene import NAMES
 from pipeline.shards import ade20k
 from pipeline.shards.pack import pack
 from pipeline.tasks.build import build_task
-from pipeline.track import network, registry, server
-from pipeline.track.card import WEIGHTS
+from pipeline.track import tracking_server
+from pipeline.track.model_card import WEIGHTS
+from pipeline.track.registry import registry
+from pipeline.track.serve import load_network
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, trace_differences
 from tests.conftest import write_config
 from tests.finetuning import command, lines_of, losses_of, register_classifier, result_of, seen_by
@@ -35,7 +37,7 @@ SCORES = ("step", "miou", "macc", "aacc", "val_loss")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DIR/train and DIR/val, packed."""
     folder = tmp_path_factory.mktemp("scenes")
-    layouts.write(folder, {"train": 32, "val": 10}, side_px=(128, 150))
+    write_dataset.write_dataset(folder, {"train": 32, "val": 10}, side_px=(128, 150))
     for split, name in (("train", "training"), ("val", "validation")):
         pack(ade20k.find(folder / "ade20k/annotations" / name), folder / split, samples_per_shard=8)
     return folder
@@ -161,10 +163,10 @@ def test_frozen_stages_keep_their_weights(scenes: Path, root: Path, trained: Job
 
 
 def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job) -> None:
-    server.connect(f"sqlite:///{root / 'mlflow.db'}")
+    tracking_server.connect(f"sqlite:///{root / 'mlflow.db'}")
     version = registry.resolve("models:/segment@candidate")
-    assert version.card.task == config.load(trained.folder / "config.yaml").task
-    assert version.card.classes == [layouts.BACKGROUND, *NAMES]
+    assert version.card.task == load_config(trained.folder / "config.yaml").task
+    assert version.card.classes == [write_dataset.BACKGROUND, *NAMES]
     assert version.card.lineage["parent"] == version.tags["parent"] == "models:/pico/1"
     assert version.tags["task"] == "semantic_fpn"
     result = result_of(trained)
@@ -175,7 +177,9 @@ def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job
     evaluated = build_task(card.task, card.model, card.image, card.classes).model.eval()
     evaluated.load_state_dict(safetensors.torch.load_file(version.weights))
     images = torch.rand(2, 3, 96, 64)
-    torch.testing.assert_close(network.load(card, version.weights)(images), evaluated(images), rtol=0, atol=0)
+    torch.testing.assert_close(
+        load_network.load_network(card, version.weights)(images), evaluated(images), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -236,7 +240,7 @@ def test_a_segmenter_is_started_from_with_its_head(scenes: Path, root: Path, tra
     )
     Job(path, "further", ranks=1, target="launch/finetune.py").finish()
     uri = f"sqlite:///{root}/mlflow.db"
-    server.connect(uri)
+    tracking_server.connect(uri)
     given = safetensors.torch.load_file(registry.resolve("models:/segment/1").weights)
     made = safetensors.torch.load_file(root / "further/checkpoints/step-00000001/model.safetensors")
     torch.testing.assert_close(made, given, rtol=0, atol=1e-20)

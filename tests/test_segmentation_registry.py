@@ -33,10 +33,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from launch import command
-from launch import registry as launch_registry
-from pipeline import config
-from pipeline.config import Bound, Gates
+from pipeline import cli
+from pipeline.commands import registry as launch_registry
+from pipeline.config import Bound, Gates, ImageConfig, ModelConfig, SemanticFpnConfig, load_section
 from pipeline.errors import InputError
 from pipeline.feed.augment import whole_views
 from pipeline.feed.loader import EvalFeed
@@ -45,12 +44,13 @@ from pipeline.shards.images import decode_map
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.tasks.segment import predict
-from pipeline.track import export, package, promote, registry, server
-from pipeline.track.card import WEIGHTS, Card
-from pipeline.track.export import check
-from pipeline.track.export.source import Source
-from pipeline.track.segmenter import class_map
-from pipeline.track.whole import fit
+from pipeline.track import export, tracking_server
+from pipeline.track.export import compare_outputs
+from pipeline.track.export.source import ExportSource
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import model_files, promote, registry
+from pipeline.track.serve.segmenter import class_map
+from pipeline.track.serve.whole_images import fit
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn, backbone
 from tests.model_server import ModelServer, serving
@@ -60,8 +60,8 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
 
 CLASSES = ["sky", "roof", "wall", "tree", "sea", "road", "door"]
-IMAGE = config.Image(size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
-TASK = config.SemanticFpn(channels=32, short_side=64, long_side=150)
+IMAGE = ImageConfig(size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+TASK = SemanticFpnConfig(channels=32, short_side=64, long_side=150)
 URI = "models:/scenes/1"
 LIMITS = {"PVT_SERVE_MAX_ROWS": "8", "PVT_SERVE_MAX_PIXELS": "1000000"}
 
@@ -69,7 +69,7 @@ LIMITS = {"PVT_SERVE_MAX_ROWS": "8", "PVT_SERVE_MAX_PIXELS": "1000000"}
 class Registry:
     def __init__(self, folder: Path) -> None:
         self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
-        self.client: MlflowClient = server.connect(self.uri, create=True)
+        self.client: MlflowClient = tracking_server.connect(self.uri, create=True)
         self.experiment_id = self.client.create_experiment("e", artifact_location=(folder / "artifacts").as_uri())
 
     def add(self, name: str, network: torch.nn.Module, metrics: dict[str, float | None], **changes: Any) -> str:
@@ -78,15 +78,15 @@ class Registry:
         safetensors.torch.save_file(network.state_dict(), entry / WEIGHTS)
         fields: dict[str, Any] = {
             "task": TASK,
-            "model": config.Model(name="pvt_pico"),
+            "model": ModelConfig(name="pvt_pico"),
             "image": IMAGE,
             "eval_batch_size": 1,
             "classes": CLASSES,
             "metrics": metrics,
-            "sha256": {WEIGHTS: package.sha256(entry / WEIGHTS)},
-            "lineage": {"run": package.sha256(entry / WEIGHTS)[:32], "step": "1", "data": "d" * 64},
+            "sha256": {WEIGHTS: model_files.sha256(entry / WEIGHTS)},
+            "lineage": {"run": model_files.sha256(entry / WEIGHTS)[:32], "step": "1", "data": "d" * 64},
         }
-        Card(**{**fields, **changes}).write(entry)
+        ModelCard(**{**fields, **changes}).write(entry)
         return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=None)
 
 
@@ -116,7 +116,7 @@ def models(network: SemanticFpn, tmp_path_factory: pytest.TempPathFactory) -> Re
 
 @pytest.fixture(autouse=True)
 def connected(models: Registry) -> None:
-    server.connect(models.uri)
+    tracking_server.connect(models.uri)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_version_says_what_it_is() -> None:
     assert signature.outputs.input_names() == ["mask", "labels", "values", "shares"]
     assert signature.params is None
     needed = (version.folder.parent / "requirements.txt").read_text()
-    assert f"torchvision=={package.importlib.metadata.version('torchvision')}\n" in f"{needed}\n"
+    assert f"torchvision=={model_files.importlib.metadata.version('torchvision')}\n" in f"{needed}\n"
 
 
 def test_list_and_show_print_its_metrics(
@@ -211,7 +211,7 @@ def test_list_and_show_print_its_metrics(
     for arguments in (["list", "scenes"], ["show", URI]):
         monkeypatch.setattr(sys, "argv", ["registry.py", *arguments, "--tracking-uri", models.uri])
         with pytest.raises(SystemExit) as ending:
-            command.run(launch_registry.main)
+            cli.run(launch_registry.main)
         printed = capsys.readouterr()
         assert ending.value.code == 0
         for text in ("miou", "0.42", "macc"):
@@ -219,7 +219,7 @@ def test_list_and_show_print_its_metrics(
 
 
 def test_promotion_goes_by_the_gates_of_segmentation(models: Registry, network: SemanticFpn) -> None:
-    gates = config.load_as(Gates, ROOT / "configs/gates/segmentation.yaml")
+    gates = load_section(Gates, ROOT / "configs/gates/segmentation.yaml")
     assert {"miou"} <= gates.metrics.keys() & gates.champion.keys()
     scores: dict[str, float | None] = {"miou": 0.42, "macc": 0.5, "aacc": 0.7, "val_loss": 1.0}
     first = models.add("judged", network, scores)
@@ -349,7 +349,7 @@ def test_maps_of_many_classes_and_odd_sizes_are_those_of_all_classes_at_once() -
 @pytest.mark.parametrize("hw", [(480, 640), (640, 480), (50, 51), (1, 4000), (300, 97), (64, 64), (64, 65), (2, 3)])
 def test_sizes_are_those_of_the_feed(hw: tuple[int, int]) -> None:
     card = registry.resolve(URI).card
-    for task in (TASK, config.SemanticFpn(), config.SemanticFpn(short_side=33)):
+    for task in (TASK, SemanticFpnConfig(), SemanticFpnConfig(short_side=33)):
         views = whole_views(task, IMAGE, np.array([hw]))
         assert fit(card.model_copy(update={"task": task}), *hw) == tuple(views.resized[0].tolist())
 
@@ -411,7 +411,7 @@ def test_exports_compute_the_same(to: str, network: SemanticFpn, exported: Expor
     assert result["same_top1"] >= 0.9999 * result["predictions"]
     assert result["logit_difference"] < 1e-4
     if to == "safetensors":
-        assert Card.read(folder).task == TASK
+        assert ModelCard.read(folder).task == TASK
         return
     about = json.loads((folder / "preprocessing.json").read_bytes())
     assert about["classes"] == CLASSES
@@ -456,13 +456,13 @@ def test_formats_without_a_place_for_it_refuse_by_name(to: str, tmp_path: Path) 
 
 
 def test_the_check_finds_a_weight_that_differs() -> None:
-    source, images = Source(registry.resolve(URI)), check.real_images(None)[:2]
+    source, images = ExportSource(registry.resolve(URI)), compare_outputs.real_images(None)[:2]
     other = source.build()
     with torch.no_grad():
         other.classifier.bias[3] += 0.01  # pyright: ignore[reportOperatorIssue, reportAttributeAccessIssue, reportIndexIssue]
-    check.check(source, check.Opened(source.build()), VARYING, images, "x")
-    with pytest.raises(check.ExternalError, match="its export to x gives other logits"):
-        check.check(source, check.Opened(other), VARYING, images, "x")
-    fixed = check.Opened(lambda batch: source.network(batch[:1]).expand(len(batch), -1, -1, -1))
-    with pytest.raises(check.ExternalError, match="other logits"):  # of the batch of two
-        check.check(source, fixed, VARYING, images, "x")
+    compare_outputs.compare_outputs(source, compare_outputs.OpenedExport(source.build()), VARYING, images, "x")
+    with pytest.raises(compare_outputs.ExternalError, match="its export to x gives other logits"):
+        compare_outputs.compare_outputs(source, compare_outputs.OpenedExport(other), VARYING, images, "x")
+    fixed = compare_outputs.OpenedExport(lambda batch: source.network(batch[:1]).expand(len(batch), -1, -1, -1))
+    with pytest.raises(compare_outputs.ExternalError, match="other logits"):  # of the batch of two
+        compare_outputs.compare_outputs(source, fixed, VARYING, images, "x")

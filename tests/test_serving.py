@@ -35,13 +35,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline import config
+from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
-from pipeline.track import package, registry, server
-from pipeline.track.card import WEIGHTS, Card
+from pipeline.track import tracking_server
+from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.track.registry import model_files, registry
 from pipeline.world import World
 from tests.model_server import ModelServer, serving
 from tests.ranks import ROOT
@@ -50,7 +51,7 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
 
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
-IMAGE = config.Image(size=32)
+IMAGE = ImageConfig(size=32)
 LIMITS = {"PVT_SERVE_MAX_ROWS": 16, "PVT_SERVE_MAX_BYTES": 1_000_000, "PVT_SERVE_MAX_PIXELS": 1_000_000}
 SAME = 2e-6  # how far scores of one view may differ, computed in batches of another size
 NEAR = 0.02  # and those of views that Pillow resized, or torch did
@@ -108,7 +109,7 @@ def png(width: int, height: int) -> bytes:
     )
 
 
-GREY = package.example(32)
+GREY = model_files.example(32)
 TRUNCATED = encoded(Image.effect_noise((90, 90), 60), "JPEG")[:-900]
 ZEROS = encoded(Image.new("RGB", (6000, 6000)), "PNG", compress_level=9)  # 0.1 MB that become 108
 
@@ -161,18 +162,18 @@ def registered(folder: Path, network: torch.nn.Module) -> Path:
     entry = folder / "entry"
     entry.mkdir()
     safetensors.torch.save_file(network.state_dict(), entry / WEIGHTS)
-    Card(
-        task=config.Classification(),
-        model=config.Model(name="pvt_pico"),
+    ModelCard(
+        task=ClassificationConfig(),
+        model=ModelConfig(name="pvt_pico"),
         image=IMAGE,
         eval_batch_size=8,
         classes=CLASSES,
         metrics={"top1": 0.5},
-        sha256={WEIGHTS: package.sha256(entry / WEIGHTS)},
+        sha256={WEIGHTS: model_files.sha256(entry / WEIGHTS)},
         lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
     ).write(entry)
-    client = server.connect(f"sqlite:///{folder}/mlflow.db", create=True)
-    experiment_id = server.find_experiment(client, "serving")
+    client = tracking_server.connect(f"sqlite:///{folder}/mlflow.db", create=True)
+    experiment_id = tracking_server.find_experiment(client, "serving")
     return registry.resolve(
         registry.register(client, "tiny", entry, experiment_id=experiment_id, run_id=None)
     ).folder.parent
@@ -362,7 +363,7 @@ def test_the_copy_is_sound_after_it_was_served(served: Served) -> None:
     tags = registry.find(registry.MlflowClient(), "models:/tiny/1").tags
     digests = {key.removeprefix("sha256."): value for key, value in tags.items() if key.startswith("sha256.")}
     assert digests
-    assert package.faults(digests, served.server.copy) == []
+    assert model_files.mismatches(digests, served.server.copy) == []
 
 
 # Without a server

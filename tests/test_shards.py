@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.shards import adopt
-from pipeline.shards.faults import Fault
+from pipeline.shards import index_tars
+from pipeline.shards.bad_samples import SampleFault
 from pipeline.shards.index import (
     RECORD,
     CorruptSampleError,
@@ -261,7 +261,7 @@ def test_a_flipped_bit_is_not_read(packed: Path) -> None:
 def test_a_lost_block_is_told_although_names_are_lost_with_it(packed: Path) -> None:
     record = ShardSet(packed).index(0)[1]
     overwrite(packed / "shard-000000.tar", int(record["header"]), bytes(1024))
-    assert verify(packed) == [Fault("shard-000000.tar", "row 1", "its image does not match its checksum")]
+    assert verify(packed) == [SampleFault("shard-000000.tar", "row 1", "its image does not match its checksum")]
 
 
 def test_a_cut_shard_is_told(packed: Path) -> None:
@@ -278,7 +278,7 @@ def test_deep_verification_decodes(tmp_path: Path) -> None:
     data = buffer.getvalue()
     parts = [Member("good.jpg", data), Member("good.cls", b"0"), Member("bad.jpg", data[:-40]), Member("bad.cls", b"0")]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
-    adopt.index(str(tmp_path), decode=False)
+    index_tars.index_tars(str(tmp_path), decode=False)
     assert verify(tmp_path) == []
     (fault,) = verify(tmp_path, deep=True)
     assert (fault.shard, fault.key) == ("data.tar", "bad")

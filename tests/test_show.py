@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import config
+from pipeline.config import Config, load_config
 from pipeline.errors import InputError
 from pipeline.feed.loader import TrainFeed
 from pipeline.feed.order import Order
 from pipeline.feed.preview import preview
-from pipeline.shards.adopt import index
+from pipeline.pictures.contact_sheet import Sheet
 from pipeline.shards.index import ShardSet
-from pipeline.shards.open import open_training
+from pipeline.shards.index_tars import index_tars
+from pipeline.shards.open_data import open_training
 from pipeline.shards.pack import pack
-from pipeline.shards.show import show, table
-from pipeline.sheet import Sheet
+from pipeline.shards.show_dataset import show_dataset, table
 from pipeline.world import World
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT
@@ -48,7 +48,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
-    summary = show(packed, tmp_path / "sheet.png")
+    summary = show_dataset(packed, tmp_path / "sheet.png")
     assert summary["samples"] == 10
     assert summary["shards"] == 3
     assert summary["samples_per_class"] == {"min": 2, "median": 3.0, "max": 5}
@@ -72,7 +72,7 @@ def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
         for number in range(size):
             Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{number}.png")
     pack(tmp_path / "images", tmp_path / "packed")
-    summary = show(tmp_path / "packed", tmp_path / "sheet.png")
+    summary = show_dataset(tmp_path / "packed", tmp_path / "sheet.png")
     descending = list(sizes)[::-1]
     assert list(summary["largest_classes"]) == descending[:5]
     assert list(summary["smallest_classes"]) == descending[5:][::-1][:5]
@@ -83,7 +83,7 @@ def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
 
 
 def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path) -> None:
-    show(packed, tmp_path / "sheet.png")
+    show_dataset(packed, tmp_path / "sheet.png")
     pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
     firsts = {name: np.argwhere((pixels == colour).all(axis=-1)) for name, colour in COLOURS.items()}
     areas = {name: len(found) for name, found in firsts.items()}
@@ -96,19 +96,19 @@ def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path)
 def test_the_seed_chooses_the_samples(digits: Path, tmp_path: Path) -> None:
     sheets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        show(digits / "val", tmp_path / name, seed)
+        show_dataset(digits / "val", tmp_path / name, seed)
         sheets.append(np.asarray(Image.open(tmp_path / name))[TITLE_PX:])
     assert (sheets[0] == sheets[1]).all()
     assert (sheets[0] != sheets[2]).any(axis=-1).mean() > 0.3
 
 
 def test_damaged_samples_do_not_stop_it(packed: Path, tmp_path: Path) -> None:
-    show(packed, tmp_path / "before.png")
+    show_dataset(packed, tmp_path / "before.png")
     record = ShardSet(packed).index(0)[0]
     with (packed / "shard-000000.tar").open("r+b") as file:
         file.seek(int(record["offset"]))
         file.write(b"damage")
-    show(packed, tmp_path / "after.png")
+    show_dataset(packed, tmp_path / "after.png")
     before, after = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("before", "after"))
     changed = np.argwhere((before != after).any(axis=-1))
     height, width = np.ptp(changed, axis=0) + 1
@@ -118,14 +118,14 @@ def test_damaged_samples_do_not_stop_it(packed: Path, tmp_path: Path) -> None:
 
 def test_a_sheet_that_cannot_be_written_is_the_users_mistake(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written: No such file or directory; name another file with --out"):
-        show(packed, tmp_path / "none" / "sheet.png")
+        show_dataset(packed, tmp_path / "none" / "sheet.png")
 
 
 def test_remote_shards_are_read_in_parts(packed: Path, tmp_path: Path) -> None:
     with FaultyServer(packed) as server:
-        summary = show(server.url, tmp_path / "sheet.png")
+        summary = show_dataset(server.url, tmp_path / "sheet.png")
     assert summary["samples"] == 10
-    show(packed, tmp_path / "local.png")
+    show_dataset(packed, tmp_path / "local.png")
     local, remote = (np.asarray(Image.open(tmp_path / name))[TITLE_PX:] for name in ("local.png", "sheet.png"))
     assert (local == remote).all()
 
@@ -196,8 +196,8 @@ class Drawn:
         monkeypatch.setattr(Sheet, "add", noted_add)
         monkeypatch.setattr(Sheet, "end_row", noted_end)
 
-    def of(self, settings: config.Config, path: Path) -> list[list[tuple[Any, ...]]]:
-        preview(settings, open_training(settings.data), path)
+    def of(self, config: Config, path: Path) -> list[list[tuple[Any, ...]]]:
+        preview(config, open_training(config.data), path)
         return [row for row in self.rows if row]
 
 
@@ -209,8 +209,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 def test_a_preview_shows_views_with_their_parameters(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
-    result = preview(settings, open_training(settings.data), tmp_path / "preview.png")
+    config = load_config(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
+    result = preview(config, open_training(config.data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
     assert capsys.readouterr().err == "tiny: reading the first batch, 48 samples\n"
     with Image.open(tmp_path / "preview.png") as sheet:
@@ -231,15 +231,15 @@ def test_a_preview_shows_several_classes(drawn: Drawn, digit_images: Path, tmp_p
                 label = tarfile.TarInfo(f"{path.stem}.cls")
                 label.size = 1
                 tar.addfile(label, io.BytesIO(str(number).encode()))
-    index(str(tmp_path / "train"))
+    index_tars(str(tmp_path / "train"))
     overrides = ["data.lanes=4", "train.micro_batch_size=8", "data.shuffle_window=16", *extra]
-    settings = config.load(write_config(tmp_path, tmp_path), overrides)
-    rows = drawn.of(settings, tmp_path / "preview.png")
+    config = load_config(write_config(tmp_path, tmp_path), overrides)
+    rows = drawn.of(config, tmp_path / "preview.png")
     originals = [row[0] for row in rows if len(row) == 7]
     assert len({caption for _, caption, *_ in originals}) == 6, "different samples"
     classes = [lines[0] for _, _, *lines in originals]
-    shards = open_training(settings.data)
-    fed = Order.of(settings, shards.part_samples).samples(0)
+    shards = open_training(config.data)
+    fed = Order.of(config, shards.part_samples).samples(0)
     num_classes = len(set(shards.records(fed.shard, fed.row)["label"].tolist()))
     assert 1 < num_classes <= 6
     assert len(set(classes[:num_classes])) == num_classes, "each class of the first batch before any comes again"
@@ -247,11 +247,11 @@ def test_a_preview_shows_several_classes(drawn: Drawn, digit_images: Path, tmp_p
 
 def test_a_preview_explains_mixed_images(drawn: Drawn, digits: Path, tmp_path: Path) -> None:
     """The partners are those that were mixed, and ratio and labels those of the pixels and targets that are fed."""
-    settings = config.load(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
-    rows = [row for row in drawn.of(settings, tmp_path / "preview.png") if len(row) == 4]
+    config = load_config(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
+    rows = [row for row in drawn.of(config, tmp_path / "preview.png") if len(row) == 4]
     assert len(rows) == 3
-    shards = open_training(settings.data)
-    with contextlib.closing(TrainFeed(settings, shards, World())) as feed:
+    shards = open_training(config.data)
+    with contextlib.closing(TrainFeed(config, shards, World())) as feed:
         (batch,) = feed.next()
     of = batch.samples.shard, batch.samples.row
     places = {shards.key(int(s), int(r)): n for n, (s, r) in enumerate(zip(*of, strict=True))}

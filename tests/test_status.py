@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import config
 from pipeline.cluster import status as module
-from pipeline.cluster.status import Job, Status, follow, status, tail, told
+from pipeline.cluster.status import SlurmJob, Status, follow, status, tail, told
 from pipeline.cluster.supervise import EVENTS, LOG, Journal
+from pipeline.config import Config, SourceConfig, dump_config
 from pipeline.errors import InputError
 from pipeline.feed.order import Order
-from pipeline.track.record import DataInput, Record
-from pipeline.train.commit import Commit, Entry
+from pipeline.track.sync.record import DataInput, Record
+from pipeline.train.checkpoint_files import Commit, FileEntry
 from pipeline.train.goodput import Goodput
 from pipeline.train.meters import MetricsFile
 from pipeline.train.schedule import Schedule
@@ -65,7 +65,7 @@ class Run:
     def __init__(self, root: Path, name: str = "big", *, length: str = "30 epochs") -> None:
         self.folder = root / name
         (self.folder / "slurm").mkdir(parents=True)
-        self.settings = config.Config.model_validate(
+        self.config = Config.model_validate(
             {
                 "run": {"name": name, "root": str(root)},
                 "model": {"name": "pvt_pico"},
@@ -75,7 +75,7 @@ class Run:
             }
         )
         self.journal = Journal(self.folder, "17")
-        self.write("slurm/config.yaml", config.dump(self.settings))
+        self.write("slurm/config.yaml", dump_config(self.config))
 
     def write(self, name: str, text: str) -> None:
         path = self.folder / name
@@ -86,7 +86,7 @@ class Run:
         self.write("slurm/jobs.json", json.dumps({"job": "17", "handoffs": {}, "sweep": [], **others}))
 
     def begins(self, *, samples: tuple[int, ...] = (SAMPLES,)) -> None:
-        self.write("config.yaml", config.dump(self.settings))
+        self.write("config.yaml", dump_config(self.config))
         inputs = [
             DataInput(
                 context="training",
@@ -101,7 +101,7 @@ class Run:
         validation = DataInput(
             context="validation", path="val", digest="0" * 64, samples=50, classes=7, manifest="data/validation-1.json"
         )
-        Record.begin(self.folder, self.settings.run.name, tags={}, inputs=[*inputs, validation])
+        Record.begin(self.folder, self.config.run.name, tags={}, inputs=[*inputs, validation])
         self.goodput = Goodput(self.folder / "goodput.json", resumed_step=0, process_start=time.time())
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", 0)
 
@@ -115,7 +115,7 @@ class Run:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"1")
         if committed:
-            commit = Commit(format=2, files={"model.safetensors": Entry(bytes=1, sha256="0" * 64)})
+            commit = Commit(format=2, files={"model.safetensors": FileEntry(bytes=1, sha256="0" * 64)})
             (folder / "COMMIT.json").write_text(commit.model_dump_json())
 
     def ends(self, **result: Any) -> None:
@@ -143,7 +143,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
     known = status(run.folder)
 
     assert known.phase == "running"
-    assert known.job == Job("17", "RUNNING", nodes="n[1-2]", left_s=93784)
+    assert known.job == SlurmJob("17", "RUNNING", nodes="n[1-2]", left_s=93784)
     assert (known.step, known.total_steps, known.epoch) == (25, 300, 2.5)
     assert (known.images_per_second, known.loss, known.ettr) == (640.0, 1.25, 0.9)
     assert known.scores == {"top1": 0.625, "val_loss": None}
@@ -183,9 +183,9 @@ def test_total_steps_are_the_training_loops(tmp_path: Path, length: str, samples
     run = Run(tmp_path / "runs", length=length)
     run.begins(samples=samples)
     sources = [{"path": f"data{number}"} for number in range(len(samples))]
-    data = run.settings.data.model_copy(update={"train": tuple(config.Source.model_validate(each) for each in sources)})
-    order = Order.of(run.settings.model_copy(update={"data": data}), [np.array([each]) for each in samples])
-    assert status(run.folder).total_steps == Schedule.of(run.settings, order.steps_per_epoch).total
+    data = run.config.data.model_copy(update={"train": tuple(SourceConfig.model_validate(each) for each in sources)})
+    order = Order.of(run.config.model_copy(update={"data": data}), [np.array([each]) for each in samples])
+    assert status(run.folder).total_steps == Schedule.of(run.config, order.steps_per_epoch).total
 
 
 def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
@@ -209,13 +209,13 @@ def test_never_started(run: Run, squeue: Slurm):
     squeue.answers(f"17|PENDING||INVALID|{moment.isoformat()}|Resources")
     known = status(run.folder)
     assert known.phase == "not started"
-    assert known.job == Job("17", "PENDING", "Resources", start=moment.timestamp())
+    assert known.job == SlurmJob("17", "PENDING", "Resources", start=moment.timestamp())
     assert str(known.job) == "PENDING (Resources)"
     assert (known.step, known.total_steps, known.left_s, known.restarts) == (None, None, None, None)
     assert "PENDING (Resources)" in told(known)
 
     squeue.answers("17|PENDING||INVALID|N/A|Priority")
-    assert status(run.folder).job == Job("17", "PENDING", "Priority")
+    assert status(run.folder).job == SlurmJob("17", "PENDING", "Priority")
 
     squeue.answers("17|COMPLETED|n1|0:00|2026-11-23T10:00:00|None")
     assert status(run.folder).phase == "not started", "a hand-off whose gate was not passed"
@@ -235,7 +235,12 @@ def test_finished(run: Run, squeue: Slurm):
     run.journal.write("finished")
     squeue.fails("slurm_load_jobs error: Invalid job id specified")
     known = status(run.folder)
-    assert (known.phase, known.job, known.left_s, known.ettr) == ("finished", Job("17", "not in the queue"), 0.0, 0.95)
+    assert (known.phase, known.job, known.left_s, known.ettr) == (
+        "finished",
+        SlurmJob("17", "not in the queue"),
+        0.0,
+        0.95,
+    )
     assert "100.0 %" in told(known)
 
 
@@ -269,7 +274,7 @@ def test_crash_loop(run: Run, squeue: Slurm):
     assert (known.restarts, known.restarts_without_progress) == (2, 2)
     assert known.last_error is not None
     assert (known.last_error.event, known.last_error.message) == ("crash", "Boom\n  number 2")
-    assert known.job == Job("17", "RUNNING", nodes="n1")
+    assert known.job == SlurmJob("17", "RUNNING", nodes="n1")
     assert "Boom number 2" in told(known)
     assert "2, 2 since the newest checkpoint" in told(known)
 

@@ -29,10 +29,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.shards import origin
-from pipeline.shards.adopt import index
-from pipeline.shards.descriptors import Descriptors
+from pipeline.shards import filesystems
 from pipeline.shards.index import read_manifest
+from pipeline.shards.index_tars import index_tars
+from pipeline.shards.open_files import Descriptors
 from pipeline.shards.store import Blob, Cache, Retry, Store, StoreError
 from tests.ranks import PATIENCE_S
 from tests.servers import Fault, FaultyServer, s3_server
@@ -377,7 +377,7 @@ def test_of_a_file_without_end_no_more_is_held_than_was_asked_for(http: Place) -
 
 
 def test_a_small_file_that_trickles_is_given_up(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(origin, "READ_BYTES", 0)
+    monkeypatch.setattr(filesystems, "READ_BYTES", 0)
     http.wire.spoil("trickle", times=float("inf"))
     started = time.monotonic()
     given_up = pytest.raises(StoreError, match=r"timed out; given up after [12] attempts?$")
@@ -461,7 +461,7 @@ def test_refusals_are_one_line_with_cause_and_remedy(remote: Place, fault: Fault
             with pytest.raises(StoreError, match=f"^{remote.root}/{NAMES[0]}: HTTP {fault} .*{remedy}"):
                 ask(NAMES[0])
     with pytest.raises(StoreError, match=f"HTTP {fault} .*{remedy}"):
-        index(f"{remote.root}/shard-{{000000..000001}}.tar", tmp_path / "out")
+        index_tars(f"{remote.root}/shard-{{000000..000001}}.tar", tmp_path / "out")
 
 
 @pytest.mark.parametrize("fault", ["400", "403", "405"])
@@ -474,7 +474,7 @@ def test_a_server_that_only_gives_files_is_read(http: Place, fault: Fault) -> No
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3: Place, tmp_path: Path) -> None:
-    for ask in (lambda: index("s3://no-such/data", tmp_path / "out"), lambda: read_manifest("s3://no-such/data")):
+    for ask in (lambda: index_tars("s3://no-such/data", tmp_path / "out"), lambda: read_manifest("s3://no-such/data")):
         with pytest.raises(InputError, match=r"s3://no-such/data.*: no such bucket: check its name, and AWS_ENDPOINT"):
             ask()
 
@@ -489,7 +489,7 @@ def test_credentials_that_are_missing_are_named(s3: Place, monkeypatch: pytest.M
 
 def test_index_lists_a_prefix_once(s3: Place, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not one sample can be used"):
-        index(s3.root, tmp_path / "out", labels="cls", skip_bad=True)
+        index_tars(s3.root, tmp_path / "out", labels="cls", skip_bad=True)
     assert len([request for request in s3.wire.requests if "list-type=2" in request.query]) == 1
 
 

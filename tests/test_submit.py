@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import submit
-from pipeline import config
+from pipeline.commands import submit
+from pipeline.config import load_config
 from tests.conftest import write_config
 
 
@@ -62,7 +62,7 @@ def test_a_relative_root_is_resolved_at_submission(
     root = project / "my runs"
     assert document["run"] == str(root / "tiny")
     assert list(document["handoffs"]) == [str(root / "tiny-child")]
-    assert config.load(root / "tiny/slurm/config.yaml").run.root == str(root)
+    assert load_config(root / "tiny/slurm/config.yaml").run.root == str(root)
     outputs = [shlex.split(line)[1] for script in slurm.scripts for line in script.splitlines() if "--output" in line]
     assert outputs == [f"--output={root}/{name}/slurm/log" for name in ("tiny", "tiny-child")]
 
@@ -71,5 +71,5 @@ def test_so_it_is_for_each_run_of_a_sweep(project: Path, slurm: Slurm, monkeypat
     document = command(monkeypatch, "--config", "tiny.yaml", "--sweep", "run.seed=1,2")
     root = project / "my runs"
     assert document["sweep"] == [f"{root}/tiny-0", f"{root}/tiny-1"]
-    tasks = [config.load(root / f"tiny/slurm/task-{number}.yaml") for number in (0, 1)]
+    tasks = [load_config(root / f"tiny/slurm/task-{number}.yaml") for number in (0, 1)]
     assert [(task.run.root, task.run.seed) for task in tasks] == [(str(root), 1), (str(root), 2)]

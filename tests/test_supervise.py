@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import config
 from pipeline.cluster.slurm import Allocation
 from pipeline.cluster.status import status
 from pipeline.cluster.supervise import STOP, Ending, Journal, Program, Supervisor, _NotReady
+from pipeline.config import load_config
 from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING
 from tests.conftest import write_config
 
@@ -59,8 +59,8 @@ class Preempted(Job):
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
     path = write_config(tmp_path, tmp_path)
-    settings = config.load(path, [f"cluster.max_restarts={MAX_RESTARTS}", "cluster.time=30"])
-    return Program(settings, tmp_path, "launch/pretrain.py", str(path), [])
+    config = load_config(path, [f"cluster.max_restarts={MAX_RESTARTS}", "cluster.time=30"])
+    return Program(config, tmp_path, "launch/pretrain.py", str(path), [])
 
 
 class Stretch(Supervisor):
@@ -206,8 +206,8 @@ def test_a_copy_of_the_environment_that_fails_leaves_nothing(
     put_on_path(tmp_path, monkeypatch, cp=full_disk, srun=here)
     scratch = tmp_path / "scratch"
     overrides = [f"cluster.scratch={scratch}", "cluster.environment.copy_to_scratch=true"]
-    settings = config.load(program.config, overrides)
-    Supervisor(dataclasses.replace(program, settings=settings), Job("17", 0))._copy_environment(["n1"])
+    config = load_config(program.config_file, overrides)
+    Supervisor(dataclasses.replace(program, config=config), Job("17", 0))._copy_environment(["n1"])
     assert list(scratch.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.track.outbox import Outbox
+from pipeline.track.sync.outbox import Outbox
 from tests.conftest import run_ranks, write_config
 from tests.workers.legs import digest
 
@@ -148,11 +148,9 @@ def test_an_evaluation_that_fails_on_one_rank_costs_no_step(path: Path) -> None:
 
 def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
     for stage in (0, 2):
-        settings = (
-            f"run.name=flip{stage},engine.zero_stage={stage},train.length=5 steps,train.replay_check_every=2 steps"
-        )
+        config = f"run.name=flip{stage},engine.zero_stage={stage},train.length=5 steps,train.replay_check_every=2 steps"
         with pytest.raises(AssertionError, match="silent corruption at step 4: rank 2 holds other values of"):
-            run_ranks(3, "faulty", path, json.dumps({4: "flip"}), settings)
+            run_ranks(3, "faulty", path, json.dumps({4: "flip"}), config)
     name = "run.name=fine,engine.zero_stage=3,train.length=5 steps,train.replay_check_every=2 steps"
     run_ranks(2, "faulty", path, "{}", name)
 
@@ -160,8 +158,8 @@ def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
 def test_a_step_that_comes_out_differently_is_found_and_its_rank_named(path: Path, ranks: int) -> None:
     for stage in (1, 3):
-        settings = (
+        config = (
             f"run.name=again{stage},engine.zero_stage={stage},train.length=5 steps,train.replay_check_every=2 steps"
         )
         with pytest.raises(AssertionError, match=f"corruption at step 2: rank {ranks - 1} computed other gradients"):
-            run_ranks(ranks, "faulty", path, json.dumps({2: "miscompute"}), settings)
+            run_ranks(ranks, "faulty", path, json.dumps({2: "miscompute"}), config)

@@ -17,9 +17,9 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 import pvt  # noqa: F401 - registers its models with timm
-from launch import job
-from pipeline.config import Config, Length, Optim
-from pipeline.tasks.classify import Classification
+from pipeline.config import Config, Length, OptimConfig
+from pipeline.job import training_job
+from pipeline.tasks.classify import ClassificationTask
 from pipeline.train.engine import LossScale
 from pipeline.train.meters import MetricsFile
 from pipeline.train.optim import lr_at, parameter_groups
@@ -34,40 +34,40 @@ def test_the_learning_rate_is_timms_cosine_after_a_linear_warmup() -> None:
     theirs = CosineLRScheduler(
         optimizer, t_initial=90, lr_min=1e-5, warmup_t=10, warmup_lr_init=1e-6, warmup_prefix=True
     )
-    settings = Optim(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6)
+    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6)
     for step in range(100):
         theirs.step(step)
-        ours = lr_at(step, settings, warmup_steps=10, total_steps=100)
+        ours = lr_at(step, config, warmup_steps=10, total_steps=100)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
-    assert lr_at(100, settings, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
+    assert lr_at(100, config, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
 
 
 def test_poly_is_timms_too() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
     theirs = PolyLRScheduler(optimizer, t_initial=50, power=0.9, lr_min=1e-6)
-    settings = Optim(lr=2e-4, min_lr=1e-6, schedule="poly", power=0.9)
+    config = OptimConfig(lr=2e-4, min_lr=1e-6, schedule="poly", power=0.9)
     for step in range(50):
         theirs.step(step)
-        ours = lr_at(step, settings, warmup_steps=0, total_steps=50)
+        ours = lr_at(step, config, warmup_steps=0, total_steps=50)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
 
 
 def test_steps_are_torchs() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
     theirs = MultiStepLR(optimizer, milestones=[8, 11], gamma=0.1)
-    settings = Optim(lr=1e-4, schedule="steps", milestones=(Length(8, "steps"), Length(11, "steps")))
+    config = OptimConfig(lr=1e-4, schedule="steps", milestones=(Length(8, "steps"), Length(11, "steps")))
     for step in range(12):
-        ours = lr_at(step, settings, warmup_steps=0, total_steps=12, milestones=(8, 11))
+        ours = lr_at(step, config, warmup_steps=0, total_steps=12, milestones=(8, 11))
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
         optimizer.step()
         theirs.step()
-    assert lr_at(0, settings, warmup_steps=2, total_steps=12, milestones=(8, 11)) == settings.warmup_lr
+    assert lr_at(0, config, warmup_steps=2, total_steps=12, milestones=(8, 11)) == config.warmup_lr
 
 
 def test_a_backbone_learns_at_a_rate_of_its_own() -> None:
     model = timm.create_model("resnet18")
     backbone = {name: 0 for name, _ in model.named_parameters() if not name.startswith("fc.")}
-    groups = parameter_groups(model, Optim(lr=1e-3, backbone_lr=0.1), backbone)
+    groups = parameter_groups(model, OptimConfig(lr=1e-3, backbone_lr=0.1), backbone)
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert {name: scales[id(p)] for name, p in model.named_parameters()} == {
         name: 0.1 if name in backbone else 1.0 for name, _ in model.named_parameters()
@@ -81,14 +81,14 @@ def test_optimiser_groups_are_timms(name: str) -> None:
     theirs = {
         g["weight_decay"]: g["params"] for g in param_groups_weight_decay(model, 0.05, no_weight_decay_list=spared)
     }
-    for group in parameter_groups(model, Optim(lr=1e-3, weight_decay=0.05)):
+    for group in parameter_groups(model, OptimConfig(lr=1e-3, weight_decay=0.05)):
         assert [id(p) for p in group["params"]] == [id(p) for p in theirs[group["weight_decay"]]]
 
 
 def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
     model = torch.nn.Linear(8, 5)
     images, targets = torch.randn(6, 8), torch.rand(6, 5).softmax(dim=1)
-    losses = Classification(model).losses(model, batch_of(images, targets))
+    losses = ClassificationTask(model).losses(model, batch_of(images, targets))
     assert losses.shape == (6,)
     torch.testing.assert_close(losses.mean(), SoftTargetCrossEntropy()(model(images), targets))
 
@@ -96,7 +96,7 @@ def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
 def test_the_metric_counts_each_weighing_sample_once() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 12), torch.randint(12, (50,))
-    metric = Classification(torch.nn.Identity()).metric()
+    metric = ClassificationTask(torch.nn.Identity()).metric()
     weights = torch.ones(50)
     weights[45:] = 0
     for part in (slice(0, 20), slice(20, 50)):
@@ -130,8 +130,8 @@ def test_a_step_that_is_not_finite_is_left_out_at_every_stage(digits: Path, tmp_
             assert report["loss_scales"] == [2.0**16, 2.0**15, 2.0**15], label
 
 
-def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
-    config = settings(
+def test_lengths_become_steps(make_config: Callable[..., Config]) -> None:
+    config = make_config(
         "train.length=4 epochs",
         "train.eval_every=480 images",
         "train.save_every=25 %",
@@ -155,15 +155,17 @@ def test_lengths_become_steps(settings: Callable[..., Config]) -> None:
 
 
 def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
-    settings: Callable[..., Config], tmp_path: Path
+    make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
     result = {"steps": 20, "top1": 0.5}
     (tmp_path / "result.json").write_text(json.dumps(result))
-    schedule, longer = (Schedule.of(settings(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30))
-    assert job._finished(tmp_path, schedule, None) == result
-    assert job._finished(tmp_path, longer, None) is None
+    schedule, longer = (
+        Schedule.of(make_config(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30)
+    )
+    assert training_job._finished(tmp_path, schedule, None) == result
+    assert training_job._finished(tmp_path, longer, None) is None
     (tmp_path / "result.json").write_text(json.dumps({**result, "requeue": True}))
-    assert job._finished(tmp_path, schedule, None) is None
+    assert training_job._finished(tmp_path, schedule, None) is None
 
 
 def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +208,6 @@ def test_layers_learn_at_rates_of_their_own_and_ranks_share_batch_norms(
 
 
 def test_a_step_waits_for_the_device_once(digits: Path, tmp_path: Path) -> None:
-    settings = "train.length=8 steps,train.log_every=8 steps,train.micro_batch_size=12,train.ema_decay=0.9"
-    [found] = run_ranks(1, "reads", write_config(digits, tmp_path), f"{settings},data.val=null")
+    config = "train.length=8 steps,train.log_every=8 steps,train.micro_batch_size=12,train.ema_decay=0.9"
+    [found] = run_ranks(1, "reads", write_config(digits, tmp_path), f"{config},data.val=null")
     assert found["reads"][:-1] == [["tolist"]] * 7  # the last step is logged

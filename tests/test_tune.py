@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import tune
-from launch.tune import CHECKPOINTING, COMPILE, MICRO_BATCH, STAGE, ZERO, Overrides, Search, Trial
-from pipeline import config
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.errors import ExternalError, InputError
+from pipeline.job import tune
+from pipeline.job.tune import CHECKPOINTING, COMPILE, MICRO_BATCH, STAGE, ZERO, Overrides, Search, Trial
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT, start
 
@@ -56,9 +55,9 @@ class Machine:
             num_parameters=10_000_000,
         )
 
-    def search(self, settings: Config, configured: int = 128, ranks: int = 1, minutes: float = 60.0) -> Search:
+    def search(self, config: Config, configured: int = 128, ranks: int = 1, minutes: float = 60.0) -> Search:
         sizes = [2, 4, 8, 16, 32, 64, 128]
-        return Search(settings, sizes, configured, ranks, self.measure, 60 * minutes, clock=lambda: self.now)
+        return Search(config, sizes, configured, ranks, self.measure, 60 * minutes, clock=lambda: self.now)
 
     @property
     def sizes(self) -> list[int]:
@@ -74,19 +73,19 @@ def linear(overrides: Overrides) -> float:
     return float(overrides[MICRO_BATCH])
 
 
-def test_what_would_exceed_the_share_of_memory_is_not_tried(settings: Settings, capsys: pytest.CaptureFixture[str]):
+def test_what_would_exceed_the_share_of_memory_is_not_tried(make_config: Settings, capsys: pytest.CaptureFixture[str]):
     # 80 % of 20 GB are 16; 32 take 17, as 8 and 16 let expect.
     machine = Machine(speed=linear, memory=lambda size: 1 + size / 2, memory_gb=20)
-    search = machine.search(settings())
+    search = machine.search(make_config())
     assert search.run().overrides == search.chosen == {MICRO_BATCH: 16}
     assert machine.sizes == [8, 16]
     assert "train.micro_batch_size=32" in (told := capsys.readouterr().err)
     assert "not tried: 17.0 of 20.0 GB, more than 80%" in told
 
 
-def test_what_has_taken_more_than_the_share_of_memory_does_not_fit(settings: Settings):
+def test_what_has_taken_more_than_the_share_of_memory_does_not_fit(make_config: Settings):
     machine = Machine(speed=linear, memory=lambda size: 1 + size, memory_gb=20)
-    search = machine.search(settings())
+    search = machine.search(make_config())
     assert search.run().overrides == {MICRO_BATCH: 8}
     assert "more than 80%" in search.trials[1].failed
 
@@ -94,123 +93,123 @@ def test_what_has_taken_more_than_the_share_of_memory_does_not_fit(settings: Set
 @pytest.mark.parametrize(
     ("limit", "tried"), [(40, [8, 16, 32, 64]), (5, [8, 4]), (2, [8, 4, 2]), (1000, [8, 16, 32, 64, 128])]
 )
-def test_doubles_until_it_does_not_fit_or_halves_until_it_does(settings: Settings, limit: int, tried: list[int]):
+def test_doubles_until_it_does_not_fit_or_halves_until_it_does(make_config: Settings, limit: int, tried: list[int]):
     machine = Machine(speed=linear, fits=lambda overrides: overrides[MICRO_BATCH] <= limit)
-    best = machine.search(settings()).run()
+    best = machine.search(make_config()).run()
     assert machine.sizes == tried
     assert best.overrides == {MICRO_BATCH: max(size for size in tried if size <= limit)}
 
 
-def test_two_doublings_that_bring_nothing_are_the_last_but_for_what_is_configured(settings: Settings):
+def test_two_doublings_that_bring_nothing_are_the_last_but_for_what_is_configured(make_config: Settings):
     machine = Machine(speed=by_size(of_8=100, of_16=150, of_32=152, of_64=152.5, of_128=100))
-    search = machine.search(settings(), configured=128)
+    search = machine.search(make_config(), configured=128)
     assert search.run().overrides == search.chosen == {MICRO_BATCH: 16}
     assert machine.sizes == [8, 16, 32, 64, 128, 128]  # the last one again: it may have had a slow moment
     machine = Machine(speed=by_size(of_8=100, of_16=150, of_32=152, of_64=153.1, of_128=100))
     # 64 is 2 % over 16, the best before, but not over what is configured.
-    assert machine.search(settings(), configured=32).run().overrides == {MICRO_BATCH: 32}
+    assert machine.search(make_config(), configured=32).run().overrides == {MICRO_BATCH: 32}
     assert machine.sizes == [8, 16, 32, 64, 128, 32]
 
 
-def test_a_micro_batch_is_as_configured_unless_another_is_quicker(settings: Settings):
+def test_a_micro_batch_is_as_configured_unless_another_is_quicker(make_config: Settings):
     machine = Machine(speed=by_size(of_8=100, of_16=150, of_32=152, of_64=152))
-    search = machine.search(settings(), configured=64)
+    search = machine.search(make_config(), configured=64)
     assert search.run() is search.as_configured
     assert search.chosen == {}
 
 
-def test_the_configured_micro_batch_is_where_it_starts_if_that_is_small(settings: Settings):
+def test_the_configured_micro_batch_is_where_it_starts_if_that_is_small(make_config: Settings):
     machine = Machine(speed=lambda _: 1.0)
-    assert machine.search(settings(), configured=4).run().overrides == {MICRO_BATCH: 4}
+    assert machine.search(make_config(), configured=4).run().overrides == {MICRO_BATCH: 4}
     assert machine.sizes[:3] == [4, 8, 16]
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.019, {}), (0.021, {COMPILE: True})])
-def test_a_setting_is_changed_for_two_per_cent(settings: Settings, gain: float, chosen: Overrides):
+def test_a_setting_is_changed_for_two_per_cent(make_config: Settings, gain: float, chosen: Overrides):
     machine = Machine(speed=lambda overrides: 100 * (1 + gain * overrides.get(COMPILE, False)))
-    search = machine.search(settings("train.micro_batch_size=8"), configured=8)
+    search = machine.search(make_config("train.micro_batch_size=8"), configured=8)
     best = search.run()
     assert search.chosen == chosen
     assert best.images_per_second == pytest.approx(100 * (1 + gain * bool(chosen)))
     assert search.complete
 
 
-def test_what_is_on_is_tried_without(settings: Settings):
+def test_what_is_on_is_tried_without(make_config: Settings):
     def speed(overrides: Overrides) -> float:
         return 100.0 - 50 * overrides.get(COMPILE, True) - 20 * overrides.get(CHECKPOINTING, True)
 
     machine = Machine(speed)
-    search = machine.search(settings("engine.compile=true", "model.grad_checkpointing=true"), configured=8)
+    search = machine.search(make_config("engine.compile=true", "model.grad_checkpointing=true"), configured=8)
     search.run()
     assert search.chosen == {COMPILE: False, CHECKPOINTING: False}
     machine = Machine()
-    machine.search(settings()).run()
+    machine.search(make_config()).run()
     assert not any(CHECKPOINTING in overrides for overrides in machine.tried)  # it is off
 
 
-def test_what_was_only_slow_for_a_moment_is_not_replaced(settings: Settings):
+def test_what_was_only_slow_for_a_moment_is_not_replaced(make_config: Settings):
     machine = Machine()
     # The machine is busy with something else until the trial with COMPILE.
     machine.speed = lambda _: 50.0 if machine.now < 40 else 100.0
-    search = machine.search(settings(), configured=8)
+    search = machine.search(make_config(), configured=8)
     best = search.run()
     assert [trial.images_per_second for trial in search.trials] == [50, 50, 50, 100, 100]
     assert search.chosen == {}
     assert best.images_per_second == 100
 
 
-def test_ranks_are_tried_at_the_stages_that_copy_and_with_small_buckets(settings: Settings):
+def test_ranks_are_tried_at_the_stages_that_copy_and_with_small_buckets(make_config: Settings):
     def speed(overrides: Overrides) -> float:
         return 100.0 + 50 * (overrides.get(STAGE) == 2) + 20 * overrides.get(f"{ZERO}.overlap_comm", False)
 
     machine = Machine(speed)
-    search = machine.search(settings("engine.zero_stage=1"), configured=8, ranks=2)
+    search = machine.search(make_config("engine.zero_stage=1"), configured=8, ranks=2)
     search.run()
     assert search.chosen == {STAGE: 2, f"{ZERO}.overlap_comm": True}
     assert [overrides[STAGE] for overrides in machine.tried if overrides.keys() == {MICRO_BATCH, STAGE}][:2] == [0, 2]
     buckets = {overrides.get(f"{ZERO}.reduce_bucket_size") for overrides in machine.tried}
     assert buckets == {None, 5_000_000}  # one of 25 million would hold all 10 million parameters, as the default does
     alone = Machine(speed)
-    alone.search(settings(), configured=8).run()
+    alone.search(make_config(), configured=8).run()
     assert not any(STAGE in overrides for overrides in alone.tried)
 
 
-def test_stage_3_is_for_what_does_not_fit_otherwise(settings: Settings):
+def test_stage_3_is_for_what_does_not_fit_otherwise(make_config: Settings):
     machine = Machine(speed=linear, fits=lambda overrides: overrides.get(STAGE, 1) == 3 and overrides[MICRO_BATCH] < 5)
-    search = machine.search(settings("engine.zero_stage=1"), ranks=2)
+    search = machine.search(make_config("engine.zero_stage=1"), ranks=2)
     search.run()
     assert search.chosen == {MICRO_BATCH: 4, STAGE: 3}
     assert [overrides.get(STAGE) for overrides in machine.tried[:5]] == [None, None, None, 2, 3]
     assert not any(overrides.get(STAGE) in (0, 1) for overrides in machine.tried)
 
 
-def test_time_is_bounded_and_the_best_so_far_is_kept(settings: Settings):
+def test_time_is_bounded_and_the_best_so_far_is_kept(make_config: Settings):
     machine = Machine(speed=linear, trial_s=10)
-    search = machine.search(settings(), minutes=0.5)
+    search = machine.search(make_config(), minutes=0.5)
     assert search.run().overrides == {MICRO_BATCH: 16}  # a third trial, with 10 s left, would not end in time
     assert not search.complete
     assert machine.limits == [30, 20]
     with pytest.raises(ExternalError, match="--minutes: no trial has ended"):
-        Machine(fits=lambda _: False, trial_s=10).search(settings(), minutes=0.1).run()
+        Machine(fits=lambda _: False, trial_s=10).search(make_config(), minutes=0.1).run()
 
 
-def test_nothing_fits(settings: Settings):
+def test_nothing_fits(make_config: Settings):
     machine = Machine(fits=lambda _: False)
     with pytest.raises(ExternalError, match=r"micro-batch of 2 fits: out of memory. Set model.grad_checkpointing=true"):
-        machine.search(settings("engine.zero_stage=1"), ranks=2).run()
+        machine.search(make_config("engine.zero_stage=1"), ranks=2).run()
     assert [overrides.get(STAGE) for overrides in machine.tried] == [None, None, None, 2, 3]
 
 
-def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(settings: Settings):
+def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(make_config: Settings):
     machine = Machine()
     measure = machine.measure
     machine.measure = lambda overrides, limit_s: Trial(overrides, "engine.deepspeed.x: no", refused=True)
     with pytest.raises(InputError, match=r"engine\.deepspeed\.x: no"):
-        machine.search(settings()).run()
+        machine.search(make_config()).run()
     machine.measure = lambda overrides, limit_s: measure(overrides, limit_s)._replace(
         **({"failed": "not with this", "refused": True} if COMPILE in overrides else {})
     )
-    search = machine.search(settings(), configured=8)
+    search = machine.search(make_config(), configured=8)
     search.run()
     assert search.chosen == {}
     assert search.complete
@@ -228,9 +227,9 @@ def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(setti
     ],
 )
 def test_sizes_are_those_that_a_batch_is_cut_into(
-    settings: Settings, ranks: int, overrides: list[str], expected: tuple[list[int], int]
+    make_config: Settings, ranks: int, overrides: list[str], expected: tuple[list[int], int]
 ):
-    assert tune.micro_batch_sizes(settings(*overrides), ranks) == expected
+    assert tune.micro_batch_sizes(make_config(*overrides), ranks) == expected
 
 
 # Trials
@@ -319,7 +318,7 @@ def test_a_trial_measures_what_two_ranks_do_together(digits: Path, tmp_path: Pat
     # 20 samples a rank in micro-batches of 8 are three of them: 24, of which 20 count.
     words = ["train.global_batch_size=40", "data.lanes=2", "train.micro_batch_size=8", "data.copies=3"]
     arguments = ["--config", path, *(part for word in words for part in ("--set", word)), "--seconds", 0.1]
-    processes = start(2, "launch/trial.py", arguments, [tmp_path / "0", tmp_path / "1"])
+    processes = start(2, "pipeline/job/tune_trial.py", arguments, [tmp_path / "0", tmp_path / "1"])
     assert [process.wait(PATIENCE_S) for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
     (line,) = (tmp_path / "0.out").read_text().splitlines()
     assert not (tmp_path / "1.out").read_text()
@@ -339,12 +338,12 @@ def test_a_fragment_is_the_configuration_with_what_was_found(digits: Path, tmp_p
     out.parent.mkdir(parents=True)
     given = ["cluster.time=24:00:00", "resume=never", f"data.train={digits / 'val'}", "optim.lr=2e-3", "mix={}"]
     chosen = {MICRO_BATCH: 8, STAGE: 2, f"{ZERO}.reduce_bucket_size": 5_000_000}
-    settings = config.load(path, given)
-    out.write_text(tune.fragment(out, path, given, settings, chosen, ["found: so and so", ""]))
-    assert config.load(out) == config.load(path, [*given, *tune.as_words(chosen)])
-    assert config.load(out).identity() == settings.identity()
+    config = load_config(path, given)
+    out.write_text(tune.fragment(out, path, given, config, chosen, ["found: so and so", ""]))
+    assert load_config(out) == load_config(path, [*given, *tune.as_words(chosen)])
+    assert load_config(out).identity() == config.identity()
     assert out.read_text().startswith("# found: so and so\n#\n\nextends: ../../tiny.yaml\n")
-    out.write_text(tune.fragment(out, path, [], settings, chosen))
+    out.write_text(tune.fragment(out, path, [], config, chosen))
     tree = yaml.safe_load(out.read_text())
     assert tree == {
         "extends": "../../tiny.yaml",
@@ -353,12 +352,12 @@ def test_a_fragment_is_the_configuration_with_what_was_found(digits: Path, tmp_p
     }
 
 
-def test_a_section_that_is_replaced_cannot_be_extended(settings: Settings, tmp_path: Path):
-    settings()
+def test_a_section_that_is_replaced_cannot_be_extended(make_config: Settings, tmp_path: Path):
+    make_config()
     path, given = tmp_path / "scheduled.yaml", ["augment.image_size={0 steps: 48}"]
     path.write_text("extends: tiny.yaml\naugment: {image_size: {0 steps: 32, 50 %: 64}}\n")
     with pytest.raises(InputError, match="--set replaces a whole section"):
-        tune.require_new(tmp_path / "out.yaml", path, given, config.load(path, given))
+        tune.require_new(tmp_path / "out.yaml", path, given, load_config(path, given))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scheduled.yaml", "tiny.yaml"]
 
 
@@ -392,7 +391,7 @@ def test_one_run_writes_what_the_next_can_start_from(digits: Path, tmp_path: Pat
     assert tried["peak_memory_gb"] > 0
     assert "compile true with zero_stage 3" in refused["failed"]
     assert [line.split()[0] for line in done.stderr.splitlines()[1:3]] == [f"{MICRO_BATCH}=12", f"{COMPILE}=true"]
-    assert config.load(out) == config.load(path, given)
+    assert load_config(out) == load_config(path, given)
     assert f"--config {path}" in out.read_text()
     assert f"as it was: {result['images_per_second']:,.1f} images/s" in out.read_text()
     again = run("--config", path, "--ranks", 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.train.watch import Heartbeat, Stragglers, Watch, silent_ranks, who_is_behind
+from pipeline.train.hang_watch import HangWatch, Heartbeat, Stragglers, silent_ranks, who_is_behind
 from pipeline.world import World
 from tests.ranks import PATIENCE_S, ROOT, free_port
 
@@ -98,7 +98,7 @@ def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path
 def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
     script = """if True:
         import ctypes, pathlib, sys
-        from pipeline.train.watch import Watch
+        from pipeline.train.hang_watch import Watch
         from pipeline.world import World
         with Watch(pathlib.Path(sys.argv[1]), World(), 0.5, "a"):
             ctypes.PyDLL(None).sleep(1000)
@@ -114,7 +114,7 @@ def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_
 
 def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
     heartbeat, deadline = tmp_path / "watch" / "rank-0.json", time.monotonic() + PATIENCE_S
-    with Watch(tmp_path / "watch", World(), 60, "a"):
+    with HangWatch(tmp_path / "watch", World(), 60, "a"):
         while not heartbeat.exists():
             assert time.monotonic() < deadline
         assert json.loads(heartbeat.read_text())["waits_in"] == "start-up"
@@ -124,7 +124,7 @@ def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
 def test_stacks_of_earlier_attempts_stay(tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks" / "rank-0.txt").write_text("of yesterday\n")
-    with Watch(tmp_path / "watch", World(), 60, "today"):
+    with HangWatch(tmp_path / "watch", World(), 60, "today"):
         pass
     assert stacks(tmp_path, 0) == "of yesterday\n"
 
@@ -134,7 +134,7 @@ def test_only_whole_heartbeats_of_this_attempt_and_world_count(tmp_path: Path) -
     texts[2] = texts[2][:20]
     for rank, text in enumerate(texts):
         (tmp_path / f"rank-{rank}.json").write_text(text)
-    assert Watch(tmp_path, World(rank=0, size=3), 60, "b")._read(range(3)) == {0: beat(0, attempt="b")}
+    assert HangWatch(tmp_path, World(rank=0, size=3), 60, "b")._read(range(3)) == {0: beat(0, attempt="b")}
 
 
 def beat(rank: int, progress: int = 9, alive: float = 100.0, phase: str = "data", attempt: str = "a") -> Heartbeat:
@@ -164,7 +164,7 @@ def test_whom_the_heartbeats_blame() -> None:
 
 
 def test_phases_that_go_on_do_not_count_as_progress_over_others(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, World(), 60, "a")
+    watch = HangWatch(tmp_path, World(), 60, "a")
     for step, phase in ((1, "data"), (1, "evaluation"), (1, "evaluation"), (2, "evaluation"), (2, "data")):
         watch.at(step, phase)
     assert watch._heartbeat().progress == 4

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline import driver, world
-from pipeline.driver import Driver
+from pipeline import nvidia_driver, world
 from pipeline.errors import USAGE, ExternalError, InputError
+from pipeline.nvidia_driver import Driver
 from pipeline.world import World, launcher_variables, read_place
 from tests.ranks import ROOT, free_port
 
@@ -80,7 +80,7 @@ def test_ranks_without_a_place_to_meet_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_port_in_use_is_one_line_with_the_option() -> None:
-    script = "from launch import command; from pipeline import world; command.run(lambda: world.start() and None)"
+    script = "from pipeline import cli, world; cli.run(lambda: world.start() and None)"
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     with socket.create_server(("127.0.0.1", 0)) as server:
         environ = {**os.environ, **place, "MASTER_PORT": str(server.getsockname()[1])}
@@ -189,7 +189,7 @@ def test_gpus_that_torch_cannot_use_are_not_left_idle(
 ) -> None:
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    monkeypatch.setattr(driver, "read", lambda: Driver(version, 2))
+    monkeypatch.setattr(nvidia_driver, "read", lambda: Driver(version, 2))
     whole = rf"^\S+ has 2 GPUs \(driver {version}\) that torch \S+ cannot use: [^\n]*{message}[^\n]*$"
     with pytest.raises(ExternalError, match=whole):
         world._device(World(), hash_store())
@@ -201,7 +201,7 @@ def test_gpus_that_torch_cannot_use_are_not_left_idle(
 def test_a_machine_without_gpus_trains_on_its_cores(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0)
     for found in (None, Driver("580.95.05", 0)):
-        monkeypatch.setattr(driver, "read", lambda found=found: found)
+        monkeypatch.setattr(nvidia_driver, "read", lambda found=found: found)
         assert world._device(World(), hash_store()).type == "cpu"
 
 
@@ -209,7 +209,7 @@ def test_who_uses_a_gpu_is_told(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(driver, "_other_processes", lambda gpu: seen.append(gpu) or [os.getppid(), 2**22 + 1])
+    monkeypatch.setattr(nvidia_driver, "_other_processes", lambda gpu: seen.append(gpu) or [os.getppid(), 2**22 + 1])
     gpus(1, free=0.95)
     world._device(World(), hash_store())
     assert capsys.readouterr().err == ""

@@ -52,7 +52,7 @@ def postgres() -> Iterator[str]:
             [binaries / "initdb", "-D", folder / "data", *options], cwd=folder, capture_output=True, text=True, **user
         ))  # fmt: skip
         port = free_port()
-        settings = {
+        config = {
             "listen_addresses": "127.0.0.1",
             "port": port,
             "unix_socket_directories": folder,
@@ -61,7 +61,7 @@ def postgres() -> Iterator[str]:
             "full_page_writes": "off",
         }
         command = [binaries / "postgres", "-D", folder / "data"]
-        command += [f"--{name}={value}" for name, value in settings.items()]
+        command += [f"--{name}={value}" for name, value in config.items()]
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, **user)
@@ -186,9 +186,9 @@ def mlflow_server(
         }
         if auth:
             command += ["--app-name", "basic-auth"]
-            settings = folder / "auth.ini"
+            config = folder / "auth.ini"
             # Without the cache the hash of the password is computed several times a request, which takes half a second.
-            settings.write_text(f"""[mlflow]
+            config.write_text(f"""[mlflow]
 default_permission = READ
 database_uri = {backend}
 admin_username = {ADMIN}
@@ -196,7 +196,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 60
 """)
             environment |= {
-                "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+                "MLFLOW_AUTH_CONFIG_PATH": str(config),
                 "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD,
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the tokens of forms",
             }

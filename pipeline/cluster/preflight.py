@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import psutil
 
-from pipeline import driver, files, lease
+from pipeline import files, lease, nvidia_driver
 from pipeline.cluster import slurm
-from pipeline.config import Config, Data, Run
+from pipeline.config import Config, DataConfig, RunConfig
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.ade20k import is_ade20k
 from pipeline.shards.cache import CacheOptions
@@ -88,23 +88,23 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
-def of_node(settings: Config, sent: float | None = None) -> Iterator[Check]:
+def of_node(config: Config, sent: float | None = None) -> Iterator[Check]:
     """All checks of a node that is to take part in a run, one at a time. `sent`: the sender's time, see `clock`."""
     if sent is not None:
         yield clock(sent)
-    yield gpus(settings.cluster.gpus_per_node)
-    if settings.cluster.scratch:
-        yield disk(os.path.expandvars(settings.cluster.scratch))
-    yield from of_run(settings)
+    yield gpus(config.cluster.gpus_per_node)
+    if config.cluster.scratch:
+        yield disk(os.path.expandvars(config.cluster.scratch))
+    yield from of_run(config)
 
 
-def of_run(settings: Config) -> Iterator[Check]:
+def of_run(config: Config) -> Iterator[Check]:
     """Those that mean something on any machine that the run is started on."""
-    yield run_disk(settings.run)
+    yield run_disk(config.run)
     # Compilers and loaders write temporary files, whether or not shards are kept among them.
-    yield disk(os.path.expandvars(settings.data.cache or tempfile.gettempdir()))
-    for path in dict.fromkeys([*settings.data.train_paths, *filter(None, [settings.data.val])]):
-        yield shards(path, settings.data)
+    yield disk(os.path.expandvars(config.data.cache or tempfile.gettempdir()))
+    for path in dict.fromkeys([*config.data.train_paths, *filter(None, [config.data.val])]):
+        yield shards(path, config.data)
 
 
 @check("clock")
@@ -127,7 +127,7 @@ def disk(folder: str | Path) -> str:
 
 
 @check("disk")
-def run_disk(run: Run) -> str:
+def run_disk(run: RunConfig) -> str:
     """Checks that the folder of all runs has locks and room for this run's checkpoints, and that no other job is at
     work in it as far as this node sees."""
     told = usable(run.root, NUM_CHECKPOINTS * _checkpoint_bytes(run.folder) or RUN_BYTES)
@@ -182,7 +182,7 @@ def _write_and_read(folder: str | Path) -> None:
 
 
 @check("shards")
-def shards(path: str, data: Data) -> str:
+def shards(path: str, data: DataConfig) -> str:
     """Opens a data set of `data` and reads one sample, whose checksum is compared.
 
     One in a public layout only has to be there: packing it is for the run. Of remote shards nothing is cached.
@@ -191,7 +191,7 @@ def shards(path: str, data: Data) -> str:
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder on this node")
         return f"{path}: is there, to be packed by the run"
-    from pipeline.shards.open import open_data  # which can pack, so it imports pyarrow
+    from pipeline.shards.open_data import open_data  # which can pack, so it imports pyarrow
 
     start = time.perf_counter()
     with contextlib.closing(open_data(path, cache=CacheOptions(data.cache, gb=0))) as found:
@@ -288,9 +288,9 @@ def _fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | No
         return state.fault
     try:
         free, total = torch.cuda.mem_get_info(number)
-        if is_ours and free < driver.UNUSED_MEMORY * total:
-            gpu = driver.pci_bus_id(torch.cuda.get_device_properties(number))
-            return f"{driver.taken(gpu, free, total)}: another job's, which has not ended"
+        if is_ours and free < nvidia_driver.UNUSED_MEMORY * total:
+            gpu = nvidia_driver.pci_bus_id(torch.cuda.get_device_properties(number))
+            return f"{nvidia_driver.gpus_in_use(gpu, free, total)}: another job's, which has not ended"
         return None if computes_right(torch.device("cuda", number)) else "computes a wrong matrix product"
     except RuntimeError as error:
         return f"cannot compute: {str(error).partition(chr(10))[0]}"

@@ -10,15 +10,15 @@ import shlex
 from pathlib import Path
 
 from pipeline.cluster.slurm import seconds
-from pipeline.config import Cluster, Config, Environment
+from pipeline.config import ClusterConfig, Config, EnvironmentConfig
 from pipeline.errors import InputError
 
 _NOT_IN_PATHS = re.compile(r"[%\\:\x00-\x1f\x7f]")
 """Of a run's folder: sbatch and srun replace what follows a %, sbatch drops a backslash, PYTHONPATH ends at a colon."""
 
 
-def render(
-    cluster: Cluster,
+def render_batch_script(
+    cluster: ClusterConfig,
     *,
     name: str,
     log: Path | str,
@@ -72,7 +72,7 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def _activation(environment: Environment) -> list[str]:
+def _activation(environment: EnvironmentConfig) -> list[str]:
     """Lines of the script. Activation scripts, such as conda's, use variables that are not set and tests that fail."""
     if environment.activate is None:
         return []
@@ -85,8 +85,8 @@ def ready(program: str) -> str:
     usage = f"""sbatch [OPTIONS OF SBATCH] slurm/{program}.sbatch CONFIG [--set KEY=VALUE …]
 From the root of a checkout in which `make setup` was run. Options given to sbatch win over those below."""
     shape = ('"cluster.nodes=$SLURM_JOB_NUM_NODES"', '"cluster.gpus_per_node=${gpus##*:}"')
-    return render(
-        Cluster(),
+    return render_batch_script(
+        ClusterConfig(),
         name=program,
         log=f"{program}-%j.log",
         code='"$SLURM_SUBMIT_DIR"',
@@ -98,24 +98,24 @@ From the root of a checkout in which `make setup` was run. Options given to sbat
     )
 
 
-def check(settings: Config) -> None:
+def check_batch_script(config: Config) -> None:
     """Raises InputError for what can be known to be wrong before SLURM is asked."""
-    cluster = settings.cluster
-    folder = str(settings.run.folder.resolve())
+    cluster = config.cluster
+    folder = str(config.run.folder.resolve())
     if found := _NOT_IN_PATHS.search(folder):
         raise InputError(
-            f"run.root {settings.run.root!r}: the run's folder would be {folder!r}; under SLURM it may contain no %, "
+            f"run.root {config.run.root!r}: the run's folder would be {folder!r}; under SLURM it may contain no %, "
             f"backslash, colon or control character, but contains {found[0]!r}: choose another folder"
         )
-    if cluster.nodes * cluster.ranks > settings.data.lanes:
+    if cluster.nodes * cluster.ranks > config.data.lanes:
         raise InputError(
             f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {cluster.nodes * cluster.ranks} ranks, but "
-            f"data.lanes is {settings.data.lanes}, the most that a run can use: raise data.lanes or take fewer nodes"
+            f"data.lanes is {config.data.lanes}, the most that a run can use: raise data.lanes or take fewer nodes"
         )
-    if cluster.grace_s <= settings.train.preempt_deadline_s:
+    if cluster.grace_s <= config.train.preempt_deadline_s:
         raise InputError(
             f"cluster.grace_s {cluster.grace_s} is not longer than train.preempt_deadline_s "
-            f"{settings.train.preempt_deadline_s:g}: the time limit would end a run that is still saving"
+            f"{config.train.preempt_deadline_s:g}: the time limit would end a run that is still saving"
         )
     limit_s = seconds(cluster.time)
     if limit_s and limit_s < 2 * cluster.grace_s:

@@ -43,7 +43,7 @@ _POLL_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What SLURM says of one of its jobs."""
 
     id: str
@@ -69,7 +69,7 @@ _AT_WORK = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "SIGNALING", "S
 
 
 @dataclasses.dataclass(frozen=True)
-class Error:
+class RankError:
     time: float
     """Seconds since 1970."""
     event: str
@@ -86,7 +86,7 @@ class Status:
     phase: Phase
     """not started; waiting in the queue to go on; running; stopped with a checkpoint; finished; failed, after the
     supervisor gave up; lost, if its job has gone without a word; unknown, without a job to ask about."""
-    job: Job | None = None
+    job: SlurmJob | None = None
     step: int | None = None
     total_steps: int | None = None
     epoch: float | None = None
@@ -102,7 +102,7 @@ class Status:
     restarts_without_progress: int = 0
     checkpoint_step: int | None = None
     checkpoint_age_s: float | None = None
-    last_error: Error | None = None
+    last_error: RankError | None = None
     excluded: dict[str, str] = dataclasses.field(default_factory=dict)
     """Nodes that the job leaves out, and why."""
     handoffs: "tuple[Status, ...]" = ()
@@ -139,7 +139,7 @@ def status(folder: Path) -> Status:
     )
 
 
-def _status(folder: Path, job: Job | None, faults: list[str]) -> Status:
+def _status(folder: Path, job: SlurmJob | None, faults: list[str]) -> Status:
     """Of one run, without those that depend on it."""
     events = _lines(folder / "slurm" / "events.jsonl", faults)
     lines = [line for line in _lines(folder / "metrics.jsonl", faults) if _is_placed(line)]
@@ -176,7 +176,7 @@ def _status(folder: Path, job: Job | None, faults: list[str]) -> Status:
     )
 
 
-def _phase(job: Job | None, events: list[Document], result: Document, *, has_started: bool) -> Phase:
+def _phase(job: SlurmJob | None, events: list[Document], result: Document, *, has_started: bool) -> Phase:
     if result and not result.get("requeue"):
         return "finished"
     if job and job.is_alive:  # and so what has ended before is of no account
@@ -236,11 +236,11 @@ def _restarts_without_progress(events: list[Document], checkpoint_step: int | No
     return int(failure.get("restarts") or 0)
 
 
-def _last_error(events: list[Document]) -> Error | None:
+def _last_error(events: list[Document]) -> RankError | None:
     for event in reversed(events):
         message = event.get("error") or event.get("why")
         if event.get("event") in _ERRORS and message:
-            return Error(_number(event.get("time")) or 0.0, event["event"], str(message))
+            return RankError(_number(event.get("time")) or 0.0, event["event"], str(message))
     return None
 
 
@@ -256,7 +256,7 @@ def _excluded(events: list[Document]) -> dict[str, str]:
     return excluded
 
 
-def _ask(ids: Iterable[str]) -> dict[str, Job]:
+def _ask(ids: Iterable[str]) -> dict[str, SlurmJob]:
     """By id. SLURM is asked once: answers of one moment, and a busy controller is spared."""
     wanted = list(dict.fromkeys(ids))
     if not wanted:
@@ -266,16 +266,16 @@ def _ask(ids: Iterable[str]) -> dict[str, Job]:
         answer = slurm.ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(wanted)}", fields)
     except (ExternalError, InputError) as error:
         if "Invalid job id" not in str(error):
-            return {each: Job(each, "unknown", str(error)) for each in wanted}
+            return {each: SlurmJob(each, "unknown", str(error)) for each in wanted}
         answer = ""  # what it says of one job alone that it has forgotten; of several it leaves those out
     found = {job.id: job for job in map(_job, answer.splitlines())}
-    return {each: found.get(each, Job(each, "not in the queue")) for each in wanted}
+    return {each: found.get(each, SlurmJob(each, "not in the queue")) for each in wanted}
 
 
-def _job(line: str) -> Job:
+def _job(line: str) -> SlurmJob:
     job, state, nodes, left, start, reason = line.split("|", 5)
     waits, works = state in _WAITING, state in _AT_WORK
-    return Job(
+    return SlurmJob(
         id=job.strip(),
         state=state,
         reason=None if reason == "None" else reason,
@@ -382,7 +382,7 @@ def _rows(known: Status) -> list[tuple[str, str]]:
     return rows
 
 
-def _told_job(job: Job, now: float) -> str:
+def _told_job(job: SlurmJob, now: float) -> str:
     parts = [
         f"{job.id}  {job}",
         f"on {job.nodes}" if job.nodes else "",

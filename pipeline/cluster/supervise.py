@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.cluster.slurm import Allocation, ask, node_name
-from pipeline.config import Cluster, Config
+from pipeline.config import ClusterConfig, Config
 from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING, USAGE, ExternalError
 
 SLURM = "slurm"
@@ -72,20 +72,20 @@ class Journal:
 class Program:
     """What the ranks run: a file below `code`, with a configuration and more arguments."""
 
-    settings: Config
+    config: Config
     code: Path
     file: str
-    config: str
+    config_file: str
     overrides: Sequence[str]
     more: Sequence[str] = ()
 
     @property
     def arguments(self) -> list[str]:
-        return ["--config", self.config, *(word for each in self.overrides for word in ("--set", each))]
+        return ["--config", self.config_file, *(word for each in self.overrides for word in ("--set", each))]
 
     @property
     def folder(self) -> Path:
-        return self.settings.run.folder
+        return self.config.run.folder
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Supervisor:
     def __init__(self, program: Program, allocation: Allocation) -> None:
         """For one stretch: from a start of the batch script to its end."""
         self._program, self._allocation = program, allocation
-        self._cluster: Cluster = program.settings.cluster
+        self._cluster: ClusterConfig = program.config.cluster
         self._journal = Journal(program.folder, allocation.job)
         self._first_step = self._newest_step()
         self._stop: str | None = None  # name of the first signal that this job has been sent
@@ -252,7 +252,7 @@ class Supervisor:
         self._journal.write("start", attempt=self._starts, nodes=nodes, ranks=ranks, step=self._newest_step())
         program = [self._program.code / self._program.file, *self._program.arguments, *self._program.more]
         program += ["--ranks", ranks, "--no-handoff"]
-        if self._starts > 1 and self._program.settings.resume.source == "never":
+        if self._starts > 1 and self._program.config.resume.source == "never":
             program += ["--set", "resume.source=auto"]  # the checkpoints that are there now are this job's own
         command = [*self._srun(nodes, cluster.ranks), "--label", "--kill-on-bad-exit=1", *self._python(), *program]
         self._step = subprocess.Popen(

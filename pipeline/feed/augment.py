@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import config, keys
+from pipeline import keys
+from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, RandAugment, SemanticFpnConfig
 from pvt.model import STRIDES
 
 Array = npt.NDArray[Any]
@@ -108,36 +109,36 @@ def _joined(parts: Sequence[tuple[str, Array]]) -> Array:
     return np.concatenate([value for _, value in parts], axis=1 if name in _BY_LAYER else 0)
 
 
-def training_views(settings: config.Augment, image: config.Image, size: int, key: keys.Key, hw: Array) -> Views:
+def training_views(config: AugmentConfig, image: ImageConfig, size: int, key: keys.Key, hw: Array) -> Views:
     """A random view of each image: `key` [n, 2], heights and widths `hw` [n, 2]."""
     draws = keys.uniform(key, _ATTEMPTS * 4 + 1)
-    flip = draws[:, -1] < settings.hflip
-    if settings.crop == "center":
+    flip = draws[:, -1] < config.hflip
+    if config.crop == "center":
         view = evaluation_views(image, size, hw)
-    elif settings.crop == "plain":
+    elif config.crop == "plain":
         view = _short_side_views(size, size, hw)
         view = dataclasses.replace(view, corner=np.floor(draws[:, :2] * (view.resized - size + 1)).astype(np.int32))
     else:
-        window = _random_window(settings, draws[:, :-1].reshape(-1, _ATTEMPTS, 4), hw)
+        window = _random_window(config, draws[:, :-1].reshape(-1, _ATTEMPTS, 4), hw)
         view = _plain_views((size, size), window[:, :2], window[:, 2:], np.full_like(hw, size))
-    ops, args = _operations(settings, keys.fold(key, 1))
-    erase, noise = _erasing(settings, size, keys.fold(key, 2))
+    ops, args = _operations(config, keys.fold(key, 1))
+    erase, noise = _erasing(config, size, keys.fold(key, 2))
     return dataclasses.replace(view, flip=flip, ops=ops, args=args, erase=erase, noise=noise)
 
 
-def evaluation_views(image: config.Image, size: int, hw: Array) -> Views:
+def evaluation_views(image: ImageConfig, size: int, hw: Array) -> Views:
     """The short side resized to size / crop_pct and the centre cropped, as torchvision's Resize and CenterCrop do."""
     view = _short_side_views(size, int(size / image.crop_pct), hw)
     return dataclasses.replace(view, corner=np.rint((view.resized - size) / 2).astype(np.int32))
 
 
-def whole_views(task: config.SemanticFpn | config.Detection, image: config.Image, hw: Array) -> Views:
+def whole_views(task: SemanticFpnConfig | DetectionConfig, image: ImageConfig, hw: Array) -> Views:
     """Whole images, resized as the task says."""
     return _padded_views(np.zeros_like(hw), hw, _fit(*task.sides(image), hw))
 
 
 def detection_views(
-    settings: config.Augment, task: config.Detection, image: config.Image, key: keys.Key, hw: Array
+    config: AugmentConfig, task: DetectionConfig, image: ImageConfig, key: keys.Key, hw: Array
 ) -> Views:
     """Whole images or, by chance, windows of them, resized to a short side that is drawn, as DETR's authors do."""
     draws = keys.uniform(key, 8)
@@ -146,13 +147,11 @@ def detection_views(
     cropped = draws[:, 1:2] < task.crop_prob
     anchor, window = np.where(cropped, anchor, 0), np.where(cropped, window, hw)
     view = _padded_views(anchor, window, _fit(_choice(task.train_short_sides or (short,), draws[:, 2:3]), long, window))
-    ops, args = _operations(settings, keys.fold(key, 1))
-    return dataclasses.replace(view, flip=draws[:, 0] < settings.hflip, ops=ops, args=args)
+    ops, args = _operations(config, keys.fold(key, 1))
+    return dataclasses.replace(view, flip=draws[:, 0] < config.hflip, ops=ops, args=args)
 
 
-def scaled_crops(
-    settings: config.Augment, task: config.SemanticFpn, image: config.Image, key: keys.Key, hw: Array
-) -> Views:
+def scaled_crops(config: AugmentConfig, task: SemanticFpnConfig, image: ImageConfig, key: keys.Key, hw: Array) -> Views:
     """Images scaled at random, of which crops of image.size are seen; a smaller one is seen whole and padded.
 
     The window is what the crop shows of the stored image, so that a label map is cut and resized with it.
@@ -165,8 +164,8 @@ def scaled_crops(
     window = np.where(scaled <= image.size, hw, window)
     anchors = np.floor(draws[:, 2:].reshape(-1, _ATTEMPTS, 2) * (hw - window + 1)[:, None]).astype(np.int32)
     view = _plain_views((image.size, image.size), anchors[:, 0], window, np.minimum(scaled, image.size))
-    ops, args = _operations(settings, keys.fold(key, 1))
-    flip = draws[:, 0] < settings.hflip
+    ops, args = _operations(config, keys.fold(key, 1))
+    flip = draws[:, 0] < config.hflip
     return dataclasses.replace(view, flip=flip, ops=ops, args=args, elsewhere=anchors[:, 1:])
 
 
@@ -180,7 +179,7 @@ def _choice(options: tuple[int, ...], draws: Array) -> Array:
     return np.array(options)[(draws * len(options)).astype(np.int64)]
 
 
-def _sized_window(task: config.Detection, draws: Array, hw: Array) -> tuple[Array, Array]:
+def _sized_window(task: DetectionConfig, draws: Array, hw: Array) -> tuple[Array, Array]:
     """Where windows begin and their sizes, both [n, 2], in pixels of the stored images, from `draws` [n, 5].
 
     Drawn in the image resized to one of crop_short_sides: each side by itself, uniform in crop_sides as far as the
@@ -221,16 +220,16 @@ def _plain_views(canvas: tuple[int, int], anchor: Array, shape: Array, resized: 
     return Views(canvas, anchor, shape, resized, corner, resized, flip, no_ops, no_args, erase, noise, elsewhere)
 
 
-def _random_window(settings: config.Augment, attempts: Array, hw: Array) -> Array:
+def _random_window(config: AugmentConfig, attempts: Array, hw: Array) -> Array:
     """Windows (top, left, height, width), [n, 4], distributed as torchvision's RandomResizedCrop.
 
     Area uniform in crop_scale, log of the aspect ratio uniform in crop_ratio, `attempts` [n, 10, 4] to fit inside
     the image, then the largest centred window with a ratio in range.
     """
     h, w = np.moveaxis(hw.astype(np.float64), 1, 0)[..., None]  # each [n, 1]
-    low, high = settings.crop_scale
+    low, high = config.crop_scale
     area = h * w * (low + (high - low) * attempts[..., 0])
-    low, high = np.log(settings.crop_ratio)
+    low, high = np.log(config.crop_ratio)
     ratio = np.exp(low + (high - low) * attempts[..., 1])
     crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (crop_w > 0) & (crop_w <= w) & (crop_h > 0) & (crop_h <= h)
@@ -238,7 +237,7 @@ def _random_window(settings: config.Augment, attempts: Array, hw: Array) -> Arra
     top = np.floor(attempts[..., 2] * (h - crop_h + 1))
     left = np.floor(attempts[..., 3] * (w - crop_w + 1))
     window = np.stack([top[chosen], left[chosen], crop_h[chosen], crop_w[chosen]], axis=-1)
-    return np.where(fits.any(axis=1)[:, None], window, _central_window(settings.crop_ratio, h[:, 0], w[:, 0]))
+    return np.where(fits.any(axis=1)[:, None], window, _central_window(config.crop_ratio, h[:, 0], w[:, 0]))
 
 
 def _central_window(crop_ratio: tuple[float, float], height: Array, width: Array) -> Array:
@@ -247,16 +246,16 @@ def _central_window(crop_ratio: tuple[float, float], height: Array, width: Array
     return np.stack([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], axis=-1)
 
 
-def _operations(settings: config.Augment, key: keys.Key) -> tuple[Array, Array]:
+def _operations(config: AugmentConfig, key: keys.Key) -> tuple[Array, Array]:
     """Operations and arguments, each [P, n]."""
-    if settings.rand_augment:
-        return _rand_augment(settings.rand_augment, key)
-    if settings.color_jitter:
-        return _color_jitter(settings.color_jitter, key)
+    if config.rand_augment:
+        return _rand_augment(config.rand_augment, key)
+    if config.color_jitter:
+        return _color_jitter(config.color_jitter, key)
     return np.zeros((0, len(key)), np.int64), np.zeros((0, len(key)), np.float32)
 
 
-def _rand_augment(policy: config.RandAugment, key: keys.Key) -> tuple[Array, Array]:
+def _rand_augment(policy: RandAugment, key: keys.Key) -> tuple[Array, Array]:
     """timm's RandAugment (Cubuk et al. 2019 with noise on the magnitude): each layer takes one of 15 operations."""
     draws = keys.uniform(key, policy.num_layers * 5).reshape(-1, policy.num_layers, 5).transpose(2, 1, 0)
     choice, applied, first, second, sign = draws  # each [P, n]
@@ -299,10 +298,10 @@ def _color_jitter(strength: float, key: keys.Key) -> tuple[Array, Array]:
     return ops, (1 + strength * (2 * draws[1] - 1)).astype(np.float32)
 
 
-def _erasing(settings: config.Augment, size: int, key: keys.Key) -> tuple[Array, Array]:
+def _erasing(config: AugmentConfig, size: int, key: keys.Key) -> tuple[Array, Array]:
     """Boxes to erase, [n, 4], as timm's RandomErasing draws them, and where their filling begins, [n]."""
     n = len(key)
-    if not settings.erase_prob:
+    if not config.erase_prob:
         return np.zeros((n, 4), np.int64), np.zeros(n)
     draws = keys.uniform(key, _ATTEMPTS * 4 + 2)
     attempts = draws[:, 2:].reshape(n, _ATTEMPTS, 4)
@@ -313,5 +312,5 @@ def _erasing(settings: config.Augment, size: int, key: keys.Key) -> tuple[Array,
     top = np.floor(attempts[..., 2] * (size - height + 1))
     left = np.floor(attempts[..., 3] * (size - width + 1))
     boxes = np.stack([top, top + height, left, left + width], axis=-1)[np.arange(n), fits.argmax(axis=1)]
-    erased = (draws[:, 0] < settings.erase_prob) & fits.any(axis=1)
+    erased = (draws[:, 0] < config.erase_prob) & fits.any(axis=1)
     return np.where(erased[:, None], boxes, 0).astype(np.int64), draws[:, 1]

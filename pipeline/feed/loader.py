@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pipeline import keys
-from pipeline.config import Classification, Config, Image, Task
-from pipeline.feed import mix, pixels
+from pipeline.config import ClassificationConfig, Config, ImageConfig, TaskConfig
+from pipeline.feed import image_ops, mixup
 from pipeline.feed.augment import Views
-from pipeline.feed.order import Order, Samples, deal
+from pipeline.feed.image_stream import Choice, ImageStream, Plan
+from pipeline.feed.order import Order, Samples, partition
 from pipeline.feed.quarantine import Quarantine
-from pipeline.feed.recipe import recipe_of, require_kind
-from pipeline.feed.stream import Choice, ImageStream, Plan
+from pipeline.feed.task_transforms import require_kind, task_transform
 from pipeline.feed.transfer import to_device
 from pipeline.keys import Stream
 from pipeline.shards.index import ShardSet
@@ -63,11 +63,11 @@ class TrainFeed:
         self._config, self._shards = config, shards
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
         self.order = Order.of(config, shards.part_samples)
-        self.deal = deal(self.order, world.rank, world.size, config)
+        self.deal = partition(self.order, world.rank, world.size, config)
         self._first_step, self._device = first_step, world.device
         self._image_sizes = _image_sizes(config, self.order.steps_per_epoch)
         self._keep = 1 - np.array(drop_path_rates, np.float64)
-        self._recipe = recipe_of(
+        self._recipe = task_transform(
             config.task, config.image, len(shards.classes), config.augment, config.mix.label_smoothing
         )
         require_kind(config.task, shards)
@@ -81,7 +81,7 @@ class TrainFeed:
             world,
             config.image,
             target=self._recipe.training_target,
-            noise=pixels.noise(config.run.seed, world.device) if noisy else None,
+            noise=image_ops.noise(config.run.seed, world.device) if noisy else None,
             batch_size=self.deal.micro_batch_size,
             num_threads=config.data.num_threads,
             prefetch=config.data.prefetch,
@@ -156,11 +156,11 @@ class TrainFeed:
         if self._shards.is_remote and micro == 0 and (step - self._first_step) % self.order.steps_per_window == 0:
             self._shards.prefetch(self.order.shards_ahead(step, self.deal.lanes))
 
-    def _blends(self, step: int, lane: Array) -> mix.Blends:
+    def _blends(self, step: int, lane: Array) -> mixup.Blends:
         lanes, of_sample = np.unique(lane, return_inverse=True)
         key = keys.key(self._config.run.seed, Stream.MIX, step, lanes)
         size = self.image_size(step)
-        return mix.draw(self._config.mix, key, size, size)[of_sample]
+        return mixup.draw(self._config.mix, key, size, size)[of_sample]
 
     def _drop_path(self, step: int, position: Array) -> Array:
         key = keys.key(self._config.run.seed, Stream.DROP_PATH, step, position)
@@ -171,7 +171,7 @@ class TrainFeed:
         device = images.device
         targets = self._recipe.training_batch(plan.targets, device)
         if plan.blends is not None:
-            images, targets = mix.mix_images(images, plan.blends), mix.mix_targets(targets, plan.blends)
+            images, targets = mixup.mix_images(images, plan.blends), mixup.mix_targets(targets, plan.blends)
         masks = [] if plan.drop_path is None else [plan.drop_path]
         weights, *drop_path = to_device([plan.weights, *masks], device)
         return MicroBatch(images, _extents(plan), targets, weights, next(iter(drop_path), None), plan.samples)
@@ -214,17 +214,17 @@ class EvalFeed:
         self,
         shards: ShardSet,
         world: World,
-        image: Image,
+        image: ImageConfig,
         *,
-        task: Task | None = None,
+        task: TaskConfig | None = None,
         batch_size: int,
         num_threads: int = 0,
         prefetch: int = 2,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._shards, self._world, self._image = shards, world, image
-        require_kind(task or Classification(), shards)
-        self._recipe = recipe_of(task or Classification(), image, len(shards.classes))
+        require_kind(task or ClassificationConfig(), shards)
+        self._recipe = task_transform(task or ClassificationConfig(), image, len(shards.classes))
         self._quarantine = Quarantine(shards) if quarantine is None else quarantine
         self.num_samples = len(shards)
         self._batch_size = min(batch_size, len(shards))

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from pipeline import keys
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.feed.permute import permute
+from pipeline.feed.permutation import permute
 from pipeline.keys import Stream
 
 Ints = npt.NDArray[np.int64]
@@ -242,7 +242,7 @@ def _counts(weights: Sequence[float]) -> Ints:
 
 
 @dataclasses.dataclass(frozen=True)
-class Deal:
+class RankSlice:
     """How one rank's part of every global batch is cut into equal micro-batches.
 
     Ranks with fewer lanes than others, and the last micro-batch, are filled up with weightless samples, so that all
@@ -255,7 +255,7 @@ class Deal:
     accumulation: int
 
 
-def deal(order: Order, rank: int, world_size: int, config: Config) -> Deal:
+def partition(order: Order, rank: int, world_size: int, config: Config) -> RankSlice:
     """Rank's Deal. Raises InputError when there are more ranks than lanes."""
     if world_size > order.lanes:
         raise InputError(
@@ -268,10 +268,10 @@ def deal(order: Order, rank: int, world_size: int, config: Config) -> Deal:
     size = -(-most // accumulation)
     if config.mix.active:
         size += size % 2  # pairs are not cut
-    return Deal(slice(first, last), (last - first) * order.share, size, accumulation)
+    return RankSlice(slice(first, last), (last - first) * order.share, size, accumulation)
 
 
 def padding_waste(order: Order, world_size: int, config: Config) -> float:
     """The fraction of computed samples that are weightless on this world."""
-    part = deal(order, 0, world_size, config)
+    part = partition(order, 0, world_size, config)
     return 1 - order.global_batch_size / (world_size * part.accumulation * part.micro_batch_size)

@@ -21,20 +21,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import keys
-from pipeline.boxes import draw_boxes
 from pipeline.config import Config
-from pipeline.feed import mix, pixels
+from pipeline.feed import image_ops, mixup
 from pipeline.feed.augment import Op, Views
+from pipeline.feed.box_transforms import BoxTransform
 from pipeline.feed.dali import Decoder
 from pipeline.feed.loader import MicroBatch, TrainFeed
-from pipeline.feed.recipe import Boxes, Recipe, recipe_of
+from pipeline.feed.task_transforms import TaskTransform, task_transform
 from pipeline.keys import Stream
-from pipeline.palette import colourise
-from pipeline.shards import objects
+from pipeline.pictures.boxes import draw_boxes
+from pipeline.pictures.contact_sheet import Sheet
+from pipeline.pictures.palette import colourise
+from pipeline.shards import object_annotations
 from pipeline.shards.images import decode
 from pipeline.shards.index import ShardSet
-from pipeline.shards.show import draw_annotated
-from pipeline.sheet import Sheet
+from pipeline.shards.show_dataset import draw_annotated
 from pipeline.world import World
 from pvt.detector import Objects
 
@@ -67,24 +68,24 @@ class _Grid(NamedTuple):
     tile_px: int = 150
 
 
-def preview(settings: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
+def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
     """Draw a grid of augmented samples of the run's training data `shards` into the PNG file `path`.
 
     Progress goes to standard error. Raises InputError where the data does not fit the run, or for a file that cannot be
     written.
     """
-    name, batch_size = settings.run.name, settings.train.global_batch_size
+    name, batch_size = config.run.name, config.train.global_batch_size
     print(f"{name}: reading the first batch, {batch_size:,} samples", file=sys.stderr, flush=True)
-    with contextlib.closing(TrainFeed(settings, shards, World())) as feed:
+    with contextlib.closing(TrainFeed(config, shards, World())) as feed:
         fed = [each for batch in feed.next() for each in _fed(shards, batch)]
     draw = {None: _labelled, "semantic": _maps, "objects": _objects}[shards.annotations]
     chosen = fed[:MAPS] if shards.annotations == "semantic" else _of_many_classes(fed)
-    grid = draw(settings, shards, chosen)
-    if settings.mix.active and not shards.annotations:
-        grid = _with_mixed(settings, shards, grid, fed)
+    grid = draw(config, shards, chosen)
+    if config.mix.active and not shards.annotations:
+        grid = _with_mixed(config, shards, grid, fed)
     sheet = Sheet(
         name,
-        f"seed {settings.run.seed}; {grid.about}",
+        f"seed {config.run.seed}; {grid.about}",
         columns=grid.columns,
         count=grid.columns * len(grid.rows),
         num_details=grid.num_details,
@@ -115,27 +116,27 @@ def _of_many_classes(fed: list[_Fed]) -> list[_Fed]:
     return sorted(different, key=lambda each: each is not first[each.label])[:SAMPLES]
 
 
-def _labelled(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
-    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
+def _labelled(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
 
     def row(fed: _Fed) -> list[Tile]:
         original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
         class_, size = f"class {shards.classes[fed.label]}", f"{original.width} × {original.height}"
-        views, images = _views(settings, shards, recipe, fed, range(VIEWS), settings.image.size)
+        views, images = _views(config, shards, recipe, fed, range(VIEWS), config.image.size)
         tiles: list[Tile] = [(original, key, class_, size)]
         for epoch, image in enumerate(images):
-            tiles.append((_picture(settings, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1])))
+            tiles.append((_picture(config, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1])))
         return tiles
 
     about = f"each row an image, then its views in epochs 0 to {VIEWS - 1}"
     return _Grid(about, [functools.partial(row, fed) for fed in chosen])
 
 
-def _with_mixed(settings: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]) -> _Grid:
+def _with_mixed(config: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]) -> _Grid:
     """The grid with rows of two partners, before mixing and mixed: first those of two classes, and of different lanes,
     because a lane has one draw."""
-    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
-    share = settings.train.global_batch_size // settings.data.lanes
+    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
+    share = config.train.global_batch_size // config.data.lanes
 
     def position(fed: _Fed) -> int:
         return int(fed.batch.samples.position[fed.place])
@@ -144,13 +145,13 @@ def _with_mixed(settings: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]
         tiles, size = [], pair[0].batch.images.shape[-1]
         for one in pair:
             epoch = int(one.batch.samples.epoch[one.place])
-            _, (image,) = _views(settings, shards, recipe, one, [epoch], size)
+            _, (image,) = _views(config, shards, recipe, one, [epoch], size)
             class_ = f"class {shards.classes[one.label]}"
-            tiles.append((_picture(settings, image), shards.key(one.shard, one.row), class_, "before mixing"))
-        key = keys.key(settings.run.seed, Stream.MIX, 0, np.array([position(pair[0]) // share]))
-        blend = mix.draw(settings.mix, key, size, size)
+            tiles.append((_picture(config, image), shards.key(one.shard, one.row), class_, "before mixing"))
+        key = keys.key(config.run.seed, Stream.MIX, 0, np.array([position(pair[0]) // share]))
+        blend = mixup.draw(config.mix, key, size, size)
         for one, other in (pair, pair[::-1]):
-            picture = _picture(settings, one.batch.images[one.place])
+            picture = _picture(config, one.batch.images[one.place])
             tiles.append((picture, *_describe_mix(shards, blend, one, other)))
         return tiles
 
@@ -161,7 +162,7 @@ def _with_mixed(settings: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]
     return grid._replace(about=about, rows=[*grid.rows, *(functools.partial(row, pair) for pair in pairs[:PAIRS])])
 
 
-def _describe_mix(shards: ShardSet, blend: mix.Blends, one: _Fed, other: _Fed) -> list[str]:
+def _describe_mix(shards: ShardSet, blend: mixup.Blends, one: _Fed, other: _Fed) -> list[str]:
     weight, target = float(blend.label_weight[0]), one.batch.targets[one.place]
     kind = "cutmix" if blend.box.any() else "mixup" if weight < 1 else "not mixed"
     labels = dict.fromkeys((one.label, other.label))
@@ -172,13 +173,13 @@ def _describe_mix(shards: ShardSet, blend: mix.Blends, one: _Fed, other: _Fed) -
     return [*lines, f"other labels: {rest:.2f}"] if rest > 0.005 else lines
 
 
-def _maps(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+def _maps(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
     def row(some: list[_Fed]) -> list[Tile]:
         tiles: list[Tile] = []
         for fed in some:
             target = colourise(fed.batch.targets[fed.place].byte().numpy(), len(shards.classes))
             tiles += [
-                (_picture(settings, fed.batch.images[fed.place]), shards.key(fed.shard, fed.row)),
+                (_picture(config, fed.batch.images[fed.place]), shards.key(fed.shard, fed.row)),
                 (target, "target"),
             ]
         return tiles
@@ -188,22 +189,22 @@ def _maps(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
     return _Grid(about, rows, columns=6, num_details=0)
 
 
-def _objects(settings: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
-    recipe = recipe_of(settings.task, settings.image, len(shards.classes), settings.augment)
-    assert isinstance(recipe, Boxes)
+def _objects(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
+    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
+    assert isinstance(recipe, BoxTransform)
 
     def row(fed: _Fed) -> list[Tile]:
         original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
         stored = shards.read_annotation(fed.shard, fed.row)
-        annotated = objects.decode(stored, len(shards.classes))
+        annotated = object_annotations.decode(stored, len(shards.classes))
         drawn = draw_annotated(original, annotated, shards.classes, OBJECTS_TILE_PX)
         counts = f"{len(annotated.annotations)} annotations"
         tiles: list[Tile] = [(drawn, key, counts, f"{original.width} × {original.height}")]
-        views, images = _views(settings, shards, recipe, fed, range(VIEWS), settings.image.size)
+        views, images = _views(config, shards, recipe, fed, range(VIEWS), config.image.size)
         for epoch, image in enumerate(images):
             view, target = recipe.training_target(stored, views[epoch : epoch + 1])
             height, width = view.extent[0].tolist()
-            drawn = _with_objects(_picture(settings, image[:, :height, :width]), target, shards.classes)
+            drawn = _with_objects(_picture(config, image[:, :height, :width]), target, shards.classes)
             tiles.append((drawn, f"epoch {epoch}", f"{len(target)} objects on {width} × {height}", *_describe(view)))
         return tiles
 
@@ -219,35 +220,35 @@ def _with_objects(picture: Image.Image, target: Objects, classes: list[str]) -> 
 
 
 def _views(
-    settings: Config, shards: ShardSet, recipe: Recipe, fed: _Fed, epochs: Sequence[int], size: int
+    config: Config, shards: ShardSet, recipe: TaskTransform, fed: _Fed, epochs: Sequence[int], size: int
 ) -> tuple[Views, Tensor]:
     """A sample's views in n epochs, and their images before mixing, [n, 3, H, W]."""
     record, samples = shards.index(fed.shard)[fed.row], fed.batch.samples
     hw = np.full((len(epochs), 2), (record["height"], record["width"]))
     id_, copy = samples.id[fed.place], samples.copy[fed.place]
-    key = keys.key(settings.run.seed, Stream.AUGMENT, np.array(epochs), id_, copy)
+    key = keys.key(config.run.seed, Stream.AUGMENT, np.array(epochs), id_, copy)
     views = recipe.training_views(size, key, hw)
     encoded = [np.frombuffer(shards.read(fed.shard, fed.row), np.uint8)] * len(epochs)
     decoder = Decoder(
         lambda _: (encoded, views),
         batch_size=len(epochs),
-        interpolation=settings.image.interpolation,
+        interpolation=config.image.interpolation,
         device=_CPU,
         num_threads=1,
         prefetch=1,
         deterministic=True,
         resizes=False,
     )
-    noise = pixels.noise(settings.run.seed, _CPU) if settings.augment.erase_mode == "pixel" else None
-    finisher, images = pixels.Finisher(settings.image, _CPU, noise), torch.empty(len(epochs), 3, *views.canvas)
+    noise = image_ops.noise(config.run.seed, _CPU) if config.augment.erase_mode == "pixel" else None
+    finisher, images = image_ops.Finisher(config.image, _CPU, noise), torch.empty(len(epochs), 3, *views.canvas)
     for place, window in enumerate(decoder.next()):
         finisher.finish_window(window, views[place : place + 1], images[place : place + 1])
     decoder.close()
     return views, images
 
 
-def _picture(settings: Config, image: Tensor) -> Image.Image:
-    mean, std = (torch.tensor(value)[:, None, None] for value in (settings.image.mean, settings.image.std))
+def _picture(config: Config, image: Tensor) -> Image.Image:
+    mean, std = (torch.tensor(value)[:, None, None] for value in (config.image.mean, config.image.std))
     return Image.fromarray((255 * (image * std + mean)).clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 

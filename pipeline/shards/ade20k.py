@@ -14,10 +14,10 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.errors import InputError
-from pipeline.shards.faults import BadSource
+from pipeline.shards.bad_samples import BadSource
+from pipeline.shards.class_folders import files_below, report_ignored
+from pipeline.shards.image_sources import EXTENSIONS, ImageEntry, ImageListing, key_of, listing
 from pipeline.shards.index import MANIFEST
-from pipeline.shards.sources import EXTENSIONS, Entry, Listing, key_of, listing
-from pipeline.shards.tree import files_below, report_ignored
 
 ANNOTATIONS, IMAGES = "annotations", "images"
 CLASSES = "objectInfo150.txt"
@@ -30,7 +30,7 @@ def is_ade20k(path: str | Path) -> bool:
     return "://" not in str(path) and Path(path).parent.name == ANNOTATIONS and not (Path(path) / MANIFEST).exists()
 
 
-def find(annotations: str | Path, images: str | Path | None = None, classes: list[str] | None = None) -> Listing:
+def find(annotations: str | Path, images: str | Path | None = None, classes: list[str] | None = None) -> ImageListing:
     """List the images of ROOT/annotations/SPLIT and their maps.
 
     `images` replaces ROOT/images/SPLIT. `classes` are those of the maps' values 1, 2, …, and may not differ from
@@ -48,7 +48,7 @@ def find(annotations: str | Path, images: str | Path | None = None, classes: lis
         raise InputError(f"{maps_folder}: no label maps; they are files that end in .png")
     paired = maps.keys() & pictures.keys()
     entries = [
-        Entry(key_of(f"{name}.png"), picture, 0, annotation=maps[name][0])
+        ImageEntry(key_of(f"{name}.png"), picture, 0, annotation=maps[name][0])
         for name in paired
         for picture in pictures[name]
     ]

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards.faults import BadSource
+from pipeline.shards.bad_samples import BadSource
+from pipeline.shards.class_folders import files_below
+from pipeline.shards.image_sources import ImageEntry, ImageListing, key_of, listing
 from pipeline.shards.index import MAX_CLASSES
-from pipeline.shards.objects import Annotated, BadObjectsError, encode, num_pointless, packed_form
-from pipeline.shards.sources import Entry, Listing, key_of, listing
-from pipeline.shards.tree import files_below
+from pipeline.shards.object_annotations import Annotated, BadObjectsError, encode, num_pointless, packed_form
 
 MAX_FILE_BYTES = 4 << 30
 """Of an annotation file, of which Python's objects take several times as much memory. COCO's have 0.5 GB."""
@@ -55,7 +55,7 @@ def digest(annotations: str | Path) -> str:
     return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-def find(annotations: str | Path, images: str | Path | None = None, classes: list[str] | None = None) -> Listing:
+def find(annotations: str | Path, images: str | Path | None = None, classes: list[str] | None = None) -> ImageListing:
     """List the images of ROOT/annotations/instances_SPLIT.json, those without annotations too.
 
     `images` replaces ROOT/SPLIT. `classes` is the list to use, which holds the names of all categories. An image with
@@ -79,7 +79,7 @@ def find(annotations: str | Path, images: str | Path | None = None, classes: lis
             picture.annotations.clear()  # of a large file they take gigabytes
         num_empty += sum(not (annotation["bbox"][2] and annotation["bbox"][3]) for annotation in packed)
         data = encode(Annotated(number, picture.height, picture.width, packed))
-        entries.append(Entry(key, place, 0, annotation=data))
+        entries.append(ImageEntry(key, place, 0, annotation=data))
     if num_empty:
         print(f"{path}: {num_empty} boxes without area, which training does not see", file=sys.stderr)
     if num_polygons:

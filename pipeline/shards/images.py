@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.shards.header import damage, excess, read_size
+from pipeline.shards.image_header import damage, excess, read_size
 from pipeline.shards.index import MAX_BYTES, MAX_PIXELS
 
 MAX_SIDE_PX = 65535  # what an index record holds

@@ -28,12 +28,12 @@ import numpy.typing as npt
 import pydantic.dataclasses
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-from pipeline import config, files, json_text
-from pipeline.config import fingerprint
+from pipeline import files, json_text
+from pipeline.config import fingerprint, validated
 from pipeline.errors import InputError
-from pipeline.shards.attribution import ATTRIBUTION
-from pipeline.shards.header import read_size
-from pipeline.shards.origin import below_root, is_http, sha256_hex
+from pipeline.shards.filesystems import below_root, is_http, sha256_hex
+from pipeline.shards.image_header import read_size
+from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.shards.store import Blob, Cache, Store, StoreError
 from pipeline.shards.tar import Reader, TarError, members
 
@@ -180,7 +180,7 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
         reason = str(error).removeprefix(f"{path}: ") if isinstance(error, StoreError) else error.strerror or error
         raise InputError(f"{path}: cannot read the manifest: {reason}; make one with launch/shards.py") from error
     try:
-        manifest = config.validated(Manifest, json_text.read(data, path), path)
+        manifest = validated(Manifest, json_text.read(data, path), path)
     except InputError as error:
         raise InputError(f"{error}; copy or pack the data again") from None
     if manifest.samples != sum(s.samples for s in manifest.shards) or manifest.digest != _digest(

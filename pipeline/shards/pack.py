@@ -36,8 +36,9 @@ import PIL
 from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards import attribution, images, objects, parquet, sources
-from pipeline.shards.faults import SHOWN, BadSource, first_few, write_faults, write_skipped
+from pipeline.shards import image_sources, images, object_annotations, parquet, picture_credits
+from pipeline.shards.bad_samples import SHOWN, BadSource, first_few, write_faults, write_skipped
+from pipeline.shards.image_sources import ImageEntry, ImageListing, Table
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import (
     ANNOTATED_RECORD,
@@ -48,9 +49,8 @@ from pipeline.shards.index import (
     Manifest,
     Shard,
 )
-from pipeline.shards.objects import BadObjectsError
-from pipeline.shards.parallel import advance, each
-from pipeline.shards.sources import Entry, Listing, Table
+from pipeline.shards.object_annotations import BadObjectsError
+from pipeline.shards.process_pool import advance, each
 from pipeline.shards.tar import padded
 
 _VERSION = 1
@@ -69,7 +69,7 @@ class _Options:
 
 
 def pack(
-    source: str | Path | Listing,
+    source: str | Path | ImageListing,
     out: Path,
     *,
     classes: list[str] | None = None,
@@ -95,7 +95,7 @@ def pack(
     """
     out = out.resolve()
     _refuse_full(out)
-    listing = source if isinstance(source, Listing) else sources.find(source, classes)
+    listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
     options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
     identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
     with _partial(out, fingerprint(identity)[:16]) as folder:
@@ -117,8 +117,8 @@ def pack(
         data = folder / "data"
         write_skipped(data, bad)
         place = listing.tables[0].path if listing.tables else listing.entries[0].place
-        if credit := attribution.above(place):
-            files.write(data / attribution.ATTRIBUTION, f"{credit}\n".encode())
+        if credit := picture_credits.find_attribution(place):
+            files.write(data / picture_credits.ATTRIBUTION, f"{credit}\n".encode())
         manifest = Manifest.of(listing.classes, shards, annotations=listing.annotations)
         files.write(data / MANIFEST, manifest.encode())
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
@@ -196,7 +196,7 @@ class _Task:
 
     folder: Path
     number: int
-    entries: list[Entry]
+    entries: list[ImageEntry]
     first: int
     """Position of the first entry in the shuffled order."""
     spilled: list[Path]
@@ -217,7 +217,7 @@ class _Done:
     bad: list[BadSource]
 
 
-def _spill(listing: Listing, order: npt.NDArray[np.int64], folder: Path, workers: int) -> list[Path]:
+def _spill(listing: ImageListing, order: npt.NDArray[np.int64], folder: Path, workers: int) -> list[Path]:
     """Bring the images of Parquet files near the order of the shards; where they are then."""
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order))
@@ -242,7 +242,7 @@ def _spill_table(task: tuple[Table, npt.NDArray[np.int64], Path]) -> None:
 
 
 def _plan(
-    listing: Listing, order: npt.NDArray[np.int64], folder: Path, spilled: list[Path], options: _Options
+    listing: ImageListing, order: npt.NDArray[np.int64], folder: Path, spilled: list[Path], options: _Options
 ) -> Iterator[_Task]:
     for number, first in enumerate(range(0, len(order), options.samples_per_shard)):
         chosen = order[first : first + options.samples_per_shard]
@@ -314,7 +314,9 @@ def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]],
                     place = entry.annotation
                     annotation = images.prepare_map(_read(place), image, head, task.num_classes)
                 elif entry.annotation:
-                    annotation = objects.prepare(entry.annotation, images.size(image), head, task.num_classes)
+                    annotation = object_annotations.prepare(
+                        entry.annotation, images.size(image), head, task.num_classes
+                    )
             except (BadImageError, BadObjectsError) as error:
                 bad.append(BadSource(place, entry.key, str(error)))
             else:

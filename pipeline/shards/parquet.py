@@ -24,7 +24,7 @@ from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.index import MAX_CLASSES
 from pipeline.shards.labels import check_first, numbered
-from pipeline.shards.parallel import advance
+from pipeline.shards.process_pool import advance
 
 if TYPE_CHECKING:  # which commands without Parquet files do without
     import pyarrow as pa

@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 from pipeline import files
 from pipeline.shards.cache import Cache
-from pipeline.shards.descriptors import Descriptors
-from pipeline.shards.origin import BLOCK_BYTES, Blob, Folder, Remote
+from pipeline.shards.filesystems import BLOCK_BYTES, Blob, Folder, Remote
+from pipeline.shards.open_files import Descriptors
 from pipeline.shards.retry import Retry, StoreError, WrongBytes
 
 __all__ = ["Blob", "Cache", "Retry", "Store", "StoreError"]

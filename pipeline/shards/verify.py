@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import InputError
-from pipeline.shards import images, objects
-from pipeline.shards.faults import Fault
+from pipeline.shards import images, object_annotations
+from pipeline.shards.bad_samples import SampleFault
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import ANNOTATED_RECORD, Manifest, ShardSet, key_in
-from pipeline.shards.objects import BadObjectsError
-from pipeline.shards.parallel import advance, each
+from pipeline.shards.object_annotations import BadObjectsError
+from pipeline.shards.process_pool import advance, each
 from pipeline.shards.store import Blob, Cache, StoreError
 from pipeline.shards.tar import Reader, TarError
 
 
-def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[Fault]:
+def verify(root: str | Path, *, deep: bool = False, workers: int = 1) -> list[SampleFault]:
     """Everything that is wrong with the shards below `root`, a folder or URL; empty when all is well.
 
     `deep` also decodes every image and annotation. Raises InputError when the manifest itself cannot be read.
@@ -46,7 +46,7 @@ def _open(root: str, cache: str) -> ShardSet:
     return ShardSet(root, cache=Cache(cache, 0))
 
 
-def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
+def _verify_shard(task: tuple[str, str, int, bool]) -> list[SampleFault]:
     root, cache, number, deep = task
     shards = _open(root, cache)
     manifest = shards.manifests[0]
@@ -55,18 +55,18 @@ def _verify_shard(task: tuple[str, str, int, bool]) -> list[Fault]:
     try:
         records = shards.index(number)
     except (InputError, StoreError, OSError) as error:
-        faults.append(Fault(tar.name, None, str(error)))
+        faults.append(SampleFault(tar.name, None, str(error)))
     try:
         with shards.open(number) as stream:
             faults += _compare(stream, records, tar, manifest, deep)
     except (StoreError, OSError) as error:
-        faults.append(Fault(tar.name, None, str(error)))
+        faults.append(SampleFault(tar.name, None, str(error)))
     return faults
 
 
 def _compare(
     stream: IO[bytes], records: npt.NDArray[np.void], tar: Blob, manifest: Manifest, deep: bool
-) -> Iterator[Fault]:
+) -> Iterator[SampleFault]:
     reader, is_damaged = Reader(stream), False
     for row, record in enumerate(records):
         try:
@@ -78,21 +78,21 @@ def _compare(
                 reader.skip(int(record["annotation_offset"]) - reader.position)
                 annotation = reader.take(int(record["annotation_size"]))
         except TarError as error:
-            yield Fault(tar.name, None, f"{error}: the last {len(records) - row} samples are lost")
+            yield SampleFault(tar.name, None, f"{error}: the last {len(records) - row} samples are lost")
             break
         reason = _wrong_image(data, record, deep)
         if annotation is not None and not reason:
             reason = _wrong_annotation(annotation, record, manifest, deep)
         if reason:
             is_damaged = True
-            yield Fault(tar.name, key_in(header, row), reason)
+            yield SampleFault(tar.name, key_in(header, row), reason)
         advance()
     sha256 = reader.finish(tar.bytes)
     if reader.position != tar.bytes:
-        yield Fault(tar.name, None, f"has {reader.position} bytes, but the manifest lists {tar.bytes}")
+        yield SampleFault(tar.name, None, f"has {reader.position} bytes, but the manifest lists {tar.bytes}")
     elif sha256 != tar.sha256 and not is_damaged:
         which = ", but no image does: only headers, labels or padding" if len(records) else ""
-        yield Fault(tar.name, None, f"differs from the manifest{which}")
+        yield SampleFault(tar.name, None, f"differs from the manifest{which}")
 
 
 def _wrong_image(data: bytes, record: np.void, deep: bool) -> str | None:
@@ -129,7 +129,7 @@ def _wrong_map(data: bytes, record: np.void, num_classes: int) -> str | None:
 
 
 def _wrong_objects(data: bytes, record: np.void, num_classes: int) -> str | None:
-    found = objects.decode(data, num_classes)
+    found = object_annotations.decode(data, num_classes)
     return _wrong_size("its objects are in", (found.height, found.width), record)
 
 

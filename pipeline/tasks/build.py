@@ -7,31 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import config, network
+from pipeline import network
+from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig, SemanticFpnConfig, TaskConfig
 from pipeline.errors import InputError
-from pipeline.tasks.classify import Classification
-from pipeline.tasks.detect import Detection
-from pipeline.tasks.layers import freeze
+from pipeline.tasks.classify import ClassificationTask
+from pipeline.tasks.detect import DetectionTask
+from pipeline.tasks.layer_groups import freeze
 from pipeline.tasks.pretrained import load_backbone, load_pretrained
-from pipeline.tasks.segment import Segmentation
+from pipeline.tasks.segment import SegmentationTask
 from pvt.dense import DenseNetwork
 from pvt.model import STRIDES
 
-AnyTask = Classification | Segmentation | Detection
+AnyTask = ClassificationTask | SegmentationTask | DetectionTask
 
 
-def build_task(task: config.Task, model: config.Model, image: config.Image, classes: list[str]) -> AnyTask:
+def build_task(task: TaskConfig, model: ModelConfig, image: ImageConfig, classes: list[str]) -> AnyTask:
     """With a network freshly initialised from torch's current seed. Raises InputError for one that cannot be built."""
-    if isinstance(task, config.Classification):
-        built = Classification(network.build(task, model, image.size, len(classes)), len(classes))
+    if isinstance(task, ClassificationConfig):
+        built = ClassificationTask(network.build(task, model, image.size, len(classes)), len(classes))
         freeze(built.model, model.frozen_stages, statistics=model.frozen_statistics)
         return built
     dense = _build_dense(task, model, image.size, len(classes))
     freeze(dense.backbone, model.frozen_stages, statistics=model.frozen_statistics)
-    return (Segmentation if isinstance(task, config.SemanticFpn) else Detection)(dense, classes)
+    return (SegmentationTask if isinstance(task, SemanticFpnConfig) else DetectionTask)(dense, classes)
 
 
-def _build_dense(task: config.Task, model: config.Model, image_size: int, num_classes: int) -> Any:
+def _build_dense(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
     if model.drop_rate:
         raise InputError(
             f"model.drop_rate {model.drop_rate} is of a classifier's head, which task {task.name} has not: leave it "
@@ -55,7 +56,7 @@ def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
 
 
 def build_trained(
-    task: config.Task, model: config.Model, image: config.Image, classes: list[str], weights: Path
+    task: TaskConfig, model: ModelConfig, image: ImageConfig, classes: list[str], weights: Path
 ) -> AnyTask:
     """With the weights of a safetensors file, in evaluation mode. Raises InputError where they are not its own."""
     built = build_task(task, model, image, classes)
@@ -66,20 +67,20 @@ def build_trained(
 
 def start_from(
     task: AnyTask,
-    settings: config.Task,
-    model: config.Model,
+    config: TaskConfig,
+    model: ModelConfig,
     classes: list[str],
     weights: Mapping[str, Tensor],
     source: str,
     *,
-    source_task: config.Task,
+    source_task: TaskConfig,
     source_classes: list[str],
 ) -> None:
     """Load the backbone of a registered model, and its head where task and classes are the same.
 
     Raises InputError, which names `source`, for weights that do not fit and a task that they cannot be used for.
     """
-    if source_task.name == settings.name:
+    if source_task.name == config.name:
         load_pretrained(task.model, weights, source, keep_head=source_classes == classes)
     elif isinstance(task.model, DenseNetwork):
         load_backbone(task.model, model.name, weights, source)

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline import config, network
+from pipeline import network
+from pipeline.config import ClassificationConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.feed.loader import MicroBatch
-from pipeline.tasks.layers import layers
+from pipeline.tasks.layer_groups import layers
 from pipeline.world import World
 
 
-def build_model(model: config.Model, image_size: int, num_classes: int) -> nn.Module:
+def build_model(model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
     """The classifier that a configuration names. Raises InputError as network.build does."""
-    return network.build(config.Classification(), model, image_size, num_classes)
+    return network.build(ClassificationConfig(), model, image_size, num_classes)
 
 
-def check_image_sizes(model: config.Model, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:
+def check_image_sizes(model: ModelConfig, image_size: int, num_classes: int, sizes: Iterable[int]) -> None:
     """Raise InputError for a size of the resolution schedule that the network does not take.
 
     The network, built for `image_size`, is run without memory for its weights or its results.
@@ -39,7 +40,7 @@ def drop_path_of(batch: MicroBatch) -> dict[str, Tensor]:
     return {} if batch.drop_path is None else {"drop_path": batch.drop_path}
 
 
-class Classification:
+class ClassificationTask:
     """Soft-target cross-entropy; top-1, top-5 and the loss as metrics."""
 
     main_metric = "top1"

@@ -17,11 +17,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from pipeline.detections import as_results
+from pipeline.coco_results import as_results
 from pipeline.errors import ExternalError, InputError
+from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import MicroBatch
-from pipeline.feed.objects import Truth
-from pipeline.tasks.layers import layers
+from pipeline.tasks.layer_groups import layers
 from pipeline.world import World
 from pvt.dense import PREFIX
 from pvt.detector import Detections, Detector, Extent
@@ -30,7 +30,7 @@ _SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar
 """As COCO's summary lists them."""
 
 
-class Detection:
+class DetectionTask:
     """The sum of the network's losses; COCO's average precision of boxes, and of masks, as metrics."""
 
     main_metric = "box_ap"

@@ -12,17 +12,17 @@ from torch.nn import functional
 
 from pipeline.errors import InputError
 from pipeline.feed.loader import MicroBatch
-from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.images import IGNORED
 from pipeline.tasks.classify import drop_path_of
-from pipeline.tasks.layers import layers
+from pipeline.tasks.layer_groups import layers
 from pipeline.world import World
 from pvt.dense import PREFIX
 from pvt.model import STRIDES
 from pvt.semantic_fpn import SemanticFpn
 
 
-class Segmentation:
+class SegmentationTask:
     """Cross-entropy of each pixel; mIoU, mAcc, aAcc and the loss as metrics."""
 
     main_metric = "miou"

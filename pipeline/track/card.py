@@ -1,58 +1,6 @@
-"""What a registered model carries besides its weights: enough to build it, feed it, read its answers and trace it."""
+"""Kept for the code of registered versions, which imports it. Use pipeline/track/model_card.py."""
 
-from pathlib import Path
-from typing import Literal
+from pipeline.track.model_card import CARD, RAW, WEIGHTS
+from pipeline.track.model_card import ModelCard as Card
 
-from pydantic import BaseModel, ConfigDict
-
-from pipeline import config, files
-from pipeline.errors import InputError
-
-CARD, WEIGHTS, RAW = "model.json", "model.safetensors", "raw.safetensors"
-
-
-class Scored(BaseModel):
-    """The data that `metrics` were measured on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str
-    digest: str  # SHA-256
-    samples: int
-
-
-class Card(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal[1] = 1
-    task: config.Task
-    model: config.Model
-    image: config.Image
-    eval_batch_size: int
-    classes: list[str]
-    averaged: bool = False
-    """model.safetensors is a moving average of the weights; raw.safetensors, beside it, are the weights themselves."""
-    metrics: dict[str, float | None]
-    """Of model.safetensors; None where a number was not finite."""
-    scored: Scored | None = None
-    sha256: dict[str, str]
-    """Digests of the weights' files by name, as they were when training saved them."""
-    lineage: dict[str, str]
-    """Where it comes from, each entry also a tag of the version: run (the run's UUID), step, config (fingerprint), code
-    (revision), data (digest), parent (the version that training started from), source (of foreign weights)."""
-
-    @classmethod
-    def read(cls, folder: Path) -> "Card":
-        """Raises OSError and InputError."""
-        return config.read_json(cls, folder / CARD)
-
-    def require_head(self, model: str) -> None:
-        """Raises InputError, which names the `model`, for a backbone that was imported without a head."""
-        if not self.classes:
-            raise InputError(
-                f"{model}: is a backbone without a head, so it names no classes: start fine-tuning from it "
-                f"(launch/finetune.py --set init.model={model}), or score its features (launch/evaluate.py --probe)"
-            )
-
-    def write(self, folder: Path) -> None:
-        files.write(folder / CARD, self.model_dump_json(indent=1).encode() + b"\n")
+__all__ = ["CARD", "RAW", "WEIGHTS", "Card"]

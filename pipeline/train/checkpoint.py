@@ -26,9 +26,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline import config, files
+from pipeline import files
+from pipeline.config import validated
 from pipeline.errors import InputError
-from pipeline.train.commit import (
+from pipeline.train.checkpoint_files import (
     COMMIT,
     EMA,
     FORMAT,
@@ -229,7 +230,7 @@ class Checkpoint:
         self.folder = folder
         known = {field.name for field in dataclasses.fields(State)}  # earlier versions have saved more
         saved = {name: value for name, value in read_document(folder)["state"].items() if name in known}
-        config.validated(State, saved, folder / STATE)
+        validated(State, saved, folder / STATE)
         self.state = State(**saved)  # as it was saved: pydantic would make floats of the loss scale's counts
 
     def weights(self) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
         zero.setdefault("stage3_param_persistence_threshold", 0)
     if "zero_optimization" not in extra:
         return merged
-    from pipeline.train.lean import deepspeed  # which takes seconds, and what is generated fits DeepSpeed
+    from pipeline.train.import_deepspeed import deepspeed  # which takes seconds, and what is generated fits DeepSpeed
 
     try:
         deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**zero)

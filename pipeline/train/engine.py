@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from pipeline import keys
-from pipeline.config import Classification, Config
+from pipeline.config import ClassificationConfig, Config
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
-from pipeline.train.commit import MOMENTS
+from pipeline.train.checkpoint_files import MOMENTS
 from pipeline.train.compile import compile_blocks
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.lean import deepspeed
+from pipeline.train.import_deepspeed import deepspeed
 from pipeline.train.optim import parameter_groups, trainable
-from pipeline.train.seams import Task
+from pipeline.train.protocols import Task
 from pipeline.world import World
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +147,7 @@ class Engine:
         if config.engine.compile:
             compile_blocks(
                 getattr(self._model, "backbone", self._model),
-                sizes_vary=not isinstance(config.task, Classification),
+                sizes_vary=not isinstance(config.task, ClassificationConfig),
                 deterministic=config.train.deterministic,
             )
         self._buffers = dict(self._model.named_buffers())

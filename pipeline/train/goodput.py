@@ -18,7 +18,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline import config
+from pipeline.config import read_json
 from pipeline.errors import InputError
 
 Category = Literal[
@@ -166,7 +166,7 @@ def _read(path: Path | None, resumed_step: int) -> _Account | None:
     if path is None:
         return None
     try:
-        return config.read_json(_Account, path)
+        return read_json(_Account, path)
     except FileNotFoundError:
         if resumed_step == 0:
             return None

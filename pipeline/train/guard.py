@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline import config
+from pipeline.config import GuardConfig
 from pipeline.errors import ExternalError
 
 Kind = Literal["non-finite loss", "loss spike", "non-finite gradients", "gradient spike", "collapse"]
@@ -36,9 +36,9 @@ class Diverged(ExternalError):
 class Guard:
     """Watches one run. Steps are numbered as State.step counts them: `step` is what it was before the step."""
 
-    def __init__(self, settings: config.Guard, chance_loss: float | None = None) -> None:
+    def __init__(self, config: GuardConfig, chance_loss: float | None = None) -> None:
         """`chance_loss`: of a network that has learnt nothing, ln(classes). None: a collapse cannot be told."""
-        self._settings = settings
+        self._config = config
         self._chance = math.nan if chance_loss is None else chance_loss  # with nan no comparison below is true
         self.load(
             {
@@ -83,7 +83,7 @@ class Guard:
 
     @property
     def must_roll_back(self) -> bool:
-        return self._skipped_in_a_row >= self._settings.rollback_after or self._collapsed
+        return self._skipped_in_a_row >= self._config.rollback_after or self._collapsed
 
     @property
     def safe_step(self) -> int:
@@ -106,10 +106,10 @@ class Guard:
         Raises Diverged, and changes nothing, when there have been max_rollbacks.
         """
         step, earlier = self._step, self._rollback_steps
-        if len(earlier) >= self._settings.max_rollbacks:
+        if len(earlier) >= self._config.max_rollbacks:
             used = f", used at steps {', '.join(map(str, earlier))}" if earlier else ""
             raise Diverged(
-                f"step {step}: training has diverged and guard.max_rollbacks is {self._settings.max_rollbacks}{used}: "
+                f"step {step}: training has diverged and guard.max_rollbacks is {self._config.max_rollbacks}{used}: "
                 "lower optim.lr, lengthen optim.warmup, set or lower optim.clip_grad, or try another run.seed"
             )
         self.load(saved)
@@ -132,7 +132,7 @@ class Guard:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        window = self._settings.window
+        window = self._config.window
         self._regime: int = state["regime"]
         self._losses = deque[float](state["losses"], maxlen=window)  # of applied steps, as are the norms
         self._grad_norms = deque[float](state["grad_norms"], maxlen=window)
@@ -158,7 +158,7 @@ class Guard:
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         self._skipped_in_a_row = 0
-        if len(self._losses) == self._settings.window:
+        if len(self._losses) == self._config.window:
             self._best = min(self._best, statistics.fmean(self._losses))
         if self._is_healthy(loss):
             self._safe_step = step  # not step + 1: the loss is that of the weights before the update
@@ -173,7 +173,7 @@ class Guard:
     def _spike(self, name: str, value: float, window: Collection[float]) -> str | None:
         """Says by how much a value exceeds what is usual; None if it does not, or if too few are known to tell, half
         a window as in OLMo-core's SkipStepOptimizer."""
-        if len(window) < self._settings.window / 2:
+        if len(window) < self._config.window / 2:
             return None
         mean = statistics.fmean(window)
         # fsum is exact, so the order of the window does not enter. statistics.stdev takes eight times as long.
@@ -182,7 +182,7 @@ class Guard:
         # some thousandths, or of a loss of nothing to next to nothing, does no harm.
         deviation = max(deviation, 1e-3 * abs(mean), 1e-6)
         excess = (value - mean) / deviation
-        if excess <= self._settings.sigmas:
+        if excess <= self._config.sigmas:
             return None
         return (
             f"{name} {value:.4g} is {excess:.1f} standard deviations above the mean {mean:.4g} of the last "
@@ -201,7 +201,7 @@ class Guard:
     def _collapsed(self) -> bool:
         """As PVT-Large does in some runs: within 30 steps of epoch 38 its loss went from 4.6 to 6.93, just above
         ln(1000), and stayed there (github.com/whai362/PVT/issues/6). No loss was infinite."""
-        window_is_full = len(self._losses) == self._settings.window
+        window_is_full = len(self._losses) == self._config.window
         return self._has_learnt and window_is_full and all(map(self._is_guess, self._losses))
 
     def _is_guess(self, loss: float) -> bool:

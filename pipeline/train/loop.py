@@ -15,22 +15,22 @@ from torch.profiler import record_function
 from pipeline.config import Config
 from pipeline.errors import ExternalError
 from pipeline.feed.loader import MicroBatch, TrainFeed
-from pipeline.train import replay
+from pipeline.train import sdc_check
 from pipeline.train.checkpoint import Checkpoint, State
-from pipeline.train.commit import step_of
+from pipeline.train.checkpoint_files import step_of
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, Outcome
 from pipeline.train.goodput import Category, Goodput
 from pipeline.train.guard import Anomaly, Diverged, Guard
+from pipeline.train.hang_watch import HangWatch, Stragglers
 from pipeline.train.meters import Anomalies, Meters, Utilisation
 from pipeline.train.optim import lr_at
-from pipeline.train.preempt import StopSignal
 from pipeline.train.profile import Profiler
+from pipeline.train.protocols import Listener
 from pipeline.train.saver import SaveError, Saver
 from pipeline.train.schedule import Schedule
-from pipeline.train.seams import Listener
+from pipeline.train.stop_signal import StopSignal
 from pipeline.train.trace import Trace
-from pipeline.train.watch import Stragglers, Watch
 from pipeline.world import World
 
 
@@ -63,7 +63,7 @@ class Trainer:
     ema: Ema | None
     saver: Saver
     guard: Guard
-    watch: Watch
+    watch: HangWatch
     goodput: Goodput
     stop: StopSignal
     evaluation: Callable[[Callable[[], bool]], dict[str, float] | None] | None
@@ -135,7 +135,7 @@ class Trainer:
         if self.schedule.replay_check_every and step % self.schedule.replay_check_every == 0:
             self.watch.at(step, "replay check")
             with self.goodput.spend("checks"), record_function("replay check"):
-                replay.check(self.engine, batch[0], step, self.world)
+                sdc_check.check_for_corruption(self.engine, batch[0], step, self.world)
             began = time.perf_counter()
         self.watch.at(step, "forward")
         self._regime = self.feed.image_size(step)

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 
 from pipeline import files
 from pipeline.config import Config
-from pipeline.train import kinds
+from pipeline.train import op_kinds
 from pipeline.world import World
 
 TRACE, NUMBERS, SUMMARY = "trace.json.gz", "profile.json", "summary.md"
@@ -198,8 +198,8 @@ def summarise(events: Sequence[Event]) -> Costs:
 
 
 def _kernel(event: Event) -> _Span:
-    kind = kinds.kind_of_kernel(event["name"])
-    beside = kind in (kinds.COMMUNICATION, kinds.DECODING)  # on streams of their own
+    kind = op_kinds.kind_of_kernel(event["name"])
+    beside = kind in (op_kinds.COMMUNICATION, op_kinds.DECODING)  # on streams of their own
     return _Span(event["ts"], event["ts"] + event["dur"], (event["name"], kind), beside)
 
 
@@ -210,7 +210,7 @@ def _operators(timed: Sequence[Event], thread: Any) -> list[_Span]:
         name, here = event["name"], event["tid"] == thread
         is_operator = event["cat"] == "cpu_op" and _IS_OPERATOR.match(name)
         if is_operator if here else name.startswith("gloo:"):
-            work = name, kinds.kind_of_operator(name)
+            work = name, op_kinds.kind_of_operator(name)
             spans.append(_Span(event["ts"], event["ts"] + event["dur"], work, beside=not here))
     return spans
 

@@ -23,7 +23,7 @@ from pipeline import files
 from pipeline.errors import FAILED, ExternalError
 from pipeline.lease import Lease
 from pipeline.train.checkpoint import Checkpoints, Retention, State
-from pipeline.train.commit import EMA, MODEL, STATE, json_bytes, range_key, step_of
+from pipeline.train.checkpoint_files import EMA, MODEL, STATE, json_bytes, range_key, step_of
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.snapshot import Snapshot

@@ -28,17 +28,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from launch import command
-from pipeline import config, keys
-from pipeline.config import Config
+from pipeline import cli, keys
+from pipeline.config import Config, ImageConfig, load_config
 from pipeline.feed import augment
 from pipeline.feed.dali import Probe
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.order import Order
 from pipeline.feed.quarantine import Quarantine
 from pipeline.keys import Stream
-from pipeline.shards import adopt
-from pipeline.shards.header import read_size
+from pipeline.shards import index_tars
+from pipeline.shards.image_header import read_size
 from pipeline.shards.index import Manifest, ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.world import World
@@ -114,7 +113,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def settings(data: Path, folder: Path, *overrides: str) -> Config:
+def make_config(data: Path, folder: Path, *overrides: str) -> Config:
     tree = {
         "run": {"name": "damaged", "root": str(folder / "runs")},
         "model": {"name": "pvt_pico"},
@@ -126,18 +125,18 @@ def settings(data: Path, folder: Path, *overrides: str) -> Config:
     }
     path = folder / "damaged.json"
     path.write_text(json.dumps(tree))
-    return config.load(path, list(overrides))
+    return load_config(path, list(overrides))
 
 
-def fed(settings: Config, world_size: int, first_step: int = 0, quarantine: Path | None = None) -> Fed:
+def fed(config: Config, world_size: int, first_step: int = 0, quarantine: Path | None = None) -> Fed:
     """What all ranks of a world are fed from a step on, in turns."""
-    shards, found = ShardSet(*settings.data.train_paths), Fed()
+    shards, found = ShardSet(*config.data.train_paths), Fed()
     with contextlib.ExitStack() as stack:
         feeds = [
             stack.enter_context(
                 contextlib.closing(
                     TrainFeed(
-                        settings,
+                        config,
                         shards,
                         World(rank, world_size),
                         first_step=first_step,
@@ -158,9 +157,9 @@ def fed(settings: Config, world_size: int, first_step: int = 0, quarantine: Path
 class Rule:
     """The rule, written down a second time: slowly, and without state."""
 
-    def __init__(self, settings: Config) -> None:
-        self._settings, self._shards = settings, ShardSet(*settings.data.train_paths)
-        self._order = Order.of(settings, self._shards.part_samples)
+    def __init__(self, config: Config) -> None:
+        self._config, self._shards = config, ShardSet(*config.data.train_paths)
+        self._order = Order.of(config, self._shards.part_samples)
         self._probe = Probe()
 
     def ids(self) -> dict[Where, int]:
@@ -170,7 +169,7 @@ class Rule:
             planned = self._order.samples(step)
             for place in range(len(planned.id)):
                 partner = None
-                if self._settings.mix.active:
+                if self._config.mix.active:
                     partner = int(planned.id[place + 1]) if place % 2 == 0 else found[step, place - 1]
                 found[step, place] = next(self._usable(step, place, partner))
         return found
@@ -180,10 +179,10 @@ class Rule:
             one = self._order.samples(later).take([place])
             if later > step and one.id[0] == partner:
                 continue
-            key = keys.key(self._settings.run.seed, Stream.AUGMENT, one.epoch, one.id, one.copy)
+            key = keys.key(self._config.run.seed, Stream.AUGMENT, one.epoch, one.id, one.copy)
             record = self._shards.index(int(one.shard[0]))[int(one.row[0])]
             hw = np.array([[record["height"], record["width"]]], np.int64)
-            view = augment.training_views(self._settings.augment, self._settings.image, 48, key, hw)
+            view = augment.training_views(self._config.augment, self._config.image, 48, key, hw)
             if self.can_be_used(int(one.shard[0]), record, view):
                 yield int(one.id[0])
 
@@ -201,14 +200,14 @@ def scored(data: Path, world_size: int, quarantine: Path | None = None) -> list[
     shards, counted = ShardSet(data), []
     for rank in range(world_size):
         known = Quarantine(shards, quarantine)
-        for batch in EvalFeed(shards, World(rank, world_size), config.Image(size=48), batch_size=32, quarantine=known):
+        for batch in EvalFeed(shards, World(rank, world_size), ImageConfig(size=48), batch_size=32, quarantine=known):
             counted += batch.samples.id[batch.weights.numpy() > 0].tolist()
     return sorted(counted)
 
 
 def check(data: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     """Compares all ways of being fed with the rule. Returns how much was replaced."""
-    each, quarantine = settings(data, folder, *overrides), folder / "quarantine.jsonl"
+    each, quarantine = make_config(data, folder, *overrides), folder / "quarantine.jsonl"
     quarantine.unlink(missing_ok=True)
     first = fed(each, 1)
     assert {where: sample for where, (sample, _) in first.items()} == Rule(each).ids()
@@ -228,7 +227,7 @@ def run(seed: int, folder: Path) -> list[dict[str, Any]]:
     pictures(folder / "images", rng)
     pack(folder / "images", folder / "packed", samples_per_shard=SAMPLES_PER_SHARD)
     tars = _tars(folder / "images", folder / "tars")
-    adopt.index(str(tars), folder / "indexed")
+    index_tars.index_tars(str(tars), folder / "indexed")
     rows = []
     for name, at, overrides in (("packed", folder / "packed", ["mix.mixup_alpha=0.8"]), ("indexed", tars, [])):
         kinds = spoil(folder / name, at, rng)
@@ -263,4 +262,4 @@ def main() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from launch import command
+from pipeline import cli
 from tests.chaos.runs import pack_digits
 from tests.conftest import run_ranks, write_config
 
@@ -112,4 +112,4 @@ def write_configs(folder: Path) -> dict[bool, Path]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

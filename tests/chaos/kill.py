@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import command
+from pipeline import cli
 from tests.chaos.runs import (
     COMMIT,
     Attempt,
@@ -225,4 +225,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -114,8 +114,8 @@ class Attempt:
         logs.mkdir(parents=True, exist_ok=True)
         number = len(list(logs.glob(f"{job.name}-*-rank-0.err")))
         self._logs = [logs / f"{job.name}-{number:03d}-rank-{rank}" for rank in range(job.ranks)]
-        settings = [f"run.name={job.name}", *job.overrides]
-        arguments = [*job.first, "--config", job.config, *(part for setting in settings for part in ("--set", setting))]
+        config = [f"run.name={job.name}", *job.overrides]
+        arguments = [*job.first, "--config", job.config, *(part for setting in config for part in ("--set", setting))]
         self.processes: list[Rank] = start(job.ranks, job.target, arguments, self._logs)
 
     def __enter__(self) -> "Attempt":

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline import world
 from pipeline.config import Config
-from pipeline.tasks.classify import Classification
+from pipeline.tasks.classify import ClassificationTask
 from pipeline.train.checkpoint import Checkpoints, Retention, State
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
@@ -34,7 +34,7 @@ PR_SET_PTRACER, ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)
 
 def build_engine(here: world.World) -> Engine:
     """Of the smallest network there is: what is saved does not depend on its size."""
-    settings = Config.model_validate(
+    config = Config.model_validate(
         {
             "run": {"name": "crash"},
             "model": {"name": "linear"},
@@ -48,7 +48,7 @@ def build_engine(here: world.World) -> Engine:
     images, targets = torch.zeros(2, 3, SIZE_PX, SIZE_PX), torch.zeros(2, NUM_CLASSES)
     batch = batch_of(images, targets, weights=torch.zeros(2))
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE_PX**2, NUM_CLASSES))
-    engine = Engine(settings, Classification(network, NUM_CLASSES), here, lambda step: [batch])
+    engine = Engine(config, ClassificationTask(network, NUM_CLASSES), here, lambda step: [batch])
     assert list(engine.fragments())
     return engine
 

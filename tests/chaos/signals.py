@@ -24,12 +24,13 @@ from typing import Any
 import yaml
 from mlflow.tracking import MlflowClient
 
-from launch import command, handoff
-from pipeline import config
+from pipeline import cli
+from pipeline.config import load_config
 from pipeline.errors import FAILED, USAGE
-from pipeline.track import registry
-from pipeline.track.card import WEIGHTS
-from pipeline.track.record import Record
+from pipeline.job import handoff
+from pipeline.track.model_card import WEIGHTS
+from pipeline.track.registry import registry
+from pipeline.track.sync.record import Record
 from tests.chaos.runs import Job, checkpoint_differences, metrics_differences, pack_digits, write_config
 from tests.workers.signalled import PHASES
 
@@ -117,8 +118,8 @@ def outcome(job: Job) -> dict[str, Any]:
     steps = {registry.uri_of(version): version.tags["step"] for version in versions}
     result = json.loads((job.folder / "result.json").read_text())
     run = client.get_run(result["run_id"])
-    settings = config.load(job.folder / "config.yaml")
-    decided = [handoff.decide(job.folder, settings, entry) for entry in settings.handoff]
+    config = load_config(job.folder / "config.yaml")
+    decided = [handoff.decide(job.folder, config, entry) for entry in config.handoff]
     return {
         "result": {name: steps.get(value, value) for name, value in result.items() if name not in MEASURED},
         "versions": {
@@ -138,4 +139,4 @@ def outcome(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

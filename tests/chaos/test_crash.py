@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.train.checkpoint import Checkpoints
-from pipeline.train.commit import COMMIT, damage
+from pipeline.train.checkpoint_files import COMMIT, damage
 from pipeline.world import World
 from tests.chaos.saves import IDENTITY
 from tests.ranks import ROOT

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch import command
+from pipeline import cli
 from pipeline.errors import ExternalError
 from tests.fakecuda.build import CannotBuildError, build
 from tests.fakecuda.rules import violations
@@ -81,4 +81,4 @@ def _title(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -25,12 +25,12 @@ from PIL import Image
 from torch import Tensor
 from torch.cuda._sanitizer import CUDASanitizerDispatchMode, CUDASanitizerErrors
 
-from pipeline import config, world
-from pipeline.config import Config
-from pipeline.feed import stream
+from pipeline import world
+from pipeline.config import ClassificationConfig, Config, ImageConfig, SemanticFpnConfig
+from pipeline.feed import image_stream
+from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import MicroBatch, TrainFeed
-from pipeline.feed.objects import Truth
-from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.tasks.build import AnyTask, build_task
@@ -70,19 +70,19 @@ def configuration(task: str = "classification", model: str = "pvt_pico", stage: 
     return Config.model_validate(tree)
 
 
-def fresh_engine(settings: Config, here: World, num_classes: int) -> tuple[Engine, AnyTask, list[MicroBatch]]:
+def fresh_engine(config: Config, here: World, num_classes: int) -> tuple[Engine, AnyTask, list[MicroBatch]]:
     """With a batch to train it on."""
-    task = build_task(settings.task, settings.model, settings.image, [str(label) for label in range(num_classes)])
-    batches = [training_batch(settings, here, task, num_classes)]
-    return Engine(settings, task, here, lambda step: batches), task, batches
+    task = build_task(config.task, config.model, config.image, [str(label) for label in range(num_classes)])
+    batches = [training_batch(config, here, task, num_classes)]
+    return Engine(config, task, here, lambda step: batches), task, batches
 
 
-def training_batch(settings: Config, here: World, task: AnyTask, num_classes: int) -> MicroBatch:
-    n, size, device = settings.train.global_batch_size // here.size, settings.image.size, here.device
+def training_batch(config: Config, here: World, task: AnyTask, num_classes: int) -> MicroBatch:
+    n, size, device = config.train.global_batch_size // here.size, config.image.size, here.device
     targets: Any
-    if isinstance(settings.task, config.Classification):
+    if isinstance(config.task, ClassificationConfig):
         targets = torch.zeros(n, num_classes, device=device)
-    elif isinstance(settings.task, config.SemanticFpn):
+    elif isinstance(config.task, SemanticFpnConfig):
         targets = torch.zeros(n, size, size, dtype=torch.int64, device=device)
     else:
         targets = [objects(size, device)] * n
@@ -100,12 +100,12 @@ def count_step(here: World, kind: str, stage: str) -> Result:
     """One step of training. `kind` is a model that learns to classify 1,000 classes, or another task with the smallest
     model."""
     if kind in TASKS:
-        settings, num_classes = configuration(kind), 3
+        config, num_classes = configuration(kind), 3
     else:
-        settings = configuration(model=kind, stage=int(stage), train={"global_batch_size": 4 * here.size})
-        settings = settings.model_copy(update={"image": config.Image(size=224)})
+        config = configuration(model=kind, stage=int(stage), train={"global_batch_size": 4 * here.size})
+        config = config.model_copy(update={"image": ImageConfig(size=224)})
         num_classes = CLASSES
-    engine, _, batches = fresh_engine(settings, here, num_classes)
+    engine, _, batches = fresh_engine(config, here, num_classes)
     with flags_read_as(kind == "detr"):  # whose losses are computed if its boxes are finite
         for step in range(WARM_UP):
             engine.step(batches, step=step, lr=1e-4)
@@ -128,9 +128,9 @@ class _Batches(list[MicroBatch]):
 
 def count_evaluation(here: World, kind: str) -> Result:
     """Two batches of an evaluation, without the score: it would be one of no samples, because zeros are read."""
-    settings, num_classes = configuration(kind), 10
-    engine, task, (batch,) = fresh_engine(settings, here, num_classes)
-    size, n = settings.image.size, len(batch.images)
+    config, num_classes = configuration(kind), 10
+    engine, task, (batch,) = fresh_engine(config, here, num_classes)
+    size, n = config.image.size, len(batch.images)
     truth: dict[str, Any] = {
         "classification": torch.zeros(n, dtype=torch.int64, device=here.device),
         "semantic_fpn": [
@@ -178,11 +178,11 @@ def tree_of_images(folder: Path, count: int) -> None:
 @contextlib.contextmanager
 def image_feed(here: World, images: int = IMAGES, size: int = 224, cut_off: Sequence[int] = ()) -> Iterator[TrainFeed]:
     """Of batches with RandAugment, erasing, mixup and cutmix, for pvt_pico. `cut_off`: rows of JPEGs that end early."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(stream, "Decoder", BlankDecoder):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(image_stream, "Decoder", BlankDecoder):
         tree_of_images(Path(folder, "images"), 2 * images)
         pack(Path(folder, "images"), Path(folder, "train"))
         spoil(Path(folder, "train"), 0, list(cut_off), seemingly_whole=True)
-        settings = configuration(
+        config = configuration(
             image={"size": size},
             data={
                 **{"train": f"{folder}/train", "shuffle_window": 16, "max_bad_fraction": 0.5},
@@ -192,7 +192,7 @@ def image_feed(here: World, images: int = IMAGES, size: int = 224, cut_off: Sequ
             mix={"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1},
             train={"global_batch_size": images * here.size},
         )
-        feed = TrainFeed(settings, ShardSet(*settings.data.train_paths), here, drop_path_rates=[0.1] * 8)
+        feed = TrainFeed(config, ShardSet(*config.data.train_paths), here, drop_path_rates=[0.1] * 8)
         try:
             yield feed
         finally:
@@ -221,8 +221,8 @@ def check_damaged(here: World) -> Result:
 
 def count_save(here: World, model: str, stage: str) -> Result:
     """A save, up to where training goes on."""
-    settings = configuration(model=model, stage=int(stage))
-    engine, _, batches = fresh_engine(settings, here, CLASSES)
+    config = configuration(model=model, stage=int(stage))
+    engine, _, batches = fresh_engine(config, here, CLASSES)
     engine.step(batches, step=0, lr=1e-4)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), here, {})
@@ -246,8 +246,8 @@ def check_streams(here: World, broken: str = "") -> Result:
     """PyTorch's sanitizer over feed and steps. It raises CUDASanitizerErrors for a tensor that a stream uses while
     another may yet be writing it; with the feed `broken`, it has to."""
     with image_feed(here, images=8, size=32) as feed, contextlib.ExitStack() as stack:
-        settings = feed._config
-        engine, *_ = fresh_engine(settings, here, 2)
+        config = feed._config
+        engine, *_ = fresh_engine(config, here, 2)
         feed._stream._conductor = _AtOnce()  # pyright: ignore[reportAttributeAccessIssue]
         if broken:
             stack.enter_context(mock.patch.object(torch.cuda.Stream, "synchronize"))

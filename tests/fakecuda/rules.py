@@ -28,9 +28,9 @@ MAY_WAIT: dict[str, dict[str, int]] = {
     "step.2": LOSS | ZERO_1_AND_2,
     "step.3": LOSS | ZERO_3,
     "evaluation.classification": {"stream_syncs pipeline/train/evaluate.py:evaluate": 3},  # once, at its end
-    "feed": {"stream_syncs pipeline/feed/stream.py:ImageStream._produce": 1},
+    "feed": {"stream_syncs pipeline/feed/image_stream.py:ImageStream._produce": 1},
     "save": SAVE,
-    "memory": {"stream_syncs pipeline/feed/stream.py:ImageStream._produce": 1},
+    "memory": {"stream_syncs pipeline/feed/image_stream.py:ImageStream._produce": 1},
 }
 DETECTORS = ("retinanet", "mask_rcnn", "detr")
 """Their matching, sampling and suppression are torchvision's and Transformers', and wait for what they have found."""

@@ -151,8 +151,8 @@ def test_a_spare_takes_the_place_of_a_bad_node(
 ) -> None:
     (tmp_path / "n1").write_text("where the scratch folder should be")
     scratch = f"{tmp_path}/$SLURMD_NODENAME"
-    settings = ["run.name=spare", "cluster.spares=1", f"cluster.scratch={scratch}"]
-    run = cluster.submit(config, *(word for each in settings for word in ("--set", each)))
+    overrides = ["run.name=spare", "cluster.spares=1", f"cluster.scratch={scratch}"]
+    run = cluster.submit(config, *(word for each in overrides for word in ("--set", each)))
     check_nothing_changed(run, undisturbed)
     (excluded,) = run.events("excluded")
     assert excluded["node"] == "n1"

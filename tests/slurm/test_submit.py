@@ -32,8 +32,8 @@ def own(config: Path, tmp_path: Path) -> Path:
     return path
 
 
-def with_settings(*settings: str) -> list[str]:
-    return [word for each in settings for word in ("--set", each)]
+def with_settings(*overrides: str) -> list[str]:
+    return [word for each in overrides for word in ("--set", each)]
 
 
 def status(cluster: Cluster, folder: Path) -> tuple[dict[str, Any], str]:
@@ -113,13 +113,13 @@ def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
     (purelib / "installed.pth").write_text(f"import site, sys; site.addsitedir({str(installed)!r}); {note}\n")
 
     manifest = pack(digits / "images/train", tmp_path / "data", samples_per_shard=20)
-    settings = [
+    config = [
         *("cluster.scratch=" + str(tmp_path / "$SLURMD_NODENAME"), "cluster.environment.copy_to_scratch=true"),
         *("data.val=null", "data.shuffle_window=24", "train.length=25 steps", "train.save_every=null"),
     ]
     with FaultyServer(tmp_path / "data") as server:
-        settings.append(f"data.train={server.url}")
-        run = cluster.submit(own, *with_settings(*settings), python=small / "bin/python")
+        config.append(f"data.train={server.url}")
+        run = cluster.submit(own, *with_settings(*config), python=small / "bin/python")
         assert run.wait() == "COMPLETED", run.log[-3000:]
     tars = {shard.sha256 for shard in manifest.shards}
     kept = [tars & {path.name for path in (tmp_path / node / "shards").rglob("*")} for node in ("n1", "n2")]
@@ -137,8 +137,8 @@ def test_all_programs_run_in_the_container(cluster: Cluster, own: Path, tmp_path
     program.write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/images\nshift 2\nexec "$@"\n')
     program.chmod(0o755)
     path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), cluster.env["PATH"]])
-    settings = with_settings("cluster.environment.container=/shared/pvt.sif", "train.length=5 steps")
-    run = cluster.submit(own, *settings, PATH=path)
+    config = with_settings("cluster.environment.container=/shared/pvt.sif", "train.length=5 steps")
+    run = cluster.submit(own, *config, PATH=path)
     assert run.wait() == "COMPLETED", run.log[-3000:]
     # Two nodes: the pre-flight, the all-reduce and the ranks.
     assert (tmp_path / "images").read_text().split() == ["/shared/pvt.sif"] * 6
@@ -207,7 +207,7 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("config", "message"),
     [
         (["cluster.partition=gpus"], "cluster.partition gpus: there is none of this name, only cpu"),
         (["cluster.nodes=4"], "SLURM would not take the job (4 nodes of 0 GPUs and 1 CPUs): "),
@@ -221,8 +221,8 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
         (["run.root=/proc/runs"], "/proc/runs/tiny: cannot be written: "),
     ],
 )
-def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, settings: list[str], message: str) -> None:
-    done = cluster.command("--config", own, *with_settings(*settings))
+def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, config: list[str], message: str) -> None:
+    done = cluster.command("--config", own, *with_settings(*config))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert message in done.stderr

@@ -9,7 +9,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.build import build_task
@@ -32,12 +33,12 @@ def main(path: str) -> None:
     here = world.start()
     losses, trained, beside = [], [], 0
     for compiles in (False, True):
-        settings = config.load(path, [f"engine.compile={compiles}"])
-        shards = ShardSet(settings.data.train_paths[0])
+        config = load_config(path, [f"engine.compile={compiles}"])
+        shards = ShardSet(config.data.train_paths[0])
         torch.manual_seed(0)
-        task = build_task(settings.task, settings.model, settings.image, shards.classes)
-        feed = TrainFeed(settings, shards, here, drop_path_rates=task.drop_path_rates)
-        engine = Engine(settings, task, here, feed.blank)
+        task = build_task(config.task, config.model, config.image, shards.classes)
+        feed = TrainFeed(config, shards, here, drop_path_rates=task.drop_path_rates)
+        engine = Engine(config, task, here, feed.blank)
         batches = feed.next()
         before = calls
         losses.append([engine.step(batches, step=step, lr=1e-3).loss for step in range(STEPS)])

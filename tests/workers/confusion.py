@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline import world
-from pipeline.feed.recipe import MaskTarget
+from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.images import IGNORED
 from pipeline.tasks.segment import SegmentationMetric
 

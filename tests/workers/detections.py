@@ -14,7 +14,7 @@ import torch
 from pycocotools import mask as rle
 
 from pipeline import world
-from pipeline.feed.objects import Truth
+from pipeline.feed.box_transforms import Truth
 from pipeline.tasks.detect import DetectionMetric
 from pvt.detector import Detections
 

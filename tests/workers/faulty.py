@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from launch import command
-from launch.job import run_job
-from pipeline import config, world
+from pipeline import cli, world
+from pipeline.config import load_config
 from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
+from pipeline.job.training_job import run_job
 from pipeline.shards.store import StoreError
-from pipeline.train import replay
+from pipeline.train import sdc_check
 from pipeline.train.engine import Engine, Outcome
 from pipeline.world import World
 
@@ -82,19 +82,19 @@ def main() -> None:
             flip_bit(next(iter(engine.local_weights().values())))
         check(engine, batch, step, world)
 
-    gradients, check, batches_of = Engine.gradients, replay.check, EvalFeed.__iter__
+    gradients, check, batches_of = Engine.gradients, sdc_check.check_for_corruption, EvalFeed.__iter__
     EvalFeed.__iter__ = evaluate_with_faults
     Engine.step, TrainFeed.next, Engine.gradients = step_with_faults, next_with_faults, gradients_with_faults
-    replay.check = check_with_faults
+    sdc_check.check_for_corruption = check_with_faults
 
     def run() -> None:
         for overrides in jobs:
-            result = run_job(config.load(path, overrides.split(",")), here)
+            result = run_job(load_config(path, overrides.split(",")), here)
             if result:
                 print(json.dumps(result), flush=True)
         world.stop()
 
-    command.run(run)
+    cli.run(run)
 
 
 if __name__ == "__main__":

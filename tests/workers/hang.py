@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pipeline import world
-from pipeline.train.watch import Watch
+from pipeline.train.hang_watch import HangWatch
 
 
 def exchange(here: world.World) -> None:
@@ -29,7 +29,7 @@ def wait_for_data() -> None:
 def main() -> None:
     folder, timeout_s, how = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     here = world.start()
-    with Watch(folder / "watch", here, timeout_s, here.from_first(str(time.time()))) as watch:
+    with HangWatch(folder / "watch", here, timeout_s, here.from_first(str(time.time()))) as watch:
         for step in itertools.count(1):
             watch.at(step, "data")
             time.sleep(0.5 if step == 3 and here.is_first else 0.02)

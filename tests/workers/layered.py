@@ -8,7 +8,8 @@ import sys
 
 import torch
 
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.build import build_task
@@ -19,14 +20,12 @@ def main() -> None:
     path, stage = sys.argv[1:]
     here = world.start()
     overrides = [f"engine.zero_stage={stage}", "model.name=resnet10t", "optim.layer_decay=0.5", "optim.weight_decay=0"]
-    settings = config.load(
-        path, [*overrides, "engine.precision=fp32", "optim.clip_grad=null", "model.drop_path_rate=0"]
-    )
-    shards = ShardSet(*settings.data.train_paths)
+    config = load_config(path, [*overrides, "engine.precision=fp32", "optim.clip_grad=null", "model.drop_path_rate=0"])
+    shards = ShardSet(*config.data.train_paths)
     torch.manual_seed(0)
-    task = build_task(settings.task, settings.model, settings.image, shards.classes)
-    feed = TrainFeed(settings, shards, here)
-    engine = Engine(settings, task, here, feed.blank)
+    task = build_task(config.task, config.model, config.image, shards.classes)
+    feed = TrainFeed(config, shards, here)
+    engine = Engine(config, task, here, feed.blank)
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
     engine.step(feed.next(), step=0, lr=1e-3)
     # Adam's first step moves every weight by its rate, whatever the gradient.

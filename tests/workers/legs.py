@@ -16,12 +16,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
-from pipeline.tasks.classify import Classification, build_model
+from pipeline.tasks.classify import ClassificationTask, build_model
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
-from pipeline.train.commit import STATE, parse_range
+from pipeline.train.checkpoint_files import STATE, parse_range
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.optim import lr_at
@@ -47,24 +48,24 @@ def main() -> None:
     make_deterministic()
     for leg in legs:
         run, stage, last_step = leg.split(":")
-        settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-        shards = ShardSet(*settings.data.train_paths)
-        torch.manual_seed(settings.run.seed)
-        task = Classification(build_model(settings.model, settings.image.size, 10))
-        checkpoints = Checkpoints(Path(folder, run), here, settings.identity())
+        config = load_config(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
+        shards = ShardSet(*config.data.train_paths)
+        torch.manual_seed(config.run.seed)
+        task = ClassificationTask(build_model(config.model, config.image.size, 10))
+        checkpoints = Checkpoints(Path(folder, run), here, config.identity())
         folder_found = here.from_first(checkpoints.find("auto", []) if here.is_first else None)
         found = Checkpoint(folder_found) if folder_found else None
         state = found.state if found else State()
         if found:
             task.model.load_state_dict(found.weights())
-        feed = TrainFeed(settings, shards, here, first_step=state.step, drop_path_rates=task.drop_path_rates)
-        engine = Engine(settings, task, here, feed.blank)
+        feed = TrainFeed(config, shards, here, first_step=state.step, drop_path_rates=task.drop_path_rates)
+        engine = Engine(config, task, here, feed.blank)
         ema = Ema(engine, 0.9)
         if found:
             found.restore(engine, ema)
         losses = {}
         while state.step < int(last_step):
-            lr = lr_at(state.step, settings.optim, warmup_steps=4, total_steps=20)
+            lr = lr_at(state.step, config.optim, warmup_steps=4, total_steps=20)
             outcome = engine.step(feed.next(), step=state.step, lr=lr)
             if outcome.applied:
                 ema.update()

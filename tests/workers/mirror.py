@@ -6,7 +6,7 @@ python -m tests.workers.mirror FOLDER
 import sys
 from pathlib import Path
 
-from pipeline.track.mirror import Mirror
+from pipeline.track.sync.mirror import Mirror
 
 if __name__ == "__main__":
     Mirror(Path(sys.argv[1])).sync()

@@ -11,9 +11,10 @@ import os
 import sys
 from typing import Any
 
-from launch.job import run_job
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
 from pipeline.feed.loader import MicroBatch
+from pipeline.job.training_job import run_job
 from pipeline.train.engine import Engine, Outcome
 from tests.painting import read_number
 
@@ -21,8 +22,8 @@ from tests.painting import read_number
 def main() -> None:
     path, last_step, *overrides = sys.argv[1:]
     here = world.start()
-    settings = config.load(path, overrides)
-    numbers = settings.run.folder / f"painted-{here.rank}.jsonl"
+    config = load_config(path, overrides)
+    numbers = config.run.folder / f"painted-{here.rank}.jsonl"
     step_of_engine = Engine.step
 
     def step(self: Engine, batches: list[MicroBatch], *, step: int, **others: Any) -> Outcome:
@@ -39,7 +40,7 @@ def main() -> None:
         return step_of_engine(self, batches, step=step, **others)
 
     Engine.step = step
-    run_job(settings, here)
+    run_job(config, here)
     world.stop()
 
 

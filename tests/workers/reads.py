@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from launch.job import run_job
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
+from pipeline.job.training_job import run_job
 from pipeline.train.engine import Engine
 
 WAYS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
@@ -44,7 +45,7 @@ def main() -> None:
         count(way)
     Engine.step = step
     here = world.start()
-    run_job(config.load(path, overrides.split(",")), here)
+    run_job(load_config(path, overrides.split(",")), here)
     print(json.dumps({"reads": reads}), flush=True)
     world.stop()
 

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.track import registry, server
+from pipeline.track import tracking_server
+from pipeline.track.registry import registry
 
 
 def main() -> None:
     uri, model, entry, start = sys.argv[1:]
-    client = server.connect(uri)
+    client = tracking_server.connect(uri)
     experiment = client.get_experiment_by_name("shared")
     assert experiment
     Path(entry, "ready").touch()

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import handoff, job
-from launch.publish import Publisher
 from pipeline import world
-from pipeline.track.runs import Tracker
+from pipeline.job import handoff, training_job
+from pipeline.job.publish import Publisher
+from pipeline.track.sync.tracker import Tracker
 from pipeline.train.engine import Engine
 from pipeline.train.loop import Trainer
 from tests.ranks import ROOT
@@ -26,7 +26,7 @@ from tests.ranks import ROOT
 # at every 4th and saved at every 8th.
 PHASES: dict[str, tuple[Any, str, int]] = {
     "start-up, before ranks meet": (world, "start", 0),
-    "start-up, before the network is made": (job, "_task", 0),
+    "start-up, before the network is made": (training_job, "_task", 0),
     "start-up, before the engine is made": (Engine, "__init__", 0),
     "start-up, before the record is written": (Publisher, "__init__", 0),
     "start-up, before the first step": (Trainer, "run", 0),
@@ -49,7 +49,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
 def main() -> None:
     phase, _, names = sys.argv[1].partition(":")
     numbers = [signal.Signals[name] for name in names.split(",") if name]
-    handoff.begin = note_hand_off
+    handoff.start_handoffs = note_hand_off
     if numbers:
         place, name, step = PHASES[phase]
         setattr(place, name, disturb(getattr(place, name), step, numbers, after=phase.startswith("after")))

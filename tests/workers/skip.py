@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline import config, world
+from pipeline import world
+from pipeline.config import load_config
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.train.engine import Engine
@@ -21,10 +22,10 @@ def main() -> None:
     here = world.start()
     for precision in ("fp32", "fp16"):
         for stage in range(4):
-            settings = config.load(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
-            task = fresh_task(settings)
-            feed = TrainFeed(settings, ShardSet(*settings.data.train_paths), here, drop_path_rates=task.drop_path_rates)
-            engine = Engine(settings, task, here, feed.blank)
+            config = load_config(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
+            task = fresh_task(config)
+            feed = TrainFeed(config, ShardSet(*config.data.train_paths), here, drop_path_rates=task.drop_path_rates)
+            engine = Engine(config, task, here, feed.blank)
             report: dict[str, Any] = {"stage": stage, "precision": precision}
             report |= {"applied": [], "unchanged": [], "loss_scales": []}
             for step in range(3):

@@ -12,35 +12,35 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from pipeline import config, world
-from pipeline.config import Config
+from pipeline import world
+from pipeline.config import Config, load_config
 from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
-from pipeline.tasks.classify import Classification, build_model
+from pipeline.tasks.classify import ClassificationTask, build_model
 from pipeline.train.engine import Engine, make_deterministic
 from pipeline.train.optim import lr_at, parameter_groups
 from pipeline.world import World
 
 
-def fresh_task(settings: Config) -> Classification:
-    torch.manual_seed(settings.run.seed)
-    return Classification(build_model(settings.model, settings.image.size, 10))
+def fresh_task(config: Config) -> ClassificationTask:
+    torch.manual_seed(config.run.seed)
+    return ClassificationTask(build_model(config.model, config.image.size, 10))
 
 
-def learning_rate(settings: Config, step: int) -> float:
-    return lr_at(step, settings.optim, warmup_steps=10, total_steps=50)
+def learning_rate(config: Config, step: int) -> float:
+    return lr_at(step, config.optim, warmup_steps=10, total_steps=50)
 
 
 def plain_pytorch(
-    settings: Config, shards: ShardSet, steps: int, device: torch.device
+    config: Config, shards: ShardSet, steps: int, device: torch.device
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and losses of an ordinary training loop that knows neither ranks nor DeepSpeed."""
-    task = fresh_task(settings)
+    task = fresh_task(config)
     task.model.to(device)
-    whole = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": None})})
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": None})})
     feed = TrainFeed(whole, shards, World(device=device), drop_path_rates=task.drop_path_rates)
     optimizer = torch.optim.AdamW(
-        parameter_groups(task.model, settings.optim), betas=settings.optim.betas, eps=settings.optim.eps
+        parameter_groups(task.model, config.optim), betas=config.optim.betas, eps=config.optim.eps
     )
     losses = []
     for step in range(steps):
@@ -48,21 +48,21 @@ def plain_pytorch(
         loss = task.losses(task.model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
-        assert settings.optim.clip_grad
-        nn.utils.clip_grad_norm_(task.model.parameters(), settings.optim.clip_grad)
+        assert config.optim.clip_grad
+        nn.utils.clip_grad_norm_(task.model.parameters(), config.optim.clip_grad)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(config, step)
         optimizer.step()
         losses.append(loss.item())
     feed.close()
     return {name: tensor.cpu() for name, tensor in task.model.state_dict().items()}, losses
 
 
-def with_engine(settings: Config, shards: ShardSet, steps: int, here: World) -> tuple[dict[str, Tensor], list, list]:
-    task = fresh_task(settings)
-    feed = TrainFeed(settings, shards, here, drop_path_rates=task.drop_path_rates)
-    engine = Engine(settings, task, here, feed.blank)
-    outcomes = [engine.step(feed.next(), step=step, lr=learning_rate(settings, step)) for step in range(steps)]
+def with_engine(config: Config, shards: ShardSet, steps: int, here: World) -> tuple[dict[str, Tensor], list, list]:
+    task = fresh_task(config)
+    feed = TrainFeed(config, shards, here, drop_path_rates=task.drop_path_rates)
+    engine = Engine(config, task, here, feed.blank)
+    outcomes = [engine.step(feed.next(), step=step, lr=learning_rate(config, step)) for step in range(steps)]
     feed.close()
     assert all(outcome.applied for outcome in outcomes)
     assert engine.adam_steps() == steps
@@ -74,14 +74,14 @@ def main() -> None:
     path, steps, precision, *stages = sys.argv[1:]
     here = world.start()
     make_deterministic()
-    settings = config.load(path)
-    shards = ShardSet(*settings.data.train_paths)
+    config = load_config(path)
+    shards = ShardSet(*config.data.train_paths)
     expected, expected_losses = {}, []
     if here.is_first and precision == "fp32":
-        expected, expected_losses = plain_pytorch(settings, shards, int(steps), here.device)
+        expected, expected_losses = plain_pytorch(config, shards, int(steps), here.device)
     for stage in stages:
         overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-        weights, losses, norms = with_engine(config.load(path, overrides), shards, int(steps), here)
+        weights, losses, norms = with_engine(load_config(path, overrides), shards, int(steps), here)
         report = {"stage": int(stage), "losses": losses, "norms": norms}
         if expected:
             report["expected_losses"] = expected_losses

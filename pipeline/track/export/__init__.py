@@ -19,9 +19,9 @@ from typing import Any, Protocol, cast
 from pipeline import files
 from pipeline.errors import ExternalError, InputError, needing
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
-from pipeline.track import package, registry
-from pipeline.track.export import check
-from pipeline.track.export.source import Source
+from pipeline.track.export import compare_outputs
+from pipeline.track.export.source import ExportSource
+from pipeline.track.registry import model_files, registry
 
 _MODULES = {
     "timm": "to_timm",
@@ -33,21 +33,21 @@ _MODULES = {
 TARGETS = tuple(_MODULES)
 
 
-class Target(Protocol):
+class ExportTarget(Protocol):
     """What each to_NAME.py has."""
 
-    def write(self, source: Source, folder: Path) -> dict[str, str]:
+    def write(self, source: ExportSource, folder: Path) -> dict[str, str]:
         """Fill an empty folder. Returns the sizes of the input that may vary, each with what it may be.
 
         Raises InputError for a model that the format has no place for.
         """
         ...
 
-    def load(self, source: Source, folder: Path) -> check.Opened:
+    def load(self, source: ExportSource, folder: Path) -> compare_outputs.OpenedExport:
         """Open what was written as its users do."""
         ...
 
-    def call(self, source: Source, folder: Path) -> str:
+    def call(self, source: ExportSource, folder: Path) -> str:
         """How to open it, as a line of Python to copy."""
         ...
 
@@ -70,14 +70,18 @@ def export(
     """
     target = _target(to)
     with _whole_or_absent(out) as folder:
-        source = Source(registry.resolve(uri, cache))
+        source = ExportSource(registry.resolve(uri, cache))
         varying = target.write(source, folder)
-        images = check.real_images(
-            data, check.MOST_WHOLE_IMAGES if source.sees_whole else check.MOST_IMAGES, shards_cache
+        images = compare_outputs.real_images(
+            data, compare_outputs.MOST_WHOLE_IMAGES if source.sees_whole else compare_outputs.MOST_IMAGES, shards_cache
         )
-        found = check.check(source, target.load(source, folder), varying, images, to)
+        found = compare_outputs.compare_outputs(source, target.load(source, folder), varying, images, to)
         written = [
-            {"file": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": package.sha256(path)}
+            {
+                "file": path.relative_to(folder).as_posix(),
+                "bytes": path.stat().st_size,
+                "sha256": model_files.sha256(path),
+            }
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         ]
@@ -92,11 +96,11 @@ def export(
     }
 
 
-def _target(name: str) -> Target:
+def _target(name: str) -> ExportTarget:
     if name not in _MODULES:
         raise InputError(f"--to {name}: models are exported to {', '.join(TARGETS)}")
     with needing("export", f"--to {name}"):
-        return cast(Target, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
+        return cast(ExportTarget, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from pipeline import config
+from pipeline.config import DetrConfig, MaskRcnnConfig, RetinaNetConfig, TaskConfig
 from pvt import retinanet
 from pvt.dense import DenseNetwork
 from pvt.model import STRIDES
@@ -141,13 +141,13 @@ class FoundGraph(_BoxGraph):
 _TO_IMAGE = "multiply x by the image's own width / the extent's width, and y likewise, to have pixels of the image"
 
 
-def graph(task: config.Task, network: Any) -> Graph:
+def graph(task: TaskConfig, network: Any) -> Graph:
     """A registered model's network as a graph."""
-    if isinstance(task, config.RetinaNet):
+    if isinstance(task, RetinaNetConfig):
         return AnchorGraph(network)
-    if isinstance(task, config.Detr):
+    if isinstance(task, DetrConfig):
         return QueryGraph(network)
-    if isinstance(task, config.MaskRcnn):
+    if isinstance(task, MaskRcnnConfig):
         return FoundGraph(network)
     return (MapGraph if isinstance(network, DenseNetwork) else ClassGraph)(network)
 

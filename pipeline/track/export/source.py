@@ -10,13 +10,13 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pipeline import config
+from pipeline.config import ClassificationConfig, MaskRcnnConfig
 from pipeline.errors import InputError
-from pipeline.track import network, whole
 from pipeline.track.export import graphs
 from pipeline.track.export.graphs import BOXES, EXTENT, IMAGE, LOGITS, Graph
-from pipeline.track.registry import Version
-from pipeline.track.whole import CANVAS_DIVISOR
+from pipeline.track.registry.registry import Version
+from pipeline.track.serve import load_network, whole_images
+from pipeline.track.serve.whole_images import CANVAS_DIVISOR
 from pvt import PyramidVisionTransformer
 from pvt.dense import DenseNetwork
 
@@ -24,7 +24,7 @@ PREPROCESSING = "preprocessing.json"
 """The file beside a graph that holds what `describe` says."""
 
 
-class Source:
+class ExportSource:
     def __init__(self, version: Version) -> None:
         self.uri, self.folder, self.card = version.uri, version.folder, version.card
         self.card.require_head(self.uri)
@@ -34,7 +34,7 @@ class Source:
 
     def build(self) -> nn.Module:
         """The same network again, to be changed."""
-        return network.load(self.card, self.weights)
+        return load_network.load_network(self.card, self.weights)
 
     def graph(self, network: nn.Module | None = None) -> Graph:
         """This network, or another one of its kind, as what is exported and compared."""
@@ -43,12 +43,12 @@ class Source:
     @property
     def sees_whole(self) -> bool:
         """Whether it is shown whole images, and not their centres."""
-        return not isinstance(self.card.task, config.Classification)
+        return not isinstance(self.card.task, ClassificationConfig)
 
     def require_classifier(self, to: str) -> None:
         """Raises InputError for another task's model, which the format has no place for."""
         if self.sees_whole:
-            others = "" if isinstance(self.card.task, config.MaskRcnn) else "onnx, torch-export or "
+            others = "" if isinstance(self.card.task, MaskRcnnConfig) else "onnx, torch-export or "
             raise InputError(
                 f"--to {to}: has no place for {self.card.task.name}, which {self.uri} is: "
                 f"export it to {others}safetensors"
@@ -56,7 +56,7 @@ class Source:
 
     def require_graph(self, to: str) -> None:
         """Raises InputError for a network whose operations depend on what it sees."""
-        if isinstance(self.card.task, config.MaskRcnn):
+        if isinstance(self.card.task, MaskRcnnConfig):
             raise InputError(
                 f"--to {to}: {self.uri} is a mask_rcnn, whose second stage looks at as many regions as the first one "
                 "has found, and a graph has operations of fixed shapes: serve it with mlflow (docs/serving.md), or "
@@ -88,7 +88,7 @@ class Source:
         """An RGB image as evaluation gives it to the network: [3, size, size], by default in the size of training; or
         whole, [3, H, W]."""
         if self.sees_whole:
-            return whole.pixels(self.card, whole.shown(self.card, image))
+            return whole_images.pixels(self.card, whole_images.shown(self.card, image))
         size = size or self.card.image.size
         transform: Any = create_transform(
             (3, size, size),
@@ -108,7 +108,7 @@ class Source:
         batch = torch.stack([pad(each, (0, width - each.shape[2], 0, height - each.shape[1])) for each in inputs])
         if EXTENT not in self.graph().inputs:
             return (batch,)
-        return batch, torch.tensor([whole.fit(self.card, image.height, image.width) for image in images])
+        return batch, torch.tensor([whole_images.fit(self.card, image.height, image.width) for image in images])
 
     def describe(self, varying: dict[str, str]) -> dict[str, Any]:
         """What a program needs to know that finds a graph and nothing else."""
@@ -140,7 +140,7 @@ class Source:
         return {"resize_short_side_px": self.short_side, "center_crop_px": self.card.image.size}
 
     def _whole_image(self) -> dict[str, Any]:
-        assert not isinstance(self.card.task, config.Classification)
+        assert not isinstance(self.card.task, ClassificationConfig)
         short, long = self.card.task.sides(self.card.image)
         return {
             "resize_short_side_px": short,

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.onnx import ONNXProgram
 
 from pipeline import files
-from pipeline.track.export.check import Opened
-from pipeline.track.export.source import PREPROCESSING, Source
-from pipeline.track.export.traced import trace
+from pipeline.track.export.compare_outputs import OpenedExport
+from pipeline.track.export.source import PREPROCESSING, ExportSource
+from pipeline.track.export.trace_graph import trace_graph
 
 _FILE = "model.onnx"
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_graph("onnx")
     graph = source.graph()
     program = torch.onnx.export(
-        trace(source), input_names=graph.inputs, output_names=list(graph.outputs), verbose=False
+        trace_graph(source), input_names=graph.inputs, output_names=list(graph.outputs), verbose=False
     )
     assert program is not None
     _name_axes(program)
@@ -32,7 +32,7 @@ def write(source: Source, folder: Path) -> dict[str, str]:
     return source.varying
 
 
-def load(source: Source, folder: Path) -> Opened:
+def load(source: ExportSource, folder: Path) -> OpenedExport:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / _FILE, options, providers=["CPUExecutionProvider"])
@@ -43,10 +43,10 @@ def load(source: Source, folder: Path) -> Opened:
         fed = {name: each.numpy() for name, each in zip(names, inputs, strict=True)}
         return tuple(map(torch.from_numpy, session.run(outputs, fed)))
 
-    return Opened(run)
+    return OpenedExport(run)
 
 
-def call(source: Source, folder: Path) -> str:
+def call(source: ExportSource, folder: Path) -> str:
     return f"session = onnxruntime.InferenceSession({str(folder / _FILE)!r})"
 
 

@@ -3,21 +3,21 @@
 import shutil
 from pathlib import Path
 
-from pipeline.track import network
-from pipeline.track.card import CARD, WEIGHTS
-from pipeline.track.export.check import Opened
-from pipeline.track.export.source import Source
+from pipeline.track.export.compare_outputs import OpenedExport
+from pipeline.track.export.source import ExportSource
+from pipeline.track.model_card import CARD, WEIGHTS
+from pipeline.track.serve import load_network
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: ExportSource, folder: Path) -> dict[str, str]:
     for name in (CARD, *source.card.sha256):
         shutil.copyfile(source.folder / name, folder / name)
     return source.varying
 
 
-def load(source: Source, folder: Path) -> Opened:
-    return Opened(source.graph(network.load(source.card, folder / WEIGHTS)))
+def load(source: ExportSource, folder: Path) -> OpenedExport:
+    return OpenedExport(source.graph(load_network.load_network(source.card, folder / WEIGHTS)))
 
 
-def call(source: Source, folder: Path) -> str:
+def call(source: ExportSource, folder: Path) -> str:
     return f"state_dict = safetensors.torch.load_file({str(folder / WEIGHTS)!r})"

@@ -12,19 +12,19 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
 from pipeline import files
-from pipeline.track.card import WEIGHTS
-from pipeline.track.export.check import Opened
-from pipeline.track.export.source import Source
+from pipeline.track.export.compare_outputs import OpenedExport
+from pipeline.track.export.source import ExportSource
+from pipeline.track.model_card import WEIGHTS
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_classifier("timm")
     shutil.copyfile(source.weights, folder / WEIGHTS)
     files.write(folder / "config.json", json.dumps(_config(source), indent=2).encode() + b"\n")
     return source.varying
 
 
-def load(source: Source, folder: Path) -> Opened:
+def load(source: ExportSource, folder: Path) -> OpenedExport:
     by_file = timm.create_model(
         source.card.model.name,
         checkpoint_path=folder / WEIGHTS,
@@ -34,14 +34,14 @@ def load(source: Source, folder: Path) -> Opened:
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert all(map(torch.equal, by_file.state_dict().values(), by_folder.state_dict().values()))
     transform: Any = create_transform(**resolve_model_data_config(by_folder))
-    return Opened(by_folder, transform)
+    return OpenedExport(by_folder, transform)
 
 
-def call(source: Source, folder: Path) -> str:
+def call(source: ExportSource, folder: Path) -> str:
     return f"import pvt, timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
 
 
-def _config(source: Source) -> dict[str, Any]:
+def _config(source: ExportSource) -> dict[str, Any]:
     image, own = source.card.image, cast(dict[str, Any], source.network.pretrained_cfg)
     size = (3, image.size, image.size)
     return {
@@ -65,7 +65,7 @@ def _config(source: Source) -> dict[str, Any]:
     }
 
 
-def _arguments(source: Source) -> dict[str, Any]:
+def _arguments(source: ExportSource) -> dict[str, Any]:
     """Networks of convolutions alone are built for no size."""
     takes_size = "img_size" in inspect.signature(type(source.network)).parameters
     return {"img_size": source.card.image.size} if takes_size else {}

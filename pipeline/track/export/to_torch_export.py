@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 
 from pipeline import files
-from pipeline.track.export.check import Opened
-from pipeline.track.export.source import PREPROCESSING, Source
-from pipeline.track.export.traced import trace
+from pipeline.track.export.compare_outputs import OpenedExport
+from pipeline.track.export.source import PREPROCESSING, ExportSource
+from pipeline.track.export.trace_graph import trace_graph
 
 _FILE = "model.pt2"
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_graph("torch-export")
-    program = trace(source)
+    program = trace_graph(source)
     program.example_inputs = None
     about = json.dumps(source.describe(source.varying), indent=2) + "\n"
     torch.export.save(program, folder / _FILE, extra_files={PREPROCESSING: about})
@@ -26,9 +26,9 @@ def write(source: Source, folder: Path) -> dict[str, str]:
     return source.varying
 
 
-def load(source: Source, folder: Path) -> Opened:
-    return Opened(torch.export.load(folder / _FILE).module())
+def load(source: ExportSource, folder: Path) -> OpenedExport:
+    return OpenedExport(torch.export.load(folder / _FILE).module())
 
 
-def call(source: Source, folder: Path) -> str:
+def call(source: ExportSource, folder: Path) -> str:
     return f"model = torch.export.load({str(folder / _FILE)!r}).module()"

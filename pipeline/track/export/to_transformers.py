@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, PvtConfig, PvtForImageClassificatio
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import InputError
-from pipeline.track.export.check import Opened
-from pipeline.track.export.source import Source
+from pipeline.track.export.compare_outputs import OpenedExport
+from pipeline.track.export.source import ExportSource
 from pvt import PyramidVisionTransformer, to_transformers
 from pvt.model import Attention, PatchEmbed
 
@@ -33,7 +33,7 @@ _RESAMPLE = {
 }
 
 
-def write(source: Source, folder: Path) -> dict[str, str]:
+def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_classifier("transformers")
     network = source.build()
     if not isinstance(network, PyramidVisionTransformer):
@@ -50,7 +50,7 @@ def write(source: Source, folder: Path) -> dict[str, str]:
     return {"batch": "any"}
 
 
-def load(source: Source, folder: Path) -> Opened:
+def load(source: ExportSource, folder: Path) -> OpenedExport:
     model = PvtForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
 
@@ -60,10 +60,10 @@ def load(source: Source, folder: Path) -> Opened:
     def pixels(image: Image.Image) -> Tensor:
         return processor(image, return_tensors="pt")["pixel_values"][0]
 
-    return Opened(logits, pixels)
+    return OpenedExport(logits, pixels)
 
 
-def call(source: Source, folder: Path) -> str:
+def call(source: ExportSource, folder: Path) -> str:
     return f"model = transformers.PvtForImageClassification.from_pretrained({str(folder)!r})"
 
 
@@ -81,7 +81,7 @@ def _scale_for(eps: float, network: PyramidVisionTransformer) -> None:
             parameter.mul_(scale)
 
 
-def _config(source: Source, network: PyramidVisionTransformer) -> PvtConfig:
+def _config(source: ExportSource, network: PyramidVisionTransformer) -> PvtConfig:
     classes = source.card.classes
     stages: Any = network.stages
     firsts = [stage.blocks[0] for stage in stages]
@@ -99,7 +99,7 @@ def _config(source: Source, network: PyramidVisionTransformer) -> PvtConfig:
     )
 
 
-def _processor(source: Source) -> PvtImageProcessor:
+def _processor(source: ExportSource) -> PvtImageProcessor:
     image = source.card.image
     return PvtImageProcessor(
         do_convert_rgb=True,

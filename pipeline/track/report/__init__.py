@@ -10,11 +10,20 @@ when, `shares` what time was spent on, `classes` what a network takes for what, 
 may be missing, cut short or still being written.
 """
 
-from pipeline.track.report.classes import Examination
+from pipeline.track.report.average_precision import ClassPrecision
 from pipeline.track.report.compare import compare
-from pipeline.track.report.inside import Findings, Picture, Scene
+from pipeline.track.report.confusion_matrix import Examination
+from pipeline.track.report.network_view import ClassifiedPicture, DetectedPicture, SegmentedPicture
 from pipeline.track.report.page import page
-from pipeline.track.report.precision import ClassPrecision
-from pipeline.track.report.reading import RunFiles
+from pipeline.track.report.run_files import RunFiles
 
-__all__ = ["ClassPrecision", "Examination", "Findings", "Picture", "RunFiles", "Scene", "compare", "page"]
+__all__ = [
+    "ClassPrecision",
+    "ClassifiedPicture",
+    "DetectedPicture",
+    "Examination",
+    "RunFiles",
+    "SegmentedPicture",
+    "compare",
+    "page",
+]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.track.report.markup import Html, absent, count, join, short, tag
-from pipeline.track.report.reading import Array
+from pipeline.track.report.html import Html, absent, count, join, short, tag
+from pipeline.track.report.run_files import Array
 
 WIDTH, HEIGHT = 1000, 300  # of the drawing's own units, which the page stretches
 MOST_PLACES, MOST_DOTS = 600, 60

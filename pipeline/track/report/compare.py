@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.track.metric_names import is_detail, is_fraction, name_of
 from pipeline.track.report.charts import Line, chart
-from pipeline.track.report.markup import Child, Html, absent, duration, join, number, section, table, tag
-from pipeline.track.report.metrics import is_detail, is_share, name_of
+from pipeline.track.report.html import Child, Html, absent, duration, join, number, section, table, tag
 from pipeline.track.report.page import STATUS, document, ettr_of, known_count
-from pipeline.track.report.reading import RunFiles, as_number
+from pipeline.track.report.run_files import RunFiles, as_number
 
 _CURVES = {
     "loss": "Training loss",
@@ -47,9 +47,9 @@ def _results(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
         found = [run.validation.get(name) for run in runs]
         bests = [curve.best(lowest=lowest) if curve else None for curve in found]
         best = [each[0] if each else None for each in bests]
-        rows.append(_row(f"best {name_of(name)}", best, lowest=lowest, percent=is_share(name)))
+        rows.append(_row(f"best {name_of(name)}", best, lowest=lowest, percent=is_fraction(name)))
         last = [curve.last if curve else None for curve in found]
-        rows.append(_row(f"last {name_of(name)}", last, lowest=lowest, percent=is_share(name)))
+        rows.append(_row(f"last {name_of(name)}", last, lowest=lowest, percent=is_fraction(name)))
     losses = [run.training["loss"].last if "loss" in run.training else None for run in runs]
     rows.append(_row("last training loss", losses))
     rates = [as_number(run.result.get("images_per_second")) for run in runs]
@@ -96,7 +96,7 @@ def _curves(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
                 lines.append(Line(curve.steps, curve.values, label, dots=name in run.validation))
                 styles.append(style)
         if lines:
-            percent = is_share(name) or name == "ettr"
+            percent = is_fraction(name) or name == "ettr"
             charts.append(
                 chart(title, lines, styles=styles, percent=percent, x_range=(0, 0), from_zero=name in ("lr", "ettr"))
             )
@@ -105,10 +105,10 @@ def _curves(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
 
 def _differences(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
     flat = [dict(_flatten(run.config)) for run in runs]
-    names = dict.fromkeys(name for settings in flat for name in settings)
+    names = dict.fromkeys(name for config in flat for name in config)
     rows = []
     for name in names:
-        values = [settings.get(name, "not set") for settings in flat]
+        values = [config.get(name, "not set") for config in flat]
         if name != "run.name" and any(value != values[0] for value in values):
             rows.append([tag("code", name), *(_written(value) for value in values)])
     return table(["setting", *labels], rows, class_="results") if rows else absent("None but the name.")

@@ -8,10 +8,11 @@ import yaml
 from PIL import Image
 
 from pipeline.config import Length
-from pipeline.track.report import classes, events, inside, precision
+from pipeline.track.metric_names import CHARTS, is_detail, is_fraction, name_of
+from pipeline.track.report import average_precision, confusion_matrix, network_view, timeline
 from pipeline.track.report.charts import Line, Mark, chart, time_unit
-from pipeline.track.report.classes import Examination
-from pipeline.track.report.markup import (
+from pipeline.track.report.confusion_matrix import Examination
+from pipeline.track.report.html import (
     Child,
     Html,
     absent,
@@ -29,10 +30,9 @@ from pipeline.track.report.markup import (
     table,
     tag,
 )
-from pipeline.track.report.metrics import CHARTS, is_detail, is_share, name_of
-from pipeline.track.report.reading import Document, RunFiles, as_number, mapping
-from pipeline.track.report.shares import shares, step
-from pipeline.track.report.style import CSS
+from pipeline.track.report.run_files import Document, RunFiles, as_number, mapping
+from pipeline.track.report.stylesheet import CSS
+from pipeline.track.report.time_shares import shares, step
 
 STATUS = {
     "FINISHED": "finished",
@@ -79,13 +79,13 @@ _MOST_SHEET_BYTES = 1_000_000
 
 def page(run: RunFiles, examined: Examination | str, *, samples: bool = False) -> str:
     """A run as HTML. `examined`: what its network does, or why that is not known. `samples`: show training images."""
-    found = events.events(run)
+    found = timeline.events(run)
     sections = [
         section("Model versions", *_versions(run)),
         section("Curves", _curves(run), about="Training over steps. Dashed: rollbacks and restarts."),
         section("Time", *_goodput(run)),
         *filter(None, [step(run)]),
-        section("Timeline", events.timeline(run, found), events.listed(run, found)),
+        section("Timeline", timeline.timeline(run, found), timeline.listed(run, found)),
         section("Quarantine", *_quarantine(run)),
         *_examination(examined),
         *([section("Training images", *_sheet(run))] if samples else []),
@@ -164,7 +164,7 @@ def _tiles(run: RunFiles) -> list[Html]:
     tiles = [tile("steps", number(run.steps_done), _left(run))]
     metric = run.main_metric
     if curve := run.validation.get(metric):
-        percent = is_share(metric)
+        percent = is_fraction(metric)
         best = curve.best(lowest=metric.endswith("loss"))
         if best:
             tiles.append(tile(f"best {name_of(metric)}", number(best[0], percent=percent), f"at step {best[1]:,.0f}"))
@@ -223,7 +223,7 @@ def _versions(run: RunFiles) -> list[Html]:
     names = [name for name in names if name != "bad_samples" and not is_detail(name)]
     rows = []
     for version in run.versions[::-1]:
-        scores = [number(version.metrics.get(name), percent=is_share(name)) for name in names]
+        scores = [number(version.metrics.get(name), percent=is_fraction(name)) for name in names]
         rows.append(
             [version.uri or "waits to be registered", number(version.step), *scores, tag("code", version.sha256[:12])]
         )
@@ -254,7 +254,7 @@ def _commands(run: RunFiles) -> list[Html]:
 
 
 def _curves(run: RunFiles) -> Html:
-    training, validation, marks = run.training, run.validation, events.marks(run)
+    training, validation, marks = run.training, run.validation, timeline.marks(run)
     if not training and not validation:
         return absent("No reading yet: the first comes after train.log_every.")
     charts = [
@@ -302,7 +302,7 @@ def _metric_charts(run: RunFiles, marks: list[Mark]) -> list[Html]:
             charts.append(_chart(title, run, shown, percent=True, marks=marks))
         elif not names and run.training and run.main_metric in together:
             charts.append(chart(title, []))
-    return [*charts, *(_chart(name, run, [(name, name)], marks=marks) for name in names if not is_share(name))]
+    return [*charts, *(_chart(name, run, [(name, name)], marks=marks) for name in names if not is_fraction(name))]
 
 
 def _clip(run: RunFiles) -> str | None:
@@ -376,7 +376,7 @@ def _examination(examined: Examination | str) -> list[Html]:
         section("Classes", _facts(examined), *_class_scores(examined), about=about),
         section(
             "Inside the network",
-            inside.inside(examined.pictures, examined.classes),
+            network_view.network_view(examined.pictures, examined.classes),
             _note("The pictures' source: ", examined.attribution) if examined.attribution else None,
             about=_inside_about(examined),
         ),
@@ -391,7 +391,7 @@ def _facts(examined: Examination) -> Html:
             ("weights", examined.source),
             ("samples", number(examined.looked_at)),
             ("labelled pixels", pixels),
-            *((name_of(name), number(value, percent=is_share(name))) for name, value in scores),
+            *((name_of(name), number(value, percent=is_fraction(name))) for name, value in scores),
         ]
     )
 
@@ -400,19 +400,19 @@ def _class_scores(examined: Examination) -> list[Html]:
     if examined.counted == "objects":
         return [
             tag("h3", "Average precision and recall"),
-            precision.summary(examined.scores),
+            average_precision.summary(examined.scores),
             tag("p", _ABOUT_PRECISION, class_="note"),
-            precision.class_table(examined.precisions),
+            average_precision.class_table(examined.precisions),
         ]
     cells = "Per cent of the true class's pixels." if examined.counted == "pixels" else None
     return [
         tag(
             "div",
-            tag("div", tag("h3", "Confusion matrix"), classes.confusion(examined), _note(cells)),
-            tag("div", tag("h3", "Most confused"), classes.confused_pairs(examined)),
+            tag("div", tag("h3", "Confusion matrix"), confusion_matrix.confusion(examined), _note(cells)),
+            tag("div", tag("h3", "Most confused"), confusion_matrix.confused_pairs(examined)),
             class_="two",
         ),
-        classes.class_tables(examined),
+        confusion_matrix.class_tables(examined),
     ]
 
 
@@ -544,7 +544,7 @@ def _children(run: RunFiles) -> Html:
         score = as_number(child.result.get(run.main_metric))
         told = "–"
         if np.isfinite(score):
-            told = join(f"{name_of(run.main_metric)} ", number(score, percent=is_share(run.main_metric)))
+            told = join(f"{name_of(run.main_metric)} ", number(score, percent=is_fraction(run.main_metric)))
         version = child.result.get("model")
         rows.append(
             (

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import command
+from pipeline import cli
 from tests.chaos.hostile import data, models, servers, texts
 from tests.chaos.hostile.mutate import Rng
 from tests.chaos.hostile.trial import DEFECTS, VERDICTS, Case, Outcome, Sandbox, run
@@ -131,4 +131,4 @@ def _ended(running: dict[Future[Outcome], int]) -> Iterator[Outcome]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from pipeline.shards.faults import read_skipped
+from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import RECORD, Manifest, Shard, read_manifest
 from pipeline.shards.pack import pack
 from tests import corpus, damage

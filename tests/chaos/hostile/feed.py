@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch import command
+from pipeline import cli
 from tests.chaos import damaged_feed
 
 SMALL = ("train.global_batch_size=4", "data.lanes=2", "data.shuffle_window=4")
@@ -17,14 +17,14 @@ SMALL = ("train.global_batch_size=4", "data.lanes=2", "data.shuffle_window=4")
 
 def main() -> dict[str, Any]:
     data = sys.argv[1] if "://" in sys.argv[1] else Path(sys.argv[1]).absolute()
-    settings = damaged_feed.settings(Path("data"), Path.cwd(), *SMALL, f"data.train={data}")
-    found = damaged_feed.fed(settings, 1)
+    config = damaged_feed.make_config(Path("data"), Path.cwd(), *SMALL, f"data.train={data}")
+    found = damaged_feed.fed(config, 1)
     if "rule" not in sys.argv[2:]:
         return {"fed": len(found)}
-    expected = damaged_feed.Rule(settings).ids()
+    expected = damaged_feed.Rule(config).ids()
     wrong = [where for where, (sample, _) in found.items() if sample != expected[where]]
     return {"fed": len(found), "ok": not wrong, "wrong": wrong[:5]}
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

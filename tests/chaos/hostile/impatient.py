@@ -6,7 +6,7 @@ python -m tests.chaos.hostile.impatient PROGRAM ARGUMENTS
 import runpy
 import sys
 
-from pipeline.shards import origin
+from pipeline.shards import filesystems
 from pipeline.shards.retry import Retry
 from pipeline.shards.store import Store
 from tests.ranks import ROOT
@@ -15,7 +15,7 @@ SHARE = 0.1
 
 
 def main() -> None:
-    origin.MIN_BYTES_PER_S = round(origin.MIN_BYTES_PER_S / SHARE)
+    filesystems.MIN_BYTES_PER_S = round(filesystems.MIN_BYTES_PER_S / SHARE)
     defaults = Retry()
     Retry.__init__.__defaults__ = (defaults.attempts, defaults.first_wait_s, SHARE * defaults.last_start_s)
     assert Store.__init__.__kwdefaults__

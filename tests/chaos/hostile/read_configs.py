@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch import command
-from pipeline import config
+from pipeline import cli
+from pipeline.config import load_config
 from pipeline.errors import InputError
 
 LIMIT_S = 20
@@ -21,7 +21,7 @@ def main() -> dict[str, Any]:
     for path in sorted(Path().glob("*.yaml")):
         signal.alarm(LIMIT_S)
         try:
-            config.load(path)
+            load_config(path)
             read += 1
         except InputError as error:
             refused += 1
@@ -40,4 +40,4 @@ def _too_long(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

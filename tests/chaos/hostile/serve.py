@@ -4,21 +4,22 @@ import os
 import sys
 from typing import Any
 
-from launch import command
+from pipeline import cli
 
 
 def main() -> dict[str, Any]:
     import mlflow.pyfunc
     import pandas
 
-    from pipeline.track import package, registry, server
+    from pipeline.track import tracking_server
+    from pipeline.track.registry import model_files, registry
 
-    server.connect(os.environ["MLFLOW_TRACKING_URI"])
+    tracking_server.connect(os.environ["MLFLOW_TRACKING_URI"])
     version = registry.resolve(sys.argv[1])
     model = mlflow.pyfunc.load_model(str(version.folder.parent))
-    answer = model.predict(pandas.DataFrame({"image": [package.example(32)]}))
+    answer = model.predict(pandas.DataFrame({"image": [model_files.example(32)]}))
     return {"answers": len(answer)}
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run(main)

@@ -1,0 +1,66 @@
+"""Write scenes of handwritten digits on photographs, in the layouts of ADE20K and COCO, to learn dense tasks from; and
+their digits one by one, to pretrain on.
+
+python launch/scenes.py --out DIR [--train 400] [--val 100] [--seed 0] [--sides 160-320] [--classes 0-9]
+
+Digits are scikit-learn's scans, from 16 to 200 pixels large; photographs are those that scikit-learn and scikit-image
+bring with them, so nothing is downloaded. DIR/ATTRIBUTION.txt names their authors and licences: keep it with the
+pictures. The same arguments give the same bytes.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.commands.digits import digit_range
+from pipeline.errors import InputError, needing
+
+if TYPE_CHECKING:
+    from pipeline.scenes.photographs import Split
+
+MIN_SIDE_PX, MAX_SIDE_PX = 128, 512
+
+
+def main() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="launch/scenes.py", description="Write scenes to learn dense tasks from.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--train", type=_count, default=400, metavar="N", help="scenes to train on (default 400)")
+    parser.add_argument("--val", type=_count, default=100, metavar="N", help="scenes to evaluate on (default 100)")
+    parser.add_argument("--seed", type=_count, default=0, help="default 0")
+    parser.add_argument("--sides", default="160-320", metavar="A-B", help="of scenes, in pixels (default 160-320)")
+    parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
+    arguments = parser.parse_args()
+    classes = digit_range(arguments.classes)
+    out, sides = arguments.out, _sides(arguments.sides)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
+    # These take seconds to import, which --help and wrong usage do without.
+    from tqdm import tqdm
+
+    with needing("scenes", "launch/scenes.py"):
+        from pipeline.scenes import write_dataset
+
+    counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
+    with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
+        partial = out.resolve().with_name(f".{out.resolve().name}.partial")  # what was cut short must not look finished
+        shutil.rmtree(partial, ignore_errors=True)
+        instances = write_dataset.write_dataset(partial, counts, arguments.seed, sides, classes, bar.update)
+    partial.replace(out.resolve())
+    return {"out": str(out), **counts, "instances": instances}
+
+
+def _sides(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)
+    if not found or not MIN_SIDE_PX <= int(found[1]) <= int(found[2]) <= MAX_SIDE_PX:
+        raise InputError(f"--sides {text}: expected A-B with {MIN_SIDE_PX} <= A <= B <= {MAX_SIDE_PX}, such as 160-320")
+    return int(found[1]), int(found[2])
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number

@@ -1,0 +1,1 @@
+"""Pictures for people to look at: contact sheets, class colours, boxes."""
