@@ -161,7 +161,9 @@ def _best(client: MlflowClient, config: Config, table: Table) -> ModelVersion | 
     metric = table.metrics[0]
     tags = {"task": config.task.name, "model": config.model.name, "num_classes": str(table.num_classes)}
     name = config.tracking.model_name or config.run.name
-    scored = [each for each in registry.versions(client, name, **tags) if registry.score_of(each, metric) is not None]
+    scored = [
+        each for each in registry.list_versions(client, name, **tags) if registry.score_of(each, metric) is not None
+    ]
     return max(scored, key=lambda each: registry.worth(metric, registry.score_of(each, metric)), default=None)
 
 

@@ -1,4 +1,4 @@
-"""Look at a run's checkpoints and check them."""
+"""Lists, verifies and shows a run's checkpoints."""
 
 from pipeline import cli
 from pipeline.commands.checkpoint import main

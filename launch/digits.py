@@ -1,4 +1,4 @@
-"""Write scikit-learn's digits as a class-per-folder JPEG tree: the demo's images."""
+"""Writes scikit-learn's digits as JPEG files in one folder for each class: the demo's images."""
 
 from pipeline import cli
 from pipeline.commands.digits import main

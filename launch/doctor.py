@@ -1,4 +1,4 @@
-"""Whether this machine is ready, or the nodes of a SLURM job are."""
+"""Checks whether this machine, or the nodes of a SLURM job, are ready for training."""
 
 from pipeline import cli
 from pipeline.commands.doctor import main

@@ -1,4 +1,4 @@
-"""Score a registered model on a packed data set, draw what it predicts, or probe its frozen features."""
+"""Scores a registered model on a packed data set, draws its predictions, or probes its frozen features."""
 
 from pipeline import cli
 from pipeline.commands.evaluate import main

@@ -1,4 +1,4 @@
-"""Fine-tune a registered model.
+"""Fine-tunes a registered model.
 
 deepspeed launch/finetune.py --config configs/finetune/NAME.yaml --set init.model=models:/NAME@champion [--set …]
 """

@@ -1,4 +1,4 @@
-"""Start the fine-tuning jobs that a run hands off to."""
+"""Starts the fine-tuning jobs that a run hands off to."""
 
 from pipeline import cli
 from pipeline.commands.handoff import main

@@ -1,4 +1,4 @@
-"""Pretrain a backbone.
+"""Pretrains a backbone.
 
 deepspeed launch/pretrain.py --config configs/pretrain/NAME.yaml [--set key=value …]
 """

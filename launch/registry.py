@@ -1,4 +1,4 @@
-"""Look at registered models, check them, trace them, make one the champion, and bring in others' weights."""
+"""Manages registered models: lists, verifies, traces, promotes, imports and exports their versions."""
 
 from pipeline import cli
 from pipeline.commands.registry import main

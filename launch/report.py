@@ -1,4 +1,4 @@
-"""Draw a run as one HTML page that needs no network, or several runs side by side."""
+"""Writes a run as one HTML page that needs no network, or several runs side by side."""
 
 from pipeline import cli
 from pipeline.commands.report import main

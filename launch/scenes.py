@@ -1,4 +1,4 @@
-"""Write scenes of handwritten digits on photographs, to learn dense tasks from."""
+"""Writes scenes of handwritten digits on photographs, as data for dense tasks."""
 
 from pipeline import cli
 from pipeline.commands.scenes import main

@@ -1,4 +1,4 @@
-"""Make, check and look at data sets."""
+"""Makes, verifies and shows data sets."""
 
 from pipeline import cli
 from pipeline.commands.shards import main

@@ -1,4 +1,4 @@
-"""Submit a run to SLURM, and look after it."""
+"""Submits a run to SLURM; shows its status and log, and stops it."""
 
 from pipeline import cli
 from pipeline.commands.submit import main

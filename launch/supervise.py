@@ -1,4 +1,4 @@
-"""What a batch script of launch/submit.py or slurm/ runs: see pipeline/cluster/supervise.py."""
+"""The command that a batch script of launch/submit.py or slurm/ runs: see pipeline/cluster/supervise.py."""
 
 from pipeline import cli
 from pipeline.commands.supervise import main

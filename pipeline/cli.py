@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
+"""The frame of all commands: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
 
 import contextlib
 import json
@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 from pipeline.errors import DONE, FAILED, REQUEUE, USAGE, ExternalError, InputError
-from pipeline.redact import Redacted, redact
+from pipeline.redact import RedactedStream, redact
 from pipeline.shards.cache import CacheOptions
 
+# Its torch takes seconds to import, and some commands do not need it.
 if TYPE_CHECKING:
-    from pipeline.world import World  # whose torch takes seconds to import, for nothing in commands that need none
+    from pipeline.world import World
 
 Value = TypeVar("Value")
 
@@ -27,7 +28,7 @@ class Subcommand(NamedTuple):
 
 
 def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -> dict[str, Any]:
-    """Run the sub-command that the command line names; returns its result."""
+    """Runs the sub-command that the command line names; returns its result."""
     parser = ArgumentParser(prog=prog, description=description)
     parsers = parser.add_subparsers(dest="subcommand", required=True)
     for name, entry in subcommands.items():
@@ -37,16 +38,17 @@ def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -
 
 
 def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
-    """Run a command and exit. `main` returns the result to print, or None on ranks that print nothing.
+    """Runs a command and exits. `main` returns the result to print, or None on ranks that print nothing.
 
     A result whose "ok" is False exits with 1: the command worked and its answer is no. One whose "requeue" is True
-    exits with 85: stopped early, start the same command again. Neither that nor standard error tells a secret.
+    exits with 85: it was stopped early, and the same command has to be started again. Secrets are removed from the
+    result and from standard error.
     """
-    with contextlib.redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
-        _run(main)
+    with contextlib.redirect_stderr(cast(TextIO, RedactedStream(sys.stderr))):
+        _run_and_exit(main)
 
 
-def _run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
+def _run_and_exit(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     try:
         result = redact(main())
     except InputError as error:
@@ -56,35 +58,35 @@ def _run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     except KeyboardInterrupt:
         _fail(130, "interrupted")
     except Exception as error:
-        _fail(FAILED, _shortage(error) or traceback.format_exc())
+        _fail(FAILED, _describe_shortage(error) or traceback.format_exc())
     if result is not None:
         print(json.dumps(result, allow_nan=False), flush=True)
     if result and result.get("requeue"):
         sys.exit(REQUEUE)
-    sys.exit(DONE if result is None or result.get("ok", True) else FAILED)
+    is_ok = result is None or result.get("ok", True)
+    sys.exit(DONE if is_ok else FAILED)
 
 
-_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
-"""What Python's and the operating system's errors say where a limit is reached."""
+_THREAD_LIMIT_TEXTS = ("can't start new thread", "Resource temporarily unavailable")
+"""The messages of Python and the operating system where a limit on threads or processes is reached."""
 
 
-def _shortage(error: Exception) -> str | None:
-    """Returns the line for a machine that lacks memory or threads; None for every other error.
-
-    Asked without an import of torch.
-    """
+def _describe_shortage(error: Exception) -> str | None:
+    """Returns a line with the remedy where the machine lacks memory or threads; None for every other error."""
+    # Taken from the loaded modules: an import of torch would need even more memory.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         why = str(error).partition("\n")[0].rstrip(".")
-        return f"error: {why}: end what else is on the GPU, or run on the CPUs with CUDA_VISIBLE_DEVICES="
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_THREADS):
+        return f"error: {why}: end other processes on the GPU, or run on the CPUs with CUDA_VISIBLE_DEVICES="
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _THREAD_LIMIT_TEXTS):
         why = str(error).strip().rpartition("\n")[2] or "out of memory"
         return f"error: {why}: raise the limits of this shell (ulimit -v, ulimit -u) or job, or start fewer workers"
     return None
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    """End at once. An orderly exit would wait for collectives that this rank owes the others."""
+    """Exits at once."""
+    # An orderly exit would wait for collectives in which the other ranks wait for this one.
     print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,38 +94,50 @@ def _fail(code: int, message: str) -> NoReturn:
 
 
 def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
-    """Read something on every rank before the ranks have met; returns the function that gives it once they have.
+    """Reads something on every rank before the ranks are connected; returns the function that returns it afterwards.
 
-    A mistake is raised where there is one rank. Of several rank 0 reports it at once, and all end when they have met.
+    A single rank raises an error at once. Of several, rank 0 reports it at once, and all exit when they are connected:
+    a rank that ended before would leave the others waiting.
     """
-    value, wrong = cast(Value, None), None
+    value = cast(Value, None)
+    error: InputError | None = None
     try:
         value = read()
-    except InputError as error:
-        if (os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1") == "1":
+    except InputError as raised:
+        world_size = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+        if world_size == "1":
             raise
-        if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        wrong = error
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+        if rank == "0":
+            print(f"error: {raised}", file=sys.stderr, flush=True)
+        error = raised
 
-    def on_all(world: "World") -> Value:
-        if world.from_first(wrong is not None):
+    def finish(world: "World") -> Value:
+        if world.from_first(error is not None):
             os._exit(USAGE)
-        if wrong:  # on this rank alone
-            raise wrong
+        # Rank 0 has read it, so the error is this rank's alone.
+        if error:
+            raise error
         return value
 
-    return on_all
+    return finish
+
+
+def add_overrides(parser: ArgumentParser) -> None:
+    """Adds --set, whose values `load_config` applies to a configuration."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
 
 
 def add_cache(parser: ArgumentParser) -> None:
     """Adds the options of a command that reads data without a run's configuration."""
     parser.add_argument("--cache", metavar="DIR", help="folder for shards fetched from URLs, as data.cache of a run")
-    parser.add_argument("--cache-gb", type=float, metavar="GB", help="its most disk space, as data.cache_gb")
+    parser.add_argument(
+        "--cache-gb", type=float, metavar="GB", help="maximum size of that folder, as data.cache_gb of a run"
+    )
 
 
 def cache_of(arguments: Namespace) -> CacheOptions:
-    """Returns what the options of `add_cache` say. Raises InputError."""
+    """Returns the values of the options of `add_cache`. Raises InputError for an invalid one."""
     if arguments.cache_gb is not None and not 0 < arguments.cache_gb < math.inf:
         raise InputError(f"--cache-gb {arguments.cache_gb:g}: a positive number was expected")
     return CacheOptions(arguments.cache, arguments.cache_gb)

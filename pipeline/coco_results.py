@@ -1,4 +1,4 @@
-"""Detections in COCO's form: in pixels of the image as it is stored, masks as run lengths.
+"""Converts detections to COCO's format: in pixels of the image as it is stored, with masks as run lengths.
 
 Detections ──as_results──▶ [{"label": 3, "score": 0.9, "bbox": [x, y, width, height], "segmentation": {…}}, …]
 """
@@ -15,33 +15,46 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from pvt.detector import Detections, Extent
 
 MASK_THRESHOLD = 0.5
-"""From this probability on a pixel is the object's."""
+"""The probability from which on a pixel belongs to the object."""
 
 
 def as_results(detections: Detections, size: Extent, extent: Extent) -> list[dict[str, Any]]:
-    """What COCO's servers take, with "label", from 0, in place of a category's id; best first.
+    """Returns COCO's results format, best first, with "label", counted from 0, in place of a category's id.
 
-    `size`: height and width of the image as it is stored; `extent`: those it had on the network's canvas.
+    `size`: height and width of the image as it is stored; `extent`: height and width that it had on the network's
+    canvas.
     """
-    (height, width), (seen_height, seen_width) = size, extent
-    scale = detections.boxes.new_tensor([width / seen_width, height / seen_height] * 2)
-    boxes = detections.boxes * scale
-    bboxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-    results: list[dict[str, Any]] = [
-        {"label": label, "score": score, "bbox": bbox}
-        for label, score, bbox in zip(
-            detections.labels.tolist(), detections.scores.tolist(), bboxes.tolist(), strict=True
-        )
-    ]
+    height, width = size
+    seen_height, seen_width = extent
+    x_scale = width / seen_width
+    y_scale = height / seen_height
+    boxes = detections.boxes * detections.boxes.new_tensor([x_scale, y_scale, x_scale, y_scale])
+    # Corners [n, 4] become COCO's x, y, width, height.
+    corners = boxes[:, :2]
+    bboxes = torch.cat([corners, boxes[:, 2:] - corners], dim=1)
+    rows = zip(
+        detections.labels.tolist(),
+        detections.scores.tolist(),
+        bboxes.tolist(),
+        strict=True,
+    )
+    results: list[dict[str, Any]] = [{"label": label, "score": score, "bbox": bbox} for label, score, bbox in rows]
     if detections.masks is not None:
-        for result, segmentation in zip(results, _encoded(detections.masks, boxes, size), strict=True):
+        segmentations = _encode_masks(detections.masks, boxes, size)
+        for result, segmentation in zip(results, segmentations, strict=True):
             result["segmentation"] = segmentation
     return results
 
 
-def _encoded(masks: Tensor, boxes: Tensor, size: Extent) -> Iterator[dict[str, Any]]:
-    """One at a time, because at an image's own size masks are large."""
+def _encode_masks(masks: Tensor, boxes: Tensor, size: Extent) -> Iterator[dict[str, Any]]:
+    """Yields the run lengths of each mask, one at a time, because at an image's stored size masks are large."""
     for mask, box in zip(masks, boxes, strict=True):
-        pasted = paste_masks_in_image(mask[None, None], box[None], size)[0, 0] >= MASK_THRESHOLD
-        encoded: Any = rle.encode(np.asfortranarray(pasted.cpu().numpy().astype(np.uint8)))
-        yield {"size": list(size), "counts": encoded["counts"].decode()}
+        pasted = paste_masks_in_image(mask[None, None], box[None], size)[0, 0]
+        is_object = pasted >= MASK_THRESHOLD
+        # pycocotools reads columns: it takes Fortran's order alone.
+        pixels = np.asfortranarray(is_object.cpu().numpy().astype(np.uint8))
+        encoded: Any = rle.encode(pixels)
+        yield {
+            "size": list(size),
+            "counts": encoded["counts"].decode(),
+        }

@@ -1,26 +1,30 @@
-"""The errors that users meet, and how commands end."""
+"""Defines the errors that users see, and the exit codes of commands."""
 
 import contextlib
 from collections.abc import Iterator
 
-DONE, FAILED, USAGE, REQUEUE = 0, 1, 2, 85
-"""Exit codes. The last one: stopped by a signal, saved, to be started again."""
+# The exit codes of commands.
+DONE = 0
+FAILED = 1
+USAGE = 2
+REQUEUE = 85
+"""The exit code of a run that was stopped by a signal, has saved, and is to be started again."""
 STOPPING = "stopping after this step"
-"""A rank answers a signal with these words, and a batch job waits for them."""
+"""The line with which a rank answers a signal. A batch job waits for it."""
 
 
 class InputError(ValueError):
     """Something the user gave is wrong: a file, a setting, a command line.
 
-    The message names the file or key, the value found, the rule and the way out. Commands print it alone,
-    without a traceback, and end with exit code 2.
+    The message names the file or key, the value found, the rule and the remedy. Commands print it alone, without a
+    traceback, and end with exit code 2.
     """
 
 
 class ExternalError(RuntimeError):
-    """What a run depends on has failed: a store, too many samples. Nothing in the program or its input is wrong.
+    """Something that a run depends on has failed: a store, or too many samples. The program and its input are correct.
 
-    The message says what failed and the way out. Commands print it alone and end with exit code 1.
+    The message says what failed and the remedy. Commands print it alone and end with exit code 1.
     """
 
 
@@ -28,7 +32,7 @@ class ExternalError(RuntimeError):
 def needing(extra: str, what: str) -> Iterator[None]:
     """Wraps imports of packages that an extra in pyproject.toml installs.
 
-    Raises InputError, which names the package and the extra, where one is missing.
+    Where a package is missing, raises InputError that names the package and the extra.
     """
     try:
         yield

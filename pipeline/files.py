@@ -1,12 +1,13 @@
 """Reads files up to a size, and writes them so that they are whole under their name or absent, even after a power cut.
 
-Also here: folders of one user, and what not all file systems have, locks and hard links.
+The module also has digests, private folders, and locks and hard links, which not every file system supports.
 """
 
 import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import stat
@@ -17,12 +18,12 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 
-_MISSING = (errno.ENOSYS, errno.EOPNOTSUPP)
-_NO_LOCKS = (errno.ENOLCK, *_MISSING)
-_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, *_MISSING)
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, *_UNSUPPORTED)
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, *_UNSUPPORTED)
 
 MAX_DOCUMENT_BYTES = 4 << 20
-"""Of a file of settings, notes or results, which is read whole."""
+"""The limit for a file of settings, notes or results, which is read whole."""
 
 
 class UnreadableError(OSError):
@@ -34,8 +35,12 @@ def read(path: str | Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = b""
-        # Python reserves as much memory as is asked for, so only as much is asked for as the file says that it has.
-        while size <= most_bytes and (block := file.read(size - len(data) + 1)):
+        # Python reserves as much memory as it is asked to read, so it is asked for the file's stated size, not for the
+        # limit. One byte more shows whether the file is longer than it states, as files in /proc are.
+        while size <= most_bytes:
+            block = file.read(size - len(data) + 1)
+            if not block:
+                break
             data += block
             size = max(size, len(data))
     if size > most_bytes:
@@ -44,26 +49,36 @@ def read(path: str | Path, most_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
 
 
 def open_regular(path: str | Path) -> int:
-    """Opens a file and returns its descriptor, for reading.
+    """Opens a file for reading and returns its descriptor.
 
-    Raises OSError, also for what is no regular file: a pipe may never give a byte, and a device gives them without end.
+    Raises OSError, and UnreadableError for anything but a regular file: a pipe may never deliver a byte, and a device
+    may deliver them without end.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe's writer is not waited for
+    # O_NONBLOCK: opening a pipe does not wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    code, why = (errno.EISDIR, "Is a directory") if stat.S_ISDIR(mode) else (errno.EINVAL, "not a regular file")
-    raise UnreadableError(code, why, str(path))
+    if stat.S_ISDIR(mode):
+        raise UnreadableError(errno.EISDIR, "Is a directory", str(path))
+    raise UnreadableError(errno.EINVAL, "not a regular file", str(path))
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's contents in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
-    """Writes under another name, syncs, renames, and syncs the folder.
+    """Writes a file under a temporary name, syncs it, renames it, and syncs the folder.
 
     The mode is what the umask allows, or 0600 for a `private` file, which may hold a secret.
     """
     partial = path.with_name(f".{path.name}.partial")
-    if private:  # made anew: an older one may be open to others
+    # A private file is created anew, because others may be allowed to read what an interrupted call has left.
+    if private:
         partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
     with os.fdopen(descriptor, "wb") as file:
@@ -75,7 +90,7 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was created, renamed or removed in a folder outlast a power cut."""
+    """Makes what was created, renamed or removed in a folder survive a power cut."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -85,27 +100,33 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True, mode: int = 0o666) -> Iterator[int]:
-    """Locks a file, made when missing, against other threads and processes; yields its descriptor.
+    """Locks a file against other threads and processes, and yields its descriptor. A missing file is created.
 
-    Raises BlockingIOError where another one does and this is not to `wait`, and InputError on a file system without
+    Without `wait`, raises BlockingIOError where the file is locked already. Raises InputError on a file system without
     locks.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)  # NFS locks only what may be written
+        # Opened for writing, because NFS locks only what may be written.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             _flock(descriptor, path, wait=wait)
-            if is_at(descriptor, path):  # else whoever had the lock has renamed or removed the file
+            # If the previous holder has renamed or removed the file, this lock protects nothing: try again.
+            if is_at(descriptor, path):
                 yield descriptor
                 return
         finally:
+            # Unlocked explicitly, because children that were forked meanwhile have the descriptor, and the lock, too.
             with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would leave it to children that were forked meanwhile
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
 def _flock(descriptor: int, path: Path, *, wait: bool) -> None:
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, operation)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -116,7 +137,7 @@ def _flock(descriptor: int, path: Path, *, wait: bool) -> None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Returns whether an open file is the one of this name."""
+    """Returns whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -124,25 +145,27 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """Makes a hard link, or a copy where the file system permits none, which is reported once for each folder."""
+    """Makes a hard link, or a copy where the file system permits no links, which is reported once for each folder."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        _say_copied(target.parent.parent, error.strerror)
+        _report_copied(target.parent.parent, error.strerror)
         shutil.copyfile(source, target)
 
 
 @functools.cache
-def _say_copied(folder: Path, why: str) -> None:
-    remedy = "choose a folder on a file system with hard links to save the room"
-    print(f"warning: {folder}: hard links are refused ({why}), so files are copied: {remedy}", file=sys.stderr)
+def _report_copied(folder: Path, reason: str) -> None:
+    remedy = "choose a folder on a file system with hard links to save disk space"
+    print(f"warning: {folder}: hard links are refused ({reason}), so files are copied: {remedy}", file=sys.stderr)
 
 
 def claim(path: Path, data: bytes) -> None:
-    """Writes a file unless there is one. Of several processes that do at once one succeeds; the file is whole as soon
-    as it has its name."""
+    """Writes a file unless it exists. Of several processes that call this at once, one succeeds.
+
+    The file is whole as soon as it has its name.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         whole = Path(scratch, "claim", "whole")
         whole.parent.mkdir()
@@ -154,7 +177,7 @@ def claim(path: Path, data: bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # Without hard links a folder decides: renaming onto a name fails where a folder that is not empty has it.
+            # Without hard links a folder decides who is first: renaming onto a folder that is not empty fails.
             first = path.with_name(f".{path.name}.first")
             with contextlib.suppress(OSError):
                 whole.parent.rename(first)
@@ -164,9 +187,9 @@ def claim(path: Path, data: bytes) -> None:
 
 
 def private_folder(name: str) -> Path:
-    """A folder of this user's alone below $TMPDIR (or /tmp), made when missing: NAME and the user's number.
+    """Returns a folder below $TMPDIR (or /tmp) that only this user can access, NAME-UID, and creates it when missing.
 
-    Raises InputError where somebody else has it or could write to it.
+    Raises InputError where somebody else owns the folder or could read or write it.
     """
     folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     with contextlib.suppress(FileExistsError):

@@ -1,8 +1,8 @@
-"""Floating-point operations: how many a network takes, and how many a device can do. What MFU is made of.
+"""Counts the floating-point operations that a network takes, and measures how many a device can do.
 
-MFU (model FLOPs utilisation; Chowdhery et al., "PaLM", 2022, appendix B) is what training has to compute, three times
-the forward pass, over what the device could have computed in that time. The network's operations are those of its
-definition: what an implementation recomputes to save memory, or leaves out because nobody looks at it, makes no
+MFU (model FLOPs utilisation; Chowdhery et al., "PaLM", 2022, appendix B) is the operations of training, three times
+those of the forward pass, over those that the device could have done in that time. The network's operations are those
+of its definition: what an implementation recomputes to save memory, or skips because nobody uses it, makes no
 difference.
 """
 
@@ -15,28 +15,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of matrix products, by the name of the precision."""
+"""The types of matrix products by the name of the precision."""
 BACKWARD = 2
-"""A backward pass takes a product for the gradient of each factor, so twice what the forward pass takes."""
+"""The operations of a backward pass over those of a forward pass: it takes a product for each factor's gradient."""
 
 PEAK_FLOPS = {"H100, H200": 989e12, "A100": 312e12}
-"""Of dense bf16 matrix products, by NVIDIA's data sheets."""
+"""FLOP a second of dense bf16 matrix products, from NVIDIA's data sheets."""
 MFU = 0.30
-"""Assumed of training on one node, where nothing was measured."""
+"""The MFU that is assumed for training on one node, where nothing was measured."""
 
 MEASURED_S = 0.25
-"""Long enough for others on the machine to be quiet for one product."""
+"""How long products are measured: long enough for other processes to be idle during one of them."""
 SLOW_S = 0.005
-"""Of a small product: a CPU without instructions for bf16 would take seconds for a large one, and reach no more."""
+"""The time of a small product above which no large one is measured: a CPU without instructions for bf16 would take
+seconds for it, and not be faster."""
 
 
 def training_flops(build: Callable[[], nn.Module], image_size: int) -> int:
-    """Of one image of `image_size` pixels, two for each multiplication with its addition.
+    """Returns the operations of training on one image of `image_size` pixels, two for each multiplication with its
+    addition.
 
-    `build` makes the network; it is made without memory for weights and results, as shapes are all it takes.
+    `build` makes the network. It gets no memory for weights and results, because shapes are enough to count.
     """
     with torch.device("meta"):
-        network, image = build().eval(), torch.empty(1, 3, image_size, image_size)
+        network = build().eval()
+        image = torch.empty(1, 3, image_size, image_size)
     # The math backend shows attention as matrix products, which the counter knows on any device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
@@ -44,32 +47,45 @@ def training_flops(build: Callable[[], nn.Module], image_size: int) -> int:
 
 
 def matrix_flop_s(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second that the device reaches in products of large square matrices: the fastest in a quarter second."""
-    side, seconds = 0, 0.0
-    for side in (8192,) if device.type == "cuda" else (256, 1024):
-        seconds = _fastest_product(side, device, dtype)
-        if seconds > SLOW_S:
-            break
+    """Returns the FLOP a second that the device reaches in products of large square matrices: those of the fastest
+    product in a quarter second."""
+    if device.type == "cuda":
+        side = 8192
+        seconds = _time_product(side, device, dtype)
+    else:
+        side = 256
+        seconds = _time_product(side, device, dtype)
+        if seconds <= SLOW_S:
+            side = 1024
+            seconds = _time_product(side, device, dtype)
     return 2 * side**3 / seconds
 
 
-def _fastest_product(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of the products of two matrices [side, side] that a quarter second allows."""
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+def _time_product(
+    side: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Returns the seconds of the fastest of the products of two matrices [side, side] that a quarter second allows."""
+    left = torch.randn(side, side, device=device).to(dtype)
+    right = torch.randn(side, side, device=device).to(dtype)
 
-    def seconds() -> float:
-        begin = _now(device)
+    def time_once() -> float:
+        begin = _read_clock(device)
         torch.matmul(left, right)
-        return _now(device) - begin
+        return _read_clock(device) - begin
 
-    seconds()  # asks for memory, and chooses a kernel
-    end, fastest = time.perf_counter() + MEASURED_S, seconds()
+    # The first product allocates memory and chooses a kernel.
+    time_once()
+    end = time.perf_counter() + MEASURED_S
+    fastest = time_once()
     while time.perf_counter() < end:
-        fastest = min(fastest, seconds())
+        fastest = min(fastest, time_once())
     return fastest
 
 
-def _now(device: torch.device) -> float:
+def _read_clock(device: torch.device) -> float:
+    """Returns the time after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

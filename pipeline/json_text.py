@@ -1,4 +1,4 @@
-"""Reads JSON that may be damaged: each key once, no endless numbers, and errors of one line.
+"""Reads JSON that may be damaged: keys must be unique, numbers have a limited length, and errors take one line.
 
 bytes ──read──▶ tree of dict, list, str, int, float, bool, None
 """
@@ -8,23 +8,28 @@ from typing import Any
 
 from pipeline.errors import InputError
 
+# Python's conversion of decimal digits takes quadratic time.
 _MAX_DIGITS = 100
 
 
 def read(data: bytes, source: object) -> Any:
-    """Returns the tree that a document stands for. Raises InputError of one line that names `source` and the place."""
+    """Returns the document's tree. Raises InputError with one line that names `source` and the position."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_mapping, parse_int=_whole_number)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_build_mapping,
+            parse_int=_parse_int,
+        )
     except RecursionError:
-        why = "values are nested too deeply"
+        reason = "values are nested too deeply"
     except UnicodeDecodeError as error:
-        why = f"byte {error.start} is not UTF-8"
+        reason = f"byte {error.start} is not UTF-8"
     except ValueError as error:
-        why = str(error)
-    raise InputError(f"{source}: not JSON: {why}")
+        reason = str(error)
+    raise InputError(f"{source}: not JSON: {reason}")
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in pairs:
         if name in tree:
@@ -33,7 +38,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _whole_number(digits: str) -> int:
+def _parse_int(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits; {_MAX_DIGITS} at most")
     return int(digits)

@@ -1,4 +1,4 @@
-"""The network that a task and a model's settings describe: the one place where it is made."""
+"""Makes the network that a task and a model's settings describe. No other module does."""
 
 import difflib
 from pathlib import Path
@@ -28,21 +28,23 @@ from pvt.semantic_fpn import SemanticFpn
 
 
 def build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
-    """Freshly initialised from torch's current seed, in training mode, for images of `image_size` pixels.
+    """Returns a network initialised from torch's current seed, in training mode, for images of `image_size` pixels.
 
-    From images [B, 3, H, W] it makes logits: for classification [B, K], for semantic_fpn [B, K, H / 4, W / 4]; a
-    detector makes what pvt.detector says. From here on fp32 is fp32 in this process. Raises InputError for a name that
-    timm does not know, and a size or a setting that the model does not take.
+    It maps images [B, 3, H, W] to logits: [B, K] for classification and [B, K, H / 4, W / 4] for semantic_fpn. The
+    output of a detector is described in pvt.detector. From here on this process computes fp32 in full precision. Raises
+    InputError for a name that timm does not know, and a size or a setting that the model does not take.
     """
-    _compute_fp32_in_full()
+    _disable_tf32()
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
         raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
     try:
-        network = _build(task, model, image_size, num_classes)
-    except TypeError as error:  # a setting that the architecture has not
+        network = _build_network(task, model, image_size, num_classes)
+    except TypeError as error:
+        # The architecture does not take one of the settings.
         raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
-    except (ValueError, AssertionError, RuntimeError) as error:  # the latter where there is no memory for it
+    except (ValueError, AssertionError, RuntimeError) as error:
+        # A size that the architecture does not take, or, a RuntimeError, one that there is no memory for.
         size = model.image_size or image_size
         raise InputError(f"model.name {model.name!r} for {size} px: {error}") from error
     if model.grad_checkpointing:
@@ -51,7 +53,7 @@ def build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: in
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a safetensors file by name. Raises InputError for one that is not whole."""
+    """Returns the tensors of a safetensors file by name. Raises InputError for a damaged file."""
     try:
         return safetensors.torch.load_file(file)
     except (OSError, SafetensorError) as error:
@@ -59,28 +61,34 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(network: nn.Module, file: Path) -> None:
-    """Loads a safetensors file. Raises InputError for one that is not whole, and for weights of another network."""
+    """Loads the weights in a safetensors file. Raises InputError for a damaged file and for weights of another
+    network."""
     try:
         network.load_state_dict(read_weights(file))
-    except RuntimeError as error:  # a line for each tensor
-        why = " ".join(str(error).split())[:300]
+    except RuntimeError as error:
+        # torch's message has a line for each tensor.
+        message = " ".join(str(error).split())
+        why = message[:300]
         raise InputError(f"{file}: are not the weights of the network beside them: {why}") from error
 
 
-def _compute_fp32_in_full() -> None:
-    """On GPUs torch computes fp32 convolutions in TF32, with 10 bits of the mantissa instead of 23, unless told not to;
-    NVIDIA's containers ask for the same of matrix products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)."""
-    # By these names: with torch's newer ones, `fp32_precision`, torch.backends.cudnn.flags raises.
+def _disable_tf32() -> None:
+    """Makes torch compute fp32 in full precision on GPUs.
+
+    Its default for convolutions is TF32, with 10 bits of the mantissa instead of 23, and NVIDIA's containers set the
+    same for matrix products (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
+    """
+    # These are torch's older names. With the newer ones, `fp32_precision`, torch.backends.cudnn.flags raises.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
 
 def training_flops(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> int:
-    """Floating-point operations of training on one image of `image_size` pixels, see pipeline/flops.py."""
+    """Returns the floating-point operations of training on one image of `image_size` pixels, see pipeline/flops.py."""
     return flops.training_flops(lambda: build(task, model, image_size, num_classes), image_size)
 
 
-def _build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
+def _build_network(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
     if isinstance(task, ClassificationConfig):
         return create_model(
             model.name,
@@ -94,7 +102,8 @@ def _build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: i
         return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
     if isinstance(task, DetrConfig):
         with needing("detr", "task detr"):
-            from pvt.detr import Detr  # brings in transformers, which takes seconds
+            # Imported here, because it imports transformers, which takes seconds.
+            from pvt.detr import Detr
 
         return Detr(
             pyramid,
@@ -108,7 +117,7 @@ def _build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: i
             dropout=task.dropout,
             max_detections=task.max_detections,
         )
-    of_both = {
+    anchor_based = {
         "pyramid_channels": task.pyramid_channels,
         "smallest_anchor": task.smallest_anchor,
         "min_score": task.min_score,
@@ -116,11 +125,11 @@ def _build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: i
         "max_detections": task.max_detections,
     }
     if isinstance(task, RetinaNetConfig):
-        return RetinaNet(pyramid, num_classes, **of_both)
+        return RetinaNet(pyramid, num_classes, **anchor_based)
     return MaskRcnn(
         pyramid,
         num_classes,
-        **of_both,
+        **anchor_based,
         box_width=task.box_width,
         mask_width=task.mask_width,
         sampled_boxes=task.sampled_boxes,

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of this machine's GPUs, which it does also where torch cannot use them."""
+"""Asks NVIDIA's driver about this machine's GPUs, which works even where torch cannot use them."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ OLDEST = {11: 450, 12: 525, 13: 580}
 """The oldest driver that a program works with, by the major version of the CUDA it was built for: NVIDIA's "CUDA
 Compatibility", minor version compatibility."""
 UNUSED_MEMORY = 0.9
-"""Part of a GPU's memory that is free when no other process uses it. The driver's own share is below a tenth."""
+"""The share of a GPU's memory that is free when no other process uses it. The driver itself takes less than a tenth."""
 
 
 class Driver(NamedTuple):
@@ -23,7 +23,7 @@ class Driver(NamedTuple):
 
 
 def read_driver() -> Driver | None:
-    """Returns what the driver says; None on a machine without a driver, or with one that does not work."""
+    """Returns the driver's version and number of GPUs; None on a machine without a working driver."""
     try:
         with _nvml():
             return Driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetCount())
@@ -32,7 +32,7 @@ def read_driver() -> Driver | None:
 
 
 def pci_bus_id(properties: Any) -> str:
-    """Returns the name of a GPU on its node, from torch's properties of it."""
+    """Returns the name that identifies a GPU on its node, from torch's properties of it."""
     return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
@@ -41,7 +41,8 @@ def gpus_in_use(gpu: str, free: int, total: int) -> str:
 
     `gpu` is its `pci_bus_id`; `free` and `total` are in bytes.
     """
-    users = ", ".join(f"pid {pid} ({_name(pid)})" for pid in _other_processes(gpu))
+    users = ", ".join(f"pid {pid} ({_process_name(pid)})" for pid in _other_processes(gpu))
+    # In a container the driver hides the processes of others.
     users = users or "a process that the driver does not name here"
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free: used by {users}"
 
@@ -49,16 +50,18 @@ def gpus_in_use(gpu: str, free: int, total: int) -> str:
 def _other_processes(gpu: str) -> list[int]:
     try:
         with _nvml():
-            found = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByPciBusId(gpu))
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(gpu)
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return []
-    return sorted({process.pid for process in found} - {os.getpid()})
+    return sorted({process.pid for process in processes} - {os.getpid()})
 
 
-def _name(pid: int) -> str:
+def _process_name(pid: int) -> str:
     try:
         return psutil.Process(pid).name()
-    except psutil.Error:  # it is in another container, or has ended
+    # The process is in another container, or has ended.
+    except psutil.Error:
         return "unknown"
 
 

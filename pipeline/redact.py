@@ -1,4 +1,4 @@
-"""What must not leave a process as it is: secrets are masked, and control characters are escaped.
+"""Masks secrets and escapes control characters in what leaves a process.
 
 settings, results, run.json ──redact──▶ files that others may read, tracking server, pages
 anything on standard error ──Redacted──▶ the same, and no control sequence of somebody's file name
@@ -9,7 +9,7 @@ import re
 from typing import Any, TextIO
 
 MASK = "***"
-# Tokens of these kinds are parameters of networks.
+# The tokens with the prefixes in (?<!…) are parameters of networks.
 _SECRET_NAME = re.compile(
     r"(^|_)(passwords?|passwd|pwd|passphrase|secrets?|(?<!cls_)(?<!dist_)(?<!mask_)(?<!reg_)token|credentials?"
     r"|authorization|bearer|cookie|sig|signature|(api|access|account|private)_?key)(_|$)"
@@ -25,56 +25,76 @@ _SEQUENCE = re.compile(rf"(?![\t\r\n]){_CONTROL.pattern}")
 def redact(value: Any) -> Any:
     """Returns a copy of a tree of mappings, lists and values in which secrets are masked, in linear time.
 
-    Masked are values whose key says secret (password, token, api_key, …); in text, up to the end of the line, what
-    follows such a name as KEY=VALUE, as a header (Authorization: Bearer …) or as an option (--password …); and in URLs
-    the user and the query, which is a signature in URLs that give access by themselves.
+    Values whose key names a secret (password, token, api_key, …) are masked. In text, what follows such a name is
+    masked up to the end of the line: as KEY=VALUE, as a header (Authorization: Bearer …) or as an option
+    (--password …). In URLs the user and the query are masked, because a query may be a signature that gives access.
     """
     if isinstance(value, dict):
-        return {key: MASK if _is_secret(str(key), item) else redact(item) for key, item in value.items()}
+        masked = {}
+        for key, item in value.items():
+            masked[key] = MASK if _is_secret(str(key), item) else redact(item)
+        return masked
     if isinstance(value, list | tuple):
-        named = [isinstance(item, str) and item.startswith("-") and _says_secret(item) for item in value]
-        return [MASK if after else redact(item) for after, item in zip([False, *named], value, strict=False)]
+        return _redact_arguments(value)
     if isinstance(value, str):
-        return "\n".join(map(_redacted_line, redact_urls(value).split("\n")))
+        lines = redact_urls(value).split("\n")
+        return "\n".join(map(_redact_line, lines))
     return value
+
+
+def _redact_arguments(items: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Returns the items redacted. A list may be a command line, in which a secret follows its option."""
+    masked = []
+    follows_option = False
+    for item in items:
+        masked.append(MASK if follows_option else redact(item))
+        follows_option = isinstance(item, str) and item.startswith("-") and _names_secret(item)
+    return masked
 
 
 def redact_urls(text: str) -> str:
     """Returns `text` with the users and queries of its URLs masked."""
+    return _URL.sub(_redact_url, text)
 
-    def one(match: re.Match[str]) -> str:
-        user, place, query = split_url(match[2])
-        return "".join([match[1], user and f"{MASK}@", place, f"?{MASK}" if len(query) > 1 else query])
 
-    return _URL.sub(one, text)
+def _redact_url(match: re.Match[str]) -> str:
+    user, address, query = split_url(match[2])
+    if user:
+        user = f"{MASK}@"
+    if len(query) > 1:
+        query = f"?{MASK}"
+    return f"{match[1]}{user}{address}{query}"
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Splits what follows :// in a URL into user (with password), place, and query (with its question mark).
+    """Splits what follows :// in a URL into user (with password), address, and query (with its question mark).
 
-    A password may hold any character, as people write it: where a colon comes before the first slash, the last @ ends
-    it. A path behind HOST:PORT should therefore have no @. Where that @ comes behind a question mark the parts cannot
-    be told apart, and all of it is taken for the user.
+    People write passwords with any character in them: where a colon comes before the first slash, the last @ ends the
+    password. A path behind HOST:PORT should therefore have no @. Where that @ comes behind a question mark, the
+    components cannot be distinguished, and the whole text is taken for the user.
     """
-    head, _, tail = url.rpartition("@")
-    if head and ":" not in head.partition("/")[0] and re.search("[/?#]", head):  # an @ of the path or the query
-        head, tail = "", url
-    if "?" in head:
+    user, _, rest = url.rpartition("@")
+    host, _, _ = user.partition("/")
+    # Without a password, an @ behind a slash or question mark belongs to the path or the query.
+    if user and ":" not in host and re.search("[/?#]", user):
+        user = ""
+        rest = url
+    if "?" in user:
         return url, "", ""
-    place, mark, query = tail.partition("?")
-    return head, place, mark + query
+    address, mark, query = rest.partition("?")
+    return user, address, mark + query
 
 
 def printable(text: object) -> str:
-    """Returns `text` as one line that does nothing to a terminal.
+    """Returns `text` as one line without effects on a terminal.
 
-    Control characters, ends of lines, and characters that turn the direction of writing are escaped as in Python.
+    Control characters, ends of lines, and characters that change the writing direction are escaped as in Python.
     """
-    return _CONTROL.sub(_escaped, str(text))
+    return _CONTROL.sub(_escape, str(text))
 
 
-class Redacted:
-    """A text stream that writes everything redacted, and control characters escaped but for tabs and ends of lines."""
+class RedactedStream:
+    """A text stream that redacts what is written, and escapes control characters except tabs and ends of lines."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -83,30 +103,37 @@ class Redacted:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._stream.write(_SEQUENCE.sub(_escaped, redact(text)))
+        self._stream.write(_SEQUENCE.sub(_escape, redact(text)))
         return len(text)
 
 
-def _redacted_line(line: str) -> str:
+def _redact_line(line: str) -> str:
     line = _QUERY.sub(f"?{MASK}", line)
     for match in _NAMED.finditer(line):
         name, sign = match.groups()
-        # A colon after a setting's name, engine.token: no such setting, begins a message. After a space comes the value
-        # of an option or, as in Bearer …, of a header.
-        is_option = name.startswith("-") or name.lower() == "bearer"
-        if (sign == "=" or (sign == ":" and "." not in name) or (not sign and is_option)) and _says_secret(name):
+        if sign == "=":
+            has_value = True
+        elif sign == ":":
+            # A colon after a setting's name, engine.token: no such setting, begins a message.
+            has_value = "." not in name
+        else:
+            # After a space comes the value of an option or, as in Bearer …, of a header.
+            has_value = name.startswith("-") or name.lower() == "bearer"
+        if has_value and _names_secret(name):
             return line[: match.end()] + MASK
     return line
 
 
 def _is_secret(key: str, item: Any) -> bool:
-    return not isinstance(item, float | None) and _says_secret(key)
+    # A float is a metric or a hyperparameter, and None means that nothing is set.
+    return not isinstance(item, float | None) and _names_secret(key)
 
 
-def _says_secret(name: str) -> bool:
+def _names_secret(name: str) -> bool:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return bool(_SECRET_NAME.search(re.sub(r"[^a-z0-9]+", "_", snake.lower())))
+    words = re.sub(r"[^a-z0-9]+", "_", snake.lower())
+    return _SECRET_NAME.search(words) is not None
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode()

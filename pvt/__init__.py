@@ -10,4 +10,10 @@ Importing this package registers `pvt_pico`, `pvt_tiny`, `pvt_small`, `pvt_mediu
 from pvt.convert import from_public, from_transformers, to_public, to_transformers
 from pvt.model import PyramidVisionTransformer
 
-__all__ = ["PyramidVisionTransformer", "from_public", "from_transformers", "to_public", "to_transformers"]
+__all__ = [
+    "PyramidVisionTransformer",
+    "from_public",
+    "from_transformers",
+    "to_public",
+    "to_transformers",
+]

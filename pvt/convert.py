@@ -1,11 +1,11 @@
-"""State dicts of PVT v1 between this package, the public repository (whai362/PVT) and Transformers.
+"""Converts state dicts of PVT v1 between this package, the public repository (whai362/PVT) and Transformers.
 
     public repository  <->  this package  <->  Transformers' PvtForImageClassification
 
-All three hold the same tensors under other names; Transformers also splits our fused `attn.kv` in two. Every
-function takes and returns a flat dict and leaves its argument alone; tensors that need no joining share
-memory with it. ValueError names every key that the layout does not have, or that a model of the depths found
-should have. The head is optional.
+All three have the same tensors under different names; Transformers also splits our fused `attn.kv` in two. Every
+function takes and returns a flat dict and does not change its argument; tensors that need no joining share memory
+with it. ValueError names every key that is unknown in the layout, or missing for a model of the depths found. The
+head is optional.
 """
 
 import re
@@ -15,16 +15,22 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["from_any", "from_public", "from_transformers", "to_public", "to_transformers"]
+__all__ = [
+    "from_any",
+    "from_public",
+    "from_transformers",
+    "to_public",
+    "to_transformers",
+]
 
 Layout = Literal["ours", "public", "transformers"]
 
 
 class Names(NamedTuple):
-    """What one tensor is called in each layout.
+    """The names of one tensor in the three layouts.
 
-    {s} counts stages from 0, {n} from 1, {b} the blocks of a stage from 0. A final * stands for weight and
-    bias, and "key|value" for two tensors that are a single one of ours split along dimension 0.
+    {s} is the stage counted from 0, {n} from 1, {b} the block of a stage from 0. A final * stands for weight and bias,
+    and "key|value" for two tensors that are halves, along dimension 0, of a single one of ours.
     """
 
     ours: str
@@ -43,9 +49,10 @@ _BLOCK_PREFIX = Names("stages.{s}.blocks.{b}.", "block{n}.{b}.", "pvt.encoder.bl
 
 
 def _in_block(name: str, *transformers: str) -> Names:
-    """Within blocks, our names are those of the public repository."""
+    """Returns the names of a block's tensor. Our names inside a block are those of the public repository."""
     ours, public, theirs = _BLOCK_PREFIX
-    return Names(ours + name, public + name, "|".join(theirs + part for part in transformers))
+    halves = [theirs + half for half in transformers]
+    return Names(ours + name, public + name, "|".join(halves))
 
 
 _BLOCK = (
@@ -57,7 +64,9 @@ _BLOCK = (
     _in_block("mlp.fc1.*", "mlp.dense1.*"),
     _in_block("mlp.fc2.*", "mlp.dense2.*"),
 )
-_BLOCK_REDUCTION = (  # in every block of a stage, or in none
+
+# Every block of a stage has these, or none.
+_BLOCK_REDUCTION = (
     _in_block("attn.sr.*", "attention.self.sequence_reduction.*"),
     _in_block("attn.norm.*", "attention.self.layer_norm.*"),
 )
@@ -66,34 +75,35 @@ _HEAD = Names("head.*", "head.*", "classifier.*")
 
 
 def from_public(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The public repository's keys to ours; those of a training checkpoint may stay under its "model"."""
+    """Converts the public repository's keys to ours, also those below "model" in a training checkpoint."""
     return _convert(state.get("model", state), "public", "ours")
 
 
 def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our keys to the public repository's, unwrapped."""
+    """Converts our keys to the public repository's, as a flat dict without "model"."""
     return _convert(state, "ours", "public")
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of Transformers' PvtForImageClassification to ours.
+    """Converts the keys of Transformers' PvtForImageClassification to ours.
 
-    Transformers gives every LayerNorm an eps of 1e-6. The public code and this package use 1e-5 in patch
-    embeddings and after spatial reduction: outputs agree once Transformers' modules are set so, too.
+    Transformers gives every LayerNorm an eps of 1e-6. The public code and this package use 1e-5 in patch embeddings
+    and after spatial reduction: outputs agree once Transformers' modules have the same eps.
     """
     return _convert(state, "transformers", "ours")
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our keys to those of Transformers' PvtForImageClassification; see from_transformers on eps."""
+    """Converts our keys to those of Transformers' PvtForImageClassification. On eps see from_transformers."""
     return _convert(state, "ours", "transformers")
 
 
 def from_any(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of any layout to ours; a dict that shows neither foreign layout comes back unchecked."""
+    """Converts the keys of any layout to ours. A dict of neither foreign layout is returned unchecked."""
     if any(re.match(r"(pos_embed|patch_embed|block)\d", key) for key in state.get("model", state)):
         return from_public(state)
-    if any(key.startswith("encoder.patch_embeddings.") for key in state):  # PvtModel's, without a classifier around it
+    # Transformers' PvtModel has no classifier around it.
+    if any(key.startswith("encoder.patch_embeddings.") for key in state):
         state = {f"pvt.{key}": value for key, value in state.items()}
     if any(key.startswith("pvt.encoder.") for key in state):
         return from_transformers(state)
@@ -101,11 +111,12 @@ def from_any(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:
-    rows = _rows(state, source)
+    rows = _expected_tensors(state, source)
     table = [(getattr(row, source).split("|"), getattr(row, target).split("|")) for row in rows]
     expected = [name for sources, _ in table for name in sources]
     missing = [name for name in expected if name not in state]
     unknown = sorted(state.keys() - set(expected))
+    # All at once, because a foreign checkpoint usually differs in a whole group of keys.
     if missing or unknown:
         raise ValueError(
             f"not a PVT v1 state dict in the layout {source!r}: missing keys {missing}, "
@@ -113,31 +124,48 @@ def _convert(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dic
         )
     converted: dict[str, Tensor] = {}
     for sources, targets in table:
+        # A single tensor is passed on as it is, and shares its memory.
         tensor = state[sources[0]] if len(sources) == 1 else torch.cat([state[name] for name in sources])
-        parts = [tensor] if len(targets) == 1 else tensor.chunk(len(targets))
-        converted.update(zip(targets, parts, strict=True))
+        halves = [tensor] if len(targets) == 1 else tensor.chunk(len(targets))
+        converted.update(zip(targets, halves, strict=True))
     return converted
 
 
-def _rows(state: Mapping[str, Tensor], layout: Layout) -> list[Names]:
-    """All tensors of a model with the blocks, reductions and head that show in the keys of `state`."""
-    rows: list[Names] = []
+def _expected_tensors(state: Mapping[str, Tensor], layout: Layout) -> list[Names]:
+    """Returns all tensors of a model with the blocks, reductions and head that appear in the keys of `state`."""
+    tensors: list[Names] = []
     for s in range(4):
-        rows += _fill(_STAGE, s)
-        block = getattr(_BLOCK_PREFIX, layout).replace(".", r"\.").format(s=s, n=s + 1, b=r"(\d{1,3})")
-        depth = 1 + max((int(match[1]) for key in state if (match := re.match(block, key))), default=0)
-        reduction = [row for b in range(depth) for row in _fill(_BLOCK_REDUCTION, s, b)]
-        rows += [row for b in range(depth) for row in _fill(_BLOCK, s, b)]
-        rows += reduction if any(getattr(row, layout) in state for row in reduction) else []
+        tensors += _fill(_STAGE, s)
+        blocks = range(_depth(state, layout, s))
+        reduction: list[Names] = []
+        for b in blocks:
+            tensors += _fill(_BLOCK, s, b)
+            reduction += _fill(_BLOCK_REDUCTION, s, b)
+        if any(getattr(names, layout) in state for names in reduction):
+            tensors += reduction
+    tensors.append(_CLS_TOKEN)
+    tensors += _fill([_NORM])
     head = _fill([_HEAD])
-    has_head = any(getattr(row, layout) in state for row in head)
-    return [*rows, _CLS_TOKEN, *_fill([_NORM]), *(head if has_head else [])]
+    if any(getattr(names, layout) in state for names in head):
+        tensors += head
+    return tensors
 
 
-def _fill(rows: Iterable[Names], s: int = 0, b: int = 0) -> list[Names]:
-    """The tensors that rows of the tables stand for at stage s and block b."""
-    return [
-        Names(*(name.format(s=s, n=s + 1, b=b).replace("*", kind) for name in row))
-        for row in rows
-        for kind in (("weight", "bias") if row.ours.endswith("*") else ("",))
-    ]
+def _depth(state: Mapping[str, Tensor], layout: Layout, s: int) -> int:
+    """Returns the number of blocks of stage s, by the keys of `state`; at least 1."""
+    # The prefix as a regular expression, with the number of the block as its group.
+    prefix = getattr(_BLOCK_PREFIX, layout).replace(".", r"\.")
+    pattern = prefix.format(s=s, n=s + 1, b=r"(\d{1,3})")
+    matches = [re.match(pattern, key) for key in state]
+    return 1 + max((int(match[1]) for match in matches if match), default=0)
+
+
+def _fill(table: Iterable[Names], s: int = 0, b: int = 0) -> list[Names]:
+    """Returns the tensors that the rows of a table stand for at stage s and block b."""
+    filled: list[Names] = []
+    for row in table:
+        names = [name.format(s=s, n=s + 1, b=b) for name in row]
+        kinds = ("weight", "bias") if row.ours.endswith("*") else ("",)
+        for kind in kinds:
+            filled.append(Names(*(name.replace("*", kind) for name in names)))
+    return filled

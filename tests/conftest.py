@@ -9,18 +9,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import yaml
 
 from pipeline.config import Config, load_config
-from pipeline.shards.pack import pack
 from tests.ranks import PATIENCE_S, ROOT, start
 
-# OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes.
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,9 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish() -> None:
+    # OpenMP's threads spin while they wait, which on a busy machine of two cores costs minutes. Tests without torch do
+    # not import it for this: that takes seconds.
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def device() -> Iterator[torch.device]:
-    """The device that tests compute on, which is where tensors are made that do not say where."""
+def device() -> "Iterator[torch.device | None]":
+    """The device that tests compute on, where tensors are made unless a test says otherwise; None without torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield None
+        return
     if not torch.cuda.is_available():
         yield torch.device("cpu")
         return
@@ -63,6 +72,8 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits(digit_images: Path) -> Path:
     """The same, packed: DIR/train in 8 shards and DIR/val in 2."""
+    from pipeline.shards.pack import pack
+
     folder = digit_images.parent
     manifest = pack(digit_images / "train", folder / "train", samples_per_shard=200)
     pack(digit_images / "val", folder / "val", classes=manifest.classes, samples_per_shard=200)

@@ -34,7 +34,7 @@ CASES = {
     "model.name=pvt_larg": "model.name 'pvt_larg' is no timm model; near: pvt_large",
     "model.name=vgg11": "model.name 'vgg11' cannot be built here",
     "image.size=33": "input of 33x33 px: both sides must be divisible by 32",
-    "augment.image_size={2 steps: 40}": "augment.image_size: pvt_pico does not take 40",
+    "augment.size_schedule={2 steps: 40}": "augment.size_schedule: pvt_pico does not take 40",
     "engine.deepspeed.bf16.enabled=true": "engine.deepspeed.bf16: the precision is set by engine.precision",
     "engine.deepspeed.zero_optimization.overlap_com=true": "zero_optimization.overlap_com: no such setting",
 }

@@ -27,16 +27,12 @@ from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.images import BadImageError, decode_map
 from pipeline.shards.index import (
     ANNOTATED_RECORD,
-    EXTENSIONS,
-    Annotations,
     CorruptSampleError,
-    Manifest,
-    Shard,
     ShardSet,
-    read_manifest,
 )
+from pipeline.shards.manifest import EXTENSIONS, Annotations, Manifest, Shard, read_manifest
 from pipeline.shards.pack import pack
-from pipeline.shards.show_dataset import show_dataset, table
+from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.shards.store import Cache
 from pipeline.shards.verify import verify
 from tests.ranks import PATIENCE_S, ROOT
@@ -542,7 +538,7 @@ def test_the_balance_of_pixels_is_shown(ade: Path, tmp_path: Path) -> None:
     assert summary["largest_classes"] == pytest.approx(shares)
     assert summary["smallest_classes"] == {}
     assert list(summary["largest_classes"]) == sorted(counts, key=lambda name: -counts[name])
-    assert f"{summary['labelled_share']:.1%} of the pixels of 6 maps have a class" in table(summary)
+    assert f"{summary['labelled_share']:.1%} of the pixels of 6 maps have a class" in format_summary(summary)
     pixels = np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3)
     for colour in palette(3):
         assert (pixels == colour).all(axis=1).sum() > 1000

@@ -21,8 +21,9 @@ from torchvision import transforms
 from pipeline import keys
 from pipeline.config import AugmentConfig, ImageConfig, RandAugment
 from pipeline.feed import image_ops, transfer
-from pipeline.feed.augment import RAND_AUGMENT, Op, Views, evaluation_views, training_views
+from pipeline.feed.augment import Views, evaluation_views, training_views
 from pipeline.feed.dali import Decoder
+from pipeline.feed.random_ops import RAND_AUGMENT, Op
 from pipeline.keys import Stream
 
 FILL = (124, 116, 104)

@@ -276,6 +276,6 @@ def test_another_identity_is_refused_unless_allowed(folder: Path) -> None:
 
 
 def test_never_refuses_a_used_folder(folder: Path) -> None:
-    with pytest.raises(InputError, match="give the run another"):
+    with pytest.raises(InputError, match="choose another"):
         find(folder, "never")
     assert find(folder / "empty", "never") is None

@@ -298,8 +298,8 @@ def test_a_leftover_is_told_but_no_fault(run: Path) -> None:
 
 def test_what_a_run_removes_in_the_meantime_is_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run / "checkpoints" / "step-00000001", run / "checkpoints" / OLD]
-    for row_of in (checkpoint_command._verified, checkpoint_command._row):
-        rows = checkpoint_command._still_there(folders, row_of)
+    for row_of in (checkpoint_command._verify_row, checkpoint_command._list_row):
+        rows = checkpoint_command._make_rows(folders, row_of)
         assert [row["step"] for row in rows] == [2]
         assert "step-00000001 has been removed in the meantime" in capsys.readouterr().err
 
@@ -308,10 +308,10 @@ def test_show_says_what_is_in_it(run: Path) -> None:
     new = run / "checkpoints" / NEW
     guard = Guard(GuardConfig(window=8), chance_loss=2.3)
     fresh = guard.state()
-    guard.settle(0, loss=9.0, grad_norm=1.0, applied=True)
+    guard.account(0, loss=9.0, grad_norm=1.0, applied=True)
     guard.roll_back(fresh)
     for step in range(1, 4):
-        guard.settle(step, loss=1.0 + step, grad_norm=1.0, applied=True)
+        guard.account(step, loss=1.0 + step, grad_norm=1.0, applied=True)
     set_state(new, guard=guard.state(), scores={"top1": 0.5}, scored_step=2, run_id="abc", skipped=1)
     network = timm.create_model("pvt_pico", num_classes=10, img_size=32)
     result, told = result_of("show", run)
@@ -343,7 +343,7 @@ def test_show_takes_the_newest_whole_one(run: Path) -> None:
     flip_bit(run / "checkpoints" / NEW / "model.safetensors")
     result, told = result_of("show", run)
     assert result["step"] == 2
-    assert f"{NEW} is passed over: model.safetensors has SHA-256" in told
+    assert f"{NEW} is skipped: model.safetensors has SHA-256" in told
     assert result["guard"] is None
     result, _ = result_of("show", run, "--step", 2)
     assert result["step"] == 2

@@ -28,7 +28,7 @@ from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.object_annotations import Annotated, BadObjectsError
 from pipeline.shards.pack import pack
-from pipeline.shards.show_dataset import show_dataset, table
+from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.shards.verify import verify
 from tests.ranks import ROOT
 from tests.test_ade20k import write_set
@@ -480,8 +480,8 @@ def test_what_cannot_be_seen_is_kept_or_told(root: Path, tmp_path: Path, capsys:
     write(root, tree)
     pack(coco.find(annotations_of(root)), tmp_path / "out")
     told = capsys.readouterr().err
-    assert "1 boxes without area, which training does not see" in told
-    assert "left out 2 polygons of fewer than three points" in told
+    assert "1 boxes without area, which training ignores" in told
+    assert "skipped 2 polygons of fewer than three points" in told
     packed = {entry["id"]: entry for found in samples(tmp_path / "out").values() for entry in found.annotations}
     assert packed[1]["segmentation"] == segmentation(1)
     assert not object_annotations.mask(packed[4], HEIGHT, WIDTH).any()
@@ -539,8 +539,8 @@ def test_objects_are_counted_as_they_are(root: Path, tmp_path: Path) -> None:
     assert summary["objects_per_image"] == {"min": 0, "mean": len(single) / 5, "max": 2}
     counts = {NAMES[number]: sum(entry["category_id"] == number for entry in single) for number in NAMES}
     assert (summary["largest_classes"], summary["smallest_classes"]) == (counts, {})
-    assert "6 objects in 5 images, 6 of them with masks; 2 crowds beside them" in table(summary)
-    assert "small 2 (33%)   medium 3 (50%)   large 1 (17%)" in table(summary)
+    assert "6 objects in 5 images, 6 of them with masks; 2 crowds beside them" in format_summary(summary)
+    assert "small 2 (33%)   medium 3 (50%)   large 1 (17%)" in format_summary(summary)
 
 
 def test_the_sheet_shows_boxes_where_they_are(root: Path, tmp_path: Path) -> None:

@@ -448,15 +448,15 @@ def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_
 
 def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
-    schedule = "augment.image_size={{2 steps: 64, 50 %: {}}}"
+    schedule = "augment.size_schedule={{2 steps: 64, 50 %: {}}}"
     process = pretrain(tmp_path, schedule.format(40))
     assert process.returncode == 2
-    assert "error: augment.image_size: pvt_pico does not take 40:" in process.stderr
+    assert "error: augment.size_schedule: pvt_pico does not take 40:" in process.stderr
     assert not (tmp_path / "runs").exists()
     result = result_of(pretrain(tmp_path, schedule.format(96), "train.length=6 steps", "model.drop_path_rate=0.1"))
     assert result["steps"] == 6
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    logged = client.get_run(result["run_id"]).data.params["augment.image_size"]
+    logged = client.get_run(result["run_id"]).data.params["augment.size_schedule"]
     assert logged == "{'2 steps': 64, '50 %': 96}"
 
 
@@ -484,7 +484,7 @@ cli.run(main)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     told = (
-        "error: CUDA out of memory. Tried to allocate 20.00 MiB: end what else is on the GPU, "
+        "error: CUDA out of memory. Tried to allocate 20.00 MiB: end other processes on the GPU, "
         "or run on the CPUs with CUDA_VISIBLE_DEVICES="
     )
     assert done.stderr.splitlines() == [told]

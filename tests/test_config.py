@@ -1,5 +1,6 @@
 """Settings: every mistake is one clear error, and what is read is what was meant."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,18 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import Config, Gates, Length, dump_config, load_config, load_section, read_json
+from pipeline.config import (
+    Config,
+    Gates,
+    HandoffConfig,
+    Length,
+    dump_config,
+    fingerprint,
+    load_config,
+    load_section,
+    read_json,
+    section,
+)
 from pipeline.errors import InputError
 from pipeline.job.handoff import Claim
 from pipeline.track.model_card import ModelCard
@@ -71,7 +83,7 @@ def test_a_dumped_configuration_reads_back_equal(make_config: Make, tmp_path: Pa
         ("task={name: semantic_fpn, scale: [2, 1]}", "task.scale: scale is [low, high] with low <= high"),
         ("task=semantic_fpn", "augment.crop_scale has no effect with task semantic_fpn"),
         ("model.image_size=64", "a classifier has image.size"),
-        ("model.frozen_stages=2", "model.frozen_stages 2 would keep what is random as it is"),
+        ("model.frozen_stages=2", "model.frozen_stages 2 would freeze randomly initialised weights"),
     ],
 )
 def test_mistakes_are_named(make_config: Make, override: str, message: str) -> None:
@@ -121,6 +133,89 @@ def test_a_length_in_any_unit(text: str, steps: int) -> None:
 def test_resume_has_a_short_form(make_config: Make) -> None:
     assert make_config("resume=never").resume.source == "never"
     assert make_config("resume.allow=[data]").resume.allow == ["data"]
+
+
+RENAMED = [
+    ("engine", "fast", "optimised_kernels", False),
+    ("augment", "image_size", "size_schedule", {"0 epochs": 16, "50 %": 24}),
+]
+
+
+@pytest.fixture
+def warnings_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has warned of no former name yet, on the first rank."""
+    monkeypatch.setattr(section, "_reported", set())
+    for variable in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.usefixtures("warnings_so_far")
+@pytest.mark.parametrize(("name", "former", "present", "value"), RENAMED)
+def test_former_names_are_accepted_with_one_warning(
+    make_config: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    former: str,
+    present: str,
+    value: Any,
+) -> None:
+    expected = make_config(f"{name}.{present}={json.dumps(value)}")
+    assert make_config(f"{name}.{former}={json.dumps(value)}") == expected
+    (tmp_path / "former.yaml").write_text(yaml.safe_dump({"extends": "tiny.yaml", name: {former: value}}))
+    config = load_config(tmp_path / "former.yaml")
+    assert config == expected
+    assert capsys.readouterr().err == (
+        f"warning: {name}.{former} is now called {name}.{present}: rename it in the configuration\n"
+    )
+    # The dump has the present name alone, and a resumed run is the same run.
+    dumped = yaml.safe_load(dump_config(config))[name]
+    assert dumped[present] == value
+    assert former not in dumped
+    assert config.identity() == expected.identity()
+    assert fingerprint(config.model_dump(mode="json")) == fingerprint(expected.model_dump(mode="json"))
+
+
+@pytest.mark.usefixtures("warnings_so_far")
+def test_a_present_name_overrides_a_former_one_below(make_config: Make, tmp_path: Path) -> None:
+    make_config()
+    (tmp_path / "below.yaml").write_text("extends: tiny.yaml\nengine: {fast: false}\n")
+    (tmp_path / "above.yaml").write_text("extends: below.yaml\nengine: {optimised_kernels: true}\n")
+    assert load_config(tmp_path / "above.yaml").engine.optimised_kernels
+    assert load_config(tmp_path / "below.yaml", ["engine.optimised_kernels=true"]).engine.optimised_kernels
+    assert not load_config(tmp_path / "above.yaml", ["engine={fast: false}"]).engine.optimised_kernels
+    assert load_config(tmp_path / "below.yaml", ["augment.image_size.9 steps=24"]).augment.size_schedule == {
+        Length(9, "steps"): 24
+    }
+
+
+@pytest.mark.usefixtures("warnings_so_far")
+def test_a_setting_has_one_of_its_names(make_config: Make) -> None:
+    with pytest.raises(InputError, match="engine: fast is the former name of optimised_kernels, and both are set: rem"):
+        make_config("engine={fast: true, optimised_kernels: true}")
+    with pytest.raises(InputError, match=r"engine\.optimised_kernels: expected true or false \(found 3\)"):
+        make_config("engine.fast=3")
+    with pytest.raises(InputError, match=r"did you mean engine\.optimised_kernels\?"):
+        make_config("engine.optimized_kernels=true")
+
+
+@pytest.mark.usefixtures("warnings_so_far")
+def test_only_the_first_rank_warns_of_former_names(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert not make_config("engine.fast=false").engine.optimised_kernels
+    assert not capsys.readouterr().err
+
+
+def test_a_renamed_setting_in_a_list_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sections in lists, and those of several kinds, are renamed when they are validated."""
+    monkeypatch.setattr(section, "_reported", set())
+    monkeypatch.setattr(HandoffConfig, "renamed", {"overrides": "set"})
+    assert HandoffConfig.model_validate({"config": "x", "overrides": ["a=1"]}).set == ["a=1"]
+    assert "overrides is now called set" in capsys.readouterr().err
 
 
 def test_a_time_limit_needs_no_quotes(make_config: Make) -> None:

@@ -41,8 +41,8 @@ READ: list[tuple[str, str, Any]] = [
     ("engine.deepspeed.zero_optimization.reduce_bucket_size=5e7", "engine.deepspeed", 5e7),
     # on and off
     ("engine.compile=on", "engine.compile", True),
-    ("engine.fast=off", "engine.fast", False),
-    ("engine.fast=No", "engine.fast", False),
+    ("engine.optimised_kernels=off", "engine.optimised_kernels", False),
+    ("engine.optimised_kernels=No", "engine.optimised_kernels", False),
     ("train.deterministic=yes", "train.deterministic", True),
     ("engine.deepspeed.zero_optimization.overlap_comm=off", "engine.deepspeed", False),
     ("engine.deepspeed.zero_optimization.offload_optimizer={device: none}", "engine.deepspeed", {"device": "none"}),
@@ -76,7 +76,7 @@ REFUSED = [
     ("data.lanes=true", "data.lanes: true and false are not numbers"),
     ("engine.zero_stage=true", "engine.zero_stage: true and false are not numbers"),
     ("optim.betas=[true, 0.9]", "optim.betas: true and false are not numbers"),
-    ("augment.image_size={0 steps: true}", "augment.image_size: true and false are not numbers"),
+    ("augment.size_schedule={0 steps: true}", "augment.size_schedule: true and false are not numbers"),
     ("engine.compile=2", "engine.compile: expected true or false (found 2)"),
     ("run.name=true", "run.name: expected text; put a number into quotes"),
     # words for "not set" where there has to be a value

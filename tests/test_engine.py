@@ -66,10 +66,10 @@ def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, ranks: i
 def test_deepspeed_does_not_import_mlflow_which_stays_importable() -> None:
     script = """
 import sys
-from pipeline.train import lean
+from pipeline.train import import_deepspeed
 print(*sorted(name for name in sys.modules if name.partition(".")[0] == "mlflow"))
 import mlflow
-print(mlflow.__name__, lean.deepspeed.__name__)
+print(mlflow.__name__, import_deepspeed.deepspeed.__name__)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["", "mlflow deepspeed"]

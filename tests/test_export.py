@@ -442,7 +442,7 @@ def test_folders_and_targets_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_tampered_version_is_not_exported(models: Models, tmp_path: Path) -> None:
     uri = models.add("tampered", "pvt_pico", size=32)
-    version = registry.find(models.client, uri)
+    version = registry.find_version(models.client, uri)
     store = Path(models.client.get_model_version_download_uri("tampered", version.version).removeprefix("file://"))
     file = store / "artifacts" / WEIGHTS
     data = file.read_bytes()

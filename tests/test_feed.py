@@ -168,7 +168,7 @@ FULL = ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.25"]
     ("overrides", "world_size"),
     [
         ([*FULL, "data.copies=3"], 3),
-        ([*FULL, "augment.color_jitter=0", "augment.image_size={29 steps: 24}"], 5),
+        ([*FULL, "augment.color_jitter=0", "augment.size_schedule={29 steps: 24}"], 5),
         (["augment.color_jitter=0.4", "augment.crop=plain", "augment.erase_prob=0.5", "augment.erase_mode=const"], 4),
     ],
 )
@@ -182,7 +182,7 @@ def test_every_recipe_is_fed_the_same_on_every_world(make_config: Make, override
 
 
 def test_a_resolution_schedule_changes_the_size_at_its_step(make_config: Make) -> None:
-    scheduled = make_config("train.length=40 steps", "augment.image_size={2 steps: 16, 10 %: 48}")
+    scheduled = make_config("train.length=40 steps", "augment.size_schedule={2 steps: 16, 10 %: 48}")
     feed = TrainFeed(scheduled, ShardSet(*scheduled.data.train_paths), World())
     shapes = [feed.next()[0].images.shape[2:] for _ in range(6)]
     feed.close()

@@ -170,7 +170,7 @@ def test_a_clock_that_is_set_back_breaks_nothing(path: Path) -> None:
     [b"", b'{"format": 1, "beg', b"\xff\xfe", b'{"format": 2, "began": 1, "last": 1, "reached": 50}', b"[]", b"null"],
     ids=range(6),
 )
-def test_a_file_that_cannot_be_read_is_told_and_replaced(
+def test_a_file_that_cannot_be_read_is_reported_and_replaced(
     path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path.write_bytes(content)
@@ -185,14 +185,14 @@ def test_a_file_that_cannot_be_read_is_told_and_replaced(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_missing_file_is_told_unless_the_run_is_new(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_unless_the_run_is_new(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Process(path, Clock())
     assert capsys.readouterr().err == ""
     Process(path, Clock(), resumed_step=5)
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_disk_that_fails_is_told_once_and_costs_the_account_alone(
+def test_a_disk_that_fails_is_reported_once_and_costs_the_account_alone(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()

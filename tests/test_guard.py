@@ -24,10 +24,10 @@ def noisy(mean: float, count: int, spread: float = 0.1, seed: int = 0) -> list[f
 
 
 def take(guard: Guard, step: int, loss: float, grad_norm: float = 1.0, regime: int = 0) -> list[Anomaly]:
-    """A step as the loop and an engine take it: left out if judged so or if its gradients are not finite."""
+    """A step as the loop and an engine take it: skipped if judged so or if its gradients are not finite."""
     judged = guard.judge(step, loss, regime)
-    settled = guard.settle(step, loss, grad_norm, applied=judged is None and math.isfinite(grad_norm))
-    return [anomaly for anomaly in (judged, settled) if anomaly]
+    accounted = guard.account(step, loss, grad_norm, applied=judged is None and math.isfinite(grad_norm))
+    return [anomaly for anomaly in (judged, accounted) if anomaly]
 
 
 def run(guard: Guard, losses: list[float], start: int = 0, grad_norm: float = 1.0) -> list[Anomaly]:
@@ -48,7 +48,7 @@ def test_healthy_noise_raises_nothing_and_safe_step_follows() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_loss_is_left_out_from_the_first_step_on(loss: float) -> None:
+def test_a_non_finite_loss_is_skipped_from_the_first_step_on(loss: float) -> None:
     assert kinds(take(make(), 0, loss, grad_norm=math.nan)) == [(0, "non-finite loss")]
 
 
@@ -77,7 +77,7 @@ def test_spikes_are_judged_once_half_a_window_is_known() -> None:
     assert enough.judge(64, 100.0) is not None
 
 
-def test_what_is_left_out_does_not_become_usual() -> None:
+def test_a_skipped_loss_does_not_become_usual() -> None:
     guard = make(rollback_after=100)
     run(guard, noisy(4.0, 128))
     before = guard.state()
@@ -130,10 +130,10 @@ def test_a_row_of_skips_calls_for_a_rollback_to_weights_that_gave_a_usual_loss()
 def test_an_excused_overflow_neither_counts_nor_ends_a_row() -> None:
     guard = make(rollback_after=3)
     for step in range(10):
-        assert guard.settle(step, 4.0, math.inf, applied=False, excused=True) is None
+        assert guard.account(step, 4.0, math.inf, applied=False, excused=True) is None
     assert not guard.must_roll_back
     run(guard, [math.nan, math.nan], start=10)
-    guard.settle(12, 4.0, math.inf, applied=False, excused=True)
+    guard.account(12, 4.0, math.inf, applied=False, excused=True)
     assert not guard.must_roll_back
     run(guard, [math.nan], start=13)
     assert guard.must_roll_back

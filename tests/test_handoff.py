@@ -119,7 +119,7 @@ def test_a_run_that_dies_while_handing_off_has_one_child(jobs: Path, tmp_path: P
     assert child["result"]["top1"] > 0.6  # chance is a third
     (refused,) = done["refused"]
     assert "top1 is" in refused["why"]
-    assert "but at least 1.01 is asked for" in refused["why"]
+    assert "but at least 1.01 is required" in refused["why"]
     assert not (jobs / "runs" / "never").exists()
 
     client = MlflowClient(f"sqlite:///{jobs}/runs/mlflow.db")
@@ -190,7 +190,7 @@ def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refus
     assert twice["at_work"]
     (process,) = start(1, "launch/pretrain.py", [*job, tmp_path / "other" / "claim.json"], [tmp_path / "strange"])
     assert process.wait(PATIENCE_S) == 2
-    assert "is another run's: give the hand-off a run.name" in (tmp_path / "strange.err").read_text()
+    assert "is another run's: choose another run.name for the hand-off" in (tmp_path / "strange.err").read_text()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
 
     def chosen(most: float, keep_best: int) -> str | None:
         gate = {"val_loss": Bound(max=most)}
-        return handoff._choose(tmp_path, HandoffConfig(config="c.yaml", gate=gate), keep_best)[0]
+        return handoff._choose_version(tmp_path, HandoffConfig(config="c.yaml", gate=gate), keep_best)[0]
 
     assert chosen(1.5, keep_best=1) is None
     assert chosen(1.5, keep_best=2) == "models:/tiny/2"
@@ -281,9 +281,9 @@ def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(tmp_path: Pat
     assert outbox.scores("top1") == {good: 0.3}
     assert list(outbox.given_up()) == ["models:/tiny/35"]
     entry = HandoffConfig(config="c.yaml", gate=gate)
-    assert handoff._choose(tmp_path, entry, keep_best=1)[0] == "models:/tiny/10"
+    assert handoff._choose_version(tmp_path, entry, keep_best=1)[0] == "models:/tiny/10"
     outbox.give_up(since=0, step=37)
-    model, why = handoff._choose(tmp_path, entry, keep_best=9)
+    model, why = handoff._choose_version(tmp_path, entry, keep_best=9)
     assert model is None
     assert "were rolled back" in why
 

@@ -106,14 +106,14 @@ def test_another_process_of_the_same_number_is_not_the_holder(tmp_path: Path) ->
     with lease.hold(tmp_path):
         known = json.loads((tmp_path / lease.LEASE).read_text())
     leave(tmp_path, **{**known, "started": known["started"] - 1})
-    assert lease.stale(tmp_path) == f"process {os.getpid()} on {known['host']}, which has ended"
+    assert lease.find_stale(tmp_path) == f"process {os.getpid()} on {known['host']}, which has ended"
 
 
 def test_a_requeued_job_goes_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
     leave(tmp_path, job="big/12")
-    assert lease.stale(tmp_path) == "process 7 on node7 of job big/12: the same job, started again"
+    assert lease.find_stale(tmp_path) == "process 7 on node7 of job big/12: the same job, started again"
 
 
 def test_a_job_that_left_the_queue_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_a_job_that_left_the_queue_holds_nothing(tmp_path: Path, monkeypatch: py
     queue = {"12": {}, "13": {"13": "RUNNING"}}
     monkeypatch.setattr(slurm, "states", queue.__getitem__)
     leave(tmp_path, job="big/12")
-    assert str(lease.stale(tmp_path, slurm.has_ended)).endswith("which is not in the queue any more")
+    assert str(lease.find_stale(tmp_path, slurm.has_ended)).endswith("which is not in the queue any more")
     assert not slurm.has_ended("big/13")
     assert not slurm.has_ended("small/12")  # of which this cluster's queue knows nothing
 
@@ -133,7 +133,7 @@ def test_elsewhere_one_looks_whether_it_is_renewed(
     monkeypatch.setattr(lease, "STALE_S", 2.0)
     leave(tmp_path, renewed=9e12)  # by a clock that is ahead
     with ThreadPoolExecutor() as pool:
-        looking = pool.submit(lease.stale, tmp_path)
+        looking = pool.submit(lease.find_stale, tmp_path)
         if renewed:
             leave(tmp_path, renewed=1)  # and set back
             while not looking.done():

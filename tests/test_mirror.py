@@ -96,7 +96,7 @@ def resume(config: Config, tags: dict[str, str]) -> Path:
     folder = config.run.folder
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, **config.engine.deepspeed}))
-    (folder / "packages.txt").write_text(tracker.packages())
+    (folder / "packages.txt").write_text(tracker.list_packages())
     training, validation = config.data.train_paths[0], str(config.data.val)
     inputs = [
         DataInput(context="training", path=training, manifest="data/training-0.json", **FACTS),
@@ -659,7 +659,7 @@ def test_versions_are_registered_again_from_what_a_lost_database_left(
     assert sync(lost)["sent"] == "everything, as the server had lost the run"
     assert "models:/tiny/2 is not in the registry: it is registered again" in capfd.readouterr().err
     assert steps_of(lost) == {10: "models:/tiny/1", 30: "models:/tiny/2"}
-    for version in registry.versions(client_of(lost), "tiny"):
+    for version in registry.list_versions(client_of(lost), "tiny"):
         assert registry.verify(registry.uri_of(version))["ok"]
         assert version.run_id == the_run(lost).info.run_id
     assert not list(lost.glob("versions/*/*.safetensors"))
@@ -689,7 +689,7 @@ def test_a_version_that_somebody_removed_stays_away(tracked: Path) -> None:
     client.delete_model_version("tiny", "1")
     (tracked / "mlflow.json").unlink()
     Mirror(tracked).sync()
-    assert registry.versions(client, "tiny") == []
+    assert registry.list_versions(client, "tiny") == []
     assert Outbox(tracked).missing() == []
 
 
@@ -829,7 +829,7 @@ def test_outages_lose_nothing(
     wait_until(lambda: "nothing is lost" in said())
     assert tracker.run_id is None
     server.start()  # it was down from the start
-    wait_until(lambda: "works again" in said())
+    wait_until(lambda: "connection restored" in said())
     wait_until(lambda: Mirror(folder).behind == "")
     assert stored(MlflowClient(server.url), tracker.run_id or "") == written(folder)
 
@@ -953,7 +953,7 @@ def test_importing_the_tracker_does_not_import_mlflow() -> None:
 
 
 def test_packages() -> None:
-    lines = tracker.packages().splitlines()
+    lines = tracker.list_packages().splitlines()
     assert f"mlflow=={mlflow.__version__}" in lines
     assert lines == sorted(set(lines), key=str.lower)
 
@@ -1008,7 +1008,7 @@ def test_a_monitor_that_fails_is_left_out(
 
 
 def test_a_database_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
-    code = f"from pipeline.track import server; server.connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
+    code = f"from pipeline.track.tracking_server import connect; connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / ".mlflow.db.partial").exists():

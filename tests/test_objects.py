@@ -224,7 +224,7 @@ def test_boxes_alone_are_the_same_boxes(painted: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_boxes_overhanging_the_image_end_with_it(flip: bool) -> None:
-    recipe = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
+    transform = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
     view = augment.whole_views(RetinaNetConfig(), ImageConfig(size=100), np.array([[50, 80]]))
     view = augment.dataclasses.replace(view, flip=np.array([flip]))
     assert view.extent.tolist() == [[100, 160]]
@@ -234,7 +234,7 @@ def test_boxes_overhanging_the_image_end_with_it(flip: bool) -> None:
         {"id": 3, "label": 0, "bbox": [10, 10, 20, 0], "area": 9, "iscrowd": 0},
         {"id": 4, "label": 0, "bbox": [10, 10, 20, 20], "area": 9, "iscrowd": 1},
     ]
-    _, target = recipe.training_target(encode(Annotated(1, 50, 80, entries)), view)
+    _, target = transform.training_target(encode(Annotated(1, 50, 80, entries)), view)
     expected = [[139, 20, 160, 100], [0, 0, 20, 10]] if flip else [[0, 20, 21, 100], [140, 0, 160, 10]]
     assert target.boxes.tolist() == expected
     assert target.labels.tolist() == [2, 1]
@@ -472,9 +472,9 @@ def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: P
     ],
 )
 def test_objects_that_are_not_the_images_are_corrupt(annotation: bytes, reason: str) -> None:
-    recipe = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
-    view = recipe.evaluation_views(np.array([[50, 80]]))
-    for target in (recipe.training_target, recipe.evaluation_target):
+    transform = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
+    view = transform.evaluation_views(np.array([[50, 80]]))
+    for target in (transform.training_target, transform.evaluation_target):
         with pytest.raises(CorruptSampleError, match=reason):
             target(annotation, view)
 

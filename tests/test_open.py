@@ -103,4 +103,4 @@ def test_only_one_function_opens_a_run_s_data() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ShardSet":
                 calls[path.relative_to(ROOT / "pipeline/shards").as_posix()] = node.lineno
-    assert list(calls) == ["open.py", "show.py", "verify.py"]
+    assert list(calls) == ["open_data.py", "show_dataset.py", "verify.py"]

@@ -19,7 +19,7 @@ from pipeline.keys import Stream
 
 
 def cut(micro_batch_size: int | None, *, pairs: bool = False) -> Config:
-    """As much of a Config as `deal` reads."""
+    """As much of a Config as `partition` reads."""
     train, mix = SimpleNamespace(micro_batch_size=micro_batch_size), SimpleNamespace(active=pairs)
     return cast(Config, SimpleNamespace(train=train, mix=mix))
 
@@ -88,7 +88,7 @@ def test_an_epoch_takes_each_sample_once_but_for_the_tail(order: Order, epoch: i
 @given(orders(), st.integers(0, 200))
 def test_rows_belong_to_their_shards(order: Order, step: int) -> None:
     samples = order.samples(step)
-    sizes = order._parts[0]._shard_samples
+    sizes = order._sources[0]._shard_samples
     assert ((samples.row >= 0) & (samples.row < sizes[samples.shard])).all()
     assert (samples.id == (np.cumsum(sizes) - sizes)[samples.shard] + samples.row).all()
 

@@ -614,7 +614,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tree: Path, tmp_path: Path, spo
 def test_bad_images_can_be_left_out(tree: Path, tmp_path: Path) -> None:
     truncated(tree)
     garbage(tree)
-    with pytest.raises(InputError, match="--skip-bad leaves such images out"):
+    with pytest.raises(InputError, match="--skip-bad skips such images"):
         pack(tree, tmp_path / "out", samples_per_shard=1, workers=2)
     assert {path.name for path in tmp_path.iterdir()} == {"images"}
     manifest = pack(tree, tmp_path / "out", samples_per_shard=1, skip_bad=True)
@@ -643,7 +643,7 @@ def test_files_that_are_left_out_are_told(tree: Path, tmp_path: Path, capsys: py
     (tree / "cat" / "notes.txt").write_text("hello")
     (tree / "readme").write_text("hello")
     pack(tree, tmp_path / "out")
-    assert "left out 2 files" in capsys.readouterr().err
+    assert "skipped 2 files" in capsys.readouterr().err
 
 
 HIDDEN = [
@@ -855,7 +855,7 @@ def test_an_interrupted_pack_continues(slow_tree: Path, tmp_path: Path, how: sig
     assert not psutil.wait_procs(workers, timeout=PATIENCE_S)[1], "workers outlive the process that started them"
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on from there" in error
+        assert "the same command continues from there" in error
         assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
     kept = finished(partial)

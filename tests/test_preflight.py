@@ -37,11 +37,11 @@ BARE = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1")
 
 
 def test_a_check_tells_what_its_function_found_in_one_line() -> None:
-    assert preflight.check("pulse")(lambda: "60\n a minute")() == Check("pulse", True, "60 a minute")
+    assert preflight.make_check("pulse")(lambda: "60\n a minute")() == Check("pulse", True, "60 a minute")
 
 
 def test_a_check_that_cannot_be_made_is_not_passed() -> None:
-    @preflight.check("pulse")
+    @preflight.make_check("pulse")
     def pulse(beats: int, minutes: int) -> str:
         return f"{beats // minutes} a minute"
 
@@ -68,7 +68,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 def test_a_variable_without_a_value(monkeypatch: pytest.MonkeyPatch, make_config: Settings, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NODE_DISK", raising=False)
-    checks = list(preflight.of_node(make_config(*BARE, "cluster.scratch=$NODE_DISK/me")))
+    checks = list(preflight.check_node(make_config(*BARE, "cluster.scratch=$NODE_DISK/me")))
     assert [found.told.partition(":")[0] for found in checks if not found.ok] == ["$NODE_DISK/me"]
     assert not (tmp_path / "$NODE_DISK").exists()
 
@@ -104,7 +104,7 @@ def test_a_folder_that_another_job_is_at_work_in(make_config: Settings) -> None:
     with lease.hold(run.folder):
         found = preflight.run_disk(run)
     assert not found.ok
-    assert found.told.endswith("is at work in it: wait for it, or give this run a run.name")
+    assert found.told.endswith("is at work in it: wait for it, or choose another run.name")
     assert preflight.run_disk(run).ok
 
 
@@ -201,7 +201,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def test_without_gpus_and_none_wanted() -> None:
-    assert preflight.gpus(0) == Check("gpu", True, "none wanted")
+    assert preflight.gpus(0) == Check("gpu", True, "none requested")
 
 
 def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_driver_without_gpus(driver: Driver) -> None:
 
 
 def test_the_cpu_computes_right() -> None:
-    assert preflight.computes_right(torch.device("cpu"))
+    assert preflight.computes_correctly(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -323,7 +323,7 @@ def test_a_database_needs_a_folder_that_can_be_written(make_config: Settings, tm
 
 def test_other_databases_are_not_looked_at(make_config: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
-    assert doctor.tracking(make_config()) == Check("mlflow", True, "postgresql://***@db/mlflow: is not looked at")
+    assert doctor.tracking(make_config()) == Check("mlflow", True, "postgresql://***@db/mlflow: not checked")
 
 
 # The command

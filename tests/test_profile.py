@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.train.kinds import kind_of_kernel, kind_of_operator
 from torch.nn.functional import gelu
 from torch.profiler import record_function
 
 from pipeline.config import Config, load_config
 from pipeline.errors import InputError
+from pipeline.train.op_kinds import kind_of_kernel, kind_of_operator
 from pipeline.train.profile import PHASES, STEP, Profiler, summarise
 from pipeline.train.schedule import Schedule
 from pipeline.world import World
@@ -112,7 +112,7 @@ def test_known_work(make_config: Callable[..., Config], tmp_path: Path, capsys: 
     assert f"profile: waiting for data {found['phases']['waiting for data'] / found['step_ms']:.0%}, forward" in told
 
 
-def test_troubles_are_told_and_the_next_profile_works(
+def test_errors_are_reported_and_the_next_profile_works(
     make_config: Callable[..., Config],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

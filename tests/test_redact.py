@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.redact import Redacted, printable, redact
+from pipeline.redact import RedactedStream, printable, redact
 
 PASSWORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="\"'<>"))
 
@@ -99,5 +99,5 @@ def test_names_do_nothing_to_a_terminal(name: str, shown: str) -> None:
 
 def test_a_stream_shows_no_secret_and_no_control_sequence() -> None:
     stream = io.StringIO()
-    print("50 %\r", "\x1b]0;title\x07", "https://me:p/w@host/", "\tend", file=Redacted(stream))
+    print("50 %\r", "\x1b]0;title\x07", "https://me:p/w@host/", "\tend", file=RedactedStream(stream))
     assert stream.getvalue() == "50 %\r \\x1b]0;title\\x07 https://***@host/ \tend\n"

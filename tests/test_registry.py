@@ -131,7 +131,7 @@ class Registry:
         return f"models:/{model}/{number}" if number else None
 
     def stored(self, uri: str) -> Path:
-        version = registry.find(self.client, uri)
+        version = registry.find_version(self.client, uri)
         location = self.client.get_model_version_download_uri(version.name, str(version.version))
         return Path(location.removeprefix("file://"))
 
@@ -189,7 +189,7 @@ def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
     stored = {path.relative_to(tiny.stored(uri)).as_posix() for path in tiny.stored(uri).rglob("*") if path.is_file()}
     assert stored == {key.removeprefix("sha256.") for key in digests}
     assert not [name for name in stored if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
-    assert registry.find(tiny.client, uri).run_id == run_id
+    assert registry.find_version(tiny.client, uri).run_id == run_id
     logged = tiny.client.get_logged_model(version.tags["logged_model"])
     assert {metric.key: metric.value for metric in logged.metrics or []} == {"top1": 0.5, "val_loss": 1.5}
     assert sorted(path.name for path in entry.iterdir()) == ["model.json", WEIGHTS, RAW]  # as it was
@@ -241,7 +241,7 @@ def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
         InputError, match=rf"{entry / RAW}: SHA-256 {model_files.sha256(entry / RAW)}, but .* {expected}"
     ):
         tiny.register(entry)
-    assert not registry.versions(tiny.client, "tiny")
+    assert not registry.list_versions(tiny.client, "tiny")
 
 
 def test_processes_that_register_at_once_lose_nothing(tiny: Registry) -> None:
@@ -251,7 +251,9 @@ def test_processes_that_register_at_once_lose_nothing(tiny: Registry) -> None:
 import os, sys
 from pathlib import Path
 import mlflow.pyfunc, pandas
-from pipeline.track import registry, served, server
+import pipeline.track.serve.served_model
+from pipeline.track import tracking_server as server
+from pipeline.track.registry import registry
 begin, ready = os.pipe(), os.pipe()
 for step in range(1, 5):  # of one process, because importing takes far longer than registering
     if os.fork() == 0:
@@ -274,7 +276,7 @@ sys.exit(any(os.wait()[1] for _ in range(4)))
     assert process.returncode == 0, process.stderr[-3000:]
     assert sorted(process.stdout.splitlines()) == [f"models:/tiny/{number}" for number in range(1, 5)]
     assert tiny.alias("candidate") == "models:/tiny/4"
-    versions = registry.versions(tiny.client, "tiny")
+    versions = registry.list_versions(tiny.client, "tiny")
     assert sorted(version.tags["step"] for version in versions) == ["1", "2", "3", "4"]
     assert all(registry.verify(registry.uri_of(version))["ok"] for version in versions)
 
@@ -288,7 +290,7 @@ def test_pruning_keeps_the_best_the_last_and_what_others_need(tiny: Registry) ->
     files = {number: tiny.stored(f"models:/tiny/{number}") for number in range(1, 9)}
     removed = registry.prune(tiny.client, "tiny", "a" * 32, keep_best=1, metric="val_loss")
     assert removed == ["models:/tiny/1", "models:/tiny/5", "models:/tiny/6"]
-    left = [registry.uri_of(version) for version in registry.versions(tiny.client, "tiny")]
+    left = [registry.uri_of(version) for version in registry.list_versions(tiny.client, "tiny")]
     assert left == [*(f"models:/tiny/{number}" for number in (2, 3, 4, 7)), other]
     assert {number for number, folder in files.items() if not folder.exists()} == {1, 5, 6}
     assert len(tiny.client.search_logged_models([tiny.experiment_id])) == 5
@@ -335,7 +337,7 @@ def test_a_changed_digest_is_refused(tiny: Registry) -> None:
     tiny.client.set_model_version_tag("tiny", "1", f"sha256.artifacts/{WEIGHTS}", "0" * 64)
     with pytest.raises(InputError, match=f"{WEIGHTS} has SHA-256 .*, but {'0' * 64} was registered"):
         registry.resolve(uri)
-    for tag in registry.find(tiny.client, uri).tags:
+    for tag in registry.find_version(tiny.client, uri).tags:
         tiny.client.delete_model_version_tag("tiny", "1", tag)
     with pytest.raises(InputError, match="has no digests, so it cannot be trusted"):
         registry.resolve(uri)
@@ -401,7 +403,7 @@ def test_byte_code_planted_in_the_store_is_refused_everywhere(tiny: Registry, di
     with pytest.raises(InputError, match=told):
         registry.resolve(uri)
     with pytest.raises(InputError, match=told):
-        evaluate._open(uri, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
+        evaluate._open_model(uri, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
     with pytest.raises(InputError, match=told):
         export(uri, "timm", tmp_path / "out")
     assert not registry.verify(uri)["ok"]
@@ -480,7 +482,7 @@ def test_copies_are_read_only_and_can_be_made_anew_and_removed() -> None:
     script = """
 import hashlib, os, sys
 from pathlib import Path
-from pipeline.track import copies
+from pipeline.track.registry import model_cache as copies
 if os.getuid() == 0:
     os.setuid(65534)
 digest = {"sub/a": hashlib.sha256(b"a").hexdigest()}
@@ -547,12 +549,12 @@ def test_a_card_of_other_weights_and_tags_that_are_no_numbers(tiny: Registry) ->
     uri = tiny.add(1, top1=0.5)
     tiny.client.set_model_version_tag("tiny", "1", "bytes", "many")
     tiny.client.set_model_version_tag("tiny", "1", "metric.top1", "most")
-    assert registry.metric_of(registry.find(tiny.client, uri), "top1") is None
+    assert registry.metric_of(registry.find_version(tiny.client, uri), "top1") is None
     card = ModelCard.read(registry.resolve(uri).folder)
     for digests in ({}, {WEIGHTS: "0" * 64}, {**card.sha256, "../../x": "0" * 64}):
         card.model_copy(update={"sha256": digests}).write(tiny.folder)
         uri = stored_anew(tiny, "artifacts/model.json", (tiny.folder / "model.json").read_bytes())
-        with pytest.raises(InputError, match=rf"^{uri}: has no model.json that tells of its {WEIGHTS}"):
+        with pytest.raises(InputError, match=rf"^{uri}: has no model.json that lists its {WEIGHTS}"):
             registry.resolve(uri)
 
 
@@ -645,7 +647,7 @@ def test_a_process_killed_while_copying_leaves_nothing_that_counts(tmp_path: Pat
     script = f"""
 import sys, time
 from pathlib import Path
-from pipeline.track import copies
+from pipeline.track.registry import model_cache as copies
 def download(folder):
     (folder / "a").write_bytes(b"half")
     print("half", flush=True)
@@ -696,7 +698,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_refused_with_numbers(tiny: R
     assert tiny.alias("champion") == first
     assert promote.promote(better, judge, why="near enough")["previous"] == first
     assert tiny.alias("champion") == better
-    tags = registry.find(tiny.client, better).tags
+    tags = registry.find_version(tiny.client, better).tags
     assert (tags["promoted.why"], tags["promoted.previous"]) == ("near enough", "1")
     assert json.loads(tags["promoted.gates"])[2]["value"] == 0.795
     assert "promoted.at" in tags
@@ -860,7 +862,7 @@ def test_published_weights_become_a_version(tiny: Registry, published: dict[str,
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert version.card.classes == CLASSES
-        run = tiny.client.get_run(str(registry.find(tiny.client, uri).run_id))
+        run = tiny.client.get_run(str(registry.find_version(tiny.client, uri).run_id))
         file = source / "model.safetensors" if source.is_dir() else source
         assert run.info.status == "FINISHED"
         assert run.data.tags["source.sha256"] == model_files.sha256(file)
@@ -996,7 +998,7 @@ def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
 def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, tmp_path: Path) -> None:
     told = r"is a backbone without a head, .* init\.model=.* --probe"
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
-        evaluate._open(headless, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
+        evaluate._open_model(headless, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
         export(headless, "timm", tmp_path / "out")
     with pytest.raises(InputError, match=told):
@@ -1044,7 +1046,7 @@ def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> Non
     ):
         for name in parts.namelist():
             packed.writestr(name, parts.read(name))
-    with pytest.raises(InputError, match="its parts are compressed, or overlap"):
+    with pytest.raises(InputError, match="its members are compressed, or overlap"):
         import_weights.read(tmp_path / "z.pth")
 
 
@@ -1202,7 +1204,7 @@ def test_weights_that_do_not_fit_are_refused(tiny: Registry, published: dict[str
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
     refused(tmp_path / "vit", "model_type is 'vit', but only 'pvt'")
-    assert not registry.versions(tiny.client, "pub")
+    assert not registry.list_versions(tiny.client, "pub")
 
 
 # No pickles
@@ -1235,7 +1237,8 @@ else:
     raise SystemExit("a pickle could be opened")
 import mlflow.pyfunc, pandas, torch
 torch.load = refuse
-from pipeline.track import package, registry, server
+from pipeline.track import tracking_server as server
+from pipeline.track.registry import model_files as package, registry
 server.connect({tiny.uri!r})
 version = registry.resolve("models:/tiny@candidate")
 model = mlflow.pyfunc.load_model(str(version.folder.parent))
@@ -1416,7 +1419,7 @@ def test_sync_sends_what_a_killed_job_has_left(
     run = tiny.client.get_run(result["run_id"])
     assert (run.info.status, run.data.metrics["train/loss"]) == ("KILLED", 0.25)
     assert run.data.tags["run.uuid"] == record.uuid
-    assert registry.find(tiny.client, "models:/tiny/1").run_id == result["run_id"]
+    assert registry.find_version(tiny.client, "models:/tiny/1").run_id == result["run_id"]
     assert sync()["sent"] == ""
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track.code_version import code_revision, snapshot, uncommitted
+from pipeline.track import code_version
+from pipeline.track.code_version import code_revision, read_uncommitted, snapshot
 from tests.ranks import ROOT
 
 FILES = {
@@ -32,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    monkeypatch.setattr(code_revision, "ROOT", folder)
+    monkeypatch.setattr(code_version, "ROOT", folder)
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -67,12 +68,12 @@ def test_the_revision_is_the_commit_and_whether_the_code_differs_from_it(checkou
     (checkout / "docs/page.md").write_text("other\n")
     (checkout / "pipeline/a.log").touch()
     assert code_revision() == {KEY: head, "code.dirty": "false"}
-    assert uncommitted() == ""
+    assert read_uncommitted() == ""
     (checkout / "pipeline/new.py").touch()
     assert code_revision() == {KEY: head, "code.dirty": "true"}
     (checkout / "pipeline/loop.py").write_text("step = 2\n")
-    assert uncommitted() == git(checkout, "diff", "HEAD", "pipeline/loop.py")
-    assert "+step = 2" in uncommitted()
+    assert read_uncommitted() == git(checkout, "diff", "HEAD", "pipeline/loop.py")
+    assert "+step = 2" in read_uncommitted()
 
 
 def test_a_snapshot_is_the_code_as_it_is(checkout: Path, tmp_path: Path) -> None:
@@ -96,13 +97,13 @@ def test_code_in_a_snapshot_answers_as_the_checkout_did(
 ) -> None:
     (checkout / "pipeline/loop.py").write_text("step = 2\n")
     copy, again = checkout / "runs/tiny/slurm/code", checkout / "runs/other/slurm/code"
-    then, patch = code_revision(), uncommitted()
+    then, patch = code_revision(), read_uncommitted()
     snapshot(copy, diff=diff)
     assert commit(checkout) != then[KEY]
     assert "step = 2" in patch
-    monkeypatch.setattr(code_revision, "ROOT", copy)  # which lies in a checkout that has moved on
+    monkeypatch.setattr(code_version, "ROOT", copy)  # which lies in a checkout that has moved on
     assert code_revision() == then
-    assert uncommitted() == (patch if diff else "")
+    assert read_uncommitted() == (patch if diff else "")
     (copy / "pipeline/__pycache__").mkdir()
     (copy / "pipeline/__pycache__/loop.pyc").touch()
     snapshot(again, diff=diff)
@@ -132,7 +133,7 @@ def test_outside_a_checkout_nothing_is_known_of_the_code(folder: Path, tmp_path:
     elif where == "a checkout without a commit":
         git(folder, "init", "-q")
     assert code_revision() == {}
-    assert uncommitted() == ""
+    assert read_uncommitted() == ""
     (folder / "pvt/__pycache__").mkdir()
     (folder / "pvt/__pycache__/model.pyc").touch()
     snapshot(tmp_path / "copy", diff=True)
@@ -147,7 +148,7 @@ def test_this_very_code_runs_from_a_snapshot(tmp_path: Path) -> None:
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
-    assert json.loads(told.stdout) == [str(tmp_path / "copy/pipeline/track/revision.py"), code_revision()]
+    assert json.loads(told.stdout) == [str(tmp_path / "copy/pipeline/track/code_version.py"), code_revision()]
     command = [sys.executable, str(tmp_path / "copy/launch/registry.py"), "--help"]
     assert (
         "lineage"

@@ -516,7 +516,7 @@ def test_what_was_found_used_refused_and_ignored_is_reported(
     lines = capsys.readouterr().err.splitlines()
     assert (
         "found 3 tars with 11 files; usable: 1 tars with 3 files of 1 samples; refused: 2 tars, 2 files; "
-        "ignored: 6 files that are hidden, of a system or without extension"
+        "ignored: 6 files that are hidden, system files or without extension"
     ) in lines
     assert [line for line in lines if line.startswith("ignored 2 hidden and system entries")]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import script
-from pipeline.cluster.slurm import seconds
+from pipeline.cluster.slurm import parse_seconds
 from pipeline.config import ClusterConfig, Config, EnvironmentConfig, load_config
 from pipeline.errors import InputError
 from tests.conftest import write_config
@@ -21,7 +21,7 @@ from tests.ranks import ROOT
 def test_ready_scripts_are_of_the_same_template(program: str) -> None:
     """Written by `python -c "from pipeline.cluster.script import ready; print(ready('pretrain'), end='')"`."""
     text = (ROOT / f"slurm/{program}.sbatch").read_text()
-    assert text == script.ready(program)
+    assert text == script.render_ready_script(program)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
@@ -115,4 +115,4 @@ def with_root(root: str, folder: Path) -> Config:
     ],
 )
 def test_times_are_read_as_slurm_reads_them(text: str, expected: int | None) -> None:
-    assert seconds(text) == expected
+    assert parse_seconds(text) == expected

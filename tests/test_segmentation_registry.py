@@ -449,7 +449,7 @@ def test_a_program_needs_no_more_than_preprocessing_json(network: SemanticFpn, e
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
 def test_formats_without_a_place_for_it_refuse_by_name(to: str, tmp_path: Path) -> None:
-    rule = f"--to {to}: has no place for semantic_fpn, which {URI} is: export it to onnx, torch-export or safetensors"
+    rule = f"--to {to}: cannot hold semantic_fpn, which {URI} is: export it to onnx, torch-export or safetensors"
     with pytest.raises(InputError, match=rule):
         export.export(URI, to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -360,7 +360,7 @@ def peak_bytes(pid: int) -> int:
 
 def test_the_copy_is_sound_after_it_was_served(served: Served) -> None:
     served.predictions(split(GREY))
-    tags = registry.find(registry.MlflowClient(), "models:/tiny/1").tags
+    tags = registry.find_version(registry.MlflowClient(), "models:/tiny/1").tags
     digests = {key.removeprefix("sha256."): value for key, value in tags.items() if key.startswith("sha256.")}
     assert digests
     assert model_files.mismatches(digests, served.server.copy) == []

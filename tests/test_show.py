@@ -23,7 +23,7 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.index_tars import index_tars
 from pipeline.shards.open_data import open_training
 from pipeline.shards.pack import pack
-from pipeline.shards.show_dataset import show_dataset, table
+from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.world import World
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT
@@ -59,7 +59,7 @@ def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in (tmp_path / "images").rglob("*.png")]
     assert summary["bytes"] == sum(sizes)
     assert (summary["image_bytes"]["p0"], summary["image_bytes"]["p100"]) == (min(sizes), max(sizes))
-    text = table(summary)
+    text = format_summary(summary)
     assert "10 samples of 3 classes in 3 shards" in text
     assert "min 2   median 3   max 5" in text
 
@@ -77,7 +77,9 @@ def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
     assert list(summary["largest_classes"]) == descending[:5]
     assert list(summary["smallest_classes"]) == descending[5:][::-1][:5]
     listed = [
-        line.split()[-1] for line in table(summary).splitlines() if line.split()[-1:] and line.split()[-1] in sizes
+        line.split()[-1]
+        for line in format_summary(summary).splitlines()
+        if line.split()[-1:] and line.split()[-1] in sizes
     ]
     assert sorted(listed) == sorted({*descending[:5], *descending[-5:]})
 

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.cluster import run_log
 from pipeline.cluster import status as module
-from pipeline.cluster.status import SlurmJob, Status, follow, status, tail, told
-from pipeline.cluster.supervise import EVENTS, LOG, Journal
+from pipeline.cluster.journal import EVENTS, Journal
+from pipeline.cluster.run_log import follow, tail
+from pipeline.cluster.status import SlurmJob, Status, read_status
+from pipeline.cluster.supervise import LOG
+from pipeline.commands.status_text import format_status
 from pipeline.config import Config, SourceConfig, dump_config
 from pipeline.errors import InputError
 from pipeline.feed.order import Order
@@ -140,7 +144,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
     run.steps(25, loss=1.25)
     squeue.answers("17|RUNNING|n[1-2]|1-02:03:04|2026-11-23T10:00:00|None")
 
-    known = status(run.folder)
+    known = read_status(run.folder)
 
     assert known.phase == "running"
     assert known.job == SlurmJob("17", "RUNNING", nodes="n[1-2]", left_s=93784)
@@ -155,7 +159,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
     assert known.excluded == {"n3": "disk: /scratch has 0.1 GB free"}
     assert known.faults == ()
     assert json.loads(json.dumps(known.document(), allow_nan=False))["job"]["state"] == "RUNNING"
-    page = told(known)
+    page = format_status(known)
     for part in (
         "running",
         "step 25 of 300",
@@ -171,7 +175,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
 
 def test_slurm_is_asked_once_for_all_jobs(run: Run, squeue: Slurm):
     run.submitted(handoffs={"runs/a": "18", "runs/b": "19"})
-    status(run.folder)
+    read_status(run.folder)
     assert len(squeue.asked()) == 1
     # A line for each task of an array, and jobs that have ended as well.
     assert {"--jobs=17,18,19", "--array", "--states=all"} <= set(squeue.asked()[0].split())
@@ -185,7 +189,7 @@ def test_total_steps_are_the_training_loops(tmp_path: Path, length: str, samples
     sources = [{"path": f"data{number}"} for number in range(len(samples))]
     data = run.config.data.model_copy(update={"train": tuple(SourceConfig.model_validate(each) for each in sources)})
     order = Order.of(run.config.model_copy(update={"data": data}), [np.array([each]) for each in samples])
-    assert status(run.folder).total_steps == Schedule.of(run.config, order.steps_per_epoch).total
+    assert read_status(run.folder).total_steps == Schedule.of(run.config, order.steps_per_epoch).total
 
 
 def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
@@ -197,34 +201,34 @@ def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
     times = {80: began - 3610, 90: began - 3600, 100: began + 30, 110: began + 50, 120: began + 70}
     lines = [{"step": step, "time": at, "images_per_second": 96.0, "step_s": 1.0} for step, at in times.items()]
     run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    assert status(run.folder).left_s == pytest.approx((300 - 120) * 2.0)
+    assert read_status(run.folder).left_s == pytest.approx((300 - 120) * 2.0)
 
     run.write("metrics.jsonl", json.dumps({**lines[0], "time": began + 1, "step_s": 0.5}) + "\n")
-    assert status(run.folder).left_s == pytest.approx((300 - 80) * 0.5), "a single reading"
+    assert read_status(run.folder).left_s == pytest.approx((300 - 80) * 0.5), "a single reading"
 
 
 def test_never_started(run: Run, squeue: Slurm):
     run.submitted()
     moment = datetime(2026, 11, 23, 12, 0, 0)
     squeue.answers(f"17|PENDING||INVALID|{moment.isoformat()}|Resources")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert known.phase == "not started"
     assert known.job == SlurmJob("17", "PENDING", "Resources", start=moment.timestamp())
     assert str(known.job) == "PENDING (Resources)"
     assert (known.step, known.total_steps, known.left_s, known.restarts) == (None, None, None, None)
-    assert "PENDING (Resources)" in told(known)
+    assert "PENDING (Resources)" in format_status(known)
 
     squeue.answers("17|PENDING||INVALID|N/A|Priority")
-    assert status(run.folder).job == SlurmJob("17", "PENDING", "Priority")
+    assert read_status(run.folder).job == SlurmJob("17", "PENDING", "Priority")
 
     squeue.answers("17|COMPLETED|n1|0:00|2026-11-23T10:00:00|None")
-    assert status(run.folder).phase == "not started", "a hand-off whose gate was not passed"
+    assert read_status(run.folder).phase == "not started", "a hand-off whose gate was not passed"
     run.journal.write("excluded", node="n1", why="clock")
-    assert status(run.folder).phase == "lost"
+    assert read_status(run.folder).phase == "lost"
 
 
 def test_total_steps_of_a_run_that_waits_are_known_where_they_need_no_data(tmp_path: Path, squeue: Slurm):
-    assert status(Run(tmp_path, length="500 steps").folder).total_steps == 500
+    assert read_status(Run(tmp_path, length="500 steps").folder).total_steps == 500
 
 
 def test_finished(run: Run, squeue: Slurm):
@@ -234,14 +238,14 @@ def test_finished(run: Run, squeue: Slurm):
     run.ends(steps=300, ettr=0.95, top1=0.99)
     run.journal.write("finished")
     squeue.fails("slurm_load_jobs error: Invalid job id specified")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.phase, known.job, known.left_s, known.ettr) == (
         "finished",
         SlurmJob("17", "not in the queue"),
         0.0,
         0.95,
     )
-    assert "100.0 %" in told(known)
+    assert "100.0 %" in format_status(known)
 
 
 def test_stopped_goes_on_or_stays(run: Run, squeue: Slurm):
@@ -250,11 +254,11 @@ def test_stopped_goes_on_or_stays(run: Run, squeue: Slurm):
     run.steps(50)
     run.ends(requeue=True)
     run.journal.write("stopped", step=50)
-    assert status(run.folder).phase == "stopped"
+    assert read_status(run.folder).phase == "stopped"
     squeue.answers("17|PENDING||INVALID|N/A|BeginTime")
-    assert status(run.folder).phase == "waiting"
+    assert read_status(run.folder).phase == "waiting"
     squeue.answers("17|RUNNING|n1|59:30|2026-11-23T10:00:00|None")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert known.phase == "running"
     assert known.job is not None
     assert known.job.left_s == 59 * 60 + 30
@@ -270,23 +274,23 @@ def test_crash_loop(run: Run, squeue: Slurm):
         run.journal.write("crash", code=1, step=20, restarts=restarts, error=f"Boom\n  number {restarts}")
     run.journal.write("start", attempt=3, nodes=["n1"], ranks=2, step=20)
     squeue.answers("17|RUNNING|n1|UNLIMITED|2026-11-23T10:00:00|None")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.restarts, known.restarts_without_progress) == (2, 2)
     assert known.last_error is not None
     assert (known.last_error.event, known.last_error.message) == ("crash", "Boom\n  number 2")
     assert known.job == SlurmJob("17", "RUNNING", nodes="n1")
-    assert "Boom number 2" in told(known)
-    assert "2, 2 since the newest checkpoint" in told(known)
+    assert "Boom number 2" in format_status(known)
+    assert "2, 2 since the newest checkpoint" in format_status(known)
 
     run.journal.write("gave up", why="3 failures without a checkpoint after step 20, the last one: Boom")
     squeue.answers()
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert known.phase == "failed"
     assert known.last_error is not None
     assert known.last_error.event == "gave up"
 
     run.saves(30)
-    assert status(run.folder).restarts_without_progress == 0
+    assert read_status(run.folder).restarts_without_progress == 0
 
 
 def test_a_later_job_is_not_judged_by_an_earlier_one(run: Run, squeue: Slurm):
@@ -296,10 +300,10 @@ def test_a_later_job_is_not_judged_by_an_earlier_one(run: Run, squeue: Slurm):
     run.journal.write("excluded", node="n2", why="no answer")
     run.journal.write("start", attempt=1, nodes=["n1"], ranks=1, step=0)
     squeue.answers("17|RUNNING|n[1-2]|10:00|2026-11-23T10:00:00|None")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.phase, known.excluded) == ("running", {"n2": "no answer"})
     run.journal.write("start", attempt=2, nodes=["n1", "n2"], ranks=2, step=0)
-    assert status(run.folder).excluded == {}, "well again"
+    assert read_status(run.folder).excluded == {}, "well again"
 
 
 @pytest.mark.parametrize("state", ["TIMEOUT", "NODE_FAIL", "CANCELLED"])
@@ -309,10 +313,10 @@ def test_job_that_is_gone_without_a_word(run: Run, squeue: Slurm, state: str):
     run.begins()
     run.steps(10)
     squeue.answers(f"17|{state}|n1|0:00|2026-11-23T10:00:00|NonZeroExitCode")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.phase, str(known.job)) == ("lost", f"{state} (NonZeroExitCode)")
     squeue.answers()
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.phase, str(known.job)) == ("lost", "not in the queue")
 
 
@@ -321,14 +325,14 @@ def test_slurm_that_cannot_be_asked_is_told_and_costs_no_more(run: Run, squeue: 
     run.begins()
     run.steps(10)
     squeue.fails("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.phase, known.step) == ("unknown", 10)
     assert known.job is not None
     assert known.job.state == "unknown"
-    assert "connect failure" in told(known)
+    assert "connect failure" in format_status(known)
 
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "no SLURM" in told(status(run.folder))
+    assert "no SLURM" in format_status(read_status(run.folder))
 
 
 def test_half_written_last_lines_are_no_fault(run: Run, squeue: Slurm):
@@ -336,13 +340,13 @@ def test_half_written_last_lines_are_no_fault(run: Run, squeue: Slurm):
     run.journal.write("start", attempt=1, nodes=["n1"], ranks=1, step=0)
     run.begins()
     run.steps(10)
-    whole = status(run.folder)
+    whole = read_status(run.folder)
     for name in (EVENTS, "metrics.jsonl"):
         path = run.folder / name
         last = path.read_text().splitlines()[-1]
         for length in range(0, len(last) + 1, 9):
             path.write_text(f"{last}\n{last[:length]}")
-            known = status(run.folder)
+            known = read_status(run.folder)
             assert known.faults == ()
             assert (known.step, known.phase) == (whole.step, whole.phase)
 
@@ -350,7 +354,7 @@ def test_half_written_last_lines_are_no_fault(run: Run, squeue: Slurm):
 def test_numbers_that_are_none_are_not_told(run: Run, squeue: Slurm):
     run.submitted()
     run.write("metrics.jsonl", '{"step": 1, "time": 1, "images_per_second": "many", "loss": NaN, "epoch": true}\n')
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.step, known.images_per_second, known.loss, known.epoch) == (1, None, None, None)
 
 
@@ -362,7 +366,7 @@ def test_what_cannot_be_read_is_named(run: Run, squeue: Slurm):
         file.write('{"step": 20, "ti\n[3]\n{"step": "x", "images_per_second": 1}\n')
     run.write("goodput.json", '{"step"')
     run.write("run.json", "[]")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert known.step == 10
     assert [Path(fault.partition(":")[0]).name for fault in known.faults] == [
         "metrics.jsonl",
@@ -370,7 +374,7 @@ def test_what_cannot_be_read_is_named(run: Run, squeue: Slurm):
         "run.json",
     ]
     assert "line 2 is no JSON" in known.faults[0]
-    assert all(fault in told(known) for fault in known.faults)
+    assert all(fault in format_status(known) for fault in known.faults)
 
 
 @pytest.mark.parametrize(
@@ -382,16 +386,16 @@ def test_each_file_may_be_missing(run: Run, squeue: Slurm, missing: str):
     run.steps(10)
     run.journal.write("start", attempt=1, nodes=["n1"], ranks=1, step=0)
     (run.folder / missing).unlink()
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert (known.step, known.faults) == (10, ())
-    assert told(known)
+    assert format_status(known)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, squeue: Slurm):
     with pytest.raises(InputError, match="no such folder"):
-        status(tmp_path / "runs" / "typo")
+        read_status(tmp_path / "runs" / "typo")
     with pytest.raises(InputError, match=r"neither slurm/ nor run\.json"):
-        status(tmp_path)
+        read_status(tmp_path)
 
 
 def test_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
@@ -400,7 +404,7 @@ def test_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
     child.steps(10)
     run.submitted(handoffs={str(child.folder): "18", "runs/big-scenes": "19"})
     squeue.answers("18|RUNNING|n1|10:00|2026-11-23T10:00:00|None", "19|PENDING||INVALID|N/A|Dependency")
-    known = status(run.folder)
+    known = read_status(run.folder)
     pets, scenes = known.handoffs
     assert (pets.run, pets.phase, pets.step, pets.total_steps) == (str(child.folder), "running", 10, 50)
     assert (scenes.run, scenes.phase, str(scenes.job)) == (
@@ -408,7 +412,7 @@ def test_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
         "not started",
         "PENDING (Dependency)",
     )
-    lines = told(known).splitlines()
+    lines = format_status(known).splitlines()
     assert any("big-pets" in line and "step 10 of 50" in line for line in lines)
     assert any("big-scenes" in line and "19 PENDING (Dependency)" in line for line in lines)
 
@@ -422,21 +426,21 @@ def test_sweep(tmp_path: Path, run: Run, squeue: Slurm):
     members[1].steps(20, loss=0.75)
     run.submitted(sweep=[str(member.folder) for member in members])
     squeue.answers("17_1|RUNNING|n1|10:00|2026-11-23T10:00:00|None", "17_2|PENDING||INVALID|N/A|Resources")
-    known = status(run.folder)
+    known = read_status(run.folder)
     assert "--jobs=17_0,17_1,17_2" in squeue.asked()[0]
     assert [child.phase for child in known.children] == ["finished", "running", "not started"]
     assert known.phase == "running"
-    lines = [line for line in told(known).splitlines() if "big-" in line]
+    lines = [line for line in format_status(known).splitlines() if "big-" in line]
     assert len(lines) == 3
     assert "loss 0.75" in lines[1]
     members[1].ends(top1=0.5)
     members[2].ends(top1=0.5)
-    assert status(run.folder).phase == "finished"
+    assert read_status(run.folder).phase == "finished"
 
 
 def test_table_of_every_phase_can_be_told(run: Run):
     for phase in module.Phase.__args__:
-        assert phase in told(Status(str(run.folder), phase))
+        assert phase in format_status(Status(str(run.folder), phase))
 
 
 def test_imports_quickly_and_little():
@@ -471,7 +475,7 @@ def test_tail(log: Path):
 
 
 def test_follow_gives_whole_lines_as_they_come_and_the_rest_at_the_end(log: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_POLL_S", 0.01)
+    monkeypatch.setattr(run_log, "_POLL_S", 0.01)
     ended = threading.Event()
     lines = follow(log, ended.is_set, lines=1)
     assert next(lines) == "srun: error 99"
@@ -482,7 +486,7 @@ def test_follow_gives_whole_lines_as_they_come_and_the_rest_at_the_end(log: Path
 
 
 def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_POLL_S", 0.01)
+    monkeypatch.setattr(run_log, "_POLL_S", 0.01)
     ended = threading.Event()
     with _written_later(tmp_path / "log", "0: first\n", "1: second\n"):
         lines = follow(tmp_path / "log", ended.is_set, rank=1)

@@ -1,6 +1,5 @@
 """When a batch job goes back into the queue and when it gives up, without a cluster; tests/slurm has the rest."""
 
-import dataclasses
 import os
 import signal
 import threading
@@ -11,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster.job_step import copy_environment
+from pipeline.cluster.journal import Journal
 from pipeline.cluster.slurm import Allocation
-from pipeline.cluster.status import status
-from pipeline.cluster.supervise import STOP, Ending, Journal, Program, Supervisor, _NotReady
+from pipeline.cluster.status import read_status
+from pipeline.cluster.supervise import STOP, Ending, Program, Supervisor, _NotReadyError
 from pipeline.config import load_config
 from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING
 from tests.conftest import write_config
@@ -70,17 +71,17 @@ class Stretch(Supervisor):
         super().__init__(program, allocation)
         self._ranks = iter(ranks)
 
-    def _choose(self) -> list[str]:
+    def _choose_nodes(self) -> list[str]:
         return ["n1"]
 
-    def _attempt(self, nodes: list[str]) -> Ending:
+    def _run_ranks(self, nodes: list[str]) -> Ending:
         return next(self._ranks)(self._program.folder)
 
 
 class OutOfTimeBeforeTraining(Stretch):
-    def _choose(self) -> list[str]:
+    def _choose_nodes(self) -> list[str]:
         signal.raise_signal(signal.SIGUSR1)
-        raise _NotReady("a signal came", set())
+        raise _NotReadyError("a signal came", set())
 
 
 def stretches(program: Program, ranks: Sequence[Ranks], job: type[Job] = Job) -> list[int]:
@@ -137,7 +138,7 @@ def test_status_reports_a_stretch_without_a_newer_checkpoint(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM to ask
     stretches(program, [saving(20, out_of_time), out_of_time])
-    known = status(program.folder)
+    known = read_status(program.folder)
     assert known.restarts_without_progress == 1
     assert known.last_error is not None
     assert "before a checkpoint after step 20" in known.last_error.message
@@ -207,7 +208,7 @@ def test_a_copy_of_the_environment_that_fails_leaves_nothing(
     scratch = tmp_path / "scratch"
     overrides = [f"cluster.scratch={scratch}", "cluster.environment.copy_to_scratch=true"]
     config = load_config(program.config_file, overrides)
-    Supervisor(dataclasses.replace(program, config=config), Job("17", 0))._copy_environment(["n1"])
+    copy_environment(config.cluster, ["n1"])
     assert list(scratch.iterdir()) == []
 
 
@@ -235,7 +236,7 @@ def test_a_signal_is_repeated_until_the_ranks_answer(
     signal.signal(signal.SIGUSR1, supervisor._on_signal)
     sender = threading.Thread(target=signal_this_process)
     sender.start()
-    ending = Supervisor._attempt(supervisor, ["n1"])
+    ending = Supervisor._run_ranks(supervisor, ["n1"])
     sender.join()
     assert (ending.code, ending.error) == (REQUEUE, "came 3")
     assert len(events(program, "stopping")) == 1

@@ -39,7 +39,7 @@ def last(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"))
 
 
-def test_bad_batches_are_left_out_and_divergence_is_rolled_back_at_every_stage(path: Path) -> None:
+def test_bad_batches_are_skipped_and_divergence_is_rolled_back_at_every_stage(path: Path) -> None:
     faults = {20: "nan", 25: "labels", 33: "lr"}
     jobs = [f"run.name=s{stage},engine.zero_stage={stage}" for stage in range(4)]
     run_ranks(2, "faulty", path, json.dumps(faults), *jobs)

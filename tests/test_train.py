@@ -1,4 +1,4 @@
-"""Schedule, optimiser groups, loss and metric against timm; steps that are left out; lengths and meters."""
+"""Schedule, optimiser groups, loss and metric against timm; skipped steps; lengths and meters."""
 
 import json
 import resource
@@ -20,10 +20,10 @@ import pvt  # noqa: F401 - registers its models with timm
 from pipeline.config import Config, Length, OptimConfig
 from pipeline.job import training_job
 from pipeline.tasks.classify import ClassificationTask
-from pipeline.train.engine import LossScale
+from pipeline.train.loss_scale import LossScale
 from pipeline.train.meters import MetricsFile
-from pipeline.train.optim import lr_at, parameter_groups
-from pipeline.train.schedule import Schedule
+from pipeline.train.optim import parameter_groups
+from pipeline.train.schedule import Schedule, lr_at
 from pipeline.world import World
 from tests.batches import batch_of
 from tests.conftest import run_ranks, write_config
@@ -42,7 +42,7 @@ def test_the_learning_rate_is_timms_cosine_after_a_linear_warmup() -> None:
     assert lr_at(100, config, warmup_steps=10, total_steps=100) == pytest.approx(1e-5)
 
 
-def test_poly_is_timms_too() -> None:
+def test_poly_lr_matches_timm() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
     theirs = PolyLRScheduler(optimizer, t_initial=50, power=0.9, lr_min=1e-6)
     config = OptimConfig(lr=2e-4, min_lr=1e-6, schedule="poly", power=0.9)
@@ -52,7 +52,7 @@ def test_poly_is_timms_too() -> None:
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
 
 
-def test_steps_are_torchs() -> None:
+def test_multistep_lr_matches_torch() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-4)
     theirs = MultiStepLR(optimizer, milestones=[8, 11], gamma=0.1)
     config = OptimConfig(lr=1e-4, schedule="steps", milestones=(Length(8, "steps"), Length(11, "steps")))
@@ -118,7 +118,7 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
     assert scale.value == scale.floor
 
 
-def test_a_step_that_is_not_finite_is_left_out_at_every_stage(digits: Path, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_skipped_at_every_stage(digits: Path, tmp_path: Path) -> None:
     reports = run_ranks(2, "skip", write_config(digits, tmp_path))
     assert len(reports) == 8
     for report in reports:
@@ -126,6 +126,8 @@ def test_a_step_that_is_not_finite_is_left_out_at_every_stage(digits: Path, tmp_
         assert report["applied"] == [True, False, True], label
         assert report["unchanged"] == [False, True, False], label
         assert report["adam_steps"] == 2, label
+        # Nothing of the discarded step, of two micro-batches, is left in the next one's gradients.
+        assert report["norms"][1] == pytest.approx(report["norms"][0], rel=1e-6), label
         if report["precision"] == "fp16":
             assert report["loss_scales"] == [2.0**16, 2.0**15, 2.0**15], label
 
@@ -162,10 +164,10 @@ def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
     schedule, longer = (
         Schedule.of(make_config(f"train.length={steps} steps"), steps_per_epoch=25) for steps in (20, 30)
     )
-    assert training_job._finished(tmp_path, schedule, None) == result
-    assert training_job._finished(tmp_path, longer, None) is None
+    assert training_job._finished_result(tmp_path, schedule, None) == result
+    assert training_job._finished_result(tmp_path, longer, None) is None
     (tmp_path / "result.json").write_text(json.dumps({**result, "requeue": True}))
-    assert training_job._finished(tmp_path, schedule, None) is None
+    assert training_job._finished_result(tmp_path, schedule, None) is None
 
 
 def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ import yaml
 
 from pipeline.config import Config, load_config
 from pipeline.errors import ExternalError, InputError
-from pipeline.job import tune
-from pipeline.job.tune import CHECKPOINTING, COMPILE, MICRO_BATCH, STAGE, ZERO, Overrides, Search, Trial
+from pipeline.job import local_ranks, tune
+from pipeline.job.tune import CHECKPOINTING, COMPILE, MICRO_BATCH, Overrides, Search, Trial
 from tests.conftest import write_config
 from tests.ranks import PATIENCE_S, ROOT, start
 
@@ -52,12 +52,11 @@ class Machine:
             images_per_second=self.speed(overrides),
             peak_memory_gb=self.memory(overrides[MICRO_BATCH]),
             memory_gb=self.memory_gb,
-            num_parameters=10_000_000,
         )
 
-    def search(self, config: Config, configured: int = 128, ranks: int = 1, minutes: float = 60.0) -> Search:
+    def search(self, config: Config, configured: int = 128, minutes: float = 60.0) -> Search:
         sizes = [2, 4, 8, 16, 32, 64, 128]
-        return Search(config, sizes, configured, ranks, self.measure, 60 * minutes, clock=lambda: self.now)
+        return Search(config, sizes, configured, self.measure, 60 * minutes, clock=lambda: self.now)
 
     @property
     def sizes(self) -> list[int]:
@@ -158,31 +157,6 @@ def test_what_was_only_slow_for_a_moment_is_not_replaced(make_config: Settings):
     assert best.images_per_second == 100
 
 
-def test_ranks_are_tried_at_the_stages_that_copy_and_with_small_buckets(make_config: Settings):
-    def speed(overrides: Overrides) -> float:
-        return 100.0 + 50 * (overrides.get(STAGE) == 2) + 20 * overrides.get(f"{ZERO}.overlap_comm", False)
-
-    machine = Machine(speed)
-    search = machine.search(make_config("engine.zero_stage=1"), configured=8, ranks=2)
-    search.run()
-    assert search.chosen == {STAGE: 2, f"{ZERO}.overlap_comm": True}
-    assert [overrides[STAGE] for overrides in machine.tried if overrides.keys() == {MICRO_BATCH, STAGE}][:2] == [0, 2]
-    buckets = {overrides.get(f"{ZERO}.reduce_bucket_size") for overrides in machine.tried}
-    assert buckets == {None, 5_000_000}  # one of 25 million would hold all 10 million parameters, as the default does
-    alone = Machine(speed)
-    alone.search(make_config(), configured=8).run()
-    assert not any(STAGE in overrides for overrides in alone.tried)
-
-
-def test_stage_3_is_for_what_does_not_fit_otherwise(make_config: Settings):
-    machine = Machine(speed=linear, fits=lambda overrides: overrides.get(STAGE, 1) == 3 and overrides[MICRO_BATCH] < 5)
-    search = machine.search(make_config("engine.zero_stage=1"), ranks=2)
-    search.run()
-    assert search.chosen == {MICRO_BATCH: 4, STAGE: 3}
-    assert [overrides.get(STAGE) for overrides in machine.tried[:5]] == [None, None, None, 2, 3]
-    assert not any(overrides.get(STAGE) in (0, 1) for overrides in machine.tried)
-
-
 def test_time_is_bounded_and_the_best_so_far_is_kept(make_config: Settings):
     machine = Machine(speed=linear, trial_s=10)
     search = machine.search(make_config(), minutes=0.5)
@@ -196,8 +170,8 @@ def test_time_is_bounded_and_the_best_so_far_is_kept(make_config: Settings):
 def test_nothing_fits(make_config: Settings):
     machine = Machine(fits=lambda _: False)
     with pytest.raises(ExternalError, match=r"micro-batch of 2 fits: out of memory. Set model.grad_checkpointing=true"):
-        machine.search(make_config("engine.zero_stage=1"), ranks=2).run()
-    assert [overrides.get(STAGE) for overrides in machine.tried] == [None, None, None, 2, 3]
+        machine.search(make_config()).run()
+    assert machine.sizes == [8, 4, 2]
 
 
 def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(make_config: Settings):
@@ -235,8 +209,8 @@ def test_sizes_are_those_that_a_batch_is_cut_into(
 # Trials
 
 
-def ranks(code: str, count: int = 1, limit_s: float = 20.0) -> tune.Ended:
-    return tune.run_ranks([sys.executable, "-c", f"import os, signal, sys, time\n{code}"], count, limit_s)
+def ranks(code: str, count: int = 1, limit_s: float = 20.0) -> local_ranks.Ended:
+    return local_ranks.run_ranks([sys.executable, "-c", f"import os, signal, sys, time\n{code}"], count, limit_s)
 
 
 def test_ranks_are_told_their_places(monkeypatch: pytest.MonkeyPatch):
@@ -244,22 +218,22 @@ def test_ranks_are_told_their_places(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_CPUS_PER_TASK")
     ended = ranks(f"print(*(os.environ.get(name) for name in {names}))", 2)
-    assert ended == tune.Ended("0 0 2 2 127.0.0.1 None\n")
+    assert ended == local_ranks.Ended("0 0 2 2 127.0.0.1 None\n")
 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("raise ValueError('no such thing')", tune.Ended(failed="ValueError: no such thing")),
-        ("sys.exit(1)", tune.Ended(failed="without a word")),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", tune.Ended(failed="ended by SIGSEGV")),
+        ("raise ValueError('no such thing')", local_ranks.Ended(failed="ValueError: no such thing")),
+        ("sys.exit(1)", local_ranks.Ended(failed="without an error message")),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", local_ranks.Ended(failed="ended by SIGSEGV")),
         (
             "print('a warning\\nerror: a: no\\n  b: no', file=sys.stderr); sys.exit(2)",
-            tune.Ended(failed="a: no\n  b: no", refused=True),
+            local_ranks.Ended(failed="a: no\n  b: no", refused=True),
         ),
     ],
 )
-def test_a_rank_that_ends_badly_says_why(code: str, expected: tune.Ended):
+def test_a_rank_that_ends_badly_says_why(code: str, expected: local_ranks.Ended):
     assert ranks(code) == expected
 
 
@@ -325,7 +299,6 @@ def test_a_trial_measures_what_two_ranks_do_together(digits: Path, tmp_path: Pat
     trial = Trial({}, **json.loads(line))
     assert trial.images_per_second == pytest.approx(2 * 2 * 8 * (20 / 24) / trial.step_s, rel=0.02)
     assert 0 < trial.peak_memory_gb < trial.memory_gb
-    assert trial.num_parameters > 10_000
     assert trial.device == "CPU"
     assert not (tmp_path / "runs").exists()
 
@@ -337,25 +310,25 @@ def test_a_fragment_is_the_configuration_with_what_was_found(digits: Path, tmp_p
     path, out = write_config(digits, tmp_path), tmp_path / "some" / "where" / "tuned.yaml"
     out.parent.mkdir(parents=True)
     given = ["cluster.time=24:00:00", "resume=never", f"data.train={digits / 'val'}", "optim.lr=2e-3", "mix={}"]
-    chosen = {MICRO_BATCH: 8, STAGE: 2, f"{ZERO}.reduce_bucket_size": 5_000_000}
-    config = load_config(path, given)
-    out.write_text(tune.fragment(out, path, given, config, chosen, ["found: so and so", ""]))
-    assert load_config(out) == load_config(path, [*given, *tune.as_words(chosen)])
-    assert load_config(out).identity() == config.identity()
+    chosen = tune.format_overrides({MICRO_BATCH: 8, COMPILE: True})
+    tuned = load_config(path, [*given, *chosen])
+    out.write_text(tune.fragment(out, path, [*given, *chosen], tuned, ["found: so and so", ""]))
+    assert load_config(out) == tuned
+    assert load_config(out).identity() == load_config(path, given).identity()
     assert out.read_text().startswith("# found: so and so\n#\n\nextends: ../../tiny.yaml\n")
-    out.write_text(tune.fragment(out, path, [], config, chosen))
+    out.write_text(tune.fragment(out, path, chosen, tuned))
     tree = yaml.safe_load(out.read_text())
     assert tree == {
         "extends": "../../tiny.yaml",
         "train": {"micro_batch_size": 8},
-        "engine": {"zero_stage": 2, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 5_000_000}}},
+        "engine": {"compile": True},
     }
 
 
 def test_a_section_that_is_replaced_cannot_be_extended(make_config: Settings, tmp_path: Path):
     make_config()
-    path, given = tmp_path / "scheduled.yaml", ["augment.image_size={0 steps: 48}"]
-    path.write_text("extends: tiny.yaml\naugment: {image_size: {0 steps: 32, 50 %: 64}}\n")
+    path, given = tmp_path / "scheduled.yaml", ["augment.size_schedule={0 steps: 48}"]
+    path.write_text("extends: tiny.yaml\naugment: {size_schedule: {0 steps: 32, 50 %: 64}}\n")
     with pytest.raises(InputError, match="--set replaces a whole section"):
         tune.require_new(tmp_path / "out.yaml", path, given, load_config(path, given))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scheduled.yaml", "tiny.yaml"]

@@ -98,9 +98,9 @@ def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path
 def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
     script = """if True:
         import ctypes, pathlib, sys
-        from pipeline.train.hang_watch import Watch
+        from pipeline.train.hang_watch import HangWatch
         from pipeline.world import World
-        with Watch(pathlib.Path(sys.argv[1]), World(), 0.5, "a"):
+        with HangWatch(pathlib.Path(sys.argv[1]), World(), 0.5, "a"):
             ctypes.PyDLL(None).sleep(1000)
         """
     with subprocess.Popen([sys.executable, "-c", script, tmp_path / "watch"], cwd=ROOT, stderr=subprocess.PIPE) as lone:
@@ -134,7 +134,7 @@ def test_only_whole_heartbeats_of_this_attempt_and_world_count(tmp_path: Path) -
     texts[2] = texts[2][:20]
     for rank, text in enumerate(texts):
         (tmp_path / f"rank-{rank}.json").write_text(text)
-    assert HangWatch(tmp_path, World(rank=0, size=3), 60, "b")._read(range(3)) == {0: beat(0, attempt="b")}
+    assert HangWatch(tmp_path, World(rank=0, size=3), 60, "b")._read_heartbeats(range(3)) == {0: beat(0, attempt="b")}
 
 
 def beat(rank: int, progress: int = 9, alive: float = 100.0, phase: str = "data", attempt: str = "a") -> Heartbeat:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from pipeline import nvidia_driver, world
 from pipeline.errors import USAGE, ExternalError, InputError
 from pipeline.nvidia_driver import Driver
-from pipeline.world import World, launcher_variables, read_place
+from pipeline.world import World, launcher_variables, read_world
 from tests.ranks import ROOT, free_port
 
 
@@ -36,7 +36,7 @@ from tests.ranks import ROOT, free_port
     ],
 )
 def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World) -> None:
-    assert read_place(launcher_variables(environ)) == place
+    assert read_world(launcher_variables(environ)) == place
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World
 )
 def test_contradictions_are_refused(environ: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_place(launcher_variables(environ))
+        read_world(launcher_variables(environ))
 
 
 def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,19 +142,19 @@ def hash_store() -> Any:
 def test_each_rank_has_a_gpu(gpus: Gpus) -> None:
     gpus(2)
     store = hash_store()
-    assert [world._device(World(rank, 2, rank, 2), store).index for rank in range(2)] == [0, 1]
+    assert [world._choose_device(World(rank, 2, rank, 2), store).index for rank in range(2)] == [0, 1]
 
 
 def test_two_ranks_on_one_gpu_are_refused(gpus: Gpus) -> None:
     gpus(1)
     store = hash_store()
-    assert world._device(World(0, 2, 0, 2), store).index == 0
+    assert world._choose_device(World(0, 2, 0, 2), store).index == 0
     message = (
         r"^rank 1 of 2 has no GPU of its own: \S+ shows 1 GPU to 2 ranks: "
         r"start one for each GPU \(deepspeed --num_gpus 1, [^\n]+\)$"
     )
     with pytest.raises(InputError, match=message):
-        world._device(World(1, 2, 1, 2), store)
+        world._choose_device(World(1, 2, 1, 2), store)
 
 
 def test_tasks_that_are_shown_their_own_gpu_alone_are_not(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_tasks_that_are_shown_their_own_gpu_alone_are_not(gpus: Gpus, monkeypatc
     for rank in range(2):
         own = SimpleNamespace(pci_domain_id=0, pci_bus_id=rank, pci_device_id=0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, own=own: own)
-        assert world._device(World(rank, 2, rank, 2), store).index == 0
+        assert world._choose_device(World(rank, 2, rank, 2), store).index == 0
 
 
 def test_one_of_several_ranks_tells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,20 +189,20 @@ def test_gpus_that_torch_cannot_use_are_not_left_idle(
 ) -> None:
     gpus(0)
     monkeypatch.setattr(torch.version, "cuda", built_for)
-    monkeypatch.setattr(nvidia_driver, "read", lambda: Driver(version, 2))
+    monkeypatch.setattr(nvidia_driver, "read_driver", lambda: Driver(version, 2))
     whole = rf"^\S+ has 2 GPUs \(driver {version}\) that torch \S+ cannot use: [^\n]*{message}[^\n]*$"
     with pytest.raises(ExternalError, match=whole):
-        world._device(World(), hash_store())
+        world._choose_device(World(), hash_store())
     for hidden in ("", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert world._device(World(), hash_store()).type == "cpu"
+        assert world._choose_device(World(), hash_store()).type == "cpu"
 
 
 def test_a_machine_without_gpus_trains_on_its_cores(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0)
     for found in (None, Driver("580.95.05", 0)):
-        monkeypatch.setattr(nvidia_driver, "read", lambda found=found: found)
-        assert world._device(World(), hash_store()).type == "cpu"
+        monkeypatch.setattr(nvidia_driver, "read_driver", lambda found=found: found)
+        assert world._choose_device(World(), hash_store()).type == "cpu"
 
 
 def test_who_uses_a_gpu_is_told(
@@ -211,10 +211,10 @@ def test_who_uses_a_gpu_is_told(
     seen: list[str] = []
     monkeypatch.setattr(nvidia_driver, "_other_processes", lambda gpu: seen.append(gpu) or [os.getppid(), 2**22 + 1])
     gpus(1, free=0.95)
-    world._device(World(), hash_store())
+    world._choose_device(World(), hash_store())
     assert capsys.readouterr().err == ""
     gpus(1, free=0.5)
-    world._device(World(), hash_store())
+    world._choose_device(World(), hash_store())
     told = rf"16.0 of 32.0 GiB free: used by pid {os.getppid()} ("
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: GPU 00000000:1b:00.0 of ")
@@ -222,7 +222,7 @@ def test_who_uses_a_gpu_is_told(
     assert line.endswith(f"pid {2**22 + 1} (unknown)")
     gpus(1, free=0.05)
     with pytest.raises(ExternalError, match=r"1\.6 of 32\.0 GiB free: used by [^\n]+: end that, or take another GPU"):
-        world._device(World(), hash_store())
+        world._choose_device(World(), hash_store())
     assert set(seen) == {"00000000:1b:00.0"}
 
 
@@ -272,8 +272,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_ranks_that_share_a_gpu_are_told_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes LOCAL_RANK for it: of a GPU that only this task is shown, or that tests share over gloo."""
     asked = dict[str, Any]()
-    monkeypatch.setattr(world, "_meet", lambda place, timeout: dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
-    monkeypatch.setattr(world, "_device", lambda place, store: torch.device("cuda", 0))
+    monkeypatch.setattr(world, "_connect", lambda place, timeout: dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(world, "_choose_device", lambda place, store: torch.device("cuda", 0))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: asked.update(more, backend=backend))
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():

@@ -1,15 +1,17 @@
-"""Whether a node can train, looked at before a run starts on it.
+"""Checks whether a node can train, before a run starts on it.
 
-    gpus    run_disk  disk  clock  shards ──▶ Check, one line that is told ──launch/doctor.py──▶ JSON
+    gpus    run_disk  disk  clock  shards ──▶ Check, with one line of text ──launch/doctor.py──▶ JSON
     all_reduce(world)                     ──▶ bandwidth between the ranks
 
-What a run would meet after an hour (a full disk, another job's leftovers on a GPU, a clock that certificates do not
-bear) is met here in seconds, with the node's name on it. On nodes without GPUs torch is not imported.
+A run would meet these faults (a full disk, another job's processes on a GPU, a clock for which certificates are not
+valid) after an hour; here they are found in seconds, together with the node's name. On nodes without GPUs torch is not
+imported.
 """
 
 import contextlib
 import functools
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -37,121 +39,129 @@ if TYPE_CHECKING:
     from pipeline.world import World
 
 MAX_CLOCK_S = 60.0
-"""A clock further from the sender's is wrong. Object stores refuse requests from 5 to 15 minutes off."""
+"""The maximum difference from the sender's clock. Object stores refuse requests that are 5 to 15 minutes off."""
 NUM_CHECKPOINTS = 5
-"""That a run's folder needs room for: three newest, the best one, and one on its way, by default."""
+"""The number of checkpoints that a run's folder needs room for: by default the three newest, the best one, and one that
+is being written."""
 RUN_BYTES = 5e9
-"""Room for a run that has no checkpoints yet: five of PVT-Large's."""
+"""The space needed by a run that has no checkpoints yet: that of five of PVT-Large."""
 NODE_BYTES = 1e9
-"""Room on a node's own disk, below which neither a shard nor a compiled kernel need be tried."""
+"""The minimum space on a node's own disk, for shards and compiled kernels."""
 NVIDIA_SMI_S = 60.0
-"""A driver that takes longer to answer is at its end."""
+"""A driver that takes longer to answer does not answer at all."""
 
 P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
 class Check:
-    """What came of looking at one thing. Without `ok` the node had better not train."""
+    """The result of one check. A node where `ok` is false should not train."""
 
     name: str
     ok: bool
     told: str
-    """One line: what was found, and when that will not do, the rule and the way out."""
+    """One line with the value found and, where the check fails, the rule and the remedy."""
     warning: bool = False
-    """Something is wrong, but training goes on without it."""
+    """Whether something is wrong that training does not need."""
 
     def as_warning(self) -> "Check":
-        """The same about something that training can do without."""
+        """Returns the check with a failure turned into a warning."""
         return replace(self, ok=True, warning=not self.ok)
 
 
-def check(name: str) -> Callable[[Callable[P, str]], Callable[P, Check]]:
-    """Makes a check of a function that returns what it has found, and raises where that will not do."""
+def make_check(name: str) -> Callable[[Callable[P, str]], Callable[P, Check]]:
+    """Returns a decorator that makes a check of a function, which returns what it has found or raises a fault."""
 
-    def decorate(look: Callable[P, str]) -> Callable[P, Check]:
-        @functools.wraps(look)
+    def decorate(find: Callable[P, str]) -> Callable[P, Check]:
+        @functools.wraps(find)
         def checked(*args: P.args, **kwargs: P.kwargs) -> Check:
             try:
-                return Check(name, True, _line(look(*args, **kwargs)))
+                return Check(name, True, _join_lines(find(*args, **kwargs)))
             except (InputError, ExternalError) as error:
-                return Check(name, False, _line(str(error)))
-            except Exception as error:  # a node that fails in a way of its own is no better, and is to be told
-                return Check(name, False, _line(f"{type(error).__name__}: {error}"))
+                return Check(name, False, _join_lines(str(error)))
+            except Exception as error:
+                # A node that fails in an unforeseen way must be reported, too.
+                return Check(name, False, _join_lines(f"{type(error).__name__}: {error}"))
 
         return checked
 
     return decorate
 
 
-def _line(text: str) -> str:
+def _join_lines(text: str) -> str:
     return " ".join(text.split())
 
 
-def of_node(config: Config, sent: float | None = None) -> Iterator[Check]:
-    """All checks of a node that is to take part in a run, one at a time. `sent`: the sender's time, see `clock`."""
+def check_node(config: Config, sent: float | None = None) -> Iterator[Check]:
+    """Yields all checks of a node for a run, one at a time. `sent`: the sender's time, see `clock`."""
     if sent is not None:
         yield clock(sent)
     yield gpus(config.cluster.gpus_per_node)
     if config.cluster.scratch:
         yield disk(os.path.expandvars(config.cluster.scratch))
-    yield from of_run(config)
+    yield from check_run(config)
 
 
-def of_run(config: Config) -> Iterator[Check]:
-    """Those that mean something on any machine that the run is started on."""
+def check_run(config: Config) -> Iterator[Check]:
+    """Yields the checks that apply to any machine on which the run may be started."""
     yield run_disk(config.run)
     # Compilers and loaders write temporary files, whether or not shards are kept among them.
     yield disk(os.path.expandvars(config.data.cache or tempfile.gettempdir()))
-    for path in dict.fromkeys([*config.data.train_paths, *filter(None, [config.data.val])]):
+    paths = list(config.data.train_paths)
+    if config.data.val:
+        paths.append(config.data.val)
+    for path in dict.fromkeys(paths):
         yield shards(path, config.data)
 
 
-@check("clock")
+@make_check("clock")
 def clock(sent: float) -> str:
-    """Compares with `sent`, the sender's time (seconds since 1970) just before it started this process."""
-    # When this process began: importing from a busy file system takes its time.
+    """Compares the clock with `sent`, the sender's time (seconds since 1970) just before it started this process."""
+    # The time at which this process began, not the present one: importing from a busy file system takes long.
     ahead_s = psutil.Process().create_time() - sent
     if abs(ahead_s) > MAX_CLOCK_S:
+        direction = "ahead of" if ahead_s > 0 else "behind"
         raise ExternalError(
-            f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the sender's clock, more than "
-            f"{MAX_CLOCK_S:.0f} s: certificates and object stores refuse such a node; set its clock (chronyc makestep)"
+            f"{abs(ahead_s):.0f} s {direction} the sender's clock, more than {MAX_CLOCK_S:.0f} s: certificates and "
+            "object stores refuse such a node; set its clock (chronyc makestep)"
         )
     return f"{round(ahead_s):+d} s from the sender's, time to start included"
 
 
-@check("disk")
+@make_check("disk")
 def disk(folder: str | Path) -> str:
-    """A folder on the node's own disk."""
-    return usable(folder, NODE_BYTES)
+    """Checks a folder on the node's own disk."""
+    return require_space(folder, NODE_BYTES)
 
 
-@check("disk")
+@make_check("disk")
 def run_disk(run: RunConfig) -> str:
-    """Checks that the folder of all runs has locks and room for this run's checkpoints, and that no other job is at
-    work in it as far as this node sees."""
-    told = usable(run.root, NUM_CHECKPOINTS * _checkpoint_bytes(run.folder) or RUN_BYTES)
+    """Checks that the folder of all runs supports locks and has space for this run's checkpoints, and that no other
+    job uses the run's folder as far as this node can see."""
+    space = require_space(run.root, NUM_CHECKPOINTS * _largest_checkpoint_bytes(run.folder) or RUN_BYTES)
     with tempfile.NamedTemporaryFile(dir=run.root, prefix=".preflight-") as probe, files.locked(Path(probe.name)):
         pass
     try:
-        lease.stale(run.folder, slurm.has_ended)
+        lease.find_stale(run.folder, slurm.has_ended)
     except BlockingIOError as error:
-        raise ExternalError(f"{error}: wait for it, or give this run a run.name") from error
-    return told
+        raise ExternalError(f"{error}: wait for it, or choose another run.name") from error
+    return space
 
 
-def _checkpoint_bytes(run: Path) -> int:
-    """The largest checkpoint in a run's folder; 0 before the first."""
+def _largest_checkpoint_bytes(run: Path) -> int:
+    """Returns the size of the largest checkpoint in a run's folder; 0 before the first one."""
     largest = 0
     for folder in run.glob("checkpoints/step-*"):
-        with contextlib.suppress(FileNotFoundError):  # a run at work removes old ones
-            largest = max(largest, sum(path.stat().st_size for path in folder.iterdir()))
+        # A running job removes old checkpoints.
+        with contextlib.suppress(FileNotFoundError):
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            largest = max(largest, size)
     return largest
 
 
-def usable(folder: str | Path, need_bytes: float) -> str:
-    """Makes `folder` if it is missing, writes there, and sees that it has `need_bytes` free. Raises ExternalError, and
-    InputError for a variable without a value."""
+def require_space(folder: str | Path, need_bytes: float) -> str:
+    """Creates `folder` if it is missing, writes a file to it and checks that `need_bytes` are free; returns a line that
+    says how much is free. Raises ExternalError, and InputError for a variable without a value."""
     if "$" in str(folder):
         raise InputError(
             f"{folder}: names a variable that has no value here: set it on the node, or write the path out"
@@ -164,7 +174,8 @@ def usable(folder: str | Path, need_bytes: float) -> str:
         raise ExternalError(f"{folder}: cannot be written: {error.strerror}") from error
     if free < need_bytes:
         raise ExternalError(
-            f"{folder} has {free / 1e9:,.1f} GB free; {need_bytes / 1e9:,.1f} GB are needed: make room or name another"
+            f"{folder} has {free / 1e9:,.1f} GB free; {need_bytes / 1e9:,.1f} GB are needed: free some space or name "
+            "another folder"
         )
     return f"{folder}: {free / 1e9:,.0f} GB free"
 
@@ -175,92 +186,101 @@ def _write_and_read(folder: str | Path) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # to read from the disk, not from memory
+        # So that the bytes are read from the disk and not from memory.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         if file.read() != data:
-            raise ExternalError(f"{folder}: what was written there is not what is read back; the disk is damaged")
+            raise ExternalError(f"{folder}: the bytes read differ from those written: the disk is damaged")
 
 
-@check("shards")
+@make_check("shards")
 def shards(path: str, data: DataConfig) -> str:
-    """Opens a data set of `data` and reads one sample, whose checksum is compared.
+    """Opens a data set of `data`, reads one sample and compares its checksum.
 
-    One in a public layout only has to be there: packing it is for the run. Of remote shards nothing is cached.
+    One in a public layout only has to exist, because the run packs it. Remote shards are not cached.
     """
     if is_coco(path) or is_ade20k(path):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder on this node")
-        return f"{path}: is there, to be packed by the run"
-    from pipeline.shards.open_data import open_data  # which can pack, so it imports pyarrow
+        return f"{path}: exists; the run packs it"
+    # Imported late: it imports pyarrow, for packing.
+    from pipeline.shards.open_data import open_data
 
     start = time.perf_counter()
-    with contextlib.closing(open_data(path, cache=CacheOptions(data.cache, gb=0))) as found:
+    with contextlib.closing(open_data(path, cache=CacheOptions(data.cache, gb=0))) as shard_set:
         try:
-            found.read(0, 0)
-            if found.annotations:
-                found.read_annotation(0, 0)
+            shard_set.read(0, 0)
+            if shard_set.annotations:
+                shard_set.read_annotation(0, 0)
         except CorruptSampleError as error:
-            raise ExternalError(
-                f"{found.url(0)}: sample {found.key(0, 0)}: {error}; see launch/shards.py verify"
-            ) from error
-        return f"{path}: {len(found):,} samples, the first one read in {time.perf_counter() - start:.2f} s"
+            sample = f"{shard_set.url(0)}: sample {shard_set.key(0, 0)}"
+            raise ExternalError(f"{sample}: {error}; see launch/shards.py verify") from error
+        seconds = time.perf_counter() - start
+        return f"{path}: {len(shard_set):,} samples, the first one read in {seconds:.2f} s"
 
 
-@check("gpu")
+@make_check("gpu")
 def gpus(wanted: int | None) -> str:
-    """Each GPU of the node: there, healthy by the driver's account, free, and computing right.
+    """Checks that each GPU of the node is visible, healthy according to the driver, free, and computes correctly.
 
-    `wanted` is how many there have to be: 0 looks at nothing; None takes what the driver shows, which others may be
-    using as well.
+    `wanted` is the required number: 0 checks nothing; None accepts the number that the driver reports, and GPUs that
+    other jobs use.
     """
     if wanted == 0:
-        return "none wanted"
+        return "none requested"
     states = driver_states()
     if wanted is None and not states:
         return "none"
     import torch
 
     version = f"driver {next(iter(states.values())).driver}" if states else "no nvidia-smi"
-    expected, visible = len(states) if wanted is None else wanted, torch.cuda.device_count()
+    expected = len(states) if wanted is None else wanted
+    visible = torch.cuda.device_count()
     if visible != expected:
         raise ExternalError(
             f"{visible} visible instead of {expected}, {version}, torch {torch.__version__}: ask for them "
-            "(cluster.gpus_per_node), or look at CUDA_VISIBLE_DEVICES and at the driver's version"
+            "(cluster.gpus_per_node), or check CUDA_VISIBLE_DEVICES and the driver's version"
         )
-    properties = [torch.cuda.get_device_properties(number) for number in range(visible)]
-    faults = [
-        f"GPU {number} ({gpu.name}): {fault}"
-        for number, gpu in enumerate(properties)
-        if (fault := _fault(number, states.get(f"GPU-{gpu.uuid}"), is_ours=wanted is not None))
-    ]
+    devices = [torch.cuda.get_device_properties(number) for number in range(visible)]
+    faults = []
+    for number, device in enumerate(devices):
+        fault = _find_fault(number, states.get(f"GPU-{device.uuid}"), is_ours=wanted is not None)
+        if fault:
+            faults.append(f"GPU {number} ({device.name}): {fault}")
     if faults:
         raise ExternalError("; ".join([*faults, version]))
-    names = ", ".join(sorted({gpu.name for gpu in properties}))
-    return f"{visible} × {names}, {min(gpu.total_memory for gpu in properties) / 2**30:.0f} GiB, {version}"
+    names = ", ".join(sorted({device.name for device in devices}))
+    memory_gib = min(device.total_memory for device in devices) / 2**30
+    return f"{visible} × {names}, {memory_gib:.0f} GiB, {version}"
 
 
 @dataclass(frozen=True)
 class DriverState:
-    """What the driver says of a GPU."""
+    """What the driver reports about a GPU."""
 
     driver: str
-    """Its version."""
+    """The driver's version."""
     ecc_errors: str
-    """Memory errors that could not be corrected, since the driver was loaded; in words where it cannot tell."""
+    """The number of uncorrected memory errors since the driver was loaded; a text where it is not known."""
 
     @property
     def fault(self) -> str | None:
+        """What is wrong with the GPU, if anything."""
         if self.ecc_errors.isdigit():
             count = int(self.ecc_errors)
-            return f"{count} uncorrected ECC errors: reset it (nvidia-smi --gpu-reset)" if count else None
-        # "[GPU requires reset]", "[Unknown Error]", "[GPU is lost]"; "[N/A]" says that it has no ECC.
-        is_bad = any(word in self.ecc_errors.lower() for word in ("reset", "error", "lost"))
-        return f"the driver says {self.ecc_errors}" if is_bad else None
+            if count == 0:
+                return None
+            return f"{count} uncorrected ECC errors: reset it (nvidia-smi --gpu-reset)"
+        # "[GPU requires reset]", "[Unknown Error]", "[GPU is lost]"; "[N/A]" means that it has no ECC.
+        text = self.ecc_errors.lower()
+        if any(word in text for word in ("reset", "error", "lost")):
+            return f"the driver reports {self.ecc_errors}"
+        return None
 
 
 def driver_states() -> dict[str, DriverState]:
-    """What nvidia-smi says of each GPU, by UUID, because torch numbers them in another order. None without nvidia-smi;
-    raises ExternalError where it fails."""
+    """Returns the state of each GPU by its UUID, because torch numbers GPUs in another order than nvidia-smi; an empty
+    dictionary without nvidia-smi. Raises ExternalError where it fails."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = "--query-gpu=uuid,driver_version,ecc.errors.uncorrected.volatile.total"
@@ -275,13 +295,13 @@ def driver_states() -> dict[str, DriverState]:
         raise ExternalError(f"nvidia-smi: no answer for {NVIDIA_SMI_S:.0f} s: restart the node") from None
     if "No devices were found" in done.stdout + done.stderr:
         return {}
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [re.split(r"\s*,\s*", line.strip()) for line in done.stdout.splitlines()]
     if done.returncode or any(len(row) != 3 for row in rows):
         raise ExternalError(f"nvidia-smi: {done.stdout} {done.stderr} (exit code {done.returncode})")
-    return {uuid: DriverState(version, ecc) for uuid, version, ecc in rows}
+    return {uuid: DriverState(version, ecc_errors) for uuid, version, ecc_errors in rows}
 
 
-def _fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | None:
+def _find_fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | None:
     import torch
 
     if state and state.fault:
@@ -291,46 +311,54 @@ def _fault(number: int, state: DriverState | None, *, is_ours: bool) -> str | No
         if is_ours and free < nvidia_driver.UNUSED_MEMORY * total:
             gpu = nvidia_driver.pci_bus_id(torch.cuda.get_device_properties(number))
             return f"{nvidia_driver.gpus_in_use(gpu, free, total)}: another job's, which has not ended"
-        return None if computes_right(torch.device("cuda", number)) else "computes a wrong matrix product"
+        if not computes_correctly(torch.device("cuda", number)):
+            return "computes a wrong matrix product"
     except RuntimeError as error:
-        return f"cannot compute: {str(error).partition(chr(10))[0]}"
+        first_line = str(error).partition("\n")[0]
+        return f"cannot compute: {first_line}"
+    return None
 
 
-def computes_right(device: "torch.device") -> bool:
-    """Whether a small matrix product comes out as on the CPU. It is one of integers, so it does to the last bit."""
+def computes_correctly(device: "torch.device") -> bool:
+    """Returns whether a small matrix product is equal to that of the CPU."""
     import torch
 
+    # Integers, whose products and sums are exact in fp32 in any order.
     left = (torch.arange(512 * 512) % 11 - 5).float().reshape(512, 512)
     return torch.equal((left.to(device) @ left.T.to(device)).cpu(), left @ left.T)
 
 
 def all_reduce(world: "World", mib: int = 64, rounds: int = 5) -> float:
-    """The bus bandwidth between the ranks in 10⁹ bytes a second: 2 (n - 1) / n · bytes / seconds, as nccl-tests count
-    it, of the median round. 0 in a world of one. Collective.
+    """Returns the bus bandwidth between the ranks in 10⁹ bytes a second, of the median round: 2 (n - 1) / n · bytes /
+    seconds, as nccl-tests defines it. It is 0 in a world of one. Collective.
 
-    Raises ExternalError on every rank where any was given a wrong sum.
+    Raises ExternalError on every rank where any of them received a wrong sum.
     """
     import torch
 
     # Integers whose sums stay below 2²⁴ on up to 33,000 ranks: exact in fp32, in whatever order they are added.
     pattern = (torch.arange(mib << 18, device=world.device) % 64).float()
     expected = pattern * sum(rank % 8 + 1 for rank in range(world.size))
-    seconds, wrong = [], False
-    for _ in range(1 + rounds):  # the first one sets up connections
+    durations = []
+    is_wrong = False
+    # One round more, because the first one sets up connections.
+    for _ in range(1 + rounds):
         tensor = pattern * (world.rank % 8 + 1)
         world.barrier()
-        _finish(world.device)
+        _synchronise(world.device)
         start = time.perf_counter()
         world.sum(tensor)
-        _finish(world.device)
-        seconds.append(time.perf_counter() - start)
-        wrong |= not torch.equal(tensor, expected)
-    if bad := world.gather(torch.tensor([wrong], device=world.device)).nonzero()[:, 0].tolist():
-        raise ExternalError(f"ranks {bad} of {world.size} were given wrong sums of what all of them sent")
-    return 2 * (world.size - 1) / world.size * pattern.nbytes / statistics.median(seconds[1:]) / 1e9
+        _synchronise(world.device)
+        durations.append(time.perf_counter() - start)
+        is_wrong |= not torch.equal(tensor, expected)
+    wrong_ranks = world.gather(torch.tensor([is_wrong], device=world.device)).nonzero()[:, 0].tolist()
+    if wrong_ranks:
+        raise ExternalError(f"ranks {wrong_ranks} of {world.size} were given wrong sums of what all of them sent")
+    seconds = statistics.median(durations[1:])
+    return 2 * (world.size - 1) / world.size * pattern.nbytes / seconds / 1e9
 
 
-def _finish(device: "torch.device") -> None:
+def _synchronise(device: "torch.device") -> None:
     if device.type == "cuda":
         import torch
 

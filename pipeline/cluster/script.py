@@ -1,20 +1,23 @@
-"""The batch script: what SLURM is asked for, and one command that does the rest.
+"""The batch script: the resources that SLURM is asked for, and one command that does everything else.
 
-Cluster ──render──▶ #SBATCH lines
-                    cd, PYTHONPATH, environment
-                    exec python …/launch/supervise.py …      now the batch shell, to which SLURM sends its signals
+    ClusterConfig ──render_batch_script──▶ #SBATCH lines
+                                           PYTHONPATH, the environment's activation
+                                           exec python …/launch/supervise.py …
+
+Because of exec, the supervisor is the process to which SLURM sends the signals for the batch shell.
 """
 
 import re
 import shlex
 from pathlib import Path
 
-from pipeline.cluster.slurm import seconds
+from pipeline.cluster.slurm import parse_seconds
 from pipeline.config import ClusterConfig, Config, EnvironmentConfig
 from pipeline.errors import InputError
 
 _NOT_IN_PATHS = re.compile(r"[%\\:\x00-\x1f\x7f]")
-"""Of a run's folder: sbatch and srun replace what follows a %, sbatch drops a backslash, PYTHONPATH ends at a colon."""
+"""Characters that a run's folder may not contain: sbatch and srun replace what follows a %, sbatch drops a backslash,
+PYTHONPATH ends at a colon."""
 
 
 def render_batch_script(
@@ -29,23 +32,23 @@ def render_batch_script(
     comment: str = "",
     prepare: str = "",
 ) -> str:
-    """A batch script in bash.
+    """Returns a batch script in bash.
 
-    `log`: where output goes, with SLURM's %j and %a in it if need be. `code`: folder of the source, in shell syntax.
-    `command`: what follows `python`, in shell syntax. `array`: number of the array's tasks.
-    `prepare`: lines of shell before the last one.
+    `log`: the file for output, in which SLURM replaces %j and %a. `code`: the folder of the source, in shell syntax.
+    `command`: the arguments of launch/supervise.py, in shell syntax. `array`: the number of the array's tasks.
+    `prepare`: shell lines before the last one.
     """
-    per_node = cluster.ranks * cluster.cpus_per_rank
-    most = cluster.nodes + cluster.spares
+    most_nodes = cluster.nodes + cluster.spares
+    fewest_nodes = cluster.fewest_nodes
     options = {
         "job-name": name,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "nodes": most if most == cluster.fewest_nodes else f"{cluster.fewest_nodes}-{most}",
-        # A node's share of the job counts as one task here, because SLURM takes the fewest nodes on which all tasks
-        # that it knows of have room. The ranks are tasks of the steps.
-        "cpus-per-task": per_node,
+        "nodes": most_nodes if most_nodes == fewest_nodes else f"{fewest_nodes}-{most_nodes}",
+        # Each node gets one task here, because SLURM takes the fewest nodes on which all tasks that it knows of fit.
+        # The ranks are tasks of the steps.
+        "cpus-per-task": cluster.ranks * cluster.cpus_per_rank,
         "gpus-per-node": cluster.gpus_per_node or None,
         "mem": cluster.memory_gb and f"{cluster.memory_gb}G",
         "time": cluster.time,
@@ -57,31 +60,33 @@ def render_batch_script(
         "output": log,
     }
     # sbatch reads quotes and spaces in these lines as a shell does.
-    given = [f"--{key}={quoted(value)}" for key, value in options.items() if value is not None]
-    flags = ["--requeue", "--no-kill", *(["--exclusive"] if cluster.exclusive else [])]
-    lines = [
-        "#!/bin/bash",
-        *(f"# {line}" for line in comment.splitlines()),
-        *(f"#SBATCH {option}" for option in (*given, *flags, *cluster.options)),
-        "set -euo pipefail",
-        f"export PYTHONPATH={code} PYTHONUNBUFFERED=1",
-        *_activation(cluster.environment),
-        *([prepare] if prepare else []),
-        f"exec {python} {code}/launch/supervise.py {command}",
-    ]
+    arguments = [f"--{name}={quoted(value)}" for name, value in options.items() if value is not None]
+    # The supervisor decides what happens when a node fails.
+    arguments += ["--requeue", "--no-kill"]
+    if cluster.exclusive:
+        arguments.append("--exclusive")
+    arguments += cluster.options
+    lines = ["#!/bin/bash"]
+    lines += [f"# {line}" for line in comment.splitlines()]
+    lines += [f"#SBATCH {argument}" for argument in arguments]
+    lines += ["set -euo pipefail", f"export PYTHONPATH={code} PYTHONUNBUFFERED=1"]
+    lines += _activation_lines(cluster.environment)
+    if prepare:
+        lines.append(prepare)
+    lines.append(f"exec {python} {code}/launch/supervise.py {command}")
     return "\n".join(lines) + "\n"
 
 
-def _activation(environment: EnvironmentConfig) -> list[str]:
-    """Lines of the script. Activation scripts, such as conda's, use variables that are not set and tests that fail."""
+def _activation_lines(environment: EnvironmentConfig) -> list[str]:
     if environment.activate is None:
         return []
+    # Activation scripts, such as conda's, use variables that are not set and tests that fail.
     report = 'echo "environment.activate: exit status $?, python is $(command -v python)" >&2'
     return ["set +eu", environment.activate, report, "set -eu"]
 
 
-def ready(program: str) -> str:
-    """slurm/PROGRAM.sbatch, for whoever prefers sbatch to launch/submit.py."""
+def render_ready_script(program: str) -> str:
+    """Returns the text of slurm/PROGRAM.sbatch, which is submitted with sbatch instead of launch/submit.py."""
     usage = f"""sbatch [OPTIONS OF SBATCH] slurm/{program}.sbatch CONFIG [--set KEY=VALUE …]
 From the root of a checkout in which `make setup` was run. Options given to sbatch win over those below."""
     shape = ('"cluster.nodes=$SLURM_JOB_NUM_NODES"', '"cluster.gpus_per_node=${gpus##*:}"')
@@ -99,17 +104,18 @@ From the root of a checkout in which `make setup` was run. Options given to sbat
 
 
 def check_batch_script(config: Config) -> None:
-    """Raises InputError for what can be known to be wrong before SLURM is asked."""
+    """Raises InputError for every mistake that can be known before SLURM is asked."""
     cluster = config.cluster
     folder = str(config.run.folder.resolve())
-    if found := _NOT_IN_PATHS.search(folder):
+    if forbidden := _NOT_IN_PATHS.search(folder):
         raise InputError(
             f"run.root {config.run.root!r}: the run's folder would be {folder!r}; under SLURM it may contain no %, "
-            f"backslash, colon or control character, but contains {found[0]!r}: choose another folder"
+            f"backslash, colon or control character, but contains {forbidden[0]!r}: choose another folder"
         )
-    if cluster.nodes * cluster.ranks > config.data.lanes:
+    world_size = cluster.nodes * cluster.ranks
+    if world_size > config.data.lanes:
         raise InputError(
-            f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {cluster.nodes * cluster.ranks} ranks, but "
+            f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {world_size} ranks, but "
             f"data.lanes is {config.data.lanes}, the most that a run can use: raise data.lanes or take fewer nodes"
         )
     if cluster.grace_s <= config.train.preempt_deadline_s:
@@ -117,13 +123,14 @@ def check_batch_script(config: Config) -> None:
             f"cluster.grace_s {cluster.grace_s} is not longer than train.preempt_deadline_s "
             f"{config.train.preempt_deadline_s:g}: the time limit would end a run that is still saving"
         )
-    limit_s = seconds(cluster.time)
+    limit_s = parse_seconds(cluster.time)
     if limit_s and limit_s < 2 * cluster.grace_s:
         raise InputError(
             f"cluster.time {cluster.time} is {limit_s} s, of which cluster.grace_s {cluster.grace_s} are kept for "
-            "saving: give at least twice that, or the run is stopped before it gets anywhere"
+            "saving: give at least twice that, or the run is stopped before it makes progress"
         )
 
 
 def quoted(*words: object) -> str:
+    """Returns words in shell syntax."""
     return shlex.join(map(str, words))

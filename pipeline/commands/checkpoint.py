@@ -1,11 +1,11 @@
-"""Look at a run's checkpoints and check them.
+"""Lists, verifies and shows a run's checkpoints.
 
-python launch/checkpoint.py list RUN                 what there is, at a glance
-python launch/checkpoint.py verify RUN [--step N]    every byte, and whether everything that belongs to it is there
-python launch/checkpoint.py show RUN [--step N]      what the newest whole one, or that of step N, holds
+python launch/checkpoint.py list RUN                 all checkpoints, by their names and sizes
+python launch/checkpoint.py verify RUN [--step N]    every byte, and whether all files that belong together are there
+python launch/checkpoint.py show RUN [--step N]      the contents of the newest whole checkpoint, or that of step N
 
-RUN is a run's folder, runs/NAME, or one checkpoint in it, runs/NAME/checkpoints/step-00001200. A run may be at work in
-the folder. Verify fails where a checkpoint is damaged, and where none is whole; what a killed save has left is told.
+RUN is a run's folder, runs/NAME, or one checkpoint in it, runs/NAME/checkpoints/step-00001200. The run may be active.
+Verify fails where a checkpoint is damaged, and where none is whole; the remains of a killed save are reported.
 """
 
 import contextlib
@@ -22,70 +22,81 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.cli import Subcommand
+from pipeline.commands.text_table import align_columns, format_scores, list_values
 from pipeline.errors import InputError
 from pipeline.train import checkpoint_files
 from pipeline.train.checkpoint_files import COMMIT, FORMAT, step_of
 from pipeline.train.meters import finite_or_none
 
+Check = Callable[[Path], str | None]
+"""A function that returns what is wrong with a checkpoint, if anything."""
+
 
 def main() -> dict[str, Any]:
-    return cli.choose("launch/checkpoint.py", "Look at a run's checkpoints and check them.", SUBCOMMANDS)
+    return cli.choose("launch/checkpoint.py", "List, verify and show a run's checkpoints.", SUBCOMMANDS)
 
 
 def _add_run(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/NAME, or one checkpoint's")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/NAME, or that of a checkpoint")
 
 
 def _add_run_and_step(parser: ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step alone")
+    parser.add_argument("--step", type=int, metavar="N", help="only the checkpoint of this step")
 
 
 def _list(arguments: Namespace) -> dict[str, Any]:
-    rows = list(_still_there(_checkpoints(arguments.run), _row))
-    print(_table(rows), file=sys.stderr)
-    newest = max((row["step"] for row in rows if row["state"] == "whole?"), default=None)
-    return {"run": str(arguments.run), "checkpoints": rows, "newest": newest}
+    rows = list(_make_rows(_find_checkpoints(arguments.run), _list_row))
+    print(_render_table(rows), file=sys.stderr)
+    committed = [row["step"] for row in rows if row["state"] == "whole?"]
+    return {"run": str(arguments.run), "checkpoints": rows, "newest": max(committed, default=None)}
 
 
-def _row(folder: Path) -> dict[str, Any]:
-    state, fault = _judge(
-        folder, lambda: checkpoint_files.size_fault(folder) or checkpoint_files.state_fault(folder), sound="whole?"
-    )
-    readable = state == "whole?"
-    return {
-        **_place(folder),
-        "state": state,
-        "fault": fault,
-        "skipped": checkpoint_files.read_document(folder)["state"]["skipped"] if readable else None,
-        "scores": _json_scores(checkpoint_files.scores_of(folder)) if readable else None,
-    }
+def _list_row(folder: Path) -> dict[str, Any]:
+    checks = (checkpoint_files.size_fault, checkpoint_files.state_fault)
+    state, fault = _judge(folder, checks, sound="whole?")
+    skipped = None
+    scores = None
+    if state == "whole?":
+        skipped = checkpoint_files.read_document(folder)["state"]["skipped"]
+        scores = _json_scores(checkpoint_files.scores_of(folder))
+    return {**_describe_folder(folder), "state": state, "fault": fault, "skipped": skipped, "scores": scores}
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'step':>9}  {'state':12}  {'size':>11}  {'saved':25}  {'skipped':>7}  scores"]
+def _render_table(rows: list[dict[str, Any]]) -> str:
+    cells = [("step", "state", "size", "saved", "skipped", "scores")]
     for row in rows:
-        skipped = "" if row["skipped"] is None else row["skipped"]
-        line = f"{row['step']:9}  {row['state']:12}  {_size(row['bytes']):>11}  {row['saved'] or '':25}  {skipped:>7}  "
-        lines.append((line + (row["fault"] or _told(row["scores"] or {}))).rstrip())
-    return "\n".join([*lines, "whole?: committed, and files have the sizes listed; verify compares their bytes too"])
+        cells.append(
+            (
+                str(row["step"]),
+                row["state"],
+                _format_size(row["bytes"]),
+                row["saved"] or "",
+                "" if row["skipped"] is None else str(row["skipped"]),
+                row["fault"] or format_scores(row["scores"] or {}),
+            )
+        )
+    lines = align_columns(cells, right=(0, 2, 4))
+    lines.append("whole?: committed, and files have the sizes listed; verify compares their bytes too")
+    return "\n".join(lines)
 
 
 def _verify(arguments: Namespace) -> dict[str, Any]:
-    rows = list(_still_there(_checkpoints(arguments.run, arguments.step), _verified))
+    rows = list(_make_rows(_find_checkpoints(arguments.run, arguments.step), _verify_row))
     states = {row["state"] for row in rows}
+    # The remains of a killed save are no fault: the next start of the run removes them.
     ok = "whole" in states and states <= {"whole", "uncommitted"}
     return {"run": str(arguments.run), "ok": ok, "checkpoints": rows}
 
 
-def _verified(folder: Path) -> dict[str, Any]:
+def _verify_row(folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    state, fault = _judge(
-        folder, lambda: checkpoint_files.damage(folder) or checkpoint_files.misfit(folder), sound="whole"
-    )
+    checks = (checkpoint_files.damage, checkpoint_files.misfit)
+    state, fault = _judge(folder, checks, sound="whole")
     untrained = checkpoint_files.untrained(folder) if state == "whole" else None
-    row = {**_place(folder), "state": state, "fault": fault, "untrained": untrained}
-    details = f": {fault}" if fault else f", {_size(row['bytes'])}, {time.perf_counter() - start:.1f} s"
+    row = {**_describe_folder(folder), "state": state, "fault": fault, "untrained": untrained}
+    seconds = time.perf_counter() - start
+    details = f": {fault}" if fault else f", {_format_size(row['bytes'])}, {seconds:.1f} s"
     if untrained:
         details += f"; without moments, as only buffers and frozen parameters should be: {', '.join(untrained)}"
     print(f"{folder.name} {state}{details}", file=sys.stderr, flush=True)
@@ -93,36 +104,47 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _show(arguments: Namespace) -> dict[str, Any]:
-    folders = _checkpoints(arguments.run, arguments.step)
-    folder = next(filter(checkpoint_files.is_whole, reversed(folders)), None)
+    folders = _find_checkpoints(arguments.run, arguments.step)
+    # The newest one first. Damaged ones are reported and skipped.
+    newest_first = reversed(folders)
+    folder = next(filter(checkpoint_files.is_whole, newest_first), None)
     if folder is None:
-        raise InputError(f"{arguments.run}: no whole checkpoint to show, of {_steps(map(step_of, folders))}")
+        steps = _format_steps(map(step_of, folders))
+        raise InputError(f"{arguments.run}: no whole checkpoint to show, of {steps}")
     if fault := checkpoint_files.misfit(folder):
         raise InputError(f"{folder}: {fault}")
-    result = {"run": str(arguments.run), **_place(folder), **_contents(folder)}
-    print(_description(result), file=sys.stderr)
+    result = {"run": str(arguments.run), **_describe_folder(folder), **_read_contents(folder)}
+    print(_describe_contents(result), file=sys.stderr)
     return result
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def _read_contents(folder: Path) -> dict[str, Any]:
     document = checkpoint_files.read_document(folder)
     state = document["state"]
     model, _, _ = checkpoint_files.headers(folder)
     untrained = checkpoint_files.untrained(folder)
+    num_parameters = 0
+    for name, shape in model.items():
+        if name not in untrained:
+            num_parameters += math.prod(shape)
     return {
-        **{name: state[name] for name in ("skipped", "adam_steps", "ema_steps", "loss_scale", "run_id")},
-        "guard": _guard(state["guard"]) if state["guard"] else None,
+        "skipped": state["skipped"],
+        "adam_steps": state["adam_steps"],
+        "ema_steps": state["ema_steps"],
+        "loss_scale": state["loss_scale"],
+        "run_id": state["run_id"],
+        "guard": _summarise_guard(state["guard"]) if state["guard"] else None,
         "scores": _json_scores(state["scores"]),
         "scored_step": state["scored_step"],
         "identity": document["identity"],
         "tensors": len(model),
-        "parameters": sum(math.prod(shape) for name, shape in model.items() if name not in untrained),
+        "parameters": num_parameters,
         "untrained": untrained,
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
 
 
-def _guard(saved: dict[str, Any]) -> dict[str, Any]:
+def _summarise_guard(saved: dict[str, Any]) -> dict[str, Any]:
     losses = saved["losses"]
     return {
         "rollback_steps": saved["rollback_steps"],
@@ -133,11 +155,21 @@ def _guard(saved: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _description(result: dict[str, Any]) -> str:
-    scale, guard, rollbacks = result["loss_scale"], result["guard"], "none"
+def _describe_contents(result: dict[str, Any]) -> str:
+    scale = result["loss_scale"]
+    guard = result["guard"]
+    rollbacks = "none"
     if guard and guard["rollback_steps"]:
-        rollbacks = f"{len(guard['rollback_steps'])}, at {_steps(guard['rollback_steps'])}"
-    usual = f"mean loss {guard['window_loss']:.4g} of {guard['window']} steps" if guard and guard["window"] else "empty"
+        rollbacks = f"{len(guard['rollback_steps'])}, at {_format_steps(guard['rollback_steps'])}"
+    window = "empty"
+    if guard and guard["window"]:
+        window = f"mean loss {guard['window_loss']:.4g} of {guard['window']} steps"
+    scores = "none yet"
+    if result["scores"]:
+        scores = f"{format_scores(result['scores'])} at step {result['scored_step']}"
+    model = f"{result['tensors']:,} tensors, {result['parameters']:,} parameters"
+    if result["untrained"]:
+        model += f", {len(result['untrained'])} tensors without moments"
     rows = {
         "saved": result["saved"],
         "step": f"{result['step']}, of which {result['skipped']} skipped",
@@ -145,37 +177,45 @@ def _description(result: dict[str, Any]) -> str:
         "ema_steps": result["ema_steps"],
         "loss scale": f"{scale['value']:g}, {scale['good_steps']} good steps" if scale else "none",
         "rollbacks": rollbacks,
-        "guard's window": usual,
-        "scores": f"{_told(result['scores'])} at step {result['scored_step']}" if result["scores"] else "none yet",
+        "guard's window": window,
+        "scores": scores,
         "run id": result["run_id"] or "none",
-        "model": f"{result['tensors']:,} tensors, {result['parameters']:,} parameters"
-        + (f", {len(result['untrained'])} tensors without moments" if result["untrained"] else ""),
-        **{f"identity.{name}": value for name, value in result["identity"].items()},
-        **{name: _size(size) for name, size in result["files"].items()},
+        "model": model,
     }
-    return "\n".join([result["folder"], *(f"  {name:27}{value}" for name, value in rows.items())])
+    for name, value in result["identity"].items():
+        rows[f"identity.{name}"] = value
+    for name, size in result["files"].items():
+        rows[name] = _format_size(size)
+    return "\n".join(list_values(result["folder"], rows))
 
 
 SUBCOMMANDS = {
-    "list": Subcommand("list a run's checkpoints, by their names and sizes alone", _add_run, _list),
-    "verify": Subcommand("compare every byte with its digest, and parts with each other", _add_run_and_step, _verify),
-    "show": Subcommand("say what a checkpoint holds, the newest whole one by default", _add_run_and_step, _show),
+    "list": Subcommand("list a run's checkpoints by their names and sizes", _add_run, _list),
+    "verify": Subcommand(
+        "compare every byte with its digest, and the files of a checkpoint with each other",
+        _add_run_and_step,
+        _verify,
+    ),
+    "show": Subcommand("print the contents of a checkpoint, by default the newest whole one", _add_run_and_step, _show),
 }
 
 
-def _checkpoints(run: Path, step: int | None = None) -> list[Path]:
-    """Folders of checkpoints, committed or not, by step."""
+def _find_checkpoints(run: Path, step: int | None = None) -> list[Path]:
+    """Returns the folders of checkpoints, committed or not, by step. Raises InputError where there are none."""
     folder = run.resolve()
     if not folder.is_dir():
         raise InputError(f"{run}: no such folder; give a run's folder, runs/NAME, or one checkpoint's")
-    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    candidates = [folder] if _is_checkpoint(folder) else filter(_is_checkpoint, inside.iterdir())
-    found = sorted(candidates, key=step_of)
-    if not found:
+    # A run's folder, the folder of its checkpoints, or one of these.
+    parent = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    candidates = [folder] if _is_checkpoint(folder) else parent.iterdir()
+    checkpoints = sorted(filter(_is_checkpoint, candidates), key=step_of)
+    if not checkpoints:
         raise InputError(f"{run}: no checkpoints in it; give a run's folder, runs/NAME, or one checkpoint's")
-    chosen = [folder for folder in found if step in (None, step_of(folder))]
+    if step is None:
+        return checkpoints
+    chosen = [path for path in checkpoints if step_of(path) == step]
     if not chosen:
-        raise InputError(f"{run}: no checkpoint of step {step}; it has {_steps(map(step_of, found))}")
+        raise InputError(f"{run}: no checkpoint of step {step}; it has {_format_steps(map(step_of, checkpoints))}")
     return chosen
 
 
@@ -183,60 +223,59 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() and re.fullmatch(r"step-\d+", path.name) is not None
 
 
-def _still_there(folders: list[Path], row_of: Callable[[Path], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of those that a run at work does not remove in the meantime: `row_of` raises FileNotFoundError for one."""
+def _make_rows(folders: list[Path], make_row: Callable[[Path], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of checkpoints that an active run does not remove in the meantime: `make_row` raises
+    FileNotFoundError for those."""
     for folder in folders:
         try:
-            yield row_of(folder)
+            yield make_row(folder)
         except FileNotFoundError:
             if folder.exists():
                 raise
             print(f"{folder.name} has been removed in the meantime", file=sys.stderr, flush=True)
 
 
-def _judge(folder: Path, find_fault: Callable[[], str | None], *, sound: str) -> tuple[str, str | None]:
-    """The state of a checkpoint and, unless it is `sound`, what is wrong."""
+def _judge(folder: Path, checks: Iterable[Check], *, sound: str) -> tuple[str, str | None]:
+    """Returns the state of a checkpoint and, unless that is `sound`, the first fault that the checks find."""
+    fault = None
     try:
-        fault = find_fault()
+        for check in checks:
+            fault = fault or check(folder)
     except InputError as error:
         fault = str(error)
     if fault is None:
         return sound, None
     if not (folder / COMMIT).exists():
         return "uncommitted", fault
-    return "damaged" if checkpoint_files.format_of(folder) in (0, FORMAT) else "other format", fault
+    # A file whose format cannot be read counts as 0.
+    is_known_format = checkpoint_files.format_of(folder) in (0, FORMAT)
+    return "damaged" if is_known_format else "other format", fault
 
 
-def _place(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError for a folder that has gone."""
+def _describe_folder(folder: Path) -> dict[str, Any]:
+    """Returns the keys that all results have. Raises FileNotFoundError for a folder that has been removed."""
     num_bytes = 0
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a save at work has renamed it
+        # An active save renames its files.
+        with contextlib.suppress(FileNotFoundError):
             num_bytes += path.lstat().st_size
-    saved = folder / COMMIT
-    return {
-        "step": step_of(folder),
-        "folder": str(folder),
-        "bytes": num_bytes,
-        "saved": _iso(saved.stat().st_mtime) if saved.exists() else None,
-    }
+    commit = folder / COMMIT
+    saved = None
+    if commit.exists():
+        saved = datetime.fromtimestamp(commit.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return {"step": step_of(folder), "folder": str(folder), "bytes": num_bytes, "saved": saved}
 
 
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+def _format_steps(steps: Iterable[int]) -> str:
+    numbers = [str(step) for step in steps]
+    noun = "steps" if len(numbers) > 1 else "step"
+    return f"{noun} {', '.join(numbers)}"
 
 
-def _steps(steps: Iterable[int]) -> str:
-    named = [str(step) for step in steps]
-    return f"step{'s' * (len(named) > 1)} {', '.join(named)}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
-
-
-def _told(scores: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'not finite' if score is None else f'{score:.4g}'}" for name, score in scores.items())
+def _format_size(num_bytes: int) -> str:
+    if num_bytes >= 1e6:
+        return f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e3:,.1f} kB"
 
 
 def _json_scores(scores: dict[str, float] | None) -> dict[str, float | None] | None:

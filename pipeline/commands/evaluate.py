@@ -1,4 +1,4 @@
-"""Score a registered model on a packed data set, draw what it predicts, or probe its frozen features.
+"""Scores a registered model on a packed data set, draws its predictions, or probes its frozen features.
 
 python launch/evaluate.py --model models:/NAME@ALIAS --data DIR [--draw N]
 python launch/evaluate.py --model models:/NAME@ALIAS --data DIR --train DIR --probe knn|linear
@@ -20,7 +20,8 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_data
 from pipeline.track.model_card import ModelCard
 
-if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage do without
+# These take seconds to import, which --help and wrong usage do without.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -31,8 +32,10 @@ if TYPE_CHECKING:  # these take seconds to import, which --help and wrong usage 
 
 
 class OpenedModel(NamedTuple):
+    """A registered model, and a data set of its classes."""
+
     uri: str
-    """With the version's number."""
+    """The exact version."""
     data: str
     card: ModelCard
     task: "AnyTask"
@@ -47,61 +50,66 @@ def main() -> dict[str, Any] | None:
     )
     parser.add_argument("--tracking-uri", metavar="URI")
     parser.add_argument("--draw", type=int, metavar="N", help="draw N predictions")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="of --draw (default ./NAME-VERSION.png)")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="file of --draw (default ./NAME-VERSION.png)")
     parser.add_argument(
         "--log",
         action="store_true",
-        help="also attach the drawing to the model's MLflow run, which the images' licence has to allow",
+        help="also attach the drawing to the model's MLflow run; check that the images' licence allows that",
     )
     parser.add_argument("--probe", choices=("knn", "linear"), help="classify by the features of the frozen backbone")
-    parser.add_argument("--train", metavar="DIR", help="packed data set that the probe is fitted to")
+    parser.add_argument("--train", metavar="DIR", help="packed data set to which the probe is fitted")
     cli.add_cache(parser)
-    parser.add_argument("--k", type=int, default=20, metavar="K", help="neighbours of --probe knn (default 20)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--k", type=int, default=20, metavar="K", help="number of neighbours of --probe knn (default 20)"
+    )
+    # The deepspeed launcher adds this option.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    _check(arguments)
+    _check_usage(arguments)
     cache = cli.cache_of(arguments)
+    # Imported late, after all checks that need no torch.
     from pipeline import world
 
     here = world.start()
     if arguments.probe:
-        result = probed(arguments, here)
+        result = probe_features(arguments, here)
     else:
         opened = open_all(arguments.model, arguments.data, arguments.tracking_uri, here, cache)
         result = score(opened, here)
         if result and arguments.draw:
-            result["drawing"] = str(_draw(opened, arguments.draw, arguments.out, arguments.log))
+            result["drawing"] = str(_draw_predictions(opened, arguments.draw, arguments.out, arguments.log))
     world.stop()
     return result
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check_usage(arguments: argparse.Namespace) -> None:
     if bool(arguments.probe) != bool(arguments.train):
         raise InputError("--probe and --train belong together: what to fit, and the data set to fit it to")
     if arguments.probe and arguments.draw:
-        raise InputError("--draw shows what the model predicts, and --probe asks its features only: give one of them")
+        raise InputError("--draw shows the model's predictions, and --probe uses only its features: give one of them")
     if arguments.draw is not None and arguments.draw < 1:
         raise InputError(f"--draw {arguments.draw}: a number of at least 1 was expected")
     if arguments.k < 1:
         raise InputError(f"--k {arguments.k}: a number of at least 1 was expected")
     if (arguments.out or arguments.log) and not arguments.draw:
-        raise InputError("--out and --log are for a drawing: give --draw N, too")
+        raise InputError("--out and --log need a drawing: give --draw N, too")
     if arguments.out and not arguments.out.parent.is_dir():
-        raise InputError(f"--out {arguments.out}: there is no folder {arguments.out.parent}: make it")
+        raise InputError(f"--out {arguments.out}: there is no folder {arguments.out.parent}: create it")
 
 
 def open_all(uri: str, data: str, tracking_uri: str | None, here: "World", cache: CacheOptions) -> OpenedModel:
-    """A registered model on this rank's device, in evaluation mode, and a data set of its classes.
+    """Returns a registered model on this rank's device, in evaluation mode, and a data set of its classes.
 
-    Raises InputError where one of them cannot be read or they do not fit.
+    Raises InputError where one of them cannot be read or they do not match.
     """
-    opened = here.first_then_all(lambda: _open(uri, data, tracking_uri, cache))
+    opened = here.first_then_all(lambda: _open_model(uri, data, tracking_uri, cache))
     opened.task.model.to(here.device)
     return opened
 
 
 def score(opened: OpenedModel, here: "World") -> dict[str, Any] | None:
-    """Evaluate as the training run did: the registered weights in fp32, its batches, its view of each image."""
+    """Evaluates as the training run did: with the registered weights in fp32, its batch size and its view of an image.
+    Returns the command's result on rank 0, and None on the others."""
     import torch
 
     from pipeline.feed.loader import EvalFeed
@@ -113,86 +121,98 @@ def score(opened: OpenedModel, here: "World") -> dict[str, Any] | None:
         scores = evaluate(lambda batch: task.outputs(task.model, batch), batches, task.metric(), here)
     if not here.is_first:
         return None
-    assert scores is not None  # nothing told it to give up
+    # Only a run that is being stopped gives an evaluation up.
+    assert scores is not None
     return {"model": uri, "data": data, "digest": shards.digest, "samples": len(shards), **scores}
 
 
-def probed(arguments: argparse.Namespace, here: "World") -> dict[str, Any] | None:
-    """Score k nearest neighbours, or a linear classifier, on the features of the registered classifier's backbone."""
+def probe_features(arguments: argparse.Namespace, here: "World") -> dict[str, Any] | None:
+    """Scores k nearest neighbours, or a linear classifier, on the features of the registered classifier's backbone.
+    Returns the command's result on rank 0, and None on the others."""
     from pipeline.tasks import probe
     from pipeline.tasks.classify import ClassificationMetric
     from pipeline.world import World
 
-    pinned, card, task, fitted, shards = here.first_then_all(lambda: _open_for_probe(arguments))
+    pinned, card, task, train_shards, shards = here.first_then_all(lambda: _open_for_probe(arguments))
     network = task.model.to(here.device)
-    (train_x, train_y, _), (x, y, weights) = (_features(network, card, each, here) for each in (fitted, shards))
+    train_features, train_labels, _ = _compute_features(network, card, train_shards, here)
+    features, labels, weights = _compute_features(network, card, shards, here)
     if not here.is_first:
         return None
+    num_classes = len(shards.classes)
     if arguments.probe == "knn":
-        scores = probe.knn(train_x, train_y, x, len(shards.classes), k=arguments.k)
+        logits = probe.knn(train_features, train_labels, features, num_classes, k=arguments.k)
     else:
-        scores = probe.linear_probe(train_x, train_y, x, len(shards.classes))
+        logits = probe.linear_probe(train_features, train_labels, features, num_classes)
     metric = ClassificationMetric()
-    metric.update(scores, y, weights)
-    found = metric.result(World())
+    metric.update(logits, labels, weights)
+    # The features of all ranks are here, so this rank is a world of its own.
+    scores = metric.result(World())
+    result = {"model": pinned, "probe": arguments.probe}
+    if arguments.probe == "knn":
+        result["k"] = arguments.k
     return {
-        "model": pinned,
-        "probe": arguments.probe,
-        **({"k": arguments.k} if arguments.probe == "knn" else {}),
+        **result,
         "train": arguments.train,
         "data": arguments.data,
         "digest": shards.digest,
         "samples": len(shards),
-        "top1": found["top1"],
-        "top5": found["top5"],
+        "top1": scores["top1"],
+        "top5": scores["top5"],
         "bad_samples": len(shards) - int(weights.sum()),
     }
 
 
-def _features(
+def _compute_features(
     network: "torch.nn.Module", card: ModelCard, shards: ShardSet, here: "World"
 ) -> "tuple[Tensor, Tensor, Tensor]":
-    """Features [n, d], labels [n] and weights [n] of all samples, on all ranks."""
+    """Returns features [n, d], labels [n] and weights [n] of all samples, on all ranks. Collective."""
     import torch
 
     from pipeline.feed.loader import EvalFeed
     from pipeline.tasks import probe
 
-    batches = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
+    feed = EvalFeed(shards, here, card.image, batch_size=card.eval_batch_size)
     with torch.inference_mode():
-        parts = [(probe.features(network, batch.images), batch.targets, batch.weights) for batch in batches]
-    gathered = (here.gather(torch.stack(column)) for column in zip(*parts, strict=True))
+        batches = [(probe.features(network, batch.images), batch.targets, batch.weights) for batch in feed]
     # [rank, batch, sample, …] to the stored order, in which rank r has batches r, r + W, …
-    features, labels, weights = (each.transpose(0, 1).flatten(0, 2) for each in gathered)
-    counts = weights > 0
-    return features[counts], labels[counts], weights[counts]
+    columns = []
+    for column in zip(*batches, strict=True):
+        gathered = here.gather(torch.stack(column))
+        columns.append(gathered.transpose(0, 1).flatten(0, 2))
+    features, labels, weights = columns
+    # Samples that pad the last batches, or are damaged, have weight zero.
+    is_sample = weights > 0
+    return features[is_sample], labels[is_sample], weights[is_sample]
 
 
 def _open_for_probe(arguments: argparse.Namespace) -> "tuple[str, ModelCard, ClassificationTask, ShardSet, ShardSet]":
-    from pipeline.feed.task_transforms import require_kind
+    from pipeline.feed.task_transforms import require_annotations
     from pipeline.tasks.classify import ClassificationTask
     from pipeline.track import tracking_server
     from pipeline.track.registry import registry
 
     tracking_server.connect(tracking_server.tracking_uri(arguments.tracking_uri))
-    train, data, cache = arguments.train, arguments.data, cli.cache_of(arguments)
-    fitted, shards = open_data(train, cache=cache), open_data(data, cache=cache)
-    for each in (fitted, shards):
-        require_kind(ClassificationConfig(), each)
-    if fitted.classes != shards.classes:
+    cache = cli.cache_of(arguments)
+    train_shards = open_data(arguments.train, cache=cache)
+    shards = open_data(arguments.data, cache=cache)
+    require_annotations(ClassificationConfig(), train_shards)
+    require_annotations(ClassificationConfig(), shards)
+    if train_shards.classes != shards.classes:
         raise InputError(
-            f"--train {train} has the classes {_some(fitted.classes)} but --data {data} {_some(shards.classes)}: "
+            f"--train {arguments.train} has the classes {_format_classes(train_shards.classes)} but "
+            f"--data {arguments.data} {_format_classes(shards.classes)}: "
             "pack one of them with --classes-from of the other"
         )
     version = registry.resolve(arguments.model)
-    task = _task(version)
+    task = _build_task(version)
     if not isinstance(task, ClassificationTask):
         raise InputError(f"--probe {version.uri}: is a {version.card.task.name}; features are those of a classifier")
-    return version.uri, version.card, task, fitted, shards
+    return version.uri, version.card, task, train_shards, shards
 
 
-def _open(uri: str, data: str, tracking_uri: str | None, cache: CacheOptions) -> OpenedModel:
-    from pipeline.feed.task_transforms import require_kind
+def _open_model(uri: str, data: str, tracking_uri: str | None, cache: CacheOptions) -> OpenedModel:
+    from pipeline.feed.task_transforms import require_annotations
     from pipeline.track import tracking_server
     from pipeline.track.registry import registry
 
@@ -201,23 +221,23 @@ def _open(uri: str, data: str, tracking_uri: str | None, cache: CacheOptions) ->
     version = registry.resolve(uri)
     card = version.card
     card.require_head(version.uri)
-    require_kind(card.task, shards)
+    require_annotations(card.task, shards)
     if shards.classes != card.classes:
         raise InputError(
-            f"{data} has the classes {_some(shards.classes)} but {version.uri} was trained on "
-            f"{_some(card.classes)}: pack the data with --classes-from of the training data"
+            f"{data} has the classes {_format_classes(shards.classes)} but {version.uri} was trained on "
+            f"{_format_classes(card.classes)}: pack the data with --classes-from of the training data"
         )
-    return OpenedModel(version.uri, data, card, _task(version), shards)
+    return OpenedModel(version.uri, data, card, _build_task(version), shards)
 
 
-def _task(version: "registry.Version") -> "AnyTask":
+def _build_task(version: "registry.Version") -> "AnyTask":
     from pipeline.tasks.build import build_trained
 
     card = version.card
     return build_trained(card.task, card.model, card.image, card.classes, version.weights)
 
 
-def _draw(opened: OpenedModel, count: int, out: Path | None, log: bool) -> Path:
+def _draw_predictions(opened: OpenedModel, count: int, out: Path | None, log: bool) -> Path:
     from pipeline.tasks import draw_predictions
     from pipeline.track.registry import registry
 
@@ -229,5 +249,7 @@ def _draw(opened: OpenedModel, count: int, out: Path | None, log: bool) -> Path:
     return path
 
 
-def _some(names: list[str]) -> str:
-    return f"{len(names)}: {', '.join(map(printable, names[:5]))}{', …' if len(names) > 5 else ''}"
+def _format_classes(names: list[str]) -> str:
+    """Returns the number of classes and their first names."""
+    first = ", ".join(printable(name) for name in names[:5])
+    return f"{len(names)}: {first}{', …' if len(names) > 5 else ''}"

@@ -1,15 +1,15 @@
-"""Look at registered models, check them, trace them, make one the champion, and bring in others' weights.
+"""Manages registered models: lists, verifies, traces, promotes, imports and exports their versions.
 
-python launch/registry.py list [NAME]                       models, or one's versions
-python launch/registry.py show URI                          what is known of a version
-python launch/registry.py verify URI                        every byte in the store against its digest
-python launch/registry.py fetch URI                         a copy here, every byte checked
-python launch/registry.py lineage URI|NAME [--out FILE]     data set, run, version, and what was made of it
-python launch/registry.py promote URI --gates FILE [--why]  move @champion to it if it passes
-python launch/registry.py rollback NAME [--why TEXT]        undo that
+python launch/registry.py list [NAME]                       all registered models, or the versions of one
+python launch/registry.py show URI                          the metadata of a version
+python launch/registry.py verify URI                        every stored byte against its digest
+python launch/registry.py fetch URI                         a local copy, every byte checked
+python launch/registry.py lineage URI|NAME [--out FILE]     data set, run, version, and the models derived from it
+python launch/registry.py promote URI --gates FILE [--why]  move @champion to the version if it passes the gates
+python launch/registry.py rollback NAME [--why TEXT]        undo the last promotion
 python launch/registry.py import FILE --name N --model M    published weights as a version
 python launch/registry.py export URI --to T --out FOLDER    for timm, Transformers, onnxruntime, torch.export
-python launch/registry.py sync RUN                          send what the tracking server lacks of a run
+python launch/registry.py sync RUN                          send what is missing on the tracking server of a run
 python launch/registry.py relocate                          repair the paths of a runs folder that was moved or copied
 
 URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME.
@@ -26,78 +26,74 @@ from typing import TYPE_CHECKING, Any
 from pipeline import cli, lease
 from pipeline.cli import Subcommand
 from pipeline.cluster import slurm
+from pipeline.commands.text_table import align_columns, format_scores, list_values
 from pipeline.errors import InputError
 from pipeline.redact import printable
 
-if TYPE_CHECKING:  # MLflow takes a second to import, which --help and wrong usage do without
+# MLflow takes a second to import, which --help and wrong usage do without.
+if TYPE_CHECKING:
     from pipeline.track.registry.registry import MlflowClient, ModelVersion
 
 
 def main() -> dict[str, Any]:
-    return cli.choose("launch/registry.py", "Look after registered models.", SUBCOMMANDS)
+    return cli.choose("launch/registry.py", "Manage registered models.", SUBCOMMANDS)
 
 
 def _list_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of a registered model; without it, all of them")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a registered model; without it, all of them")
     _add_server(parser)
 
 
 def _list(arguments: Namespace) -> dict[str, Any]:
-    from pipeline.track.registry.registry import versions
+    from pipeline.track.registry.registry import list_versions
 
-    rows = [_row(version) for version in versions(_connect(arguments), arguments.name)]
+    rows = [_describe_version(version) for version in list_versions(_connect(arguments), arguments.name)]
     if arguments.name and not rows:
         raise InputError(f"{arguments.name}: no registered model has this name, or it has no version")
-    print(_table(rows), file=sys.stderr)
+    print(_render_table(rows), file=sys.stderr)
     return {"versions": rows}
 
 
-def _row(version: "ModelVersion") -> dict[str, Any]:
+def _describe_version(version: "ModelVersion") -> dict[str, Any]:
     from pipeline.track.registry.registry import METRIC, metric_of, uri_of
 
     names = [tag.removeprefix(METRIC) for tag in version.tags if tag.startswith(METRIC)]
+    created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
     return {
         "uri": uri_of(version),
         "aliases": sorted(version.aliases),
         "model": version.tags.get("model"),
         "step": version.tags.get("step"),
-        "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        "created": created.isoformat(timespec="seconds"),
         "metrics": {name: metric_of(version, name) for name in names},
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _render_table(rows: list[dict[str, Any]]) -> str:
     from pipeline.track.metric_names import is_detail
 
-    wide = max([len(row["uri"]) for row in rows] + [7])
-    lines = [f"{'version':{wide}}  {'model':10}  {'step':>9}  {'created':25}  metrics, aliases"]
+    cells = [("version", "model", "step", "created", "metrics, aliases")]
     for row in rows:
         scores = {name: value for name, value in row["metrics"].items() if not is_detail(name)}
-        told = [_told(scores), *(f"@{alias}" for alias in row["aliases"])]
-        about = f"{row['model'] or '':10}  {row['step'] or '':>9}  {row['created']}"
-        lines.append(f"{row['uri']:{wide}}  {about}  {'  '.join(filter(None, told))}".rstrip())
-    return "\n".join(map(printable, lines))
-
-
-def _told(metrics: dict[str, float | None]) -> str:
-    shown = {name: "not finite" if value is None else f"{value:.4g}" for name, value in metrics.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+        details = [format_scores(scores)] if scores else []
+        details += [f"@{alias}" for alias in row["aliases"]]
+        cells.append((row["uri"], row["model"] or "", row["step"] or "", row["created"], "  ".join(details)))
+    return "\n".join(printable(line) for line in align_columns(cells, right=(2,)))
 
 
 def _show(arguments: Namespace) -> dict[str, Any]:
-    from pipeline.track.registry.registry import find
+    from pipeline.track.registry.registry import find_version
 
-    version = find(_connect(arguments), arguments.uri)
-    result = {**_row(version), "run_id": version.run_id, "tags": dict(sorted(version.tags.items()))}
+    version = find_version(_connect(arguments), arguments.uri)
+    result = {**_describe_version(version), "run_id": version.run_id, "tags": dict(sorted(version.tags.items()))}
     rows = {
         "aliases": " ".join(f"@{alias}" for alias in result["aliases"]) or "none",
         "created": result["created"],
-        "metrics": _told(result["metrics"]) or "none",
+        "metrics": format_scores(result["metrics"]) or "none",
         "run id": version.run_id or "none",
         **result["tags"],
     }
-    lines = [result["uri"], *(f"  {name:38}{value}" for name, value in rows.items())]
-    print("\n".join(map(printable, lines)), file=sys.stderr)
+    print("\n".join(printable(line) for line in list_values(result["uri"], rows)), file=sys.stderr)
     return result
 
 
@@ -107,7 +103,7 @@ def _verify(arguments: Namespace) -> dict[str, Any]:
     _connect(arguments)
     result = verify(arguments.uri)
     for file in result["files"]:
-        print(file["fault"] or f"{file['file']} as registered", file=sys.stderr)
+        print(file["fault"] or f"{file['file']} is as registered", file=sys.stderr)
     return result
 
 
@@ -121,7 +117,7 @@ def _fetch(arguments: Namespace) -> dict[str, Any]:
 
 def _lineage_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("subject", metavar="URI|NAME", help="a version, or a registered model with all its versions")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also draw it: .png or .svg")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also draw it to a .png or .svg file")
     _add_server(parser)
 
 
@@ -156,6 +152,7 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         from pipeline import world
         from pipeline.commands import evaluate
 
+        # The gates name a data set, so the version is scored here, by all ranks of this command.
         here = world.start()
 
         def score(model: str, data: str) -> dict[str, Any]:
@@ -165,21 +162,25 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         result = promote(arguments.uri, gates, score=score, why=arguments.why)
         world.stop()
     for row in result["gates"]:
-        print(_gate(row), file=sys.stderr)
+        print(_format_gate(row), file=sys.stderr)
     if "note" in result:
         print(f"{result['model']}: {result['note']}", file=sys.stderr)
     return result
 
 
-def _gate(row: dict[str, Any]) -> str:
-    about = [row["rule"]] if "rule" in row else []
-    about += [f"the champion has {row['champion']}"] if "champion" in row else []
-    told = f"{'passed' if row['passed'] else 'FAILED'}  {row['gate']}: {row['value']}"
-    return f"{told} ({'; '.join(about)})" if about else told
+def _format_gate(row: dict[str, Any]) -> str:
+    verdict = "passed" if row["passed"] else "FAILED"
+    text = f"{verdict}  {row['gate']}: {row['value']}"
+    details = []
+    if "rule" in row:
+        details.append(row["rule"])
+    if "champion" in row:
+        details.append(f"the champion has {row['champion']}")
+    return f"{text} ({'; '.join(details)})" if details else text
 
 
 def _rollback_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of the registered model")
+    parser.add_argument("name", metavar="NAME", help="the registered model")
     _add_why(parser)
     _add_server(parser)
 
@@ -196,22 +197,24 @@ def _import_arguments(parser: ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="FILE|FOLDER",
-        help=".pth of the public repository, .safetensors file, or folder that Transformers wrote",
+        help=".pth file of the public repository, .safetensors file, or folder written by Transformers",
     )
-    parser.add_argument("--name", required=True, help="of the registered model that receives the version")
+    parser.add_argument("--name", required=True, help="name of the registered model that receives the version")
     parser.add_argument("--model", required=True, help="architecture, such as pvt_large")
     parser.add_argument(
         "--image-size",
         type=int,
         metavar="PX",
-        help="default: that of the position embeddings, or 224 where it has none",
+        help="default: the size for which the position embeddings were made, or 224 without them",
     )
     parser.add_argument(
-        "--weights", metavar="ENTRY", help="of a training checkpoint; default: the moving average, or else the weights"
+        "--weights",
+        metavar="ENTRY",
+        help="entry of a training checkpoint; default: the moving average, or else the weights",
     )
     parser.add_argument("--sha256", metavar="HEX", help="refuse the file unless this is its digest, as published")
     classes = parser.add_mutually_exclusive_group()
-    classes.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, a line each, in order")
+    classes.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes in order, one a line")
     classes.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
     _add_server(parser)
 
@@ -219,7 +222,7 @@ def _import_arguments(parser: ArgumentParser) -> None:
 def _import(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track.registry import import_weights
 
-    classes = _classes(arguments)
+    classes = _read_classes(arguments)
     if arguments.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", arguments.sha256):
         raise InputError(f"--sha256 {arguments.sha256}: 64 hexadecimal digits were expected")
     uri = import_weights.import_weights(
@@ -235,8 +238,8 @@ def _import(arguments: Namespace) -> dict[str, Any]:
     return {"model": uri, "source": str(arguments.source)}
 
 
-def _classes(arguments: Namespace) -> list[str] | None:
-    """Raises InputError for a list that cannot be one of classes."""
+def _read_classes(arguments: Namespace) -> list[str] | None:
+    """Returns the names of the classes, if given. Raises InputError for a list with an empty or a repeated name."""
     if arguments.classes_from:
         from pipeline.shards.index import read_manifest
 
@@ -255,7 +258,7 @@ def _classes(arguments: Namespace) -> list[str] | None:
 def _export_arguments(parser: ArgumentParser) -> None:
     _add_uri(parser)
     parser.add_argument("--to", required=True, help="timm, transformers, safetensors, onnx or torch-export")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="to be made; not one with files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty folder")
     parser.add_argument("--data", metavar="DIR", help="packed data set to compare on; default: two photographs")
     cli.add_cache(parser)
 
@@ -266,15 +269,16 @@ def _export(arguments: Namespace) -> dict[str, Any]:
     _connect(arguments)
     cache = cli.cache_of(arguments)
     result = export(arguments.uri, arguments.to, arguments.out, arguments.data, shards_cache=cache)
-    what = "images" if result["predictions"] == result["images"] else "places of the maps"
-    same = f"{result['same_top1']} of {result['predictions']} {what} get the same class"
+    # A classifier makes one prediction for each image, others make one for each position of a map.
+    unit = "images" if result["predictions"] == result["images"] else "positions of the maps"
+    same = f"{result['same_top1']} of {result['predictions']} {unit} get the same class"
     print(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:", file=sys.stderr)
     print(f"  {result['open']}", file=sys.stderr)
     return result
 
 
 def _sync_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, which says where it is tracked")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, which has the tracking server's address")
 
 
 def _sync(arguments: Namespace) -> dict[str, Any]:
@@ -285,29 +289,32 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
 
     folder: Path = arguments.run
     record = Record.read(folder)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as resources:
         try:
-            held.enter_context(lease.hold(folder, slurm.has_ended))
+            resources.enter_context(lease.hold(folder, slurm.has_ended))
         except BlockingIOError:
             raise InputError(f"{folder}: its job is at work and sends everything by itself; wait for its end") from None
-        if record.status == "RUNNING":  # and yet nobody is at work: the job was killed
+        # The lease is free, so the job that has this status was killed.
+        if record.status == "RUNNING":
             record.end(folder, "KILLED")
         mirror = Mirror(folder)
-        lacking, before = mirror.behind, mirror.run_id
+        to_send = mirror.behind
+        previous_id = mirror.run_id
         try:
             mirror.sync()
         except Unreachable as error:
             raise Unreachable(f"{error}; still to be sent: {mirror.behind}") from error
-        if before not in (None, mirror.run_id):
-            lacking = "everything, as the server had lost the run"
-        left, missing = mirror.behind, [entry.name for entry in Outbox(folder).missing()]
-    print(f"{folder}: sent: {lacking or 'nothing was lacking'}", file=sys.stderr)
+        if previous_id not in (None, mirror.run_id):
+            to_send = "everything, as the server had lost the run"
+        left = mirror.behind
+        missing = [entry.name for entry in Outbox(folder).missing()]
+    print(f"{folder}: sent: {to_send or 'nothing was missing'}", file=sys.stderr)
     return {
         "run": str(folder),
         "ok": not left,
         "run_id": mirror.run_id,
         "status": record.status,
-        "sent": lacking,
+        "sent": to_send,
         "left": left,
         "missing": missing,
     }
@@ -317,7 +324,7 @@ def _relocate(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track import relocate, tracking_server
 
     uri = tracking_server.tracking_uri(arguments.tracking_uri)
-    database = tracking_server.embedded(uri)
+    database = tracking_server.embedded_database(uri)
     if database is None or not database.exists():
         raise InputError(f"--tracking-uri {uri}: no such database; give the moved one, as sqlite:///NEW/runs/mlflow.db")
     num_paths = relocate.relocate(database)
@@ -332,12 +339,14 @@ def _add_uri(parser: ArgumentParser) -> None:
 
 def _add_server(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--tracking-uri", metavar="URI", help="default $MLFLOW_TRACKING_URI or, without it, runs/mlflow.db"
+        "--tracking-uri",
+        metavar="URI",
+        help="tracking server (default $MLFLOW_TRACKING_URI or, without it, runs/mlflow.db)",
     )
 
 
 def _add_why(parser: ArgumentParser) -> None:
-    parser.add_argument("--why", metavar="TEXT", help="to be kept with it")
+    parser.add_argument("--why", metavar="TEXT", help="reason, which is stored with the promotion")
 
 
 def _connect(arguments: Namespace, *, create: bool = False) -> "MlflowClient":
@@ -348,14 +357,16 @@ def _connect(arguments: Namespace, *, create: bool = False) -> "MlflowClient":
 
 SUBCOMMANDS = {
     "list": Subcommand("list registered versions", _list_arguments, _list),
-    "show": Subcommand("print what is known of a version", _add_uri, _show),
+    "show": Subcommand("print the metadata of a version", _add_uri, _show),
     "verify": Subcommand("compare every stored byte of a version with its digest", _add_uri, _verify),
-    "fetch": Subcommand("copy a version here, every byte checked, and print where it is", _add_uri, _fetch),
-    "lineage": Subcommand("print where a model comes from and what was made of it", _lineage_arguments, _lineage),
+    "fetch": Subcommand("copy a version here, every byte checked, and print its path", _add_uri, _fetch),
+    "lineage": Subcommand(
+        "print what a model was made from and what was derived from it", _lineage_arguments, _lineage
+    ),
     "promote": Subcommand("make a version @champion if it passes every gate", _promote_arguments, _promote),
     "rollback": Subcommand("undo the last promotion that stands", _rollback_arguments, _rollback),
-    "import": Subcommand("register weights that others have published", _import_arguments, _import),
-    "export": Subcommand("write a version for another program, once it computes the same", _export_arguments, _export),
-    "sync": Subcommand("send what the tracking server lacks of a run", _sync_arguments, _sync),
+    "import": Subcommand("register published weights", _import_arguments, _import),
+    "export": Subcommand("write a version for another program and compare their outputs", _export_arguments, _export),
+    "sync": Subcommand("send what is missing on the tracking server of a run", _sync_arguments, _sync),
     "relocate": Subcommand("repair the paths of a database that was moved or copied", _add_server, _relocate),
 }

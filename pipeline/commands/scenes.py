@@ -1,5 +1,5 @@
-"""Write scenes of handwritten digits on photographs, in the layouts of ADE20K and COCO, to learn dense tasks from; and
-their digits one by one, to pretrain on.
+"""Writes scenes of handwritten digits on photographs, in the layouts of ADE20K and COCO, as data for dense tasks; and
+their digits one by one, for pretraining.
 
 python launch/scenes.py --out DIR [--train 400] [--val 100] [--seed 0] [--sides 160-320] [--classes 0-9]
 
@@ -25,16 +25,23 @@ MIN_SIDE_PX, MAX_SIDE_PX = 128, 512
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/scenes.py", description="Write scenes to learn dense tasks from.")
+    parser = argparse.ArgumentParser(prog="launch/scenes.py", description="Write scenes as data for dense tasks.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--train", type=_count, default=400, metavar="N", help="scenes to train on (default 400)")
-    parser.add_argument("--val", type=_count, default=100, metavar="N", help="scenes to evaluate on (default 100)")
-    parser.add_argument("--seed", type=_count, default=0, help="default 0")
-    parser.add_argument("--sides", default="160-320", metavar="A-B", help="of scenes, in pixels (default 160-320)")
-    parser.add_argument("--classes", default="0-9", metavar="A-B", help="which digits (default 0-9)")
+    parser.add_argument(
+        "--train", type=non_negative_number, default=400, metavar="N", help="number of training scenes (default 400)"
+    )
+    parser.add_argument(
+        "--val", type=non_negative_number, default=100, metavar="N", help="number of validation scenes (default 100)"
+    )
+    parser.add_argument("--seed", type=non_negative_number, default=0, help="default 0")
+    parser.add_argument(
+        "--sides", default="160-320", metavar="A-B", help="range of the scenes' sides in pixels (default 160-320)"
+    )
+    parser.add_argument("--classes", default="0-9", metavar="A-B", help="range of digits (default 0-9)")
     arguments = parser.parse_args()
     classes = digit_range(arguments.classes)
-    out, sides = arguments.out, _sides(arguments.sides)
+    out: Path = arguments.out
+    sides = _parse_sides(arguments.sides)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
     # These take seconds to import, which --help and wrong usage do without.
@@ -44,22 +51,24 @@ def main() -> dict[str, Any]:
         from pipeline.scenes import write_dataset
 
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
+    # A command that was interrupted must not leave a folder that looks complete.
+    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
-        partial = out.resolve().with_name(f".{out.resolve().name}.partial")  # what was cut short must not look finished
         shutil.rmtree(partial, ignore_errors=True)
         instances = write_dataset.write_dataset(partial, counts, arguments.seed, sides, classes, bar.update)
     partial.replace(out.resolve())
     return {"out": str(out), **counts, "instances": instances}
 
 
-def _sides(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)
-    if not found or not MIN_SIDE_PX <= int(found[1]) <= int(found[2]) <= MAX_SIDE_PX:
+def _parse_sides(text: str) -> tuple[int, int]:
+    """Returns the smallest and the largest side. Raises InputError."""
+    match = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)
+    if not match or not MIN_SIDE_PX <= int(match[1]) <= int(match[2]) <= MAX_SIDE_PX:
         raise InputError(f"--sides {text}: expected A-B with {MIN_SIDE_PX} <= A <= B <= {MAX_SIDE_PX}, such as 160-320")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def _count(text: str) -> int:
+def non_negative_number(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")

@@ -1,12 +1,12 @@
-"""Make, check and look at data sets.
+"""Makes, verifies and shows data sets.
 
 python launch/shards.py pack --images SOURCE --out DIR     images into shards
 python launch/shards.py pack --ade20k MAPS --out DIR       images with a class for each pixel
 python launch/shards.py pack --coco FILE.json --out DIR    images with boxes and masks of objects
-python launch/shards.py index ROOT                         tars that others made, as they are
+python launch/shards.py index ROOT                         existing tars, without rewriting them
 python launch/shards.py verify ROOT                        every byte against the manifest
 python launch/shards.py show ROOT                          counts, sizes and a contact sheet
-python launch/shards.py preview --config FILE              what a run's augmentation makes of its images
+python launch/shards.py preview --config FILE              a run's images after augmentation
 """
 
 import argparse
@@ -33,11 +33,11 @@ from pipeline.shards.process_pool import cores
 from pipeline.shards.verify import verify
 
 LISTED = 20
-"""Skipped images in the result of pack and index; OUT/skipped.jsonl has all."""
+"""The maximum number of skipped images in the result of pack and index; OUT/skipped.jsonl lists all."""
 
 
 def main() -> dict[str, Any]:
-    return cli.choose("launch/shards.py", "Make, check and look at data sets.", SUBCOMMANDS)
+    return cli.choose("launch/shards.py", "Make, verify and show data sets.", SUBCOMMANDS)
 
 
 def _pack_arguments(parser: ArgumentParser) -> None:
@@ -56,22 +56,27 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--coco", metavar="FILE.json", help="ROOT/annotations/instances_SPLIT.json: boxes and masks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
-    parser.add_argument("--max-side", type=_positive, metavar="PX", help="scale images with a longer side down")
-    parser.add_argument("--quality", type=_within(1, 100), metavar="Q", help="of JPEGs made by packing (default 90)")
+    parser.add_argument("--max-side", type=positive_number, metavar="PX", help="scale images with a longer side down")
+    parser.add_argument(
+        "--quality", type=number_within(1, 100), metavar="Q", help="quality of JPEGs made by packing (default 90)"
+    )
     parser.add_argument(
         "--bits-stored",
-        type=_within(8, 16),
+        type=number_within(8, 16),
         metavar="N",
-        help="scale 16-bit images whose values are 0 ... 2^N - 1 to 8 bits; they become PNGs, or JPEGs as others do",
+        help="scale 16-bit images whose values are 0 ... 2^N - 1 to 8 bits, and store them as PNG, or as JPEG where "
+        "8-bit images are",
     )
-    parser.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
-    parser.add_argument("--seed", type=_within(0, 2**32 - 1), default=0, help="of the shuffle across classes")
+    parser.add_argument("--samples-per-shard", type=positive_number, default=1000, metavar="N", help="default 1000")
+    parser.add_argument(
+        "--seed", type=number_within(0, 2**32 - 1), default=0, help="seed of the shuffle across classes"
+    )
 
 
 def _pack(arguments: Namespace) -> dict[str, Any]:
-    classes = _classes(arguments)
+    classes = _read_classes(arguments)
     manifest = pack(
-        _source(arguments, classes),
+        _find_source(arguments, classes),
         arguments.out,
         classes=classes,
         max_side=arguments.max_side,
@@ -82,10 +87,11 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         skip_bad=arguments.skip_bad,
         workers=arguments.workers,
     )
-    return {"data": str(arguments.out), **_counts(manifest), **_skipped(read_skipped(arguments.out))}
+    return {"data": str(arguments.out), **_count_contents(manifest), **_summarise_skipped(read_skipped(arguments.out))}
 
 
-def _source(arguments: Namespace, classes: list[str] | None) -> str | ImageListing:
+def _find_source(arguments: Namespace, classes: list[str] | None) -> str | ImageListing:
+    """Returns the source of the images. Raises InputError where the options name none or several."""
     if arguments.ade20k and arguments.coco:
         raise InputError("pack: --ade20k and --coco name data sets of different kinds: give one of them")
     if arguments.ade20k:
@@ -102,9 +108,11 @@ def _source(arguments: Namespace, classes: list[str] | None) -> str | ImageListi
 
 def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("root", help="folder or URL of .tar files, or a pattern in quotes: DIR/train-{000..146}.tar")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where indices and manifest go if not beside the tars")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for indices and manifest (default: beside the tars)"
+    )
     parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD or folder")
-    parser.add_argument("--no-decode", dest="decode", action="store_false", help="trust what the images' headers say")
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="read only the headers of images")
     _add_shared(parser)
 
 
@@ -113,17 +121,18 @@ def _index(arguments: Namespace) -> dict[str, Any]:
         arguments.root,
         arguments.out,
         labels=arguments.labels,
-        classes=_classes(arguments),
+        classes=_read_classes(arguments),
         skip_bad=arguments.skip_bad,
         decode=arguments.decode,
         workers=arguments.workers,
     )
+    # Without --skip-bad one fault is enough to write no manifest.
     if manifest is None:
-        return {"data": redact(arguments.root), **_faults(faults)}
+        return {"data": redact(arguments.root), **_report_faults(faults)}
     return {
         "data": redact(str(arguments.out or arguments.root)),
-        **_counts(manifest),
-        **_skipped([fault._asdict() for fault in faults]),
+        **_count_contents(manifest),
+        **_summarise_skipped([fault._asdict() for fault in faults]),
     }
 
 
@@ -135,64 +144,74 @@ def _verify_arguments(parser: ArgumentParser) -> None:
 
 def _verify(arguments: Namespace) -> dict[str, Any]:
     faults = verify(arguments.root, deep=arguments.deep, workers=arguments.workers)
-    return {"data": redact(arguments.root), **_faults(faults)}
+    return {"data": redact(arguments.root), **_report_faults(faults)}
 
 
 def _show_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("root", help="folder or URL of a data set")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="contact sheet (default ./ROOT-sheet.png)")
-    parser.add_argument("--seed", type=_within(0, 2**32 - 1), default=0, help="of the choice of samples")
+    parser.add_argument("--seed", type=number_within(0, 2**32 - 1), default=0, help="seed of the choice of samples")
 
 
 def _show(arguments: Namespace) -> dict[str, Any]:
-    from pipeline.shards.show_dataset import show_dataset, table  # matplotlib takes a second to import
+    # Imported late: matplotlib takes a second to import.
+    from pipeline.shards.show_dataset import format_summary, show_dataset
 
-    sheet = arguments.out or Path(f"{Path(split_query(arguments.root)[0]).absolute().name}-sheet.png")
+    sheet = arguments.out
+    if sheet is None:
+        # The query of a URL may contain a secret.
+        root, _ = split_query(arguments.root)
+        sheet = Path(f"{Path(root).absolute().name}-sheet.png")
     summary = show_dataset(arguments.root, sheet, arguments.seed)
-    print(table(summary), file=sys.stderr)
+    print(format_summary(summary), file=sys.stderr)
     return summary
 
 
 def _preview_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default ./NAME-preview.png, NAME as in run.name")
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the run")
+    cli.add_overrides(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.png", help="default ./NAME-preview.png with NAME from run.name"
+    )
 
 
 def _preview(arguments: Namespace) -> dict[str, Any]:
     config = load_config(arguments.config, arguments.set)
-    # The feed's libraries take seconds to import, and the other commands do without them.
+    # Imported late: the feed's libraries take seconds to import, and the other commands do not need them.
     from pipeline.feed.preview import preview
     from pipeline.shards.open_data import open_training
 
+    out = arguments.out or Path(f"{config.run.name}-preview.png")
     with contextlib.closing(open_training(config.data)) as shards:
-        return preview(config, shards, arguments.out or Path(f"{config.run.name}-preview.png"))
+        return preview(config, shards, out)
 
 
 SUBCOMMANDS = {
     "pack": Subcommand("pack images into shards", _pack_arguments, _pack),
-    "index": Subcommand("index tars that others made, without rewriting them", _index_arguments, _index),
+    "index": Subcommand("index existing tars, without rewriting them", _index_arguments, _index),
     "verify": Subcommand("compare shards with their manifest", _verify_arguments, _verify),
     "show": Subcommand("print counts, balance and sizes, and draw a contact sheet", _show_arguments, _show),
-    "preview": Subcommand("draw what a run's augmentation makes of its images", _preview_arguments, _preview),
+    "preview": Subcommand("draw a run's images after augmentation", _preview_arguments, _preview),
 }
 
 
 def _add_shared(parser: ArgumentParser) -> None:
     parser.add_argument("--classes-from", metavar="ROOT", help="data set whose class list to use")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out what cannot be used and list it")
+    parser.add_argument("--skip-bad", action="store_true", help="skip images that cannot be used, and list them")
     _add_workers(parser)
 
 
 def _add_workers(parser: ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_positive, default=cores(), metavar="N", help="processes (default: cores)")
+    parser.add_argument(
+        "--workers", type=positive_number, default=cores(), metavar="N", help="processes (default: cores)"
+    )
 
 
-def _classes(arguments: Namespace) -> list[str] | None:
+def _read_classes(arguments: Namespace) -> list[str] | None:
     return read_manifest(arguments.classes_from).classes if arguments.classes_from else None
 
 
-def _counts(manifest: Manifest) -> dict[str, Any]:
+def _count_contents(manifest: Manifest) -> dict[str, Any]:
     return {
         "samples": manifest.samples,
         "shards": len(manifest.shards),
@@ -201,29 +220,33 @@ def _counts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _skipped(faults: list[dict[str, Any]]) -> dict[str, Any]:
+def _summarise_skipped(faults: list[dict[str, Any]]) -> dict[str, Any]:
     return {"num_skipped": len(faults), "skipped": faults[:LISTED]}
 
 
-def _faults(faults: list[SampleFault]) -> dict[str, Any]:
+def _report_faults(faults: list[SampleFault]) -> dict[str, Any]:
     if faults:
         print(f"{len(faults)} faults:\n{first_few(faults)}", file=sys.stderr)
     return {"ok": not faults, "faults": [fault._asdict() for fault in faults]}
 
 
-def _positive(text: str) -> int:
+# argparse shows the names of these functions where a text is no number.
+
+
+def positive_number(text: str) -> int:
     number = int(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
-def _within(low: int, high: int) -> Callable[[str], int]:
-    """Returns what turns an argument into a number from `low` to `high`."""
+def number_within(low: int, high: int) -> Callable[[str], int]:
+    """Returns a function that converts an argument to a number from `low` to `high`."""
 
     def number(text: str) -> int:
-        if not low <= int(text) <= high:
+        value = int(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not in {low} … {high}")
-        return int(text)
+        return value
 
     return number

@@ -1,8 +1,8 @@
-"""What a batch script of launch/submit.py or slurm/ runs: see pipeline/cluster/supervise.py.
+"""The command that a batch script of launch/submit.py or slurm/ runs: see pipeline/cluster/supervise.py.
 
 python launch/supervise.py --config FILE [--set key=value …]      train or fine-tune
 python launch/supervise.py --handoff KEY --of RUN                  a fine-tuning job that RUN hands off to
-python launch/supervise.py --deputy-of NODE                        watch the node where one of those runs
+python launch/supervise.py --deputy-of NODE                        watch the node on which one of those runs
 """
 
 import argparse
@@ -10,9 +10,11 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline import cli
 from pipeline.cluster import script
+from pipeline.cluster.deputy import watch_node
 from pipeline.cluster.slurm import Allocation
-from pipeline.cluster.supervise import LOG, Program, Supervisor, deputise
+from pipeline.cluster.supervise import LOG, Program, Supervisor
 from pipeline.config import Config, load_config
 from pipeline.errors import DONE, FAILED, USAGE
 from pipeline.job import handoff
@@ -22,47 +24,54 @@ CODE = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch/supervise.py", description="What a batch script runs.")
+    parser = argparse.ArgumentParser(prog="launch/supervise.py", description="The command that a batch script runs.")
     parser.add_argument("--config", metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--of", type=Path, metavar="RUN", help="which run hands off")
-    parser.add_argument("--handoff", metavar="KEY", help="to which of its jobs")
+    cli.add_overrides(parser)
+    parser.add_argument("--of", type=Path, metavar="RUN", help="folder of the run that hands off")
+    parser.add_argument("--handoff", metavar="KEY", help="key of the hand-off")
     parser.add_argument("--deputy-of", metavar="NODE", help="queue the job again if this node is lost")
     arguments = parser.parse_args()
     allocation = Allocation.of(os.environ)
     if arguments.deputy_of:
-        deputise(allocation, arguments.deputy_of)
+        watch_node(allocation, arguments.deputy_of)
         return
-    if (arguments.config is None) == (arguments.of is None) or bool(arguments.of) != bool(arguments.handoff):
+    has_config = arguments.config is not None
+    has_run = arguments.of is not None
+    if has_config == has_run or bool(arguments.of) != bool(arguments.handoff):
         parser.error("give --config, or --of and --handoff")
-    program = _handed_off(arguments.of, arguments.handoff) if arguments.of else _given(arguments.config, arguments.set)
+    if has_run:
+        program = _handoff_program(arguments.of, arguments.handoff)
+    else:
+        program = _config_program(arguments.config, arguments.set)
     if program is None:
         sys.exit(DONE)
     script.check_batch_script(program.config)
-    _log_to(program.folder / LOG)
+    _redirect_output(program.folder / LOG)
     code = Supervisor(program, allocation).run()
     if code in (FAILED, USAGE):
         record_failure(program.folder)
     sys.exit(code)
 
 
-def _given(file: str, overrides: list[str]) -> Program:
+def _config_program(file: str, overrides: list[str]) -> Program:
     config = load_config(file, overrides)
-    overrides = [*overrides, *_on_scratch(config)]
+    overrides = [*overrides, *_cache_overrides(config)]
     name = "finetune" if config.init else "pretrain"
     return Program(config, CODE, f"launch/{name}.py", file, overrides)
 
 
-def _on_scratch(config: Config) -> list[str]:
-    """Where shards are kept that are fetched: on the node's own disk, if it has one."""
-    here = config.cluster.scratch and config.data.cache is None
-    return [f"data.cache={config.cluster.scratch}/shards"] if here else []
+def _cache_overrides(config: Config) -> list[str]:
+    """Returns the override that keeps fetched shards on the node's own disk, if it has one and none is configured."""
+    if config.cluster.scratch and config.data.cache is None:
+        return [f"data.cache={config.cluster.scratch}/shards"]
+    return []
 
 
-def _handed_off(parent: Path, key: str) -> Program | None:
-    """The child's; None where the parent's model has not reached what the entry asks for."""
-    config = handoff.settings_of(parent)
-    (entry,) = (entry for entry in config.handoff if handoff.key_of(entry) == key)
+def _handoff_program(parent: Path, key: str) -> Program | None:
+    """Returns the program of the child; None where the parent's model does not pass the entry's gate."""
+    config = handoff.load_run_config(parent)
+    # Keys are unique: a run whose hand-offs repeat is refused.
+    (entry,) = (entry for entry in config.handoff if handoff.entry_key(entry) == key)
     claim, why = handoff.decide(parent, config, entry)
     if claim is None:
         print(f"{entry.config}: not started: {why}", file=sys.stderr)
@@ -70,15 +79,16 @@ def _handed_off(parent: Path, key: str) -> Program | None:
     cluster = handoff.cluster_of(config, entry).model_dump_json()
     overrides = [*claim.overrides(config), f"cluster={cluster}"]
     child = load_config(claim.config, overrides)
-    overrides += _on_scratch(child)
-    claimed = ["--claim", str(handoff.path_of(parent, entry))]
-    return Program(child, CODE, "launch/finetune.py", claim.config, overrides, claimed)
+    overrides += _cache_overrides(child)
+    claim_arguments = ["--claim", str(handoff.claim_path(parent, entry))]
+    return Program(child, CODE, "launch/finetune.py", claim.config, overrides, claim_arguments)
 
 
-def _log_to(path: Path) -> None:
-    """One log for all of a run's jobs, whatever file SLURM has been told."""
+def _redirect_output(path: Path) -> None:
+    """Appends all further output to one log for all of a run's jobs, whatever file the batch script names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    # The file descriptors, so that child processes such as srun write to the log, too.
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

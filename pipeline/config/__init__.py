@@ -2,7 +2,8 @@
 
     configs/*.yaml ──yaml_text.read──▶ tree ──--set key=value──▶ tree ──pydantic──▶ Config (frozen)
 
-A key that is not a field is an error that names the nearest field, so a typing mistake cannot become a default.
+A key that is not a field is an error that names the nearest field, so a typing mistake cannot become a default. A
+section lists the former names of its settings in `renamed`: they are accepted with a warning.
 """
 
 from pipeline.config.cluster import ClusterConfig, EnvironmentConfig
@@ -20,6 +21,7 @@ from pipeline.config.load import (
 )
 from pipeline.config.messages import rule_of, setting_names
 from pipeline.config.model import InitConfig, ModelConfig
+from pipeline.config.section import present_key
 from pipeline.config.task import (
     ClassificationConfig,
     DetectionConfig,
@@ -42,7 +44,7 @@ from pipeline.config.train import (
     TrainConfig,
 )
 
-# Registered versions keep the code of their day, which knows these by their former names.
+# Registered versions carry the code of their time, which imports these names.
 Classification = ClassificationConfig
 SemanticFpn = SemanticFpnConfig
 
@@ -85,6 +87,7 @@ __all__ = [
     "fingerprint",
     "load_config",
     "load_section",
+    "present_key",
     "read_json",
     "read_yaml",
     "rule_of",

@@ -1,4 +1,4 @@
-"""A run's whole configuration, and the rules that compare settings of several sections."""
+"""A run's complete configuration, and the rules that compare settings of several sections."""
 
 import math
 from pathlib import Path
@@ -27,18 +27,23 @@ from pipeline.config.train import (
 
 
 class RunConfig(Section):
+    """The run's name, folder and seed."""
+
     name: Annotated[
         str,
         text_matching(
             "[A-Za-z0-9][A-Za-z0-9._-]*", "a name has letters, digits, . _ and -, and begins with a letter or digit"
         ),
     ]
+    """Name of the run: letters, digits, `.`, `_` and `-`."""
     root: Folder = "runs"
-    """Folder of all runs; this one lives in root/name."""
+    """Folder of all runs; this run's own is root/name."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of all random draws: weights, order of samples, augmentation, dropout."""
 
     @property
     def folder(self) -> Path:
+        """The run's folder, root/name."""
         return Path(self.root) / self.name
 
 
@@ -47,10 +52,12 @@ _SHARED_BY_TASKS = {
     "mix": set(),
     "data": DataConfig.model_fields.keys() - {"copies"},
 }
-"""Settings of these sections that mean something to other tasks than classification, too."""
+"""Settings of these sections that other tasks than classification use, too."""
 
 
 class Config(Section):
+    """All settings of a run."""
+
     run: RunConfig
     task: TaskConfig = ClassificationConfig()
     model: ModelConfig
@@ -67,17 +74,23 @@ class Config(Section):
     resume: ResumeConfig = ResumeConfig()
     tracking: TrackingConfig = TrackingConfig()
     handoff: tuple[HandoffConfig, ...] = ()
+    """Fine-tuning jobs that start when the run has finished."""
     init: InitConfig | None = None
+    """The registered model that the run starts from. None: random weights."""
     cluster: ClusterConfig = ClusterConfig()
     debug: DebugConfig = DebugConfig()
     profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_images_one_by_one(cls, tree: Any) -> Any:
-        task = by_name(tree.get("task")) if isinstance(tree, dict) else None
-        if not isinstance(task, dict) or task.get("name") == "classification" or "evaluate" in tree:
+    def _evaluate_whole_images_singly(cls, tree: Any) -> Any:
+        """Sets evaluate.batch_size to 1 for dense tasks, unless the section `evaluate` is there."""
+        if not isinstance(tree, dict) or "evaluate" in tree:
             return tree
+        task = by_name(tree.get("task"))
+        if not isinstance(task, dict) or task.get("name") == "classification":
+            return tree
+        # A section that is there may be a run's dumped one, whose batch size must not change.
         return {**tree, "evaluate": {"batch_size": 1}}
 
     @model_validator(mode="after")
@@ -88,64 +101,88 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batches_fit_lanes(self) -> "Config":
-        batch, lanes, micro = self.train.global_batch_size, self.data.lanes, self.train.micro_batch_size
+        batch = self.train.global_batch_size
+        lanes = self.data.lanes
         if batch % lanes:
-            near = sorted(divisors(batch), key=lambda n: abs(n - lanes))[:3]
+            # The three lanes that are closest to the ones asked for.
+            near = sorted(divisors(batch), key=lambda divisor: abs(divisor - lanes))[:3]
             raise ValueError(
                 f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}: "
                 f"each lane gives an equal share of every batch; lanes that fit: {sorted(near)}"
             )
-        if self.mix.active and (batch // lanes) % 2:
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_mixed(self) -> "Config":
+        if not self.mix.active:
+            return self
+        batch = self.train.global_batch_size
+        lanes = self.data.lanes
+        per_lane = batch // lanes
+        micro = self.train.micro_batch_size
+        # Pairs stay inside a lane, so the same two images meet on every number of ranks.
+        if per_lane % 2:
             raise ValueError(
-                f"mix pairs samples inside a lane, but each of {lanes} lanes has {batch // lanes} samples of a batch "
+                f"mix pairs samples inside a lane, but each of {lanes} lanes has {per_lane} samples of a batch "
                 f"of {batch}: choose data.lanes so that global_batch_size / lanes is even"
             )
-        if self.mix.active and self.data.copies > 1 and batch // lanes <= self.data.copies:
+        # Two copies of one image would be mixed with each other.
+        if self.data.copies > 1 and per_lane <= self.data.copies:
             raise ValueError(
-                f"mix pairs samples inside a lane, but a lane's {batch // lanes} samples of a batch are "
+                f"mix pairs samples inside a lane, but a lane's {per_lane} samples of a batch are "
                 f"{self.data.copies} copies of one: lower data.lanes or data.copies"
             )
-        if self.mix.active and micro is not None and micro % 2:
+        if micro is not None and micro % 2:
             raise ValueError(f"train.micro_batch_size {micro} is odd, but mix pairs samples: choose an even number")
         return self
 
     @model_validator(mode="after")
-    def _frozen_is_trained(self) -> "Config":
+    def _frozen_weights_are_trained(self) -> "Config":
         for field in ("frozen_stages", "frozen_statistics"):
             if getattr(self.model, field) and not self.init:
                 raise ValueError(
-                    f"model.{field} {getattr(self.model, field)} would keep what is random as it is: "
-                    "name what to start from with init.model, or leave it out"
+                    f"model.{field} {getattr(self.model, field)} would freeze randomly initialised weights: "
+                    f"set init.model to the registered model to start from, or remove model.{field}"
                 )
         return self
 
     @model_validator(mode="after")
     def _fits_task(self) -> "Config":
         if isinstance(self.task, ClassificationConfig):
-            if self.model.image_size:
-                raise ValueError(f"model.image_size {self.model.image_size}: a classifier has image.size; leave it out")
-            if self.optim.backbone_lr != 1.0:
-                raise ValueError(
-                    f"optim.backbone_lr {self.optim.backbone_lr}: a classifier is all backbone; set optim.layer_decay"
-                )
-            return self
-        for section, shared in _SHARED_BY_TASKS.items():
-            given, fields = getattr(self, section), type(getattr(self, section)).model_fields
-            for field in sorted(fields.keys() - shared):
-                if getattr(given, field) != fields[field].get_default(call_default_factory=True):
-                    raise ValueError(
-                        f"{section}.{field} has no effect with task {self.task.name}, only with classification: leave "
-                        f"it out; the task's own settings are {', '.join(type(self.task).model_fields)}"
-                    )
+            self._require_classifier_settings()
+        else:
+            self._require_dense_settings()
         return self
 
+    def _require_classifier_settings(self) -> None:
+        if self.model.image_size:
+            raise ValueError(
+                f"model.image_size {self.model.image_size}: a classifier has image.size; remove model.image_size"
+            )
+        if self.optim.backbone_lr != 1.0:
+            raise ValueError(
+                f"optim.backbone_lr {self.optim.backbone_lr}: a classifier is all backbone; set optim.layer_decay"
+            )
+
+    def _require_dense_settings(self) -> None:
+        for section, shared in _SHARED_BY_TASKS.items():
+            given = getattr(self, section)
+            fields = type(given).model_fields
+            for field in sorted(fields.keys() - shared):
+                # A setting that is given its default does no harm: dumped configurations give all of them.
+                if getattr(given, field) != fields[field].get_default(call_default_factory=True):
+                    raise ValueError(
+                        f"{section}.{field} has no effect with task {self.task.name}, only with classification: remove "
+                        f"it; the task's own settings are {', '.join(type(self.task).model_fields)}"
+                    )
+
     def identity(self) -> dict[str, Any]:
-        """What decides which samples make which batch, and the shapes of the weights.
+        """Returns what decides which samples make up which batch, and the shapes of the weights.
 
         A checkpoint records it; resuming with another value is refused unless resume.allow names the key.
         """
-        is_labelled = isinstance(self.task, ClassificationConfig)
-        return {
+        # The keys are those in checkpoints, and stay when a setting is renamed.
+        identity: dict[str, Any] = {
             "seed": self.run.seed,
             "global_batch_size": self.train.global_batch_size,
             "lanes": self.data.lanes,
@@ -154,10 +191,15 @@ class Config(Section):
             "mixture": [source.weight for source in self.data.train],
             "model": self.model.name,
             "image_size": self.image.size,
-            **({} if is_labelled else {"task": self.task.name, "model_image_size": self.model.image_size}),
         }
+        if not isinstance(self.task, ClassificationConfig):
+            identity["task"] = self.task.name
+            identity["model_image_size"] = self.model.image_size
+        return identity
 
 
 def divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
+    """Returns the divisors of a number in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    large = [number // divisor for divisor in small]
+    return sorted({*small, *large})

@@ -1,6 +1,6 @@
-"""Images: where they lie, what the network sees of them, and how they are augmented and mixed."""
+"""Images: the data sets, the network's input, augmentation, and mixing."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -9,52 +9,62 @@ from pipeline.config.section import Section
 
 
 class ImageConfig(Section):
-    """What the network sees of a picture, in training and wherever the model is used later."""
+    """The network's input: in training, in evaluation, and wherever the model is used later."""
 
     size: int = Field(default=224, gt=0)
-    """Height and width of the network's input in pixels."""
+    """Height and width of the network's input, in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channels, on a scale of 0 to 1, that normalisation subtracts."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Of the red, green and blue channels on a scale of 0 to 1."""
+    """Standard deviation of the red, green and blue channels, on a scale of 0 to 1, that normalisation divides by."""
     crop_pct: float = Field(default=0.875, gt=0.0, le=1.0)
-    """In evaluation the short side is resized to size / crop_pct before the central crop."""
+    """Fraction of the image's short side that evaluation sees: it resizes the short side to size / crop_pct and crops
+    the centre."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    """Filter that images are resized with."""
 
 
 class SourceConfig(Section):
-    """A data set of a mixture."""
+    """One data set of a mixture."""
 
     path: str
+    """Folder or URL of the packed data set."""
     weight: Positive = 1.0
-    """Its part of the samples drawn, in proportion to the other weights."""
+    """Share of the samples drawn from this data set, in proportion to the other weights."""
 
 
 def _one_source(value: Any) -> Any:
+    """Returns a list of one source for a path alone, and anything else as it is."""
     return [{"path": value}] if isinstance(value, str) else value
 
 
 class DataConfig(Section):
+    """The data sets, and how they are read."""
+
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_one_source), Field(min_length=1)]
-    """Folder or URL (s3://, https://, …) with a manifest.json, made by launch/shards.py; or a list of them, each
-    {path: …, weight: …}, to be mixed. A URL that ends with ?$NAME takes its query from the variable NAME."""
+    """Training data: a folder or URL (s3://, https://, …) with a manifest.json, made by launch/shards.py; or a list of
+    them, each {path: …, weight: …}, that are mixed. A URL that ends with ?$NAME takes its query from the environment
+    variable NAME."""
     val: str | None = None
+    """Validation data: a folder or URL. None: the run is not evaluated."""
     copies: int = Field(default=1, gt=0)
-    """Repeated augmentation: how many differently augmented copies of a sample a batch holds."""
+    """Repeated augmentation: number of differently augmented copies of a sample in a batch."""
     lanes: int = Field(default=48, gt=0)
-    """Parallel read positions in an epoch, shared out to ranks: the most ranks a run can use."""
+    """Number of parallel read positions in an epoch, which are partitioned over the ranks: the maximum number of ranks
+    that a run can use."""
     shuffle_window: int = Field(default=4096, gt=0)
-    """Samples shuffled together inside a lane."""
+    """Number of samples that are shuffled together inside a lane."""
     num_threads: int = Field(default=0, ge=0)
-    """Threads of each rank for reading and for CPU decoding; 0 takes the rank's share of the cores."""
+    """Threads of each rank for reading and for decoding on the CPU. 0: one for each of the rank's cores."""
     prefetch: int = Field(default=3, gt=0)
-    """Micro-batches read ahead of training."""
+    """Number of micro-batches that are read ahead of training."""
     cache: Folder | None = None
-    """Folder for shards fetched from URLs, shared by a node's ranks. None: one of this user's below the temporary
-    folder."""
+    """Folder for shards fetched from URLs, shared by the ranks of a node. None: a folder of this user's below the
+    temporary folder."""
     cache_gb: float | None = Field(default=None, gt=0.0)
-    """Most disk space of the cache. None: half of what is free where it lies."""
+    """Maximum size of the cache, in GB. None: half of the free space of its file system."""
     max_bad_fraction: Fraction = 0.001
-    """Training stops when more than this fraction of the data set's samples has proved damaged."""
+    """Maximum fraction of the data set's samples that may prove damaged; training stops beyond it."""
 
     @property
     def train_paths(self) -> list[str]:
@@ -62,37 +72,47 @@ class DataConfig(Section):
 
 
 class AugmentConfig(Section):
-    crop: Literal["resized", "plain", "center"] = "resized"
-    """resized: a random part of the image (crop_scale, crop_ratio), resized. plain: the short side resized to the
-    network's input, a random crop along the long one. center: evaluation's view."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop as a fraction of the image."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the random crop."""
-    hflip: Fraction = 0.5
-    rand_augment: RandAugmentField | None = None
-    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1."""
-    color_jitter: Fraction = 0.0
-    """Brightness, contrast and saturation, in random order, each by a factor of 1 ± color_jitter at most."""
-    erase_prob: Fraction = 0.0
-    """Chance of random erasing: one box of 2 % to a third of the image."""
-    erase_mode: Literal["pixel", "const"] = "pixel"
-    """What fills the box: a standard normal draw for each pixel and channel of the normalised image, or zero."""
-    image_size: dict[LengthField, Annotated[int, Field(gt=0)]] = {}
-    """Resolution schedule of training: "0 epochs": 128, "60 %": 192. Before its first entry, and without any,
-    image.size."""
+    """Augmentation of training images."""
 
+    renamed: ClassVar[dict[str, str]] = {"image_size": "size_schedule"}
+
+    crop: Literal["resized", "plain", "center"] = "resized"
+    """How a training image is cropped. resized: a random crop (crop_scale, crop_ratio) is resized to the network's
+    input. plain: the short side is resized to it, and the crop's position along the long side is random. center: the
+    view of evaluation."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a resized crop's area, [low, high], as a fraction of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a resized crop's aspect ratio, [low, high], width over height."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    rand_augment: RandAugmentField | None = None
+    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1. None: no RandAugment."""
+    color_jitter: Fraction = 0.0
+    """Maximum change of brightness, contrast and saturation: each is multiplied by a random factor within
+    1 ± color_jitter, in random order."""
+    erase_prob: Fraction = 0.0
+    """Probability of random erasing: one box of 2 % to a third of the image is filled."""
+    erase_mode: Literal["pixel", "const"] = "pixel"
+    """Values in an erased box of the normalised image. pixel: a standard normal draw for each pixel and channel. const:
+    zero."""
+    # Its former name, image_size, reads like a single size, as model.image_size is one.
+    size_schedule: dict[LengthField, Annotated[int, Field(gt=0)]] = {}
+    """Resolution schedule of training: image sizes in pixels by the length of training after which they begin, such as
+    {"0 epochs": 128, "60 %": 192}. Before the first entry, and without any, image.size."""
+
+    # timm would ignore color_jitter here without a word, and the run would be another than it says.
     @model_validator(mode="after")
     def _one_colour_policy(self) -> "AugmentConfig":
         if self.rand_augment and self.color_jitter:
             raise ValueError(
-                f"color_jitter {self.color_jitter} has no effect beside rand_augment (as in timm, which leaves it out "
-                "in silence): set it to 0 or leave rand_augment out"
+                f"color_jitter {self.color_jitter} has no effect beside rand_augment (as in timm, which ignores it "
+                "silently): set it to 0 or remove rand_augment"
             )
         return self
 
     @model_validator(mode="after")
-    def _ordered(self) -> "AugmentConfig":
+    def _are_ranges(self) -> "AugmentConfig":
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -101,12 +121,18 @@ class AugmentConfig(Section):
 
 
 class MixConfig(Section):
+    """Mixup, CutMix and label smoothing, with timm's semantics."""
+
     mixup_alpha: float = Field(default=0.0, ge=0.0)
+    """Parameter α of the distribution Beta(α, α) of Mixup's weight. 0: no Mixup."""
     cutmix_alpha: float = Field(default=0.0, ge=0.0)
+    """Parameter α of the distribution Beta(α, α) of the area that CutMix keeps. 0: no CutMix."""
     prob: Fraction = 1.0
+    """Probability that a lane's samples of a batch are mixed."""
     switch_prob: Fraction = 0.5
-    """Chance of cutmix where both are on."""
+    """Probability of CutMix instead of Mixup where both are enabled."""
     label_smoothing: Fraction = 0.0
+    """Probability mass that is spread evenly over all classes."""
 
     @property
     def active(self) -> bool:

@@ -1,4 +1,4 @@
-"""Reads a configuration from YAML and command-line overrides, writes one, and fingerprints it."""
+"""Reads a configuration from YAML and command-line overrides, writes one, and computes fingerprints."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline import files, json_text, yaml_text
 from pipeline.config.config import Config
 from pipeline.config.messages import describe_fault, explain, shown
-from pipeline.config.section import Section
+from pipeline.config.section import Section, present_key, rename_keys
 from pipeline.errors import InputError
 
 MAX_EXTENDED = 20
-"""Files that extend one another."""
+"""Maximum number of files that extend one another."""
 
 MAX_YAML_BYTES = 1 << 20
 
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `key.path=value` overrides (values are YAML) and validate.
+    """Reads a YAML file, applies `key.path=value` overrides (values are YAML) and validates the result.
 
     Raises InputError that lists every wrong key with the value found, the rule and the nearest valid name.
     """
@@ -32,30 +32,48 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_section(kind: type[SomeSection], path: str | Path, overrides: list[str] | None = None) -> SomeSection:
-    """`load` for a file that holds another section, such as Gates."""
-    tree = read_yaml(path)
-    for override in overrides or []:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
-        _put(tree, name.strip().split("."), yaml_text.read(text, f"--set {override!r}"), override)
+    """Does what `load_config` does for a file that holds another section, such as Gates."""
+    tree = read_yaml(path, kind)
+    _apply_overrides(kind, tree, overrides or [])
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
+        # All mistakes at once: whoever waits in a queue for a job does not want them one by one.
         lines = [f"  {explain(kind, detail)}" for detail in error.errors()]
         raise InputError("\n".join([f"{path}: configuration refused", *lines])) from None
 
 
-def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file. `extends: OTHER`, a path from the file's folder, lays it over that other file:
-    mappings key by key, everything else whole. Raises InputError."""
+def _apply_overrides(kind: type[Section], tree: dict[str, Any], overrides: list[str]) -> None:
+    """Sets the values of KEY=VALUE overrides in a tree. The last of several for a setting wins, whatever its name."""
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
+        # A former name in the file has been renamed, so an override of either name replaces it.
+        key = present_key(kind, name.strip())
+        _put(tree, key.split("."), yaml_text.read(text, f"--set {override!r}"), override)
+
+
+def read_yaml(
+    path: str | Path,
+    kind: type[Section] | None = None,
+    *,
+    extended_by: tuple[Path, ...] = (),
+) -> dict[str, Any]:
+    """Returns the mapping in a YAML file, with the present names of settings that `kind` has renamed.
+
+    `extends: OTHER`, a path relative to the file's folder, lays the file over that other one: mappings are merged key
+    by key, every other value is replaced as a whole. Raises InputError.
+    """
     try:
         text = files.read(path, MAX_YAML_BYTES).decode()
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except ValueError as error:  # bytes that are no text, or a path that cannot be one
+    except ValueError as error:
+        # The bytes are not UTF-8, or the path has a null character.
         raise InputError(f"{path}: cannot be read as YAML: {error}") from error
     here = Path(path).resolve()
+    # Resolved, so that a file which extends itself by way of a link is found, too.
     if here in extended_by:
         raise InputError(f"{extended_by[-1]}: extends {here.name}, which extends it in turn")
     if len(extended_by) > MAX_EXTENDED:
@@ -63,26 +81,36 @@ def read_yaml(path: str | Path, *, extended_by: tuple[Path, ...] = ()) -> dict[s
     tree = yaml_text.read(text, path)
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, found {shown(tree)}")
-    if (base := tree.pop("extends", None)) is None:
+    if kind:
+        # In each file by itself: a present name then overrides a former one in the file below.
+        tree = rename_keys(kind, tree)
+    base = tree.pop("extends", None)
+    if base is None:
         return tree
     if not isinstance(base, str):
         raise InputError(f"{path}: extends {base!r}; expected the path of one other YAML file")
-    return _overlaid(read_yaml(Path(path).parent / base, extended_by=(*extended_by, here)), tree)
+    below = read_yaml(Path(path).parent / base, kind, extended_by=(*extended_by, here))
+    return _merge(below, tree)
 
 
-def _overlaid(below: Any, above: Any) -> Any:
-    if not (isinstance(below, dict) and isinstance(above, dict)):
+def _merge(below: Any, above: Any) -> Any:
+    """Returns `above` laid over `below`: mappings are merged, every other value is replaced."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return {**below, **{key: _overlaid(below.get(key), value) for key, value in above.items()}}
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(below.get(key), value)
+    return merged
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back to an equal Config."""
+    """Returns the resolved configuration as YAML; `load_config` reads it back to an equal Config."""
     return yaml_text.write(config.model_dump(mode="json"))
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON-like value, independent of the order of keys."""
+    """Returns the SHA-256 of a JSON-like value, independent of the order of keys."""
+    # Sorted keys, no spaces, no NaN: equal values have equal bytes.
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -102,6 +130,7 @@ def validated(kind: type[Value], tree: Any, source: object) -> Value:
 
 
 def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    """Sets the value at `path` in a tree, and creates the sections on the way."""
     for name in path[:-1]:
         node = tree.setdefault(name, {})
         if not isinstance(node, dict):

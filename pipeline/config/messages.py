@@ -1,4 +1,4 @@
-"""Explains in one line why a value was refused: its key, the rule, and the value found."""
+"""Explains in one line why a value was rejected: its key, the rule, and the value found."""
 
 import difflib
 import json
@@ -40,7 +40,7 @@ _RULES = {
     "dataclass": "expected a mapping",
     "model": "expected a mapping of settings",
 }
-"""In our words, by how the type of pydantic's error begins; the first one that fits."""
+"""Our words for pydantic's errors, by the beginning of an error's type; the first one that fits counts."""
 
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -51,19 +51,27 @@ _ELSEWHERE = {
     "img_size": "image.size",
     "num_workers": "data.num_threads",
 }
-"""Settings by the names that other trainers have for them."""
+"""The names that other trainers give to settings, and our keys."""
+
+MAX_SHOWN = 100
+"""Characters of a value that an error message shows."""
 
 
 def explain(kind: type[Section], detail: ErrorDetails) -> str:
+    """Returns the line for one of pydantic's errors, with suggestions where a key is unknown."""
     path = [str(part) for part in detail["loc"]]
     names = _fields_at(kind, path[:-1])
-    if path[:1] == ["task"] and path[1:2] and path[1] in TASKS:  # which of them it was, says pydantic
+    # pydantic puts the kind of task that it chose behind "task"; nobody writes it there.
+    if path[:1] == ["task"] and path[1:2] and path[1] in TASKS:
         del path[1]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        valid = f"; valid here: {', '.join(names)}" if names else ""
-        near = " or ".join(_near(kind, path, names))
-        return f"{key}: no such setting{f'; did you mean {near}?' if near else valid}"
+        near = " or ".join(_suggest(kind, path, names))
+        if near:
+            return f"{key}: no such setting; did you mean {near}?"
+        if names:
+            return f"{key}: no such setting; valid here: {', '.join(names)}"
+        return f"{key}: no such setting"
     if detail["type"] == "missing" and not path[-1].isdigit():
         return f"{key}: this setting has no default; add it or pass --set {key}=VALUE"
     return describe_fault(detail, path)
@@ -71,27 +79,35 @@ def explain(kind: type[Section], detail: ErrorDetails) -> str:
 
 def describe_fault(detail: ErrorDetails, path: Iterable[str]) -> str:
     """Returns the key, the rule and the value found, as one line."""
+    text = rule_of(detail)
     # A whole section as "the value found" would bury the rule that compares several of its settings.
-    found = "" if isinstance(detail["input"], dict | BaseModel) else f" (found {shown(detail['input'])})"
-    return ": ".join(filter(None, [".".join(path), f"{rule_of(detail)}{found}"]))
+    if not isinstance(detail["input"], dict | BaseModel):
+        text += f" (found {shown(detail['input'])})"
+    key = ".".join(path)
+    return f"{key}: {text}" if key else text
 
 
 def rule_of(detail: ErrorDetails) -> str:
-    """What an error of pydantic's says, in our words."""
-    rules = (rule for beginning, rule in _RULES.items() if detail["type"].startswith(beginning))
-    return next(rules, "this cannot be its value").format(**detail.get("ctx", {}))
+    """Returns what one of pydantic's errors says, in our words."""
+    for beginning, rule in _RULES.items():
+        if detail["type"].startswith(beginning):
+            return rule.format(**detail.get("ctx", {}))
+    return "this cannot be its value"
 
 
-def _near(kind: type[Section], path: list[str], names: list[str]) -> list[str]:
-    """Settings that somebody may have meant by an unknown one."""
+def _suggest(kind: type[Section], path: list[str], names: list[str]) -> list[str]:
+    """Returns at most three settings that an unknown key may mean; `names` are the valid ones in its place."""
     *above, last = path
-    known = dict.fromkeys(setting_names(kind))
-    same = [key for key in known if key.rpartition(".")[2] == last or key == _ELSEWHERE.get(last)]
-    return same[:3] or [".".join([*above, name]) for name in difflib.get_close_matches(last, names, n=1, cutoff=0.5)]
+    same = [key for key in setting_names(kind) if key.rpartition(".")[2] == last or key == _ELSEWHERE.get(last)]
+    if same:
+        # Kinds of tasks share settings, whose keys are then equal.
+        return list(dict.fromkeys(same))[:3]
+    near = difflib.get_close_matches(last, names, n=1, cutoff=0.5)
+    return [".".join([*above, name]) for name in near]
 
 
 def setting_names(kind: type[Section], prefix: str = "") -> Iterator[str]:
-    """All settings of a section, and of those in it, but for those of lists."""
+    """Yields the keys of all settings of a section and of those in it, except in lists and mappings of sections."""
     for name, field in kind.model_fields.items():
         yield f"{prefix}{name}"
         if typing.get_origin(field.annotation) not in (tuple, dict):
@@ -100,15 +116,23 @@ def setting_names(kind: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def _fields_at(section: type[Section], path: list[str]) -> list[str]:
+    """Returns the names of the settings in the section at `path`, or none where there is no section."""
     for name in path:
-        if name in section.model_fields or name in TASKS:  # otherwise a place in a list
-            inside = [TASKS[name]] if name in TASKS else sections_in(section.model_fields[name].annotation)
+        if name in TASKS:
+            section = TASKS[name]
+        elif name in section.model_fields:
+            inside = sections_in(section.model_fields[name].annotation)
             if not inside:
                 return []
             section = inside[0]
+        # Otherwise it is an index in a list of sections.
     return list(section.model_fields)
 
 
 def shown(value: Any) -> str:
+    """Returns a value as error messages show it: null, true and false as in YAML, long ones cut."""
+    # repr would show None and True, which nobody writes in YAML.
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 100 else f"{text[:99]}…"
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[: MAX_SHOWN - 1]}…"

@@ -1,4 +1,4 @@
-"""The backbone, and what a fine-tuning run starts from."""
+"""The backbone, and the weights that a fine-tuning run starts from."""
 
 import re
 
@@ -9,29 +9,33 @@ from pipeline.config.section import Section
 
 
 class ModelConfig(Section):
-    """The backbone, a timm model, to which the task adds its head."""
+    """The backbone, a timm model. The task adds its head."""
 
     name: str
-    """pvt_pico, pvt_tiny, pvt_small, pvt_medium or pvt_large; or any other timm model."""
+    """Name of a timm model: pvt_pico, pvt_tiny, pvt_small, pvt_medium, pvt_large or any other."""
     image_size: int | None = Field(default=None, gt=0)
-    """Pixels that the position embeddings of a dense task's backbone are for; they are resized to each image's. None:
-    image.size."""
+    """Image size, in pixels a side, of the position embeddings in a dense task's backbone; they are interpolated to the
+    size of each image. None: image.size. A classifier always takes image.size."""
     drop_rate: Fraction = 0.0
+    """Dropout probability before a classifier's last layer. Dense tasks have settings of their own."""
     drop_path_rate: BelowOne = 0.0
+    """Stochastic depth: drop probability of the last residual branches; it grows linearly from 0 over the blocks."""
     grad_checkpointing: bool = False
+    """Recomputes the blocks' activations in the backward pass instead of keeping them: less memory, slower steps."""
     frozen_stages: int = Field(default=0, ge=0)
-    """So many of its stages, from the stem on, keep the weights that they start from. As many as there are, or more:
-    the whole backbone does, and the task's head alone is trained."""
+    """Freezes the first N stages, counted from the stem, at the weights of init.model. Where the backbone has no more
+    than N stages, all of it is frozen, and only the task's head is trained."""
     frozen_statistics: bool = False
-    """Batch norms of all stages keep the statistics that they start from: a dense task's few images make poor ones."""
+    """Freezes the running statistics of all BatchNorm layers at those of init.model: the few images in a dense task's
+    batch estimate them poorly."""
 
 
 class InitConfig(Section):
-    """What a fine-tuning run starts from."""
+    """The registered model that a fine-tuning run starts from."""
 
     model: str
-    """models:/NAME/VERSION or models:/NAME@ALIAS. Its backbone is taken, and its head where the classes are the
-    same."""
+    """The model's URI, models:/NAME/VERSION or models:/NAME@ALIAS. The run takes over its backbone, and its head where
+    task and classes are the same."""
 
     @field_validator("model")
     @classmethod

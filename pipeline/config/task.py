@@ -1,4 +1,4 @@
-"""What is learned, and the settings of its network."""
+"""The tasks, and the settings of their heads, training views and predictions."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,34 +10,38 @@ from pipeline.config.section import Section
 
 
 class ClassificationConfig(Section):
-    """A class for each image."""
+    """Image classification: one class for each image."""
 
     name: Literal["classification"] = "classification"
 
 
 class SemanticFpnConfig(Section):
-    """A class for each pixel: Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", 2019).
+    """Semantic segmentation with Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", 2019).
 
-    Training sees crops of image.size, evaluation whole images.
+    Training takes crops of image.size, evaluation whole images.
     """
 
     name: Literal["semantic_fpn"] = "semantic_fpn"
     channels: int = Field(default=128, gt=0, multiple_of=32)
-    """Of the head."""
+    """Width of the head, in channels."""
     pyramid_channels: int = Field(default=256, gt=0)
+    """Width of the feature pyramid, in channels."""
     dropout: BelowOne = 0.1
-    """Before the head's last layer."""
+    """Probability with which a channel is dropped before the head's last layer."""
     short_side: int | None = Field(default=None, gt=0)
-    """To which images are resized before they are scaled at random and cropped, or seen whole. None: image.size."""
+    """Short side, in pixels, that images are resized to: for evaluation, and before the random scaling and the crop of
+    training. None: image.size."""
     long_side: int | None = Field(default=None, gt=0)
-    """An image whose other side would be longer is made smaller. None: four times the short side."""
+    """Maximum long side, in pixels, of a resized image; an image that would exceed it gets a smaller short side. None:
+    four times the short side."""
     scale: tuple[Positive, Positive] = (0.5, 2.0)
-    """Training images are scaled by a factor drawn from this range."""
+    """Range of the random factor, [low, high], by which training images are scaled."""
     max_class_fraction: float = Field(default=0.75, gt=0.0, le=1.0)
-    """A crop in which one class has more of the labelled pixels is drawn again, up to ten times."""
+    """Maximum fraction of a crop's labelled pixels that one class may have. Other crops are drawn again, up to ten
+    times."""
 
     def sides(self, image: "ImageConfig") -> tuple[int, int]:
-        """To which short side whole images are resized, and the longest that the other one may get, in pixels."""
+        """Returns the short side that whole images are resized to and the maximum long side, in pixels."""
         short = self.short_side or image.size
         return short, self.long_side or 4 * short
 
@@ -50,24 +54,28 @@ class SemanticFpnConfig(Section):
 
 
 class DetectionConfig(Section):
-    """A box for each object: what all detectors share. They see whole images, resized."""
+    """The settings that all detectors share. They take whole images, resized."""
 
     short_side: int | None = Field(default=None, gt=0)
-    """To which images are resized. None: image.size."""
+    """Short side, in pixels, that images are resized to. None: image.size."""
     long_side: int | None = Field(default=None, gt=0)
-    """An image whose other side would be longer is made smaller. None: five thirds of the short side."""
+    """Maximum long side, in pixels, of a resized image; an image that would exceed it gets a smaller short side. None:
+    five thirds of the short side."""
     train_short_sides: tuple[Annotated[int, Field(gt=0)], ...] = ()
-    """Training draws each image's from these. Without any: short_side."""
+    """Short sides, in pixels, of which training draws one for each image. Empty: short_side."""
     crop_prob: Fraction = 0.0
-    """Chance that training sees a part of the image instead, resized as images are: a window with sides drawn from
-    crop_sides, of the image with its short side at one of crop_short_sides."""
+    """Probability that training takes a random crop of the image and resizes it in place of the whole image. The image
+    is first resized to one of crop_short_sides; the crop's sides are drawn from crop_sides."""
     crop_short_sides: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(400, 500, 600), min_length=1)
+    """Short sides, in pixels, of which one is drawn for an image that is cropped."""
     crop_sides: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] = (384, 600)
+    """Range of a crop's height and width, [low, high], in pixels."""
     max_detections: int = Field(default=100, gt=0)
-    """Of an image, those with the best scores."""
+    """Maximum number of detections in an image: those with the highest scores."""
 
+    # 800 x 1333 px, the sizes of COCO's papers, have this ratio.
     def sides(self, image: "ImageConfig") -> tuple[int, int]:
-        """To which short side evaluated images are resized, and the longest that the other one may get, in pixels."""
+        """Returns the short side that evaluated images are resized to and the maximum long side, in pixels."""
         short = self.short_side or image.size
         return short, self.long_side or round(5 / 3 * short)
 
@@ -80,13 +88,17 @@ class DetectionConfig(Section):
 
 
 class AnchorBasedConfig(DetectionConfig):
+    """The settings that detectors with anchors share."""
+
     pyramid_channels: int = Field(default=256, gt=0)
+    """Width of the feature pyramid, in channels."""
     smallest_anchor: int = Field(default=32, gt=0)
-    """Side in pixels of the anchors on the pyramid's finest map; on each coarser one they are twice as large."""
+    """Side, in pixels, of the anchors on the pyramid's finest map; it doubles with each coarser map."""
     min_score: Fraction = 0.05
-    """Boxes below it are left out."""
+    """Score threshold: boxes with a lower score are discarded."""
     max_overlap: Fraction = 0.5
-    """Of two boxes of a class whose intersection over union is larger, the one with the lower score is left out."""
+    """Non-maximum suppression: of two boxes of a class with a higher intersection over union, the one with the lower
+    score is discarded."""
 
 
 class RetinaNetConfig(AnchorBasedConfig):
@@ -96,15 +108,15 @@ class RetinaNetConfig(AnchorBasedConfig):
 
 
 class MaskRcnnConfig(AnchorBasedConfig):
-    """Mask R-CNN (He et al., 2017): a mask with each box."""
+    """Mask R-CNN (He et al., 2017): a box and a mask for each object."""
 
     name: Literal["mask_rcnn"] = "mask_rcnn"
     box_width: int = Field(default=1024, gt=0)
-    """Channels of the layers that tell a box's class."""
+    """Width of the box head's hidden layers."""
     mask_width: int = Field(default=256, gt=0)
-    """Channels of those that draw its mask."""
+    """Width of the mask head, in channels."""
     sampled_boxes: int = Field(default=512, gt=0)
-    """Proposals of an image that these learn from."""
+    """Number of proposals for each image that the heads are trained on."""
 
 
 class DetrConfig(DetectionConfig):
@@ -112,25 +124,38 @@ class DetrConfig(DetectionConfig):
 
     name: Literal["detr"] = "detr"
     queries: int = Field(default=100, gt=0)
-    """Most objects that it finds in an image."""
+    """Number of object queries, and so the maximum number of detections in an image."""
     width: int = Field(default=256, gt=0)
-    """Of the transformer, a multiple of heads."""
+    """Width of the transformer, a multiple of `heads` and of 4."""
     heads: int = Field(default=8, gt=0)
+    """Number of attention heads."""
     encoder_layers: int = Field(default=6, gt=0)
+    """Number of encoder layers."""
     decoder_layers: int = Field(default=6, gt=0)
+    """Number of decoder layers."""
     feedforward: int = Field(default=2048, gt=0)
+    """Hidden width of the feed-forward networks."""
     dropout: BelowOne = 0.1
+    """Dropout probability in the transformer."""
 
     @model_validator(mode="after")
     def _heads_share_width(self) -> "DetrConfig":
-        # The sine and cosine of both coordinates take a quarter of the width each.
+        # The sine and the cosine of x and of y get a quarter of the position embedding each.
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads} and of 4")
         return self
 
 
 def by_name(value: Any) -> Any:
+    """Returns {name: value} for a task's name alone, and anything else as it is."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _name_of(task: Any) -> Any:
+    """Returns the name that decides which kind of task pydantic validates, of a mapping or of a task."""
+    if isinstance(task, dict):
+        return task.get("name")
+    return getattr(task, "name", None)
 
 
 TASKS: dict[str, type[Section]] = {
@@ -147,7 +172,7 @@ TaskConfig = Annotated[
     | Annotated[RetinaNetConfig, Tag("retinanet")]
     | Annotated[MaskRcnnConfig, Tag("mask_rcnn")]
     | Annotated[DetrConfig, Tag("detr")],
-    Discriminator(lambda task: task.get("name") if isinstance(task, dict) else getattr(task, "name", None)),
+    Discriminator(_name_of),
     BeforeValidator(by_name),
 ]
-"""What is learnt. A name alone stands for the task with its defaults."""
+"""A task with its settings. A name alone stands for the task with its defaults."""

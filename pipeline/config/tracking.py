@@ -1,4 +1,4 @@
-"""MLflow, promotion gates, and the fine-tuning jobs that follow a run."""
+"""MLflow tracking, promotion gates, and the fine-tuning jobs that follow a run."""
 
 import math
 import re
@@ -12,29 +12,35 @@ from pipeline.config.section import Section
 
 
 class TrackingConfig(Section):
+    """What is logged to MLflow, and which models are registered there."""
+
     uri: str | None = None
-    """MLflow tracking server. None: MLFLOW_TRACKING_URI or, without one, sqlite:///ROOT/mlflow.db with artifacts beside
-    it."""
+    """URI of the MLflow tracking server. None: MLFLOW_TRACKING_URI or, without it, sqlite:///ROOT/mlflow.db with the
+    artifacts beside it."""
     experiment: str = "pretrain"
+    """Name of the MLflow experiment."""
     model_name: (
         Annotated[str, text_matching(rf"[^/:@{CONTROL}]+", "a model's name is not empty and has none of / : @")] | None
     ) = None
-    """Registered model that receives this run's versions. None: the run's name."""
+    """Name of the registered model that receives this run's versions. None: run.name."""
     system_metrics: bool = True
-    """Load of each node's cores, memory, disk, network and GPUs, every ten seconds."""
+    """Logs the load of each node's cores, memory, disks, network and GPUs every ten seconds."""
     keep_versions: int = Field(default=1, ge=0)
-    """Best ones to keep registered, beside the run's last. Those with an alias or a child stay in any case."""
+    """Number of this run's best versions that stay registered, besides its last one. Versions that have an alias, or
+    that other versions were fine-tuned from, always stay."""
     patience_s: float = Field(default=120.0, gt=0.0)
-    """How long the end of a run waits for the server. `launch/registry.py sync` sends what is left then."""
+    """Maximum time, in seconds, that the end of the run waits for the server. `launch/registry.py sync` sends what is
+    missing after that."""
     report: bool = True
-    """Write report.html at the end of the run. launch/report.py does at any time."""
+    """Writes report.html at the end of the run. launch/report.py writes it at any time."""
     log_diff: bool = False
-    """Log the uncommitted changes to the code. They can hold secrets."""
+    """Logs the uncommitted changes to the code. They may contain secrets."""
     log_samples: bool = False
-    """Log sheets of augmented training images and of predictions, where their licence allows it."""
+    """Logs pictures of augmented training images and of predictions. Their licence must allow it."""
 
     @model_validator(mode="after")
     def _is_a_server(self) -> "TrackingConfig":
+        # The configuration is logged to the very server, and written to the run's folder.
         if self.uri and urllib.parse.urlsplit(self.uri).password:
             raise ValueError(
                 "uri holds a password, which would be logged with the configuration: "
@@ -48,44 +54,54 @@ class TrackingConfig(Section):
 
 
 class Bound(Section):
-    """What a metric has to reach. One that was not measured, or is not finite, fails."""
+    """The bounds of a metric. A metric that was not measured, or is not finite, fails them."""
 
     min: float | None = None
+    """Lowest value that passes. None: no lower bound."""
     max: float | None = None
+    """Highest value that passes. None: no upper bound."""
 
     @model_validator(mode="after")
-    def _bounds(self) -> "Bound":
+    def _has_a_bound(self) -> "Bound":
         if self.min is None and self.max is None:
             raise ValueError("a bound has a min, a max or both")
         return self
 
     def holds(self, value: float | None) -> bool:
+        """Whether the value is finite and within the bounds."""
         if value is None or not math.isfinite(value):
             return False
+        # The bounds themselves pass.
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def __str__(self) -> str:
-        ends = (f"at least {self.min}", self.min), (f"at most {self.max}", self.max)
-        return " and ".join(text for text, end in ends if end is not None)
+        texts: list[str] = []
+        if self.min is not None:
+            texts.append(f"at least {self.min}")
+        if self.max is not None:
+            texts.append(f"at most {self.max}")
+        return " and ".join(texts)
 
 
 class Gates(Section):
-    """What a model version has to pass to become @champion. See launch/registry.py promote."""
+    """The conditions under which launch/registry.py promotes a model version to @champion."""
 
     metrics: dict[str, Bound] = {}
+    """Bounds of metrics by name."""
     champion: dict[str, Annotated[float, Field(ge=0.0)]] = {}
-    """How much worse than the present champion's a metric may be, on the same data. Metrics whose name ends in loss are
-    better when lower, all others when higher."""
+    """By how much a metric may be worse than the present champion's on the same data. A metric whose name ends in loss
+    is better when lower, every other one when higher."""
     data: str | None = None
-    """Packed data set to score both on. None: the metrics that were registered, which must be of equal data."""
+    """Packed data set on which both models are evaluated. None: their registered metrics are compared, which must
+    come from the same data."""
 
 
 class HandoffConfig(Section):
-    """A fine-tuning job to start when this run has ended."""
+    """A fine-tuning job that starts when this run has finished."""
 
     config: str
-    """Its YAML file."""
+    """Path of the job's YAML file."""
     set: list[str] = []
-    """Overrides, as on the command line."""
+    """Overrides of its settings, KEY=VALUE, as on the command line."""
     gate: dict[str, Bound] = {}
-    """What this run's model has to reach, or the job is not started."""
+    """Bounds of metrics of this run's model by name. The job starts only if the model passes all of them."""

@@ -4,13 +4,13 @@
                                                                                                       ─▶ pad to `canvas`
 
 The window is whole pixels, so that the decoder can skip the rest of the image. Training and evaluation views of all
-tasks are of this one form. dali.py decodes, pixels.py does the rest. All coordinates are (y, x) in pixels.
+tasks have this one form. random_ops.py draws the operations, dali.py decodes, and image_ops.py does the rest.
+All coordinates are (y, x) in pixels.
 
-Shapes: n images, P layers of operations.
+Shapes: n images, P layers of operations, A other anchors.
 """
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,299 +18,327 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import keys
-from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, RandAugment, SemanticFpnConfig
+from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, SemanticFpnConfig
+from pipeline.feed.random_ops import ATTEMPTS, draw_erased_boxes, draw_operations
 from pvt.model import STRIDES
 
 Array = npt.NDArray[Any]
-
-_ATTEMPTS = 10  # at a random box that fits, as timm and torchvision make
-NOISE = 1 << 22
-"""Standard normal draws that erased boxes are filled from, each beginning at an offset of its own."""
-
-
-class Op(enum.IntEnum):
-    """An operation on an image's pixels and what its argument means."""
-
-    IDENTITY = 0
-    AUTO_CONTRAST = 1
-    EQUALIZE = 2
-    INVERT = 3
-    ROTATE = 4  # degrees, counter-clockwise
-    POSTERIZE = 5  # bits kept
-    SOLARIZE = 6  # threshold from which values are inverted
-    SOLARIZE_ADD = 7  # added to values below 128
-    COLOR = 8  # factor: 0 grey, 1 unchanged
-    CONTRAST = 9
-    BRIGHTNESS = 10
-    SHARPNESS = 11
-    SHEAR_X = 12  # pixels a row
-    SHEAR_Y = 13
-    TRANSLATE_X = 14  # fraction of the width, to the left
-    TRANSLATE_Y = 15
-
-
-RAND_AUGMENT = [op for op in Op if op is not Op.IDENTITY]
-_JITTERED = [Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR]
 
 
 @dataclasses.dataclass(frozen=True)
 class Views:
     """Parameters of n views, on canvases of one size."""
 
-    canvas: tuple[int, int]  # height and width of the network's input
-    anchor: Array  # [n, 2] int32, of the window to decode
-    shape: Array  # [n, 2] int32
-    resized: Array  # [n, 2] int32, what the window is resized to
-    corner: Array  # [n, 2] int32, of the crop of that
-    extent: Array  # [n, 2] int32, of the crop: the canvas's upper left; what is beside and below it is padding
-    flip: Array  # [n] bool, to mirror left to right
-    ops: Array  # [P, n] int64 of Op, applied in this order
-    args: Array  # [P, n] float32
-    erase: Array  # [n, 4] int64: top, bottom, left, right of the erased box, empty where none
-    noise: Array  # [n] float64 in [0, 1): where in the noise the box's filling begins
-    elsewhere: Array  # [n, A, 2] int32, anchors to take instead where the first shows what the task does not want
+    # Height and width of the network's input.
+    canvas: tuple[int, int]
+    # [n, 2] int32: the upper left corner of the window to decode.
+    anchor: Array
+    # [n, 2] int32: height and width of the window.
+    shape: Array
+    # [n, 2] int32: the size that the window is resized to.
+    resized: Array
+    # [n, 2] int32: the upper left corner of the crop, in the resized window.
+    corner: Array
+    # [n, 2] int32: the size of the crop. It fills the upper left of the canvas; the rest is padding.
+    extent: Array
+    # [n] bool: whether to mirror left to right.
+    flip: Array
+    # [P, n] int64 of Op, applied in this order.
+    ops: Array
+    # [P, n] float32: the operations' arguments.
+    args: Array
+    # [n, 4] int64: top, bottom, left, right of the erased box, which is empty where nothing is erased.
+    erase: Array
+    # [n] float64 in [0, 1): where in the noise the filling of the box begins.
+    noise: Array
+    # [n, A, 2] int32: anchors to try in turn where the first one shows what the task does not want.
+    other_anchors: Array
 
-    def __getitem__(self, part: slice) -> "Views":
-        return Views(self.canvas, **{name: value[_at(name, part)] for name, value in self._arrays()})
+    def __getitem__(self, images: slice) -> "Views":
+        arrays = {}
+        for name in _ARRAYS:
+            array = getattr(self, name)
+            arrays[name] = array[:, images] if name in _BY_LAYER else array[images]
+        return Views(self.canvas, **arrays)
 
     @classmethod
     def joined(cls, views: Sequence["Views"]) -> "Views":
-        """Of one canvas, one behind the other."""
-        columns = zip(*(each._arrays() for each in views), strict=True)
-        return cls(views[0].canvas, **{parts[0][0]: _joined(parts) for parts in columns})
+        """Returns views of one canvas, one behind the other."""
+        arrays = {}
+        for name in _ARRAYS:
+            axis = 1 if name in _BY_LAYER else 0
+            arrays[name] = np.concatenate([getattr(each, name) for each in views], axis)
+        return cls(views[0].canvas, **arrays)
 
     def nearest(self) -> tuple[Array, Array]:
-        """Of one view: the stored image's rows, [h], and columns, [w], that lie at the centres of what is seen.
+        """Returns the stored image's rows, [h], and columns, [w], at the centres of what this one view shows.
 
-        For maps of the image, which `map[rows][:, columns]` cuts, resizes and flips as the view does.
+        It is meant for maps of the image: `map[rows][:, columns]` cuts, resizes and flips a map as the view does.
         """
-        rows, columns = (
-            ((np.arange(extent) + corner + 0.5) * shape // resized).astype(np.int64) + anchor
-            for extent, corner, shape, resized, anchor in zip(
-                self.extent[0], self.corner[0], self.shape[0], self.resized[0], self.anchor[0], strict=True
-            )
-        )
-        return rows, columns[::-1] if self.flip[0] else columns
+        rows = self._find_nearest(0)
+        columns = self._find_nearest(1)
+        if self.flip[0]:
+            columns = columns[::-1]
+        return rows, columns
 
-    def _arrays(self) -> list[tuple[str, Array]]:
-        return [(name, getattr(self, name)) for name in _ARRAYS]
+    def _find_nearest(self, axis: int) -> Array:
+        centres = np.arange(self.extent[0, axis]) + self.corner[0, axis] + 0.5
+        in_window = centres * self.shape[0, axis] // self.resized[0, axis]
+        return in_window.astype(np.int64) + self.anchor[0, axis]
 
 
 _ARRAYS = [field.name for field in dataclasses.fields(Views) if field.name != "canvas"]
-_BY_LAYER = ("ops", "args")  # whose first axis is the layers, and the second the images
+# The first axis of these arrays is the layers, and the second the images.
+_BY_LAYER = ("ops", "args")
 
 
-def _at(name: str, part: slice) -> Any:
-    return (slice(None), part) if name in _BY_LAYER else part
-
-
-def _joined(parts: Sequence[tuple[str, Array]]) -> Array:
-    name = parts[0][0]
-    return np.concatenate([value for _, value in parts], axis=1 if name in _BY_LAYER else 0)
-
-
-def training_views(config: AugmentConfig, image: ImageConfig, size: int, key: keys.Key, hw: Array) -> Views:
-    """A random view of each image: `key` [n, 2], heights and widths `hw` [n, 2]."""
-    draws = keys.uniform(key, _ATTEMPTS * 4 + 1)
-    flip = draws[:, -1] < config.hflip
+def training_views(
+    config: AugmentConfig,
+    image: ImageConfig,
+    size: int,
+    key: keys.Key,
+    hw: Array,
+) -> Views:
+    """Returns a random view of each image: `key` [n, 2], heights and widths `hw` [n, 2]."""
+    draws = keys.uniform(key, ATTEMPTS * 4 + 1)
     if config.crop == "center":
         view = evaluation_views(image, size, hw)
     elif config.crop == "plain":
         view = _short_side_views(size, size, hw)
-        view = dataclasses.replace(view, corner=np.floor(draws[:, :2] * (view.resized - size + 1)).astype(np.int32))
+        num_corners = view.resized - size + 1
+        corner = np.floor(draws[:, :2] * num_corners)
+        view = dataclasses.replace(view, corner=corner.astype(np.int32))
     else:
-        window = _random_window(config, draws[:, :-1].reshape(-1, _ATTEMPTS, 4), hw)
-        view = _plain_views((size, size), window[:, :2], window[:, 2:], np.full_like(hw, size))
-    ops, args = _operations(config, keys.fold(key, 1))
-    erase, noise = _erasing(config, size, keys.fold(key, 2))
-    return dataclasses.replace(view, flip=flip, ops=ops, args=args, erase=erase, noise=noise)
+        attempts = draws[:, :-1].reshape(-1, ATTEMPTS, 4)
+        anchor, window = _draw_window(config, attempts, hw)
+        view = _plain_views(
+            (size, size),
+            anchor,
+            window,
+            np.full_like(hw, size),
+        )
+    erase, noise = draw_erased_boxes(config, size, keys.fold(key, 2))
+    view = dataclasses.replace(view, erase=erase, noise=noise)
+    return _add_operations(view, config, draws[:, -1], key)
 
 
 def evaluation_views(image: ImageConfig, size: int, hw: Array) -> Views:
-    """The short side resized to size / crop_pct and the centre cropped, as torchvision's Resize and CenterCrop do."""
+    """Returns views with the short side resized to size / crop_pct and the centre cropped, as torchvision's Resize and
+    CenterCrop do."""
     view = _short_side_views(size, int(size / image.crop_pct), hw)
-    return dataclasses.replace(view, corner=np.rint((view.resized - size) / 2).astype(np.int32))
+    corner = np.rint((view.resized - size) / 2)
+    return dataclasses.replace(view, corner=corner.astype(np.int32))
 
 
-def whole_views(task: SemanticFpnConfig | DetectionConfig, image: ImageConfig, hw: Array) -> Views:
-    """Whole images, resized as the task says."""
-    return _padded_views(np.zeros_like(hw), hw, _fit(*task.sides(image), hw))
+def whole_views(
+    task: SemanticFpnConfig | DetectionConfig,
+    image: ImageConfig,
+    hw: Array,
+) -> Views:
+    """Returns views of whole images, resized as the task says."""
+    short, long = task.sides(image)
+    factor = _compute_factor(short, long, hw)
+    return _padded_views(np.zeros_like(hw), hw, factor)
 
 
 def detection_views(
-    config: AugmentConfig, task: DetectionConfig, image: ImageConfig, key: keys.Key, hw: Array
+    config: AugmentConfig,
+    task: DetectionConfig,
+    image: ImageConfig,
+    key: keys.Key,
+    hw: Array,
 ) -> Views:
-    """Whole images or, by chance, windows of them, resized to a short side that is drawn, as DETR's authors do."""
+    """Returns views of whole images or, by chance, of windows of them, resized to a short side that is drawn, as in
+    DETR (Carion et al., 2020)."""
     draws = keys.uniform(key, 8)
+    anchor, window = _draw_sized_window(task, draws[:, 3:], hw)
+    is_cropped = draws[:, 1:2] < task.crop_prob
+    anchor = np.where(is_cropped, anchor, 0)
+    window = np.where(is_cropped, window, hw)
     short, long = task.sides(image)
-    anchor, window = _sized_window(task, draws[:, 3:], hw)
-    cropped = draws[:, 1:2] < task.crop_prob
-    anchor, window = np.where(cropped, anchor, 0), np.where(cropped, window, hw)
-    view = _padded_views(anchor, window, _fit(_choice(task.train_short_sides or (short,), draws[:, 2:3]), long, window))
-    ops, args = _operations(config, keys.fold(key, 1))
-    return dataclasses.replace(view, flip=draws[:, 0] < config.hflip, ops=ops, args=args)
+    sides = task.train_short_sides or (short,)
+    factor = _compute_factor(_choose(sides, draws[:, 2:3]), long, window)
+    view = _padded_views(anchor, window, factor)
+    return _add_operations(view, config, draws[:, 0], key)
 
 
-def scaled_crops(config: AugmentConfig, task: SemanticFpnConfig, image: ImageConfig, key: keys.Key, hw: Array) -> Views:
-    """Images scaled at random, of which crops of image.size are seen; a smaller one is seen whole and padded.
+def scaled_crops(
+    config: AugmentConfig,
+    task: SemanticFpnConfig,
+    image: ImageConfig,
+    key: keys.Key,
+    hw: Array,
+) -> Views:
+    """Returns crops of image.size from images scaled at random. An image smaller than that is seen whole and padded.
 
     The window is what the crop shows of the stored image, so that a label map is cut and resized with it.
     """
-    draws = keys.uniform(key, 2 + 2 * _ATTEMPTS)
+    draws = keys.uniform(key, 2 + 2 * ATTEMPTS)
+    short, long = task.sides(image)
     low, high = task.scale
-    factor = _fit(*task.sides(image), hw) * (low + (high - low) * draws[:, 1:2])
+    scale = low + (high - low) * draws[:, 1:2]
+    factor = _compute_factor(short, long, hw) * scale
     scaled = np.maximum(1, np.rint(hw * factor))
     window = np.clip(np.rint(image.size / factor), 1, hw)
     window = np.where(scaled <= image.size, hw, window)
-    anchors = np.floor(draws[:, 2:].reshape(-1, _ATTEMPTS, 2) * (hw - window + 1)[:, None]).astype(np.int32)
-    view = _plain_views((image.size, image.size), anchors[:, 0], window, np.minimum(scaled, image.size))
-    ops, args = _operations(config, keys.fold(key, 1))
-    flip = draws[:, 0] < config.hflip
-    return dataclasses.replace(view, flip=flip, ops=ops, args=args, elsewhere=anchors[:, 1:])
+    # One anchor for each attempt: the label map decides which of them is taken.
+    fractions = draws[:, 2:].reshape(-1, ATTEMPTS, 2)
+    num_anchors = hw - window + 1
+    anchors = np.floor(fractions * num_anchors[:, None]).astype(np.int32)
+    canvas = image.size, image.size
+    view = _plain_views(
+        canvas,
+        anchors[:, 0],
+        window,
+        np.minimum(scaled, image.size),
+    )
+    view = dataclasses.replace(view, other_anchors=anchors[:, 1:])
+    return _add_operations(view, config, draws[:, 0], key)
 
 
-def _fit(short: int | Array, long: int, hw: Array) -> Array:
-    """The factor, [n, 1], that brings the short side to `short`, or the long one to `long` if it would be longer."""
-    return np.minimum(short / hw.min(axis=1, keepdims=True), long / hw.max(axis=1, keepdims=True))
+def _add_operations(
+    view: Views,
+    config: AugmentConfig,
+    flip_draws: Array,
+    key: keys.Key,
+) -> Views:
+    """Returns views with flips, as uniform draws [n] decide them, and with operations on pixels."""
+    # A key of their own: what operations draw does not depend on how many draws the crop takes.
+    ops, args = draw_operations(config, keys.fold(key, 1))
+    flip = flip_draws < config.hflip
+    return dataclasses.replace(view, flip=flip, ops=ops, args=args)
 
 
-def _choice(options: tuple[int, ...], draws: Array) -> Array:
-    """One of the options for each uniform draw."""
-    return np.array(options)[(draws * len(options)).astype(np.int64)]
+def _compute_factor(short: int | Array, long: int, hw: Array) -> Array:
+    """Returns the factor, [n, 1], that brings the short side to `short`, or the long one to `long` if it would be
+    longer."""
+    for_short_side = short / hw.min(axis=1, keepdims=True)
+    for_long_side = long / hw.max(axis=1, keepdims=True)
+    return np.minimum(for_short_side, for_long_side)
 
 
-def _sized_window(task: DetectionConfig, draws: Array, hw: Array) -> tuple[Array, Array]:
-    """Where windows begin and their sizes, both [n, 2], in pixels of the stored images, from `draws` [n, 5].
+def _choose(options: tuple[int, ...], draws: Array) -> Array:
+    """Returns one of the options for each uniform draw."""
+    number = draws * len(options)
+    return np.array(options)[number.astype(np.int64)]
 
-    Drawn in the image resized to one of crop_short_sides: each side by itself, uniform in crop_sides as far as the
-    image reaches, and then the place.
+
+def _draw_sized_window(
+    task: DetectionConfig,
+    draws: Array,
+    hw: Array,
+) -> tuple[Array, Array]:
+    """Returns the upper left corners of windows and their sizes, both [n, 2], in pixels of the stored images, from
+    `draws` [n, 5].
+
+    A window is drawn in the image resized to one of crop_short_sides: first each side by itself, uniform in crop_sides
+    as far as the image reaches, and then the corner.
     """
-    factor = _choice(task.crop_short_sides, draws[:, :1]) / hw.min(axis=1, keepdims=True)
+    short_side = _choose(task.crop_short_sides, draws[:, :1])
+    factor = short_side / hw.min(axis=1, keepdims=True)
     resized = np.maximum(1, np.rint(hw * factor))
-    low, high = (np.minimum(side, resized) for side in task.crop_sides)
+    shortest, longest = task.crop_sides
+    low = np.minimum(shortest, resized)
+    high = np.minimum(longest, resized)
     size = low + np.floor(draws[:, 1:3] * (high - low + 1))
     corner = np.floor(draws[:, 3:] * (resized - size + 1))
-    anchor, end = np.rint(corner * hw / resized), np.rint((corner + size) * hw / resized)
-    window = np.maximum(1, end - anchor)  # an image may be made larger, and its window be less than a pixel
+    anchor = np.rint(corner * hw / resized)
+    end = np.rint((corner + size) * hw / resized)
+    # Where the image was enlarged, a window of it may be less than one stored pixel.
+    window = np.maximum(1, end - anchor)
     return np.minimum(anchor, hw - window), window
 
 
 def _padded_views(anchor: Array, shape: Array, factor: Array) -> Views:
-    """Windows resized by `factor`, on the smallest canvas that holds them all, in whole tokens of the coarsest
-    stage."""
+    """Returns views of windows resized by `factor`, on the smallest canvas that holds them all."""
     resized = np.maximum(1, np.rint(shape * factor)).astype(np.int64)
-    height, width = (-(-resized.max(axis=0) // STRIDES[-1]) * STRIDES[-1]).tolist()
+    # The network takes whole tokens of its coarsest stage.
+    stride = STRIDES[-1]
+    num_tokens = -(-resized.max(axis=0) // stride)
+    height, width = (num_tokens * stride).tolist()
     return _plain_views((height, width), anchor, shape, resized)
 
 
 def _short_side_views(size: int, short_side: int, hw: Array) -> Views:
+    """Returns views of whole images, resized to a short side, of which the upper left [size, size] is cropped."""
     hw = hw.astype(np.int64)
     resized = short_side * hw // hw.min(axis=1, keepdims=True)
     view = _plain_views((size, size), np.zeros_like(hw), hw, resized)
-    return dataclasses.replace(view, extent=np.full_like(view.extent, size))
+    extent = np.full_like(view.extent, size)
+    return dataclasses.replace(view, extent=extent)
 
 
-def _plain_views(canvas: tuple[int, int], anchor: Array, shape: Array, resized: Array) -> Views:
-    """Views of all of a resized window, without any operation on its pixels."""
+def _plain_views(
+    canvas: tuple[int, int],
+    anchor: Array,
+    shape: Array,
+    resized: Array,
+) -> Views:
+    """Returns views of all of a resized window, without any operation on its pixels."""
     n = len(anchor)
-    anchor, shape, resized = (value.astype(np.int32) for value in (anchor, shape, resized))
-    flip, no_ops, no_args = np.zeros(n, bool), np.zeros((0, n), np.int64), np.zeros((0, n), np.float32)
-    corner, erase = np.zeros((n, 2), np.int32), np.zeros((n, 4), np.int64)
-    noise, elsewhere = np.zeros(n), np.zeros((n, 0, 2), np.int32)
-    return Views(canvas, anchor, shape, resized, corner, resized, flip, no_ops, no_args, erase, noise, elsewhere)
+    resized = resized.astype(np.int32)
+    return Views(
+        canvas,
+        anchor=anchor.astype(np.int32),
+        shape=shape.astype(np.int32),
+        resized=resized,
+        corner=np.zeros((n, 2), np.int32),
+        extent=resized,
+        flip=np.zeros(n, bool),
+        ops=np.zeros((0, n), np.int64),
+        args=np.zeros((0, n), np.float32),
+        erase=np.zeros((n, 4), np.int64),
+        noise=np.zeros(n),
+        other_anchors=np.zeros((n, 0, 2), np.int32),
+    )
 
 
-def _random_window(config: AugmentConfig, attempts: Array, hw: Array) -> Array:
-    """Windows (top, left, height, width), [n, 4], distributed as torchvision's RandomResizedCrop.
+def _draw_window(
+    config: AugmentConfig,
+    attempts: Array,
+    hw: Array,
+) -> tuple[Array, Array]:
+    """Returns the upper left corners of windows and their sizes, both [n, 2], distributed as in torchvision's
+    RandomResizedCrop.
 
-    Area uniform in crop_scale, log of the aspect ratio uniform in crop_ratio, `attempts` [n, 10, 4] to fit inside
-    the image, then the largest centred window with a ratio in range.
+    The area is uniform in crop_scale and the log of the aspect ratio in crop_ratio. `attempts` [n, 10, 4] are the draws
+    of windows, the first of which that fits inside the image is taken; if none does, the largest centred window with a
+    ratio in range.
     """
-    h, w = np.moveaxis(hw.astype(np.float64), 1, 0)[..., None]  # each [n, 1]
-    low, high = config.crop_scale
-    area = h * w * (low + (high - low) * attempts[..., 0])
+    hw = hw.astype(np.float64)
+    height = hw[:, :1]
+    width = hw[:, 1:]
+    smallest, largest = config.crop_scale
+    area = height * width * (smallest + (largest - smallest) * attempts[..., 0])
     low, high = np.log(config.crop_ratio)
     ratio = np.exp(low + (high - low) * attempts[..., 1])
-    crop_w, crop_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (crop_w > 0) & (crop_w <= w) & (crop_h > 0) & (crop_h <= h)
-    chosen = np.arange(len(fits)), fits.argmax(axis=1)
-    top = np.floor(attempts[..., 2] * (h - crop_h + 1))
-    left = np.floor(attempts[..., 3] * (w - crop_w + 1))
-    window = np.stack([top[chosen], left[chosen], crop_h[chosen], crop_w[chosen]], axis=-1)
-    return np.where(fits.any(axis=1)[:, None], window, _central_window(config.crop_ratio, h[:, 0], w[:, 0]))
+    crop_h = np.rint(np.sqrt(area / ratio))
+    crop_w = np.rint(np.sqrt(area * ratio))
+    fits_h = (crop_h > 0) & (crop_h <= height)
+    fits_w = (crop_w > 0) & (crop_w <= width)
+    fits = fits_h & fits_w
+    top = np.floor(attempts[..., 2] * (height - crop_h + 1))
+    left = np.floor(attempts[..., 3] * (width - crop_w + 1))
+    windows = np.stack([top, left, crop_h, crop_w], axis=-1)
+    first = windows[np.arange(len(fits)), fits.argmax(axis=1)]
+    central = _find_central_window(
+        config.crop_ratio,
+        height[:, 0],
+        width[:, 0],
+    )
+    window = np.where(fits.any(axis=1, keepdims=True), first, central)
+    return window[:, :2], window[:, 2:]
 
 
-def _central_window(crop_ratio: tuple[float, float], height: Array, width: Array) -> Array:
+def _find_central_window(
+    crop_ratio: tuple[float, float],
+    height: Array,
+    width: Array,
+) -> Array:
+    """Returns the largest centred windows with a ratio in range, [n, 4]: top, left, height, width."""
     ratio = np.clip(width / height, *crop_ratio)
-    crop_w, crop_h = np.minimum(width, np.rint(height * ratio)), np.minimum(height, np.rint(width / ratio))
-    return np.stack([(height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w], axis=-1)
-
-
-def _operations(config: AugmentConfig, key: keys.Key) -> tuple[Array, Array]:
-    """Operations and arguments, each [P, n]."""
-    if config.rand_augment:
-        return _rand_augment(config.rand_augment, key)
-    if config.color_jitter:
-        return _color_jitter(config.color_jitter, key)
-    return np.zeros((0, len(key)), np.int64), np.zeros((0, len(key)), np.float32)
-
-
-def _rand_augment(policy: RandAugment, key: keys.Key) -> tuple[Array, Array]:
-    """timm's RandAugment (Cubuk et al. 2019 with noise on the magnitude): each layer takes one of 15 operations."""
-    draws = keys.uniform(key, policy.num_layers * 5).reshape(-1, policy.num_layers, 5).transpose(2, 1, 0)
-    choice, applied, first, second, sign = draws  # each [P, n]
-    ops = np.array(RAND_AUGMENT)[(choice * len(RAND_AUGMENT)).astype(np.int64)]
-    if np.isinf(policy.magnitude_std):
-        magnitude = policy.magnitude * first
-    else:
-        normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)  # Box and Muller
-        magnitude = policy.magnitude + policy.magnitude_std * normal
-    level = np.clip(magnitude, 0, policy.max_magnitude) / 10
-    args = _arguments(ops, level, np.where(sign < 0.5, 1.0, -1.0), policy.increasing)
-    return np.where(applied < policy.prob, ops, Op.IDENTITY), args.astype(np.float32)
-
-
-def _arguments(ops: Array, level: Array, sign: Array, increasing: bool) -> Array:
-    """What timm makes of a level from 0 to 1 (more where the magnitude may exceed 10)."""
-    bits, threshold = np.floor(level * 4), np.minimum(np.floor(level * 256), 256)
-    if increasing:
-        # Pillow from 13 on refuses to keep 0 bits, which timm asks of it at level 1; here, as before, they are black.
-        bits, threshold = np.maximum(4 - bits, 0), 256 - threshold
-        factor = np.maximum(1 + sign * level * 0.9, 0.1)
-    else:
-        factor = level * 1.8 + 0.1
-    argument = {
-        Op.ROTATE: sign * level * 30,
-        Op.POSTERIZE: bits,
-        Op.SOLARIZE: threshold,
-        Op.SOLARIZE_ADD: np.minimum(np.floor(level * 110), 128),
-        **dict.fromkeys((Op.COLOR, Op.CONTRAST, Op.BRIGHTNESS, Op.SHARPNESS), factor),
-        **dict.fromkeys((Op.SHEAR_X, Op.SHEAR_Y), sign * level * 0.3),
-        **dict.fromkeys((Op.TRANSLATE_X, Op.TRANSLATE_Y), sign * level * 0.45),
-    }
-    return np.select([ops == op for op in argument], list(argument.values()), 0.0)
-
-
-def _color_jitter(strength: float, key: keys.Key) -> tuple[Array, Array]:
-    """torchvision's ColorJitter of brightness, contrast and saturation, in an order of each image's own."""
-    draws = keys.uniform(key, 2 * len(_JITTERED)).reshape(-1, 2, len(_JITTERED)).transpose(1, 2, 0)
-    ops = np.array(_JITTERED)[np.argsort(draws[0], axis=0)]
-    return ops, (1 + strength * (2 * draws[1] - 1)).astype(np.float32)
-
-
-def _erasing(config: AugmentConfig, size: int, key: keys.Key) -> tuple[Array, Array]:
-    """Boxes to erase, [n, 4], as timm's RandomErasing draws them, and where their filling begins, [n]."""
-    n = len(key)
-    if not config.erase_prob:
-        return np.zeros((n, 4), np.int64), np.zeros(n)
-    draws = keys.uniform(key, _ATTEMPTS * 4 + 2)
-    attempts = draws[:, 2:].reshape(n, _ATTEMPTS, 4)
-    area = size * size * (0.02 + (1 / 3 - 0.02) * attempts[..., 0])
-    ratio = np.exp(np.log(0.3) * (1 - 2 * attempts[..., 1]))
-    height, width = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (height < size) & (width < size)
-    top = np.floor(attempts[..., 2] * (size - height + 1))
-    left = np.floor(attempts[..., 3] * (size - width + 1))
-    boxes = np.stack([top, top + height, left, left + width], axis=-1)[np.arange(n), fits.argmax(axis=1)]
-    erased = (draws[:, 0] < config.erase_prob) & fits.any(axis=1)
-    return np.where(erased[:, None], boxes, 0).astype(np.int64), draws[:, 1]
+    crop_w = np.minimum(width, np.rint(height * ratio))
+    crop_h = np.minimum(height, np.rint(width / ratio))
+    top = (height - crop_h) // 2
+    left = (width - crop_w) // 2
+    return np.stack([top, left, crop_h, crop_w], axis=-1)

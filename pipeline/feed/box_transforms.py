@@ -1,7 +1,7 @@
-"""How images with objects become what a detector learns from and is scored by.
+"""How annotations of objects become the targets that a detector learns from and is scored by.
 
 KEY.json ──decode──┬──cut, resized and flipped as the view says──▶ Objects, on the canvas      in training
-                   └──as they are──▶ Truth, of the stored image                                in evaluation
+                   └──unchanged──▶ Truth, of the stored image                                  in evaluation
 """
 
 import contextlib
@@ -25,131 +25,194 @@ from pvt.detector import Objects
 
 Array = npt.NDArray[Any]
 
-_FIRST = 20  # samples that are looked at before training
+# The samples that are checked for masks before training.
+_NUM_CHECKED = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What is in an evaluated image, in pixels of the stored image."""
+    """The objects of an evaluated image, in pixels of the stored image."""
 
     image_id: int
+    # Height and width as stored.
     size: tuple[int, int]
-    """Height and width as stored."""
+    # Height and width in pixels of the canvas that the image fills, from the upper left.
     extent: tuple[int, int]
-    """Height and width in pixels of the canvas that the image fills, from the upper left."""
+    # The annotations in the form of shards/object_annotations.py, crowds included.
     annotations: list[dict[str, Any]]
-    """As shards/object_annotations.py has them, crowds too."""
 
 
+@dataclasses.dataclass(frozen=True)
 class BoxTransform:
     """Detection: images resized, and cropped where the task says so, with a box for each object, and a mask for Mask
     R-CNN. Crowds are not learnt."""
 
-    def __init__(
-        self,
-        task: DetectionConfig,
-        image: ImageConfig,
-        num_classes: int,
-        config: AugmentConfig | None = None,
-    ) -> None:
-        self._task, self._image, self._num_classes = task, image, num_classes
-        self._augment, self._with_masks = config or AugmentConfig(), isinstance(task, MaskRcnnConfig)
+    task: DetectionConfig
+    image: ImageConfig
+    num_classes: int
+    config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+
+    @property
+    def _with_masks(self) -> bool:
+        return isinstance(self.task, MaskRcnnConfig)
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
-        return augment.detection_views(self._augment, self._task, self._image, key, hw)
+        return augment.detection_views(
+            self.config,
+            self.task,
+            self.image,
+            key,
+            hw,
+        )
 
     def evaluation_views(self, hw: Array) -> Views:
-        return augment.whole_views(self._task, self._image, hw)
+        return augment.whole_views(self.task, self.image, hw)
 
     def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Objects]:
-        """The objects of which the view shows a part: boxes with an area; with masks, those that have a pixel."""
-        found = self._read(annotation, view)
-        single = [entry for entry in found.annotations if not entry["iscrowd"]]
-        boxes = _seen_boxes(np.array([entry["bbox"] for entry in single], np.float64).reshape(-1, 4), view)
-        shown = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
+        """Returns the objects of which the view shows a part: boxes with an area and, with masks, objects with a
+        pixel."""
+        annotated = self._decode(annotation, view)
+        entries = [entry for entry in annotated.annotations if not entry["iscrowd"]]
+        stored = np.array([entry["bbox"] for entry in entries], np.float64)
+        boxes = _transform_boxes(stored.reshape(-1, 4), view)
+        is_shown = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
         masks = None
         if self._with_masks:
-            if reason := without_mask(found):
+            if reason := without_mask(annotated):
                 raise CorruptSampleError(reason)
-            seen = _seen_masks(found, [single[i] for i in np.flatnonzero(shown)], view)
-            has_pixels = seen.any(axis=(1, 2))
-            masks = torch.from_numpy(seen[has_pixels])
-            shown[np.flatnonzero(shown)] = has_pixels
-        labels = np.array([entry["label"] for entry in single], np.int64)
-        return view, Objects(torch.from_numpy(boxes[shown]), torch.from_numpy(labels[shown]), masks)
+            shown = np.flatnonzero(is_shown)
+            cut = _transform_masks(
+                annotated,
+                [entries[i] for i in shown],
+                view,
+            )
+            has_pixels = cut.any(axis=(1, 2))
+            masks = torch.from_numpy(cut[has_pixels])
+            is_shown[shown] = has_pixels
+        labels = np.array([entry["label"] for entry in entries], np.int64)
+        objects = Objects(
+            torch.from_numpy(boxes[is_shown]),
+            torch.from_numpy(labels[is_shown]),
+            masks,
+        )
+        return view, objects
 
     def evaluation_target(self, annotation: bytes, view: Views) -> tuple[Views, Truth]:
-        found = self._read(annotation, view)
-        if view.shape[0].tolist() != [found.height, found.width]:
-            raise CorruptSampleError(f"its objects are of {found.width} × {found.height} pixels, but it is not")
-        if self._with_masks and (nameless := without_mask(found, crowds=True)):
-            raise CorruptSampleError(nameless)
+        """Returns all objects of the image. Raises CorruptSampleError for those of an image of another size."""
+        annotated = self._decode(annotation, view)
+        size = annotated.height, annotated.width
+        if view.shape[0].tolist() != list(size):
+            raise CorruptSampleError(f"its objects are of {size[1]} × {size[0]} pixels, but it is not")
+        if self._with_masks and (reason := without_mask(annotated, crowds=True)):
+            raise CorruptSampleError(reason)
         height, width = view.extent[0].tolist()
-        return view, Truth(found.image_id, (found.height, found.width), (height, width), found.annotations)
+        truth = Truth(
+            annotated.image_id,
+            size,
+            (height, width),
+            annotated.annotations,
+        )
+        return view, truth
 
     def training_batch(self, targets: list[Objects], device: torch.device) -> list[Objects]:
+        # One copy to the device for all boxes, one for all labels, one for all masks.
         boxes = to_device([target.boxes.numpy() for target in targets], device)
         labels = to_device([target.labels.numpy() for target in targets], device)
         masks: list[Any] = [None] * len(targets)
         if self._with_masks:
-            masks = to_device([target.masks.numpy() for target in targets if target.masks is not None], device)
-        return [Objects(*each) for each in zip(boxes, labels, masks, strict=True)]
+            arrays = [target.masks.numpy() for target in targets if target.masks is not None]
+            masks = to_device(arrays, device)
+        return [Objects(*columns) for columns in zip(boxes, labels, masks, strict=True)]
 
     def evaluation_batch(self, targets: list[Truth], device: torch.device) -> list[Truth]:
         return targets
 
-    def blank_batch(self, n: int, size: int, device: torch.device) -> list[Objects]:
-        masks = torch.zeros(0, size, size, dtype=torch.uint8, device=device) if self._with_masks else None
-        nothing = torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-        return [Objects(*nothing, masks)] * n
+    def blank_batch(
+        self,
+        n: int,
+        size: int,
+        device: torch.device,
+    ) -> list[Objects]:
+        masks = None
+        if self._with_masks:
+            masks = torch.zeros(
+                0,
+                size,
+                size,
+                dtype=torch.uint8,
+                device=device,
+            )
+        no_objects = Objects(
+            torch.zeros(0, 4, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+            masks,
+        )
+        return [no_objects] * n
 
-    def _read(self, annotation: bytes, view: Views) -> Annotated:
+    def _decode(self, annotation: bytes, view: Views) -> Annotated:
+        """Decodes an annotation. Raises CorruptSampleError where the view reaches beyond the annotated image."""
         try:
-            found = decode(annotation, self._num_classes)
+            annotated = decode(annotation, self.num_classes)
         except BadObjectsError as error:
             raise CorruptSampleError(f"its objects: {error}") from error
+        height, width = annotated.height, annotated.width
         bottom, right = (view.anchor + view.shape)[0].tolist()
-        if bottom > found.height or right > found.width:
-            raise CorruptSampleError(f"its objects are of {found.width} × {found.height} pixels, but it is larger")
-        return found
+        if bottom > height or right > width:
+            raise CorruptSampleError(f"its objects are of {width} × {height} pixels, but it is larger")
+        return annotated
 
 
-def without_mask(found: Annotated, *, crowds: bool = False) -> str | None:
-    """What Mask R-CNN cannot learn from an image, or with `crowds` be scored by: the first object without a mask."""
-    for entry in found.annotations:
-        if (crowds or not entry["iscrowd"]) and "segmentation" not in entry:
+def without_mask(annotated: Annotated, *, crowds: bool = False) -> str | None:
+    """Returns which object of an image is the first without a mask, in words, or None if all have one.
+
+    Mask R-CNN cannot learn from such an image or, with `crowds`, be scored by it.
+    """
+    for entry in annotated.annotations:
+        is_used = crowds or not entry["iscrowd"]
+        if is_used and "segmentation" not in entry:
             return f"annotation {entry['id']} has no segmentation, which task mask_rcnn learns from"
     return None
 
 
 def require_masks(shards: ShardSet) -> None:
-    """Raise InputError for a data set of boxes alone, as far as its first samples tell."""
-    for row in range(min(int(shards.shard_samples[0]), _FIRST)):
-        with contextlib.suppress(CorruptSampleError, BadObjectsError, StoreError):  # met again in training
-            found = decode(shards.read_annotation(0, row), len(shards.classes))
-            if reason := without_mask(found):
+    """Raises InputError for a data set of boxes alone, as far as its first samples tell."""
+    num_checked = min(int(shards.shard_samples[0]), _NUM_CHECKED)
+    for row in range(num_checked):
+        # A sample that cannot be read is met again in training, and replaced there.
+        with contextlib.suppress(CorruptSampleError, BadObjectsError, StoreError):
+            annotated = decode(shards.read_annotation(0, row), len(shards.classes))
+            if reason := without_mask(annotated):
                 raise InputError(
                     f"{shards.url(0)}: sample {shards.key(0, row)!r}: {reason}: "
                     "set task to retinanet or detr, or name data with masks"
                 )
 
 
-def _seen_boxes(boxes: Array, view: Views) -> npt.NDArray[np.float32]:
-    """What a view shows of boxes x, y, width, height of the stored image: x1, y1, x2, y2 on the canvas, [n, 4] each.
-    Of those beyond it nothing is left."""
-    corners = np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)  # [n, 2, 2]: start and end, x and y
-    anchor, shape, extent = (value[0, ::-1] for value in (view.anchor, view.shape, view.extent))
+def _transform_boxes(boxes: Array, view: Views) -> npt.NDArray[np.float32]:
+    """Returns what a view shows of boxes x, y, width, height of the stored image: x1, y1, x2, y2 on the canvas, [n, 4]
+    each. A box beyond the view has no area."""
+    start = boxes[:, :2]
+    corners = np.stack([start, start + boxes[:, 2:]], axis=1)  # [n, 2, 2]: start and end, x and y
+    # Views are (y, x) and boxes (x, y).
+    anchor = view.anchor[0, ::-1]
+    shape = view.shape[0, ::-1]
+    extent = view.extent[0, ::-1]
     corners = np.clip((corners - anchor) * (extent / shape), 0, extent)
     if view.flip[0]:
         corners[:, :, 0] = extent[0] - corners[:, ::-1, 0]
     return corners.reshape(-1, 4).astype(np.float32)
 
 
-def _seen_masks(found: Annotated, entries: list[dict[str, Any]], view: Views) -> npt.NDArray[np.uint8]:
-    """What a view shows of objects, [n, h, w] of its extent, each pixel the mask's at its centre."""
+def _transform_masks(
+    annotated: Annotated,
+    entries: list[dict[str, Any]],
+    view: Views,
+) -> npt.NDArray[np.uint8]:
+    """Returns what a view shows of objects' masks, [n, h, w] of its extent, each pixel the mask's at its centre."""
     masks = np.zeros((len(entries), *view.extent[0]), np.uint8)
     rows, columns = view.nearest()
     for number, entry in enumerate(entries):
         # A decoded mask lies column by column, and is three times as fast to index in that order.
-        masks[number] = mask(entry, found.height, found.width).T[columns][:, rows].T
+        stored = mask(entry, annotated.height, annotated.width).T
+        masks[number] = stored[columns][:, rows].T
     return masks

@@ -10,11 +10,18 @@ import numpy.typing as npt
 
 from pipeline.keys import Key
 
+Words = npt.NDArray[np.uint32]
+LongWords = npt.NDArray[np.uint64]
+
 _ROUNDS = 6
 
 
-def permute(index: npt.NDArray[np.int64], size: npt.ArrayLike, key: Key) -> npt.NDArray[np.int64]:
-    """Where the permutation of range(size) under `key` sends each index.
+def permute(
+    index: npt.NDArray[np.int64],
+    size: npt.ArrayLike,
+    key: Key,
+) -> npt.NDArray[np.int64]:
+    """Returns where the permutation of range(size) under `key` sends each index.
 
     `index` [...], `size` [...] (at most 2^62) and `key` [..., 2] broadcast, so one call serves many permutations.
     """
@@ -25,38 +32,50 @@ def permute(index: npt.NDArray[np.int64], size: npt.ArrayLike, key: Key) -> npt.
     words = np.broadcast_to(key, (*shape, 2)).reshape(-1, 2)
     assert (image < size).all()
 
-    half = _half_bits(size)
+    half = _count_half_bits(size)
     # A block that is too small would send some indices round for ever.
     assert (size <= np.uint64(1) << 2 * half).all()
     pending = np.arange(image.size)
     while pending.size:
-        image[pending] = _feistel(image[pending], half[pending], words[pending])
-        pending = pending[image[pending] >= size[pending]]
+        image[pending] = _encrypt(
+            image[pending],
+            half[pending],
+            words[pending],
+        )
+        is_outside = image[pending] >= size[pending]
+        pending = pending[is_outside]
     return image.astype(np.int64).reshape(shape)
 
 
-def _half_bits(size: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The least h with 4^h >= size. frexp is exact here: it is asked for the bit length of size - 1 < 2^62, in two
-    pieces that doubles hold exactly."""
+def _count_half_bits(size: LongWords) -> LongWords:
+    """Returns the least h with 4^h >= size, which is half the bit length of size - 1, rounded up."""
     last = size - np.uint64(1)
-    high, low = last >> np.uint64(31), last & np.uint64(0x7FFFFFFF)
-    bits = np.where(high > 0, np.frexp(high.astype(np.float64))[1] + 31, np.frexp(low.astype(np.float64))[1])
+    # frexp gives the bit length of a double. In two pieces even numbers up to 2^62 are exact as doubles.
+    high = last >> np.uint64(31)
+    low = last & np.uint64(0x7FFFFFFF)
+    _, high_bits = np.frexp(high.astype(np.float64))
+    _, low_bits = np.frexp(low.astype(np.float64))
+    bits = np.where(high > 0, high_bits + 31, low_bits)
     return ((bits + 1) // 2).astype(np.uint64)
 
 
-def _feistel(
-    block: npt.NDArray[np.uint64], half: npt.NDArray[np.uint64], key: npt.NDArray[np.uint32]
-) -> npt.NDArray[np.uint64]:
-    mask = ((np.uint64(1) << half) - np.uint64(1)).astype(np.uint32)
-    left, right = (block >> half).astype(np.uint32), block.astype(np.uint32) & mask
+def _encrypt(block: LongWords, half: LongWords, key: Words) -> LongWords:
+    """Runs blocks of 2 * `half` bits through the Feistel network."""
+    one = np.uint64(1)
+    mask = ((one << half) - one).astype(np.uint32)
+    left = (block >> half).astype(np.uint32)
+    right = block.astype(np.uint32) & mask
     for number in range(_ROUNDS):
-        word = key[:, number % 2] + np.uint32(number * 0x9E3779B9 & 0xFFFFFFFF)
-        left, right = right, left ^ (_mix(right ^ word) & mask)
+        # Each round has a key of its own, by Weyl's sequence with the golden ratio.
+        constant = np.uint32(number * 0x9E3779B9 & 0xFFFFFFFF)
+        word = key[:, number % 2] + constant
+        mixed = _mix(right ^ word) & mask
+        left, right = right, left ^ mixed
     return left.astype(np.uint64) << half | right.astype(np.uint64)
 
 
-def _mix(word: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """A bijection of 32-bit words in which each input bit flips half of the output bits (MurmurHash3's finaliser)."""
+def _mix(word: Words) -> Words:
+    """Maps 32-bit words one to one, so that each input bit flips half of the output bits (MurmurHash3's finaliser)."""
     word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return word ^ (word >> np.uint32(16))

@@ -1,9 +1,9 @@
-"""What augmentation makes of a run's first samples, drawn with its parameters.
+"""Draws what augmentation makes of a run's first samples, with its parameters.
 
-each of some samples:      the original │ its views in epochs 0, 1, 2, …
-where images are mixed:    two partners before mixing │ each of them mixed with the other, as they are fed
-of images with label maps: the first crops │ their targets
-of images with objects:    as of others, with what is to be found drawn
+each of some samples:       the original │ its views in epochs 0, 1, 2, …
+where images are mixed:     two partners before mixing │ each of them mixed with the other, as they are fed
+for images with label maps: the first crops │ their targets
+for images with objects:    the original │ its views, with their targets drawn into them
 """
 
 import contextlib
@@ -23,10 +23,11 @@ from tqdm import tqdm
 from pipeline import keys
 from pipeline.config import Config
 from pipeline.feed import image_ops, mixup
-from pipeline.feed.augment import Op, Views
+from pipeline.feed.augment import Views
 from pipeline.feed.box_transforms import BoxTransform
 from pipeline.feed.dali import Decoder
 from pipeline.feed.loader import MicroBatch, TrainFeed
+from pipeline.feed.random_ops import Op
 from pipeline.feed.task_transforms import TaskTransform, task_transform
 from pipeline.keys import Stream
 from pipeline.pictures.boxes import draw_boxes
@@ -45,21 +46,35 @@ _CPU = torch.device("cpu")
 _WITHOUT_ARGUMENT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
 Tile = tuple[Any, ...]
-"""What Sheet.add takes: a picture, its caption and smaller lines."""
+"""The arguments of Sheet.add: a picture, its caption and smaller lines."""
 
 
-class _Fed(NamedTuple):
+class _FedSample(NamedTuple):
     """A sample as it was fed, and where it came from."""
 
     batch: MicroBatch
-    place: int
+    # Its index in the batch.
+    number: int
     shard: int
     row: int
     label: int
 
+    @property
+    def image(self) -> Tensor:
+        return self.batch.images[self.number]
+
+    @property
+    def target(self) -> Any:
+        return self.batch.targets[self.number]
+
+    @property
+    def position(self) -> int:
+        """The sample's position in the global batch."""
+        return int(self.batch.samples.position[self.number])
+
 
 class _Grid(NamedTuple):
-    """What is drawn: rows of tiles, each made when it is its turn."""
+    """Rows of tiles and their layout. A row is drawn when its function is called."""
 
     about: str
     rows: Sequence[Callable[[], list[Tile]]]
@@ -69,20 +84,33 @@ class _Grid(NamedTuple):
 
 
 def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
-    """Draw a grid of augmented samples of the run's training data `shards` into the PNG file `path`.
+    """Draws a grid of augmented samples of the run's training data `shards` into the PNG file `path`.
 
     Progress goes to standard error. Raises InputError where the data does not fit the run, or for a file that cannot be
     written.
     """
-    name, batch_size = config.run.name, config.train.global_batch_size
-    print(f"{name}: reading the first batch, {batch_size:,} samples", file=sys.stderr, flush=True)
+    name = config.run.name
+    batch_size = config.train.global_batch_size
+    print(
+        f"{name}: reading the first batch, {batch_size:,} samples",
+        file=sys.stderr,
+        flush=True,
+    )
+    fed: list[_FedSample] = []
     with contextlib.closing(TrainFeed(config, shards, World())) as feed:
-        fed = [each for batch in feed.next() for each in _fed(shards, batch)]
-    draw = {None: _labelled, "semantic": _maps, "objects": _objects}[shards.annotations]
-    chosen = fed[:MAPS] if shards.annotations == "semantic" else _of_many_classes(fed)
-    grid = draw(config, shards, chosen)
+        for batch in feed.next():
+            fed += _list_samples(shards, batch)
+    num_views = VIEWS
+    if shards.annotations == "semantic":
+        num_views = 1
+        chosen = fed[:MAPS]
+        grid = _plan_maps(config, shards, chosen)
+    else:
+        chosen = _choose_of_many_classes(fed)
+        plan = _plan_objects if shards.annotations == "objects" else _plan_labelled
+        grid = plan(config, shards, chosen)
     if config.mix.active and not shards.annotations:
-        grid = _with_mixed(config, shards, grid, fed)
+        grid = _add_mixed(config, shards, grid, fed)
     sheet = Sheet(
         name,
         f"seed {config.run.seed}; {grid.about}",
@@ -92,172 +120,315 @@ def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
         tile_px=grid.tile_px,
         note=shards.attribution,
     )
-    for row in tqdm(grid.rows, "drawing", unit="row", file=sys.stderr, disable=None, dynamic_ncols=True):
-        for tile in row():
+    progress = tqdm(
+        grid.rows,
+        "drawing",
+        unit="row",
+        file=sys.stderr,
+        disable=None,
+        dynamic_ncols=True,
+    )
+    for draw_row in progress:
+        for tile in draw_row():
             sheet.add(*tile)
         sheet.end_row()
     sheet.save(path)
-    return {"sheet": str(path), "samples": len(chosen), "views": 1 if draw is _maps else VIEWS}
+    return {"sheet": str(path), "samples": len(chosen), "views": num_views}
 
 
-def _fed(shards: ShardSet, batch: MicroBatch) -> list[_Fed]:
-    """Returns the samples of a batch that are not just fillers."""
+def _list_samples(shards: ShardSet, batch: MicroBatch) -> list[_FedSample]:
+    """Returns the samples of a batch, fillers excepted."""
     samples = batch.samples
     labels = shards.records(samples.shard, samples.row)["label"]
-    columns = (column.tolist() for column in (samples.shard, samples.row, labels))
-    fed = [_Fed(batch, place, *row) for place, row in enumerate(zip(*columns, strict=True))]
-    return [each for each in fed if batch.weights[each.place]]
+    fed = []
+    for index in np.flatnonzero(batch.weights.numpy()).tolist():
+        sample = _FedSample(
+            batch,
+            index,
+            int(samples.shard[index]),
+            int(samples.row[index]),
+            int(labels[index]),
+        )
+        fed.append(sample)
+    return fed
 
 
-def _of_many_classes(fed: list[_Fed]) -> list[_Fed]:
+def _choose_of_many_classes(fed: list[_FedSample]) -> list[_FedSample]:
     """Returns at most SAMPLES different ones in their order, first one of each class."""
-    different = {(each.shard, each.row): each for each in fed}.values()  # else with repeated augmentation some repeat
-    first = {each.label: each for each in reversed(different)}
-    return sorted(different, key=lambda each: each is not first[each.label])[:SAMPLES]
+    # With repeated augmentation a batch holds copies of a sample; the last one is taken.
+    different = {(sample.shard, sample.row): sample for sample in fed}.values()
+    first_of_class = {sample.label: sample for sample in reversed(different)}
+
+    def is_further(sample: _FedSample) -> bool:
+        return sample is not first_of_class[sample.label]
+
+    return sorted(different, key=is_further)[:SAMPLES]
 
 
-def _labelled(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
-    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
+def _make_transform(config: Config, shards: ShardSet) -> TaskTransform:
+    return task_transform(
+        config.task,
+        config.image,
+        len(shards.classes),
+        config.augment,
+    )
 
-    def row(fed: _Fed) -> list[Tile]:
-        original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
-        class_, size = f"class {shards.classes[fed.label]}", f"{original.width} × {original.height}"
-        views, images = _views(config, shards, recipe, fed, range(VIEWS), config.image.size)
-        tiles: list[Tile] = [(original, key, class_, size)]
+
+def _plan_labelled(
+    config: Config,
+    shards: ShardSet,
+    chosen: list[_FedSample],
+) -> _Grid:
+    """Returns a row for each sample: the original, then its views."""
+    transform = _make_transform(config, shards)
+
+    def draw_row(sample: _FedSample) -> list[Tile]:
+        original, key, size = _read_original(shards, sample)
+        tiles: list[Tile] = [(original, key, f"class {shards.classes[sample.label]}", size)]
+        views, images = _draw_views(
+            config,
+            shards,
+            transform,
+            sample,
+            range(VIEWS),
+            config.image.size,
+        )
         for epoch, image in enumerate(images):
-            tiles.append((_picture(config, image), f"epoch {epoch}", *_describe(views[epoch : epoch + 1])))
+            details = _describe_view(views[epoch : epoch + 1])
+            tiles.append((_make_picture(config, image), f"epoch {epoch}", *details))
         return tiles
 
     about = f"each row an image, then its views in epochs 0 to {VIEWS - 1}"
-    return _Grid(about, [functools.partial(row, fed) for fed in chosen])
+    rows = [functools.partial(draw_row, sample) for sample in chosen]
+    return _Grid(about, rows)
 
 
-def _with_mixed(config: Config, shards: ShardSet, grid: _Grid, fed: list[_Fed]) -> _Grid:
-    """The grid with rows of two partners, before mixing and mixed: first those of two classes, and of different lanes,
-    because a lane has one draw."""
-    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
+def _add_mixed(
+    config: Config,
+    shards: ShardSet,
+    grid: _Grid,
+    fed: list[_FedSample],
+) -> _Grid:
+    """Returns the grid with rows of two partners, before mixing and mixed."""
+    transform = _make_transform(config, shards)
     share = config.train.global_batch_size // config.data.lanes
 
-    def position(fed: _Fed) -> int:
-        return int(fed.batch.samples.position[fed.place])
-
-    def row(pair: tuple[_Fed, _Fed]) -> list[Tile]:
-        tiles, size = [], pair[0].batch.images.shape[-1]
-        for one in pair:
-            epoch = int(one.batch.samples.epoch[one.place])
-            _, (image,) = _views(config, shards, recipe, one, [epoch], size)
-            class_ = f"class {shards.classes[one.label]}"
-            tiles.append((_picture(config, image), shards.key(one.shard, one.row), class_, "before mixing"))
-        key = keys.key(config.run.seed, Stream.MIX, 0, np.array([position(pair[0]) // share]))
+    def draw_row(first: _FedSample, second: _FedSample) -> list[Tile]:
+        tiles: list[Tile] = []
+        size = first.image.shape[-1]
+        for sample in (first, second):
+            epoch = int(sample.batch.samples.epoch[sample.number])
+            _, (image,) = _draw_views(
+                config,
+                shards,
+                transform,
+                sample,
+                [epoch],
+                size,
+            )
+            key = shards.key(sample.shard, sample.row)
+            class_ = f"class {shards.classes[sample.label]}"
+            tiles.append((_make_picture(config, image), key, class_, "before mixing"))
+        lane = first.position // share
+        key = keys.key(config.run.seed, Stream.MIX, 0, np.array([lane]))
         blend = mixup.draw(config.mix, key, size, size)
-        for one, other in (pair, pair[::-1]):
-            picture = _picture(config, one.batch.images[one.place])
-            tiles.append((picture, *_describe_mix(shards, blend, one, other)))
+        for sample, partner in ((first, second), (second, first)):
+            details = _describe_mix(shards, blend, sample, partner)
+            tiles.append((_make_picture(config, sample.image), *details))
         return tiles
 
-    neighbours = itertools.pairwise(fed)
-    partners = (pair for pair in neighbours if pair[0].place % 2 == 0 and pair[1].place == pair[0].place + 1)
-    pairs = sorted(partners, key=lambda pair: (pair[0].label == pair[1].label, position(pair[0]) % share))
+    pairs = []
+    for first, second in itertools.pairwise(fed):
+        if first.number % 2 == 0 and second.number == first.number + 1:
+            pairs.append((first, second))
+
+    def rank_pair(pair: tuple[_FedSample, _FedSample]) -> tuple[bool, int]:
+        # Partners of two classes come first, and then pairs of different lanes, because a lane has one draw.
+        first, second = pair
+        return first.label == second.label, first.position % share
+
+    pairs.sort(key=rank_pair)
     about = f"{grid.about}; below two partners of the first batch, then each mixed with the other, as it is fed"
-    return grid._replace(about=about, rows=[*grid.rows, *(functools.partial(row, pair) for pair in pairs[:PAIRS])])
+    rows = [functools.partial(draw_row, *pair) for pair in pairs[:PAIRS]]
+    return grid._replace(about=about, rows=[*grid.rows, *rows])
 
 
-def _describe_mix(shards: ShardSet, blend: mixup.Blends, one: _Fed, other: _Fed) -> list[str]:
-    weight, target = float(blend.label_weight[0]), one.batch.targets[one.place]
-    kind = "cutmix" if blend.box.any() else "mixup" if weight < 1 else "not mixed"
-    labels = dict.fromkeys((one.label, other.label))
-    parts = (weight, one), (1 - weight, other)
-    lines = [kind, *(f"{part:.2f} of {shards.key(fed.shard, fed.row)}" for part, fed in parts)]
-    lines += [f"label {shards.classes[label]}: {target[label]:.2f}" for label in labels]
-    rest = 1 - sum(float(target[label]) for label in labels)
-    return [*lines, f"other labels: {rest:.2f}"] if rest > 0.005 else lines
+def _describe_mix(
+    shards: ShardSet,
+    blend: mixup.Blends,
+    sample: _FedSample,
+    partner: _FedSample,
+) -> list[str]:
+    weight = float(blend.label_weight[0])
+    kind = "not mixed"
+    if blend.box.any():
+        kind = "cutmix"
+    elif weight < 1:
+        kind = "mixup"
+    lines = [kind]
+    for part, source in ((weight, sample), (1 - weight, partner)):
+        lines.append(f"{part:.2f} of {shards.key(source.shard, source.row)}")
+    total = 0.0
+    # Two partners of one class have one label.
+    for label in dict.fromkeys((sample.label, partner.label)):
+        probability = float(sample.target[label])
+        lines.append(f"label {shards.classes[label]}: {probability:.2f}")
+        total += probability
+    rest = 1 - total
+    if rest > 0.005:
+        lines.append(f"other labels: {rest:.2f}")
+    return lines
 
 
-def _maps(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
-    def row(some: list[_Fed]) -> list[Tile]:
+def _plan_maps(
+    config: Config,
+    shards: ShardSet,
+    chosen: list[_FedSample],
+) -> _Grid:
+    """Returns rows of three crops, each with its target beside it."""
+
+    def draw_row(samples: list[_FedSample]) -> list[Tile]:
         tiles: list[Tile] = []
-        for fed in some:
-            target = colourise(fed.batch.targets[fed.place].byte().numpy(), len(shards.classes))
-            tiles += [
-                (_picture(config, fed.batch.images[fed.place]), shards.key(fed.shard, fed.row)),
-                (target, "target"),
-            ]
+        for sample in samples:
+            key = shards.key(sample.shard, sample.row)
+            target = sample.target.byte().numpy()
+            tiles.append((_make_picture(config, sample.image), key))
+            tiles.append((colourise(target, len(shards.classes)), "target"))
         return tiles
 
     about = "crops of the first batch and, beside each, the classes of its pixels"
-    rows = [functools.partial(row, chosen[first : first + 3]) for first in range(0, len(chosen), 3)]
+    rows = []
+    for first in range(0, len(chosen), 3):
+        rows.append(functools.partial(draw_row, chosen[first : first + 3]))
     return _Grid(about, rows, columns=6, num_details=0)
 
 
-def _objects(config: Config, shards: ShardSet, chosen: list[_Fed]) -> _Grid:
-    recipe = task_transform(config.task, config.image, len(shards.classes), config.augment)
-    assert isinstance(recipe, BoxTransform)
+def _plan_objects(
+    config: Config,
+    shards: ShardSet,
+    chosen: list[_FedSample],
+) -> _Grid:
+    """Returns a row for each sample: the original with its annotations, then its views with their targets."""
+    transform = _make_transform(config, shards)
+    assert isinstance(transform, BoxTransform)
 
-    def row(fed: _Fed) -> list[Tile]:
-        original, key = decode(shards.read(fed.shard, fed.row)), shards.key(fed.shard, fed.row)
-        stored = shards.read_annotation(fed.shard, fed.row)
+    def draw_row(sample: _FedSample) -> list[Tile]:
+        original, key, size = _read_original(shards, sample)
+        stored = shards.read_annotation(sample.shard, sample.row)
         annotated = object_annotations.decode(stored, len(shards.classes))
-        drawn = draw_annotated(original, annotated, shards.classes, OBJECTS_TILE_PX)
-        counts = f"{len(annotated.annotations)} annotations"
-        tiles: list[Tile] = [(drawn, key, counts, f"{original.width} × {original.height}")]
-        views, images = _views(config, shards, recipe, fed, range(VIEWS), config.image.size)
+        drawn = draw_annotated(
+            original,
+            annotated,
+            shards.classes,
+            OBJECTS_TILE_PX,
+        )
+        count = f"{len(annotated.annotations)} annotations"
+        tiles: list[Tile] = [(drawn, key, count, size)]
+        views, images = _draw_views(
+            config,
+            shards,
+            transform,
+            sample,
+            range(VIEWS),
+            config.image.size,
+        )
         for epoch, image in enumerate(images):
-            view, target = recipe.training_target(stored, views[epoch : epoch + 1])
+            view, target = transform.training_target(stored, views[epoch : epoch + 1])
             height, width = view.extent[0].tolist()
-            drawn = _with_objects(_picture(config, image[:, :height, :width]), target, shards.classes)
-            tiles.append((drawn, f"epoch {epoch}", f"{len(target)} objects on {width} × {height}", *_describe(view)))
+            picture = _make_picture(config, image[:, :height, :width])
+            drawn = _draw_objects(picture, target, shards.classes)
+            count = f"{len(target)} objects on {width} × {height}"
+            tiles.append((drawn, f"epoch {epoch}", count, *_describe_view(view)))
         return tiles
 
     about = f"each row an image with its crowds, then its views in epochs 0 to {VIEWS - 1}"
-    return _Grid(about, [functools.partial(row, fed) for fed in chosen], tile_px=OBJECTS_TILE_PX)
+    rows = [functools.partial(draw_row, sample) for sample in chosen]
+    return _Grid(about, rows, tile_px=OBJECTS_TILE_PX)
 
 
-def _with_objects(picture: Image.Image, target: Objects, classes: list[str]) -> Image.Image:
-    corners, labels = target.boxes.numpy(), target.labels.tolist()
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
-    masks = None if target.masks is None else target.masks.numpy()
-    return draw_boxes(picture, boxes, labels, None, masks, classes, side_px=OBJECTS_TILE_PX)
-
-
-def _views(
-    config: Config, shards: ShardSet, recipe: TaskTransform, fed: _Fed, epochs: Sequence[int], size: int
-) -> tuple[Views, Tensor]:
-    """A sample's views in n epochs, and their images before mixing, [n, 3, H, W]."""
-    record, samples = shards.index(fed.shard)[fed.row], fed.batch.samples
-    hw = np.full((len(epochs), 2), (record["height"], record["width"]))
-    id_, copy = samples.id[fed.place], samples.copy[fed.place]
-    key = keys.key(config.run.seed, Stream.AUGMENT, np.array(epochs), id_, copy)
-    views = recipe.training_views(size, key, hw)
-    encoded = [np.frombuffer(shards.read(fed.shard, fed.row), np.uint8)] * len(epochs)
-    decoder = Decoder(
-        lambda _: (encoded, views),
-        batch_size=len(epochs),
-        interpolation=config.image.interpolation,
-        device=_CPU,
-        num_threads=1,
-        prefetch=1,
-        deterministic=True,
-        resizes=False,
+def _draw_objects(
+    picture: Image.Image,
+    target: Objects,
+    classes: list[str],
+) -> Image.Image:
+    corners = target.boxes.numpy()
+    start = corners[:, :2]
+    # From corners to the upper left corner and the size.
+    boxes = np.concatenate([start, corners[:, 2:] - start], axis=1)
+    return draw_boxes(
+        picture,
+        boxes.tolist(),
+        target.labels.tolist(),
+        None,
+        None if target.masks is None else target.masks.numpy(),
+        classes,
+        side_px=OBJECTS_TILE_PX,
     )
-    noise = image_ops.noise(config.run.seed, _CPU) if config.augment.erase_mode == "pixel" else None
-    finisher, images = image_ops.Finisher(config.image, _CPU, noise), torch.empty(len(epochs), 3, *views.canvas)
-    for place, window in enumerate(decoder.next()):
-        finisher.finish_window(window, views[place : place + 1], images[place : place + 1])
+
+
+def _draw_views(
+    config: Config,
+    shards: ShardSet,
+    transform: TaskTransform,
+    sample: _FedSample,
+    epochs: Sequence[int],
+    size: int,
+) -> tuple[Views, Tensor]:
+    """Returns a sample's views in n epochs, and their images before mixing, [n, 3, H, W]."""
+    seed = config.run.seed
+    num_views = len(epochs)
+    record = shards.index(sample.shard)[sample.row]
+    samples = sample.batch.samples
+    hw = np.full((num_views, 2), (record["height"], record["width"]))
+    key = keys.key(
+        seed,
+        Stream.AUGMENT,
+        np.array(epochs),
+        samples.id[sample.number],
+        samples.copy[sample.number],
+    )
+    views = transform.training_views(size, key, hw)
+    encoded = np.frombuffer(shards.read(sample.shard, sample.row), np.uint8)
+    decoder = Decoder.on_cpu(
+        lambda _: ([encoded] * num_views, views),
+        batch_size=num_views,
+    )
+    noise = image_ops.noise(seed, _CPU) if config.augment.erase_mode == "pixel" else None
+    finisher = image_ops.Finisher(config.image, _CPU, noise)
+    images = torch.empty(num_views, 3, *views.canvas)
+    for i, window in enumerate(decoder.next()):
+        one = slice(i, i + 1)
+        finisher.finish_window(window, views[one], images[one])
     decoder.close()
     return views, images
 
 
-def _picture(config: Config, image: Tensor) -> Image.Image:
-    mean, std = (torch.tensor(value)[:, None, None] for value in (config.image.mean, config.image.std))
-    return Image.fromarray((255 * (image * std + mean)).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+def _make_picture(config: Config, image: Tensor) -> Image.Image:
+    """Returns a picture of a normalised image, [3, h, w]."""
+    mean = torch.tensor(config.image.mean)[:, None, None]
+    std = torch.tensor(config.image.std)[:, None, None]
+    pixels = (255 * (image * std + mean)).clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _describe(view: Views) -> list[str]:
-    (top, left), (height, width) = view.anchor[0], view.shape[0]
-    lines = [f"{width} × {height} at {left}, {top}{', flipped' if view.flip[0] else ''}"]
+def _read_original(shards: ShardSet, sample: _FedSample) -> tuple[Image.Image, str, str]:
+    """Returns the stored image of a sample, its key, and its size in words."""
+    where = sample.shard, sample.row
+    original = decode(shards.read(*where))
+    return original, shards.key(*where), f"{original.width} × {original.height}"
+
+
+def _describe_view(view: Views) -> list[str]:
+    top, left = view.anchor[0]
+    height, width = view.shape[0]
+    window = f"{width} × {height} at {left}, {top}"
+    lines = [f"{window}, flipped" if view.flip[0] else window]
     for op, argument in zip(view.ops[:, 0], view.args[:, 0], strict=True):
-        if op != Op.IDENTITY:
-            name = Op(op).name.lower()
-            lines.append(name if op in _WITHOUT_ARGUMENT else f"{name} {argument:.3g}")
+        if op == Op.IDENTITY:
+            continue
+        name = Op(op).name.lower()
+        lines.append(name if op in _WITHOUT_ARGUMENT else f"{name} {argument:.3g}")
     top, bottom, left, right = view.erase[0]
-    return [*lines, f"erased {right - left} × {bottom - top}"] if bottom > top else lines
+    if bottom > top:
+        lines.append(f"erased {right - left} × {bottom - top}")
+    return lines

@@ -1,8 +1,8 @@
-"""How a task's samples become what its network takes: the part of the feed that tasks choose.
+"""How a task's samples become the inputs and targets of its network: the part of the feed that tasks choose.
 
-header of an image ──views──▶ which part of it is seen, how large, on which canvas
-annotation, view   ──target─▶ what the network is to say of that part; the view, where the annotation decides it
-targets of a batch ──────────▶ what the loss or the metric is given
+size of an image   ──views──▶ which part of it is seen, how large, on which canvas
+annotation, view   ──target─▶ the target for that part; the view, where the annotation decides it
+targets of a batch ──────────▶ the targets in the form that the loss or the metric takes
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from pipeline.shards.index import CorruptSampleError, ShardSet
 Array = npt.NDArray[Any]
 
 Target = Callable[[bytes, Views], tuple[Views, Any]]
-"""From one sample's annotation, its bytes at rest, and its view to the view, which the annotation may have changed, and
-what the network is to say of it. Raises CorruptSampleError."""
+"""A function of one sample's annotation, the bytes as they are stored, and its view. It returns the view, which the
+annotation may have changed, and the target for it. It raises CorruptSampleError."""
 
 
 class TaskTransform(Protocol):
-    """Of n samples with heights and widths `hw` [n, 2]."""
+    """How a task sees n samples with heights and widths `hw` [n, 2]."""
 
     @property
     def training_target(self) -> Target | None:
@@ -47,130 +47,162 @@ class TaskTransform(Protocol):
     def evaluation_views(self, hw: Array) -> Views: ...
 
     def training_batch(self, targets: Any, device: torch.device) -> Any:
-        """For the loss, of what `training_target` made of the samples, or of class labels [n]."""
+        """Returns a batch's targets for the loss, from those of `training_target` or from class labels [n]."""
         ...
 
     def evaluation_batch(self, targets: Any, device: torch.device) -> Any:
-        """For the metric, of what `evaluation_target` made, or of class labels."""
+        """Returns a batch's targets for the metric, from those of `evaluation_target` or from class labels [n]."""
         ...
 
     def blank_batch(self, n: int, size: int, device: torch.device) -> Any:
-        """For the loss, of samples that do not count."""
+        """Returns targets for the loss of n samples that do not count."""
         ...
 
 
+@dataclasses.dataclass(frozen=True)
 class LabelTransform:
     """Classification: random crops and soft labels in training, a central crop and class labels in evaluation."""
 
-    training_target = evaluation_target = None
+    training_target = None
+    evaluation_target = None
 
-    def __init__(
-        self,
-        image: ImageConfig,
-        num_classes: int,
-        config: AugmentConfig | None = None,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        self._image, self._num_classes = image, num_classes
-        self._augment, self._label_smoothing = config or AugmentConfig(), label_smoothing
+    image: ImageConfig
+    num_classes: int
+    config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    label_smoothing: float = 0.0
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
-        return augment.training_views(self._augment, self._image, size, key, hw)
+        return augment.training_views(
+            self.config,
+            self.image,
+            size,
+            key,
+            hw,
+        )
 
     def evaluation_views(self, hw: Array) -> Views:
-        return augment.evaluation_views(self._image, self._image.size, hw)
+        return augment.evaluation_views(self.image, self.image.size, hw)
 
     def training_batch(self, targets: Array, device: torch.device) -> Tensor:
-        """[n, K] float32."""
+        """Returns soft labels, [n, K] float32."""
         (labels,) = to_device([targets], device)
-        return mixup.soft_targets(labels, self._num_classes, self._label_smoothing)
+        return mixup.soft_targets(
+            labels,
+            self.num_classes,
+            self.label_smoothing,
+        )
 
     def evaluation_batch(self, targets: Array, device: torch.device) -> Tensor:
-        """[n] int64."""
+        """Returns class labels, [n] int64."""
         (labels,) = to_device([targets], device)
         return labels
 
-    def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
-        return torch.zeros(n, self._num_classes, device=device)
+    def blank_batch(
+        self,
+        n: int,
+        size: int,
+        device: torch.device,
+    ) -> Tensor:
+        return torch.zeros(n, self.num_classes, device=device)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskTarget:
-    """What an evaluated image shows, at its own resolution."""
+    """The classes of an evaluated image's pixels, at the image's own resolution."""
 
+    # [h, w] uint8: classes from 0, or IGNORED.
     labels: Tensor
-    """[h, w] uint8: classes from 0, or IGNORED."""
+    # Height and width in pixels of the canvas that the image fills, from the upper left.
     extent: tuple[int, int]
-    """Height and width in pixels of the canvas that the image fills, from the upper left."""
 
 
+@dataclasses.dataclass(frozen=True)
 class MaskTransform:
     """Semantic segmentation: random crops of images and label maps in training, whole images in evaluation.
 
-    At rest a map holds 0 where nothing is labelled, c + 1 for class c, and IGNORED.
+    A stored map holds 0 where nothing is labelled, c + 1 for class c, and IGNORED.
     """
 
-    def __init__(
-        self,
-        task: SemanticFpnConfig,
-        image: ImageConfig,
-        num_classes: int,
-        config: AugmentConfig | None = None,
-    ) -> None:
-        self._task, self._image, self._num_classes = task, image, num_classes
-        self._augment = config or AugmentConfig()
+    task: SemanticFpnConfig
+    image: ImageConfig
+    num_classes: int
+    config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
-        return augment.scaled_crops(self._augment, self._task, self._image, key, hw)
+        return augment.scaled_crops(
+            self.config,
+            self.task,
+            self.image,
+            key,
+            hw,
+        )
 
     def evaluation_views(self, hw: Array) -> Views:
-        return augment.whole_views(self._task, self._image, hw)
+        return augment.whole_views(self.task, self.image, hw)
 
     def training_target(self, annotation: bytes, view: Views) -> tuple[Views, Tensor]:
-        """[S, S] uint8. Of the crops that the view allows, the first that is not nearly all of one class, or the
-        last."""
-        labels = self._labels(annotation)
+        """Returns a crop's labels, [S, S] uint8. Of the crops that the view allows it is the first that is not nearly
+        all of one class, or the last."""
+        labels = self._decode_labels(annotation)
         height, width = view.shape[0].tolist()
-        for anchor in (view.anchor, *view.elsewhere.swapaxes(0, 1)):
+        for anchor in (view.anchor, *view.other_anchors.swapaxes(0, 1)):
             view = dataclasses.replace(view, anchor=anchor)
             top, left = anchor[0].tolist()
-            if self._is_varied(labels[top : top + height, left : left + width]):
+            crop = labels[top : top + height, left : left + width]
+            if self._is_varied(crop):
                 break
+        # The padding is ignored.
         target = np.full(view.canvas, IGNORED, np.uint8)
         rows, columns = view.nearest()
         target[: len(rows), : len(columns)] = labels[rows][:, columns]
         return view, torch.from_numpy(target)
 
     def evaluation_target(self, annotation: bytes, view: Views) -> tuple[Views, MaskTarget]:
+        labels = torch.from_numpy(self._decode_labels(annotation))
         height, width = view.extent[0].tolist()
-        return view, MaskTarget(torch.from_numpy(self._labels(annotation)), (height, width))
+        return view, MaskTarget(labels, (height, width))
 
     def training_batch(self, targets: list[Tensor], device: torch.device) -> Tensor:
-        """[n, S, S] int64."""
+        """Returns labels, [n, S, S] int64."""
+        # They travel as bytes, and become 8 times as large on the device.
         (labels,) = to_device([torch.stack(targets).numpy()], device)
         return labels.long()
 
     def evaluation_batch(self, targets: list[MaskTarget], device: torch.device) -> list[MaskTarget]:
-        labels = to_device([target.labels.numpy() for target in targets], device)
-        return [MaskTarget(each, target.extent) for each, target in zip(labels, targets, strict=True)]
+        arrays = [target.labels.numpy() for target in targets]
+        batch = []
+        for labels, target in zip(to_device(arrays, device), targets, strict=True):
+            batch.append(MaskTarget(labels, target.extent))
+        return batch
 
-    def blank_batch(self, n: int, size: int, device: torch.device) -> Tensor:
+    def blank_batch(
+        self,
+        n: int,
+        size: int,
+        device: torch.device,
+    ) -> Tensor:
         return torch.full((n, size, size), IGNORED, device=device)
 
-    def _labels(self, annotation: bytes) -> npt.NDArray[np.uint8]:
+    def _decode_labels(self, annotation: bytes) -> npt.NDArray[np.uint8]:
+        """Returns classes from 0, or IGNORED, [h, w] of the stored image."""
         try:
             stored = decode_map(annotation)
         except BadImageError as error:
             raise CorruptSampleError(f"its label map: {error}") from error
-        if wrong := wrong_labels(stored, self._num_classes):
+        if wrong := wrong_labels(stored, self.num_classes):
             raise CorruptSampleError(f"its label map has {wrong}")
-        labels = stored - np.uint8(1)  # 0 becomes IGNORED
+        # Unsigned 0 - 1 is IGNORED.
+        labels = stored - np.uint8(1)
         labels[stored == IGNORED] = IGNORED
         return labels
 
     def _is_varied(self, crop: npt.NDArray[np.uint8]) -> bool:
+        """Returns whether a crop shows two classes and none of them fills nearly all of it."""
         counts = np.bincount(crop.ravel(), minlength=IGNORED + 1)[:IGNORED]
-        return bool(np.count_nonzero(counts) > 1 and counts.max() <= self._task.max_class_fraction * counts.sum())
+        if np.count_nonzero(counts) < 2:
+            return False
+        limit = self.task.max_class_fraction * counts.sum()
+        return bool(counts.max() <= limit)
 
 
 def task_transform(
@@ -180,7 +212,8 @@ def task_transform(
     config: AugmentConfig | None = None,
     label_smoothing: float = 0.0,
 ) -> TaskTransform:
-    """Evaluation needs no more than a task, its images and the number of its classes."""
+    """Returns the transform of a task. Evaluation does without the last two parameters."""
+    config = config or AugmentConfig()
     if isinstance(task, SemanticFpnConfig):
         return MaskTransform(task, image, num_classes, config)
     if isinstance(task, DetectionConfig):
@@ -188,15 +221,19 @@ def task_transform(
     return LabelTransform(image, num_classes, config, label_smoothing)
 
 
-def require_kind(task: TaskConfig, shards: ShardSet) -> None:
-    """Raise InputError for data of another kind than the task's."""
+def require_annotations(task: TaskConfig, shards: ShardSet) -> None:
+    """Raises InputError for data of another kind than the task's."""
     needed = None
     if isinstance(task, SemanticFpnConfig):
         needed = "semantic"
     elif isinstance(task, DetectionConfig):
         needed = "objects"
     if shards.annotations != needed:
-        kinds = {None: "labelled images", "semantic": "images with label maps", "objects": "images with objects"}
+        kinds = {
+            None: "labelled images",
+            "semantic": "images with label maps",
+            "objects": "images with objects",
+        }
         raise InputError(
             f"{shards.url(0)}: its data set holds {kinds[shards.annotations]}, but task {task.name} needs "
             f"{kinds[needed]}: set task, or name other data"

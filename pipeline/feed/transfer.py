@@ -1,4 +1,4 @@
-"""Arrays on their way to the device, several in one copy, which nobody waits for.
+"""Copies arrays to the device, several in one copy, which nobody waits for.
 
 arrays ──packed──▶ pinned bytes ──one copy, on the current stream──▶ bytes on the GPU ──views──▶ tensors
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-_ALIGNMENT = 8  # bytes: the widest type's
+# In bytes: that of the widest type.
+_ALIGNMENT = 8
 
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
@@ -21,29 +22,38 @@ def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     for the current stream, and for others that have waited for it."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    return unpack(arrays, pack(arrays, pin=True).to(device, non_blocking=True))
+    # Only a copy from pinned memory runs without the host waiting for it.
+    packed = pack(arrays, pin=True)
+    return unpack(arrays, packed.to(device, non_blocking=True))
 
 
 def pack(arrays: Sequence[Array], *, pin: bool) -> Tensor:
     """Returns the arrays' bytes, end to end, in pinned memory if `pin`."""
-    *starts, end = _starts(arrays)
-    packed = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-    for array, start in zip(arrays, starts, strict=True):
-        packed.numpy()[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+    *offsets, size = _compute_offsets(arrays)
+    packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    target = packed.numpy()
+    for array, offset in zip(arrays, offsets, strict=True):
+        values = np.frombuffer(array.tobytes(), np.uint8)
+        target[offset : offset + array.nbytes] = values
     return packed
 
 
 def unpack(like: Sequence[Array], packed: Tensor) -> list[Tensor]:
     """Returns views of the bytes that `pack` laid out, as tensors of the types and shapes of the arrays in `like`."""
-    return [
-        packed[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for array, start in zip(like, _starts(like)[:-1], strict=True)
-    ]
+    *offsets, _ = _compute_offsets(like)
+    tensors = []
+    for array, offset in zip(like, offsets, strict=True):
+        dtype = torch.from_numpy(array).dtype
+        stored = packed[offset : offset + array.nbytes]
+        tensors.append(stored.view(dtype).view(array.shape))
+    return tensors
 
 
-def _starts(arrays: Sequence[Array]) -> list[int]:
+def _compute_offsets(arrays: Sequence[Array]) -> list[int]:
     """Returns the offset of each array, and the size of all, in bytes."""
-    starts = [0]
+    offsets = [0]
     for array in arrays:
-        starts.append(starts[-1] + array.nbytes + -array.nbytes % _ALIGNMENT)
-    return starts
+        end = offsets[-1] + array.nbytes
+        padding = -array.nbytes % _ALIGNMENT
+        offsets.append(end + padding)
+    return offsets

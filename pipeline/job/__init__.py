@@ -1,1 +1,1 @@
-"""One training job: its checks before the start, the assembly of its parts, its publications and what follows it."""
+"""One training job: its checks before the start, its assembly, its publications and the jobs that follow it."""

@@ -1,15 +1,15 @@
-"""Start the fine-tuning jobs that a run's configuration lists under `handoff`, each once, and wait for them.
+"""Starts the fine-tuning jobs that a run's configuration lists under `handoff`, each once, and waits for them.
 
 python launch/handoff.py RUN [--ranks N]
 
-A run does this by itself when it has ended. Doing it again finds what has been done and does the rest.
+A run does this by itself when it has ended. The command can be repeated: it starts only the jobs that are missing.
 
     runs/PARENT/handoff/KEY.json    a claim: the child's UUID, its name and the exact version it starts from
-    runs/PARENT/handoff/KEY.log     what the child says
-    runs/PARENT/handoff/log         what this command says when a run has started it
+    runs/PARENT/handoff/KEY.log     the child's output
+    runs/PARENT/handoff/log         the output of this command where a run has started it
 
-A claim is made once, whoever tries, and before its child is started. So a child that is started again is the same
-one, which goes on where it was or has nothing to do.
+A claim is written exactly once, even by concurrent processes, and before its child is started. A child that is started
+again is therefore the same run, which continues from its checkpoint or has nothing to do.
 """
 
 import json
@@ -31,7 +31,7 @@ from pipeline.track.sync.record import MAIN_METRIC, Record, new_uuid
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
 
 
 class Claim(BaseModel):
@@ -40,7 +40,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uuid: str
-    """Of the child's run."""
+    """The UUID of the child's run."""
     name: str
     """The child's run.name."""
     root: str
@@ -51,46 +51,65 @@ class Claim(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Claim":
-        """Its root is where the parent's folder is now: runs may have been moved together."""
+        """Returns the claim in a file. Raises InputError where it cannot be read or is invalid."""
         try:
             claim = read_json(cls, path)
-            return claim.model_copy(update={"root": str(path.parent.parent.parent)})
+            # The root follows from the parent's folder, not from the file: runs may have been moved together.
+            root = path.parent.parent.parent
+            return claim.model_copy(update={"root": str(root)})
         except OSError as error:
             raise InputError(f"--claim {path}: {error.strerror}: it is written by launch/handoff.py") from error
         except InputError as error:
             raise InputError(f"--claim {error}; it is not one that launch/handoff.py has written") from None
 
     def make(self, path: Path) -> "Claim":
-        """Write the claim, unless there is one: returns the one that holds."""
+        """Writes the claim unless there is one already; returns the one that is valid."""
         path.parent.mkdir(exist_ok=True)
         files.claim(path, self.model_dump_json(indent=1).encode() + b"\n")
         return Claim.read(path)
 
     def overrides(self, parent: Config) -> list[str]:
-        """What the child's configuration is given."""
-        uri = [f"tracking.uri={_yaml(parent.tracking.uri)}"] if parent.tracking.uri else []
-        return [*self.set, f"init.model={self.model}", f"run.name={self.name}", f"run.root={_yaml(self.root)}", *uri]
+        """Returns the overrides for the child's configuration."""
+        overrides = [
+            *self.set,
+            f"init.model={self.model}",
+            f"run.name={self.name}",
+            f"run.root={_quote_yaml(self.root)}",
+        ]
+        if parent.tracking.uri:
+            overrides.append(f"tracking.uri={_quote_yaml(parent.tracking.uri)}")
+        return overrides
 
     @property
     def folder(self) -> Path:
         return Path(self.root) / self.name
 
     def result(self) -> dict[str, Any] | None:
-        """The child's, if it has finished."""
+        """Returns the child's result if it has finished, otherwise None."""
         path = self.folder / "result.json"
-        if not path.exists() or Record.read(self.folder).uuid != self.uuid:
+        if not path.exists():
+            return None
+        # The folder may belong to another run of the same name.
+        if Record.read(self.folder).uuid != self.uuid:
             return None
         result = read_json(dict[str, Any], path)
         return None if result.get("requeue") else result
 
 
 def start_handoffs(folder: Path, ranks: int) -> None:
-    """Do it in a process of its own, which has this one's devices once this one has ended."""
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
+    """Starts launch/handoff.py in a process of its own, which outlives this one and then has its devices."""
+    # Otherwise the children would take themselves for ranks of this run.
+    environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     (folder / "handoff").mkdir(exist_ok=True)
     with (folder / "handoff" / "log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/handoff.py"), str(folder), "--ranks", str(ranks)],
+            [
+                sys.executable,
+                str(ROOT / "launch/handoff.py"),
+                str(folder),
+                "--ranks",
+                str(ranks),
+            ],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -104,21 +123,26 @@ def check_handoffs(config: Config) -> None:
     """Raises InputError for an entry that could not be started when the run has ended, which may be weeks from now."""
     seen: set[str] = set()
     for entry in config.handoff:
-        child_of(entry)
-        if key_of(entry) in seen:
-            raise InputError(f"handoff: {entry.config} is there twice with the same settings: leave one out")
-        seen.add(key_of(entry))
+        # The child's configuration is loaded for its errors.
+        child_config(entry)
+        # Claims are files named by these keys, so two entries would share one claim.
+        key = entry_key(entry)
+        if key in seen:
+            raise InputError(f"handoff: {entry.config} is there twice with the same settings: remove one of them")
+        seen.add(key)
 
 
 def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
-    """Start what has to be started, one job after the other.
+    """Starts the jobs that are missing, one after the other; returns the command's result.
 
     Raises InputError for a run that has not ended, and ExternalError where its versions are not registered yet.
     """
-    config = settings_of(folder)
-    _require_end(folder)
-    children, refused = [], []
+    config = load_run_config(folder)
+    _require_finished(folder)
+    children = []
+    refused = []
     (folder / "handoff").mkdir(exist_ok=True)
+    # One command at a time: the children share the devices of this machine.
     with files.locked(folder / "handoff" / ".lock"):
         for entry in config.handoff:
             claim, why = decide(folder, config, entry)
@@ -126,14 +150,13 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
                 refused.append({"config": entry.config, "why": why})
                 print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
                 continue
-            children.append(_run(claim, path_of(folder, entry), config, ranks))
+            children.append(_run_child(claim, claim_path(folder, entry), config, ranks))
     ok = all(child["result"] is not None for child in children)
     return {"run": str(folder), "ok": ok, "children": children, "refused": refused}
 
 
-def settings_of(folder: Path) -> Config:
-    """The configuration of the run in `folder`. Its run.root, which the children share, holds in any working
-    directory."""
+def load_run_config(folder: Path) -> Config:
+    """Returns the configuration of the run in `folder`, with an absolute run.root, which its children share."""
     return with_root(load_config(folder / "config.yaml"), folder.resolve().parent)
 
 
@@ -143,30 +166,32 @@ def with_root(config: Config, root: Path) -> Config:
 
 
 def cluster_of(config: Config, entry: HandoffConfig) -> ClusterConfig:
-    """What the child asks of SLURM: the same as its parent, unless it says otherwise."""
-    own = "cluster" in read_yaml(entry.config) or any(text.startswith("cluster") for text in entry.set)
-    return child_of(entry).cluster if own else config.cluster
+    """Returns the child's SLURM settings: those of its parent, unless its own configuration has any."""
+    is_in_file = "cluster" in read_yaml(entry.config)
+    is_overridden = any(override.startswith("cluster") for override in entry.set)
+    return child_config(entry).cluster if is_in_file or is_overridden else config.cluster
 
 
-def path_of(folder: Path, entry: HandoffConfig) -> Path:
-    """Where the claim of an entry of the run in `folder` is."""
-    return folder / "handoff" / f"{key_of(entry)}.json"
+def claim_path(folder: Path, entry: HandoffConfig) -> Path:
+    """Returns the path of the claim of an entry of the run in `folder`."""
+    return folder / "handoff" / f"{entry_key(entry)}.json"
 
 
 def decide(folder: Path, config: Config, entry: HandoffConfig) -> tuple[Claim | None, str]:
-    """The entry's claim, which is made now if there is none; or why the job is not started.
+    """Returns the entry's claim, which is written now if there is none; or None and why the job is not started.
 
     Raises ExternalError where the run's versions are not registered yet.
     """
-    path = path_of(folder, entry)
+    path = claim_path(folder, entry)
+    # A decision stands, even if a better version has been registered since.
     if path.exists():
         return Claim.read(path), ""
-    model, why = _choose(folder, entry, config.tracking.keep_versions)
+    model, why = _choose_version(folder, entry, config.tracking.keep_versions)
     if model is None:
         return None, why
     claim = Claim(
         uuid=new_uuid(),
-        name=name_of(config, entry),
+        name=child_name(config, entry),
         root=config.run.root,
         model=model,
         config=entry.config,
@@ -175,86 +200,103 @@ def decide(folder: Path, config: Config, entry: HandoffConfig) -> tuple[Claim | 
     return claim.make(path), ""
 
 
-def _require_end(folder: Path) -> None:
+def _require_finished(folder: Path) -> None:
     path = folder / "result.json"
     result = read_json(dict[str, Any], path) if path.exists() else {"requeue": True}
     if result.get("requeue"):
         raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
 
 
-def _choose(folder: Path, entry: HandoffConfig, keep_best: int) -> tuple[str | None, str]:
-    """The best of the run's versions that stay registered that passes the entry's gate; or None and why."""
-    outbox, metric = Outbox(folder), Record.read(folder).tags[MAIN_METRIC]
+def _choose_version(folder: Path, entry: HandoffConfig, keep_best: int) -> tuple[str | None, str]:
+    """Returns the best version that is still registered and passes the entry's gate; or None and why there is none."""
+    outbox = Outbox(folder)
+    metric = Record.read(folder).tags[MAIN_METRIC]
     registered = outbox.registered()
     if not registered:
         raise ExternalError(
             f"{folder}: none of its versions is registered yet: `python launch/registry.py sync {folder}` does that "
             "once the tracking server can be reached"
         )
-    scores, why = outbox.scores(metric), ""
-    by_score = sorted(registered, key=lambda each: scores.get(each, float("-inf")), reverse=True)
-    last = max((each for each in registered if not is_given_up(each)), default=None)
-    for place, version in enumerate(by_score):
-        if place >= keep_best and version != last:
-            continue  # has been removed
-        metrics = ModelCard.read(version).metrics
-        failed = faults_of(version) + [
-            f"{name} is {metrics.get(name)}, but {bound} is asked for"
-            for name, bound in entry.gate.items()
-            if not bound.holds(metrics.get(name))
-        ]
-        if not failed:
+    scores = outbox.scores(metric)
+    by_score = sorted(registered, key=lambda version: scores.get(version, float("-inf")), reverse=True)
+    last = max((version for version in registered if not is_given_up(version)), default=None)
+    why = ""
+    for rank, version in enumerate(by_score):
+        # The registry has kept only the best ones and the last one.
+        if rank >= keep_best and version != last:
+            continue
+        faults = faults_of(version) + _failed_gates(entry, ModelCard.read(version).metrics)
+        if not faults:
             return registered[version], ""
-        why = f"{registered[version]}: {'; '.join(failed)}"
+        why = f"{registered[version]}: {'; '.join(faults)}"
     return None, why
 
 
-def name_of(config: Config, entry: HandoffConfig) -> str:
-    """The child's run.name."""
-    name = child_of(entry).run.name
-    if not _is_named(entry):
-        alike = [other for other in config.handoff if other.config == entry.config and not _is_named(other)]
-        name = "-".join([config.run.name, name, *([key_of(entry)[:4]] if len(alike) > 1 else [])])
-    return name
+def _failed_gates(entry: HandoffConfig, metrics: dict[str, float | None]) -> list[str]:
+    failed = []
+    for name, bound in entry.gate.items():
+        value = metrics.get(name)
+        if not bound.holds(value):
+            failed.append(f"{name} is {value}, but {bound} is required")
+    return failed
 
 
-def key_of(entry: HandoffConfig) -> str:
+def child_name(config: Config, entry: HandoffConfig) -> str:
+    """Returns the child's run.name. One that the entry does not set is put behind its parent's."""
+    name = child_config(entry).run.name
+    if _has_name(entry):
+        return name
+    words = [config.run.name, name]
+    unnamed = [other for other in config.handoff if other.config == entry.config and not _has_name(other)]
+    # Several entries may use one file with different settings.
+    if len(unnamed) > 1:
+        words.append(entry_key(entry)[:4])
+    return "-".join(words)
+
+
+def entry_key(entry: HandoffConfig) -> str:
+    """Returns the name of the entry's files: a fingerprint of its configuration file's name and its overrides."""
     return fingerprint(entry.model_dump(include={"config", "set"}))[:12]
 
 
-def child_of(entry: HandoffConfig) -> Config:
-    """The child's configuration, but for the version that it starts from."""
+def child_config(entry: HandoffConfig) -> Config:
+    """Returns the child's configuration, with a placeholder for the version that it starts from."""
     return load_config(entry.config, [*entry.set, "init.model=models:/NAME/1"])
 
 
-def _yaml(text: str) -> str:
-    """A text as the value of an override, in which ` #` would begin a comment."""
+def _quote_yaml(text: str) -> str:
+    """Returns a text as the value of an override, in which ` #` would begin a comment."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _is_named(entry: HandoffConfig) -> bool:
+def _has_name(entry: HandoffConfig) -> bool:
     return any(override.startswith("run.name=") for override in entry.set)
 
 
-def _run(claim: Claim, path: Path, config: Config, ranks: int) -> dict[str, Any]:
-    """Run the child unless it has finished, as ranks of this machine, and wait for it."""
-    child = {"run": str(claim.folder), "uuid": claim.uuid, "from": claim.model}
-    _wait_for(claim.folder)
+def _run_child(claim: Claim, path: Path, config: Config, ranks: int) -> dict[str, Any]:
+    """Runs the child on this machine unless it has finished; returns what the command's result says of it."""
+    _wait_until_idle(claim.folder)
     if claim.result() is None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         arguments = ["--config", claim.config, "--claim", str(path)]
         for override in claim.overrides(config):
             arguments += ["--set", override]
-        job = [str(ROOT / "launch/finetune.py"), *arguments]
-        whole = [sys.executable, *torchrun, f"--nproc-per-node={ranks}", *job]
-        print(f"{claim.folder}: fine-tuning {claim.model}; see {path.with_suffix('.log')}", file=sys.stderr, flush=True)
-        with path.with_suffix(".log").open("ab") as log:
-            subprocess.run(whole, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    return {**child, "result": claim.result()}
+        command = [
+            sys.executable,
+            *torchrun,
+            f"--nproc-per-node={ranks}",
+            str(ROOT / "launch/finetune.py"),
+            *arguments,
+        ]
+        log_path = path.with_suffix(".log")
+        print(f"{claim.folder}: fine-tuning {claim.model}; see {log_path}", file=sys.stderr, flush=True)
+        with log_path.open("ab") as log:
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    return {"run": str(claim.folder), "uuid": claim.uuid, "from": claim.model, "result": claim.result()}
 
 
-def _wait_for(folder: Path) -> None:
-    """Until no job is at work in it: a child may have outlived the command that started it."""
+def _wait_until_idle(folder: Path) -> None:
+    # A child may have outlived the command that started it.
     if (folder / LOCK).exists():
         with files.locked(folder / LOCK):
             pass

@@ -24,29 +24,30 @@ def write_report(
     samples: bool = False,
     cache: CacheOptions = DEFAULT_CACHE,
 ) -> Path:
-    """Draw the run in `folder` into `out`, by default its report.html; returns the page's path.
+    """Draws the run in `folder` into `out`, by default its report.html, and returns that path. Writes nothing else.
 
-    `model`: run the newest whole checkpoint on the validation data. `samples`: show images of the data sets, also done
-    where the run's tracking.log_samples says so. `cache`: for remote shards, instead of the run's own. Writes nothing
-    else. Raises InputError for a folder that holds no run, and where the page cannot be written.
+    `model`: run the newest whole checkpoint on the validation data. `samples`: show images of that data, which is also
+    done where the run's tracking.log_samples says so. `cache`: for remote shards, in place of the run's own. Raises
+    InputError for a folder that holds no run, and where the page cannot be written.
     """
+    # matplotlib takes a second to import, which --help is spared.
     from pipeline.track.report import RunFiles, page
 
     run = RunFiles(folder)
     samples = samples or run.get("tracking", "log_samples") is True
-    examined = _examined(folder, samples, cache) if model else "Left out: the page was made with --no-model."
-    return _write(out or folder / REPORT, page(run, examined, samples=samples))
+    examined = _examine(folder, samples, cache) if model else "Skipped: the page was made with --no-model."
+    return _write(out or folder / REPORT, page(run, examined))
 
 
 def write_comparison(folders: list[Path], out: Path) -> Path:
-    """Draw several runs side by side into `out`. Raises InputError as `write` does."""
+    """Draws several runs side by side into `out`. Raises InputError as write_report does."""
     from pipeline.track.report import RunFiles, compare
 
     return _write(out, compare([RunFiles(folder) for folder in folders]))
 
 
 def _write(out: Path, text: str) -> Path:
-    # Whole or not at all, and under a name of its own until then: two may draw the same page at once.
+    # The page appears whole or not at all. Until then it has a name of its own, as two may draw the same page at once.
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
     try:
         partial.write_text(redact_urls(text), encoding="utf-8", errors="replace")
@@ -58,10 +59,11 @@ def _write(out: Path, text: str) -> Path:
     return out
 
 
-def _examined(folder: Path, samples: bool, cache: CacheOptions) -> "Examination | str":
-    """What the run's network does with its validation data, or why that cannot be told. `samples`: with the images."""
+def _examine(folder: Path, samples: bool, cache: CacheOptions) -> "Examination | str":
+    """Returns what the run's network does with its validation data, or why that is not known."""
     try:
-        from pipeline.job import examine_model  # torch takes seconds to import, which pages without pictures do without
+        # torch takes seconds to import, which pages without pictures are spared.
+        from pipeline.job import examine_model
 
         return examine_model.examine_model(folder, samples=samples, cache=cache)
     except (InputError, ExternalError, OSError) as error:

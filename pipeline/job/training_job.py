@@ -1,4 +1,4 @@
-"""A training job from its configuration to its registered model: builds the rooms' parts and joins them."""
+"""A training job from its configuration to its registered model: builds the components and connects them."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -22,13 +22,13 @@ from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.job import handoff, start_checks
 from pipeline.job.handoff import Claim
-from pipeline.job.publish import RESULT, Publisher, parent_of
+from pipeline.job.initial_weights import load_initial_weights
+from pipeline.job.publish import RESULT, Publisher, read_parent
 from pipeline.lease import Lease, hold
 from pipeline.redact import redact
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_training, open_validation
-from pipeline.tasks.build import AnyTask, build_task, start_from
-from pipeline.track.model_card import WEIGHTS, ModelCard
+from pipeline.tasks.build import AnyTask, build_task
 from pipeline.track.sync.record import RECORD, Record
 from pipeline.track.sync.system_load import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
@@ -48,68 +48,86 @@ from pipeline.train.trace import Trace
 from pipeline.world import World
 from pvt.model import set_optimised_kernels
 
-if TYPE_CHECKING:
-    # MLflow takes more than a second to import: where a model comes from the registry, on ranks that fetch it.
-    from pipeline.track.registry.registry import Version
-
 QUARANTINE = "quarantine.jsonl"
 
 
 def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[str, Any] | None:
-    """Train, evaluate, register. Returns the result on rank 0; a finished job is not run again, nor is one that has
-    been handed off and is at work already.
+    """Trains, evaluates and registers. Returns the result on rank 0. A finished job is not run again, nor is one that
+    was handed off and is running already.
 
-    The result of a job that a signal has stopped says "requeue". Raises InputError for anything that can be known to
-    be wrong before the first step.
+    The result of a job that a signal has stopped contains "requeue". Raises InputError for every mistake that can be
+    known before the first step.
     """
     folder = config.run.folder
-    with contextlib.ExitStack() as parts:
-        stop = parts.enter_context(StopSignal(config.train.preempt_deadline_s, REQUEUE))
-        training, validation = world.first_then_all(lambda: _check(config, world))
+    with contextlib.ExitStack() as resources:
+        # Signals first: one that arrives during the start must stop the job in an orderly way, too.
+        stop = resources.enter_context(StopSignal(config.train.preempt_deadline_s, REQUEUE))
+
+        # Checks, from the cheap ones to those that need the network. Rank 0 goes first, so that a mistake is reported
+        # once and not by every rank.
+        training, validation = world.first_then_all(lambda: _open_checked_data(config, world))
         if config.train.deterministic:
             make_deterministic()
-        task = world.first_then_all(lambda: _task(config, training.classes))
-        begun = world.from_first(any((folder / "checkpoints").glob("step-*")))
-        parent = None if begun else _start_from(config, world, task, training.classes)
-        # Nothing is written before this, and there is little left that can be refused after it.
-        lease = world.first_then_all(lambda: parts.enter_context(_claimed(folder, world, claim)))
+        task = world.first_then_all(lambda: _build_task(config, training.classes))
+        # A run that has been started before continues from its checkpoints and needs no initial weights.
+        was_started = world.from_first(any((folder / "checkpoints").glob("step-*")))
+        parent = None if was_started else load_initial_weights(config, world, task, training.classes)
+
+        # The lease: nothing is written before this, and there is little left that can be refused after it.
+        lease = world.first_then_all(lambda: resources.enter_context(_claim_folder(folder, world, claim)))
         if world.from_first(lease is None):
             return {"run": str(folder), "at_work": True} if world.is_first else None
+
+        # The hang watch covers everything from here to the last step: a rank may wait for a lost one in any collective.
         attempt = world.from_first(uuid.uuid4().hex)
-        watched = parts.enter_context(contextlib.ExitStack())
+        watched = resources.enter_context(contextlib.ExitStack())
         watch = watched.enter_context(HangWatch(folder / "watch", world, config.train.hang_timeout_s, attempt))
+
+        # The newest whole checkpoint, which must belong to the same training: its step decides where the feed begins.
         identity = {**config.identity(), "num_classes": len(training.classes), "data": training.digest}
         checkpoints = Checkpoints(folder / "checkpoints", world, identity)
-        found = _find(checkpoints, config, world)
-        state = found.state if found else State()
-        feed = parts.enter_context(contextlib.closing(_feed(config, world, training, task, state)))
-        parts.enter_context(_memory_reported(feed.deal.micro_batch_size, world))
+        checkpoint = _find_checkpoint(checkpoints, config, world)
+        state = checkpoint.state if checkpoint else State()
+        feed = resources.enter_context(contextlib.closing(_open_feed(config, world, training, task, state)))
+        resources.enter_context(_explain_out_of_memory(feed.rank_slice.micro_batch_size, world))
         schedule = Schedule.of(config, feed.order.steps_per_epoch)
-        if finished := world.from_first(_finished(folder, schedule, found) if world.is_first else None):
+
+        # Only the schedule says whether that step was the last one.
+        if finished := world.from_first(_finished_result(folder, schedule, checkpoint) if world.is_first else None):
             return finished if world.is_first else None
-        if found:
-            task.model.load_state_dict(found.weights())
-            parent = parent_of(folder)
-        elif begun:  # and no checkpoint was finished, or they have been put aside
-            parent = _start_from(config, world, task, training.classes)
+
+        # The weights have to be in the network before the engine, which copies and partitions them, is built.
+        if checkpoint:
+            task.model.load_state_dict(checkpoint.weights())
+            parent = read_parent(folder)
+        elif was_started:
+            # No checkpoint was completed, or they have been set aside: the run begins again.
+            parent = load_initial_weights(config, world, task, training.classes)
         engine = Engine(config, task, world, feed.blank)
         ema = None if config.train.ema_decay is None else Ema(engine, config.train.ema_decay)
         guard = Guard(config.guard, task.chance_loss)
-        if found:
-            found.restore(engine, ema)
+
+        # The rest of a checkpoint needs them: moments, the loss scale, the moving average, the guard's window.
+        if checkpoint:
+            checkpoint.restore(engine, ema)
             assert state.guard, "every save notes the guard"
             guard.load(state.guard)
         saver = Saver(checkpoints, _retention(config, schedule, task), engine, ema, world, lease)
-        saver.newest = found.folder if found else None
-        parts.callback(saver.close)
+        saver.newest = checkpoint.folder if checkpoint else None
+        resources.callback(saver.close)
+
+        # Tracking comes last, when the job is known to be able to train. Operations are counted before it, because
+        # its thread imports MLflow, which would compete for the CPU.
         if config.tracking.system_metrics and world.local_rank == 0:
-            parts.enter_context(SystemLoad(folder, node=world.rank // world.local_size))
-        utilisation = _utilisation(config, world, len(training.classes))  # before MLflow is imported beside it
-        publisher = parts.enter_context(_published(config, world, training, validation, task, claim, parent))
+            resources.enter_context(SystemLoad(folder, node=world.rank // world.local_size))
+        utilisation = _count_utilisation(config, world, len(training.classes))
+        publisher = resources.enter_context(_publish(config, world, training, validation, task, claim, parent))
         if publisher:
             state.run_id = publisher.record.uuid
             files.write(folder / "deepspeed.json", json.dumps(redact(engine.deepspeed_config), indent=1).encode())
-            _say_start(config, world, feed, schedule, state, engine.stage)
+            _log_start(config, world, feed, schedule, state, engine.stage)
+
+        # Training. Goodput is created last: it books the time since the process began as start-up.
         trainer = Trainer(
             config=config,
             world=world,
@@ -121,9 +139,9 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
             saver=saver,
             guard=guard,
             watch=watch,
-            goodput=_goodput(folder, world, state),
+            goodput=_open_goodput(folder, world, state),
             stop=stop,
-            evaluation=_evaluation(config, world, validation, task, engine, ema),
+            evaluation=_make_evaluation(config, world, validation, task, engine, ema),
             utilisation=utilisation,
         )
         if publisher:
@@ -132,16 +150,18 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
             trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
             if schedule.profile_at is not None:
                 trainer.profiler = Profiler(folder / "profile", config, world, schedule.profile_at)
-                parts.callback(trainer.profiler.close)
+                resources.callback(trainer.profiler.close)
         if config.debug.trace_samples:
             trainer.trace = Trace(folder / "trace", world.rank, state.step, training)
         summary = trainer.run()
-        watched.close()  # registering a model takes one rank as long as it takes
+
+        # The end. Registering a model takes rank 0 an unknown time, in which the others wait: that is no hang.
+        watched.close()
         return _conclude(publisher, trainer, summary) if publisher else None
 
 
 def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[str, Any]:
-    """Have what a finished run has made registered; say and write down how it or a stopped one ended."""
+    """Registers the last model of a finished run; logs and writes the result of it or of one that was stopped."""
     print(trainer.goodput.summary(), file=sys.stderr, flush=True)
     if summary.stopped:
         ending = {"requeue": True, "checkpoint": str(summary.checkpoint)}
@@ -159,14 +179,15 @@ def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[
     return result
 
 
-def _task(config: Config, classes: list[str]) -> AnyTask:
+def _build_task(config: Config, classes: list[str]) -> AnyTask:
+    # All ranks draw the same initial weights.
     torch.manual_seed(config.run.seed)
     task = build_task(config.task, config.model, config.image, classes)
-    set_optimised_kernels(task.model, config.engine.fast)
+    set_optimised_kernels(task.model, config.engine.optimised_kernels)
     return task
 
 
-def _feed(config: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:
+def _open_feed(config: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:
     return TrainFeed(
         config,
         training,
@@ -178,12 +199,13 @@ def _feed(config: Config, world: World, training: ShardSet, task: AnyTask, state
 
 
 @contextlib.contextmanager
-def _memory_reported(micro_batch_size: int, world: World) -> Iterator[None]:
-    """Raises ExternalError, with a setting that takes less, where a GPU's memory does not hold the run."""
+def _explain_out_of_memory(micro_batch_size: int, world: World) -> Iterator[None]:
+    """Raises ExternalError, with a setting that needs less, where the run does not fit the memory of a GPU."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        half = micro_batch_size // 4 * 2  # micro-batches are even
+        # An even number, because mixup and CutMix pair the samples of a micro-batch.
+        half = micro_batch_size // 4 * 2
         less = f"train.micro_batch_size={half}" if half else "model.grad_checkpointing=true"
         raise ExternalError(
             f"rank {world.rank} on {os.uname().nodename}: out of GPU memory, with micro-batches of {micro_batch_size}: "
@@ -201,8 +223,7 @@ def _retention(config: Config, schedule: Schedule, task: AnyTask) -> Retention:
     )
 
 
-def _goodput(folder: Path, world: World, state: State) -> Goodput:
-    """To be made when training begins: what has passed since the process began is booked as start-up."""
+def _open_goodput(folder: Path, world: World, state: State) -> Goodput:
     return Goodput(
         folder / "goodput.json" if world.is_first else None,
         resumed_step=state.step,
@@ -210,7 +231,7 @@ def _goodput(folder: Path, world: World, state: State) -> Goodput:
     )
 
 
-def _evaluation(
+def _make_evaluation(
     config: Config,
     world: World,
     validation: ShardSet | None,
@@ -218,6 +239,8 @@ def _evaluation(
     engine: Engine,
     ema: Ema | None,
 ) -> Callable[[Callable[[], bool]], dict[str, float] | None] | None:
+    """Returns the function that evaluates the current weights, or their moving average; None without validation
+    data."""
     if validation is None:
         return None
     batches = EvalFeed(
@@ -232,146 +255,110 @@ def _evaluation(
 
     def evaluation(give_up: Callable[[], bool]) -> dict[str, float] | None:
         outputs_of = engine.evaluator_of(ema.weights()) if ema else engine.evaluator()
-        together = ema is None and not engine.keeps_copies
-        return evaluate(outputs_of, batches, task.metric(), world, give_up=give_up, collective_outputs=together)
+        # Weights that are partitioned over the ranks have to be gathered for each forward pass, by all of them.
+        collective = ema is None and not engine.keeps_copies
+        return evaluate(outputs_of, batches, task.metric(), world, give_up=give_up, collective_outputs=collective)
 
     return evaluation
 
 
-def _utilisation(config: Config, world: World, num_classes: int) -> Utilisation | None:
-    """Collective. For rank 0, which tells it; None for whole images, whose sizes vary, where a frozen part goes without
-    a backward pass, and for a network whose operations cannot be counted."""
-    own = matrix_flop_s(world.device, DTYPES[config.engine.precision])
-    together = world.sum(torch.tensor(own, dtype=torch.float64, device=world.device)).item()
+def _count_utilisation(config: Config, world: World, num_classes: int) -> Utilisation | None:
+    """Returns the utilisation meter on rank 0, which logs it, and None on the others. Collective.
+
+    It is also None for whole images, whose sizes vary, for frozen stages, which have no backward pass, and for a
+    network whose operations cannot be counted.
+    """
+    rank_flop_s = matrix_flop_s(world.device, DTYPES[config.engine.precision])
+    total = world.sum(torch.tensor(rank_flop_s, dtype=torch.float64, device=world.device)).item()
     if not world.is_first or isinstance(config.task, DetectionConfig) or config.model.frozen_stages:
         return None
 
     @functools.cache
-    def of_image(size: int) -> int:
+    def flops_of_image(size: int) -> int:
         return network.training_flops(config.task, config.model, size, num_classes)
 
     try:
-        of_image(config.image.size)
-    except Exception as error:  # some network of timm's; training can do without
+        flops_of_image(config.image.size)
+    except Exception as error:
+        # Some networks of timm cannot be counted, and a run does not need its utilisation.
         print(f"no MFU for {config.model.name}: {error}", file=sys.stderr, flush=True)
         return None
-    return Utilisation(of_image, together)
+    return Utilisation(flops_of_image, total)
 
 
-def _start_from(config: Config, world: World, task: AnyTask, classes: list[str]) -> str | None:
-    """Load the weights that init.model names, if it names any; returns the exact version.
-
-    Rank 0 has them fetched and checked; the others read its copy, or their node's own where disks are not shared.
-    """
-    if config.init is None:
-        return None
-    uri = config.init.model
-    name, alias, _ = uri.partition("@")
-    begun_with = parent_of(config.run.folder)
-    if alias and begun_with and begun_with.startswith(f"{name}/"):
-        uri = begun_with  # what the alias meant then
-
-    def fetch(uri: str) -> "Version":
-        from pipeline.track import tracking_server
-        from pipeline.track.registry import registry
-
-        tracking_server.connect(tracking_server.tracking_uri(config.tracking.uri, config.run.root))
-        return registry.resolve(uri)
-
-    def load() -> None:
-        here = folder if (folder / WEIGHTS).exists() else fetch(pinned).folder
-        card = ModelCard.read(here)
-        if card.model.name != config.model.name:
-            raise InputError(
-                f"init.model {pinned} is a {card.model.name}, but model.name is {config.model.name}: "
-                f"set model.name={card.model.name} or start from another model"
-            )
-        start_from(
-            task,
-            config.task,
-            config.model,
-            classes,
-            network.read_weights(here / WEIGHTS),
-            pinned,
-            source_task=card.task,
-            source_classes=card.classes,
-        )
-
-    version = world.first_then_all(lambda: fetch(uri) if world.is_first else None)
-    folder, pinned = world.from_first((version.folder, version.uri) if version else (Path(), uri))
-    world.first_then_all(load)
-    return pinned
-
-
-def _check(config: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
-    """The data sets, once everything that can be refused before the model is made has been looked at."""
+def _open_checked_data(config: Config, world: World) -> tuple[ShardSet, ShardSet | None]:
+    """Returns the data sets, after every check that is possible before the model is built."""
     handoff.check_handoffs(config)
-    training, validation = open_training(config.data), open_validation(config.data)
+    training = open_training(config.data)
+    validation = open_validation(config.data)
     order = start_checks.check_data(config, training, validation, world.size)
     start_checks.check_network(config, training, validation, order, world)
     start_checks.check_machine(config, world)
+    # One rank compares the shards' sizes: on a shared disk the others would see the same.
     if world.is_first:
-        for shards in filter(None, (training, validation)):
-            shards.check()
+        training.check()
+        if validation:
+            validation.check()
     return training, validation
 
 
-def _find(checkpoints: Checkpoints, config: Config, world: World) -> Checkpoint | None:
-    def look() -> Path | None:
+def _find_checkpoint(checkpoints: Checkpoints, config: Config, world: World) -> Checkpoint | None:
+    def find_folder() -> Path | None:
         if not world.is_first:
             return None
+        # What a killed save has left goes first, so that it can neither be found nor fill the disk.
         checkpoints.sweep()
         if config.resume.start_over:
             checkpoints.set_aside()
         return checkpoints.find(config.resume.source, config.resume.allow)
 
-    folder = world.from_first(world.first_then_all(look))
+    folder = world.from_first(world.first_then_all(find_folder))
     return Checkpoint(folder) if folder else None
 
 
-def _finished(folder: Path, schedule: Schedule, found: Checkpoint | None) -> dict[str, Any] | None:
+def _finished_result(folder: Path, schedule: Schedule, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
     """Returns the result of a run that has ended, also where its checkpoints have been deleted since. One whose last
-    checkpoints are damaged goes on from an older one, and writes them again."""
-    result = folder / RESULT
-    document = read_json(dict[str, Any], result) if result.exists() else {"requeue": True}
-    step = found.state.step if found else document.get("steps", 0)
-    if document.get("requeue") or step < schedule.total:
+    checkpoints are damaged continues from an older one, and writes them again."""
+    path = folder / RESULT
+    result = read_json(dict[str, Any], path) if path.exists() else {"requeue": True}
+    step = checkpoint.state.step if checkpoint else result.get("steps", 0)
+    if result.get("requeue") or step < schedule.total:
         return None
     print(f"{folder}: finished before, at step {step}; nothing to do", file=sys.stderr)
-    return document
+    return result
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, world: World, claim: Claim | None) -> Iterator[Lease | None]:
-    """Holds the run's folder on rank 0, so that no other job works in it; yields its lease there, None on other ranks.
+def _claim_folder(folder: Path, world: World, claim: Claim | None) -> Iterator[Lease | None]:
+    """Holds the run's folder on rank 0, so that no other job uses it; yields its lease there, None on other ranks.
 
-    On rank 0 None says that this very hand-off is at work in it already. Raises InputError where another job is, and
-    for a hand-off whose folder is another run's.
+    On rank 0 None means that this very hand-off uses it already. Raises InputError where another job does, and for a
+    hand-off whose folder belongs to another run.
     """
     if not world.is_first:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / RECORD).exists()
-    same = begun and claim is not None and Record.read(folder).uuid == claim.uuid
+    has_record = (folder / RECORD).exists()
+    is_same_run = has_record and claim is not None and Record.read(folder).uuid == claim.uuid
     with contextlib.ExitStack() as held:
         try:
             lease = held.enter_context(hold(folder, slurm.has_ended))
         except BlockingIOError:
-            if same:
+            if is_same_run:
                 print(f"{folder}: this hand-off is at work already", file=sys.stderr, flush=True)
                 yield None
                 return
             raise InputError(
-                f"{folder}: another job is at work in it; wait for it or give this one a run.name"
+                f"{folder}: another job is at work in it; wait for it or choose another run.name"
             ) from None
-        if claim and begun and not same:
-            raise InputError(f"{folder}: is another run's: give the hand-off a run.name of its own")
+        if claim and has_record and not is_same_run:
+            raise InputError(f"{folder}: is another run's: choose another run.name for the hand-off")
         yield lease
 
 
 @contextlib.contextmanager
-def _published(
+def _publish(
     config: Config,
     world: World,
     training: ShardSet,
@@ -380,7 +367,7 @@ def _published(
     claim: Claim | None,
     parent: str | None,
 ) -> Iterator[Publisher | None]:
-    """The run's Publisher on rank 0; None on the others. A run that raises ends as FAILED."""
+    """Yields the run's Publisher on rank 0 and None on the others. A run that raises ends as FAILED."""
     if not world.is_first:
         yield None
         return
@@ -399,15 +386,14 @@ def _published(
         raise
 
 
-def _say_start(
+def _log_start(
     config: Config, world: World, feed: TrainFeed, schedule: Schedule, state: State, zero_stage: int
 ) -> None:
-    part = feed.deal
-    lines = [
-        f"{config.run.folder}: {config.model.name}, steps {state.step} to {schedule.total} "
-        f"({feed.order.steps_per_epoch} an epoch), {world.size} ranks × {part.accumulation} × {part.micro_batch_size} "
-        f"samples on {world.device.type}, ZeRO-{zero_stage} {config.engine.precision}"
-    ]
+    rank_slice = feed.rank_slice
+    steps = f"steps {state.step} to {schedule.total} ({feed.order.steps_per_epoch} an epoch)"
+    batch = f"{world.size} ranks × {rank_slice.accumulation} × {rank_slice.micro_batch_size} samples"
+    engine = f"ZeRO-{zero_stage} {config.engine.precision}"
+    lines = [f"{config.run.folder}: {config.model.name}, {steps}, {batch} on {world.device.type}, {engine}"]
     if padding := start_checks.padding(feed.order, world.size, config):
         lines.append(padding)
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Pictures for people to look at: contact sheets, class colours, boxes."""
+"""Draws pictures for people: contact sheets, class colours, boxes and masks."""

@@ -1,4 +1,4 @@
-"""Objects drawn on their image: a tint where a mask is, a frame, and a label on it.
+"""Draws objects on their image: a tint where a mask is, a frame, and a label on the frame.
 
 image, boxes, labels ─[scaled]─▶ masks ─▶ frames ─▶ labels ─▶ picture, of each the first object on top
 """
@@ -15,9 +15,17 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.pictures.palette import palette
 
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-_TEXT_PX, _PAD_PX = 11, 2
-_TINT = 0.45  # opacity of a mask
-_MIDDLE_GREY = 140  # colours that are brighter have black letters on them
+_TEXT_PX = 11
+_PAD_PX = 2
+# The opacity of a mask.
+_TINT = 0.45
+# Colours that are brighter have black letters on them.
+_MIDDLE_GREY = 140
+
+Colour = tuple[int, int, int]
+Mask = npt.NDArray[np.uint8]
+Frame = tuple[float, float, float, float]
+"""The left, top, right and bottom of a rectangle."""
 
 
 def draw_boxes(
@@ -25,78 +33,109 @@ def draw_boxes(
     boxes: Sequence[Sequence[float]],
     labels: Sequence[int],
     scores: Sequence[float] | None,
-    masks: Iterable[npt.NDArray[np.uint8]] | None,
+    masks: Iterable[Mask] | None,
     classes: Sequence[str],
     *,
     side_px: int | None = None,
 ) -> Image.Image:
-    """An RGB image with its objects, the most important ones first in each list.
+    """Returns an RGB image with its objects, the most important ones first in each list.
 
     `boxes`: x, y, width, height in pixels of the image; `labels`: positions in `classes`; `scores` in 0 to 1; `masks`:
-    [height, width] of 0 and 1, of the image's size. `side_px`: make the image's long side so long before anything is
-    drawn, so that lines and letters keep their size.
+    [height, width] of 0 and 1, of the image's size. `side_px`: the length that the image's longer side is scaled to
+    before anything is drawn, so that lines and letters keep their size.
     """
     factor = side_px / max(image.size) if side_px else 1.0
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    colours = [_colour(label, len(classes)) for label in labels]
+    size = (
+        max(1, round(image.width * factor)),
+        max(1, round(image.height * factor)),
+    )
+    colours = [_choose_colour(label, len(classes)) for label in labels]
     picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     if masks is not None:
-        picture = _tinted(picture, masks, colours)
+        picture = _tint(picture, masks, colours)
     draw = ImageDraw.Draw(picture)
-    frames = [_frame(box, factor) for box in boxes]
-    for frame, colour in reversed(list(zip(frames, colours, strict=True))):
-        draw.rectangle(_grown(frame, 1), outline="black", width=4)  # to be seen on any ground
+    frames = [_scale_frame(box, factor) for box in boxes]
+    # In reverse, so that the most important objects are on top; the labels are on top of all frames.
+    framed = list(zip(frames, colours, strict=True))
+    for frame, colour in reversed(framed):
+        left, top, right, bottom = frame
+        # The black border makes the frame visible on any background.
+        draw.rectangle(
+            (left - 1, top - 1, right + 1, bottom + 1),
+            outline="black",
+            width=4,
+        )
         draw.rectangle(frame, outline=colour, width=2)
     texts = [classes[label] for label in labels]
     if scores is not None:
         texts = [f"{text} {score:.0%}" for text, score in zip(texts, scores, strict=True)]
-    for frame, colour, text in reversed(list(zip(frames, colours, texts, strict=True))):
-        _write(draw, picture.size, frame, colour, text)
+    labelled = list(zip(frames, colours, texts, strict=True))
+    for frame, colour, text in reversed(labelled):
+        _draw_label(
+            draw,
+            picture.size,
+            frame,
+            colour,
+            text,
+        )
     return picture
 
 
-def _tinted(
-    picture: Image.Image, masks: Iterable[npt.NDArray[np.uint8]], colours: Sequence[tuple[int, int, int]]
+def _tint(
+    picture: Image.Image,
+    masks: Iterable[Mask],
+    colours: Sequence[Colour],
 ) -> Image.Image:
-    """Each pixel in the colour of the first object that has it."""
+    """Returns the picture with each pixel tinted in the colour of the first object that covers it."""
     pixels = np.array(picture)
     is_free = np.ones(pixels.shape[:2], np.bool_)
     for mask, colour in zip(masks, colours, strict=True):
-        here = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)) > 0
-        own = here & is_free
-        pixels[own] = ((1 - _TINT) * pixels[own] + _TINT * np.array(colour)).round()
-        is_free &= ~here
+        resized = Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)
+        is_covered = np.asarray(resized) > 0
+        chosen = is_covered & is_free
+        mixed = (1 - _TINT) * pixels[chosen] + _TINT * np.array(colour)
+        pixels[chosen] = mixed.round()
+        is_free &= ~is_covered
     return Image.fromarray(pixels)
 
 
-def _write(
+def _draw_label(
     draw: ImageDraw.ImageDraw,
     size: tuple[int, int],
-    frame: tuple[float, float, float, float],
-    colour: tuple[int, int, int],
+    frame: Frame,
+    colour: Colour,
     text: str,
 ) -> None:
-    """A label above a frame; where the picture ends, inside of it, or below one that it would hide."""
-    width, height = _font().getlength(text) + 2 * _PAD_PX, _TEXT_PX + 2 * _PAD_PX
-    left = max(0.0, min(frame[0] - 1, size[0] - width))
-    inside_or_below = frame[1] if frame[3] - frame[1] > 2 * height else frame[3]
-    top = frame[1] - height if frame[1] >= height else inside_or_below
-    draw.rectangle((left, top, left + width, top + height), colour)
-    brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    """Draws a label above a frame; at the picture's edge inside the frame, or below a frame that it would hide."""
+    frame_left, frame_top, _, frame_bottom = frame
+    width = _font().getlength(text) + 2 * _PAD_PX
+    height = _TEXT_PX + 2 * _PAD_PX
+    picture_width, _ = size
+    left = max(0.0, min(frame_left - 1, picture_width - width))
+    if frame_top >= height:
+        top = frame_top - height
+    elif frame_bottom - frame_top > 2 * height:
+        top = frame_top
+    else:
+        top = frame_bottom
+    right = left + width
+    bottom = top + height
+    draw.rectangle((left, top, right, bottom), colour)
+    red, green, blue = colour
+    brightness = 0.299 * red + 0.587 * green + 0.114 * blue
     ink = "black" if brightness > _MIDDLE_GREY else "white"
-    draw.text((left + _PAD_PX, top + height / 2), text, ink, _font(), anchor="lm")
+    middle = left + _PAD_PX, top + height / 2
+    draw.text(middle, text, ink, _font(), anchor="lm")
 
 
-def _frame(box: Sequence[float], factor: float) -> tuple[float, float, float, float]:
+def _scale_frame(box: Sequence[float], factor: float) -> Frame:
     x, y, width, height = (value * factor for value in box)
-    return x, y, x + max(width, 1), y + max(height, 1)
+    right = x + max(width, 1)
+    bottom = y + max(height, 1)
+    return x, y, right, bottom
 
 
-def _grown(frame: tuple[float, float, float, float], by: float) -> tuple[float, float, float, float]:
-    return frame[0] - by, frame[1] - by, frame[2] + by, frame[3] + by
-
-
-def _colour(label: int, num_classes: int) -> tuple[int, int, int]:
+def _choose_colour(label: int, num_classes: int) -> Colour:
     red, green, blue = palette(num_classes)[label].tolist()
     return red, green, blue
 

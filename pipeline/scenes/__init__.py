@@ -1,6 +1,6 @@
-"""Real pictures of small size to learn dense tasks from: handwritten digits on photographs, boxed, masked and mapped.
+"""Composes small data sets for dense tasks: handwritten digits on photographs, with boxes, masks and label maps.
 
 photographs ──crop──┐
-scans of digits ────┴──compose──▶ Scene ──layouts──▶ ADE20K: image + map of classes
-                                            └──────▶ COCO: image + outlined objects
+scans of digits ────┴──compose──▶ Scene ──write_dataset──▶ ADE20K: image + label map
+                                            └────────────▶ COCO: image + outlined objects
 """

@@ -1,7 +1,7 @@
-"""The photographs that scenes lie on: in colour, shipped by scikit-learn and scikit-image, and free to be changed.
+"""The backgrounds of scenes: colour photographs that scikit-learn and scikit-image ship, with licences to change them.
 
-Each is cut in two: training sees the left, validation the right of it. So a network learns of what kinds backgrounds
-are, and is tried on others of these kinds.
+Each is cut in two: training sees its left and validation its right. So a network learns the kinds of backgrounds, and
+is evaluated on other backgrounds of these kinds.
 """
 
 import functools
@@ -16,7 +16,7 @@ from PIL import Image
 
 Split = Literal["train", "val"]
 TRAIN_SHARE = 0.6
-"""Of a photograph's width."""
+"""The share of a photograph's width that training sees."""
 
 
 class Photograph(NamedTuple):
@@ -28,10 +28,12 @@ class Photograph(NamedTuple):
     source: str
 
     def pixels(self, split: Split) -> npt.NDArray[np.uint8]:
-        """Of a split's part: RGB, [height, width, 3]."""
+        """Returns a split's part of the photograph, RGB, [height, width, 3]."""
         whole = _pixels(self.name, self.package)
         border = round(TRAIN_SHARE * whole.shape[1])
-        return whole[:, :border] if split == "train" else whole[:, border:]
+        if split == "train":
+            return whole[:, :border]
+        return whole[:, border:]
 
 
 _CC_BY = "CC BY 2.0", "https://creativecommons.org/licenses/by/2.0/"
@@ -52,7 +54,7 @@ PHOTOGRAPHS = (
 
 
 def attribution() -> str:
-    """What has to be said beside pictures that show scenes."""
+    """Returns the credits that have to accompany pictures of scenes."""
     lines = [
         "Scenes of handwritten digits, composed from:",
         "",

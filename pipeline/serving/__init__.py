@@ -1,4 +1,4 @@
-"""What the code of registered models imports, by names that stay: versions keep the code of their day."""
+"""The names that the code of registered models imports. They never change: each version keeps the code of its time."""
 
 from pipeline.track.serve.served_model import ServedModel
 

@@ -1,4 +1,4 @@
-"""What cannot be used, and why: for standard error, the JSON result and skipped.jsonl."""
+"""Lists samples and images that cannot be used, and why: on standard error, in the JSON result and in skipped.jsonl."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from pipeline.redact import printable
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 10
-"""Faults told in a message; a file or the JSON result lists all."""
+"""The number of faults that a message lists; a file or the JSON result lists all."""
 
 
 class SampleFault(NamedTuple):
@@ -22,8 +22,10 @@ class SampleFault(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
+        if self.key is None:
+            return printable(f"{self.shard}: {self.reason}")
         # repr, because a name in a foreign tar may hold anything.
-        return printable(f"{self.shard}: {'' if self.key is None else f'{self.key!r}: '}{self.reason}")
+        return printable(f"{self.shard}: {self.key!r}: {self.reason}")
 
 
 class BadSource(NamedTuple):
@@ -38,7 +40,7 @@ class BadSource(NamedTuple):
 
 
 def first_few(faults: Sequence[SampleFault | BadSource]) -> str:
-    """The first of them, a line each."""
+    """Returns the first faults, one a line, and the number of others."""
     lines = [f"  {fault}" for fault in faults[:SHOWN]]
     if len(faults) > SHOWN:
         lines.append(f"  … and {len(faults) - SHOWN} more")
@@ -46,19 +48,23 @@ def first_few(faults: Sequence[SampleFault | BadSource]) -> str:
 
 
 def write_faults(path: Path, faults: Iterable[SampleFault | BadSource]) -> None:
-    """List them in a file, one JSON object a line."""
-    files.write(path, "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode())
+    """Lists the faults in a file, one JSON object a line."""
+    lines = [json.dumps(fault._asdict()) + "\n" for fault in faults]
+    files.write(path, "".join(lines).encode())
 
 
 def write_skipped(folder: Path, faults: Sequence[SampleFault | BadSource]) -> None:
-    """List in FOLDER/skipped.jsonl what was left out; without faults there is no such file."""
-    (folder / SKIPPED).unlink(missing_ok=True)
+    """Lists in FOLDER/skipped.jsonl what was skipped. Without faults there is no such file afterwards."""
+    path = folder / SKIPPED
+    path.unlink(missing_ok=True)
     if faults:
-        write_faults(folder / SKIPPED, faults)
-        print(f"left out {len(faults)}, listed in {SKIPPED}", file=sys.stderr)
+        write_faults(path, faults)
+        print(f"skipped {len(faults)}, listed in {SKIPPED}", file=sys.stderr)
 
 
 def read_skipped(folder: Path) -> list[dict[str, str | None]]:
-    """What `write_skipped` has listed, a mapping each."""
+    """Returns the entries that `write_skipped` has listed; none where there is no such file."""
     path = folder / SKIPPED
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,9 +1,9 @@
-"""Files below a folder, and the one rule by which hidden and system entries are ignored: in trees, tars and buckets.
+"""Lists the files below a folder, and decides which hidden and system entries are ignored, also in tars and buckets.
 
     folder ──files_below──▶ paths of files, links followed
                   └───────▶ ignored entries, whose number is reported
 
-Whoever made them, they are no part of a data set: thumbnails, copies of editors, folders of storage systems.
+Ignored entries never belong to a data set: thumbnails, backup copies of editors, folders of storage systems.
 """
 
 import os
@@ -14,35 +14,56 @@ from pipeline.errors import InputError
 
 _SYSTEM = frozenset(
     {
-        *("__macosx", "icon\r"),  # macOS
-        *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # Windows
-        *("lost+found", "~snapshot", "#snapshot", "#recycle", "@eadir", "@recycle", "@recently-snapshot"),  # storage
+        # macOS
+        "__macosx",
+        "icon\r",
+        # Windows
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "system volume information",
+        # Storage systems
+        "lost+found",
+        "~snapshot",
+        "#snapshot",
+        "#recycle",
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        # Python
         "__pycache__",
     }
 )
 
 
 def is_system(path: str) -> bool:
-    """Whether a part of the path is hidden, or made by an operating system, a storage system or an editor."""
+    """Returns whether a component of the path is hidden, or belongs to an operating or storage system or an editor."""
     return any(map(_is_system_name, path.split("/")))
 
 
 def _is_system_name(name: str) -> bool:
     name = name.lower()
     is_hidden = name.startswith(".") and name not in (".", "..")
+    # Emacs and vi append ~, Office prepends ~$, and Emacs encloses unsaved text in #.
     is_editors = name.endswith("~") or name.startswith("~$") or (name.startswith("#") and name.endswith("#"))
-    return is_hidden or is_editors or name in _SYSTEM or name.endswith(":zone.identifier")
+    # Windows' note that a file was downloaded, as Linux shows it.
+    is_note = name.endswith(":zone.identifier")
+    return is_hidden or is_editors or is_note or name in _SYSTEM
 
 
 def files_below(folder: str, ignored: list[str]) -> Iterator[str]:
-    """Every file below a folder, sorted by name in each folder, links followed. Hidden and system entries go to
-    `ignored`. Raises InputError where a folder cannot be read."""
+    """Yields the path of every file below a folder, sorted by name in each folder; links are followed.
+
+    Hidden and system entries go to `ignored`. Raises InputError where a folder cannot be read.
+    """
     yield from _files_below(folder, ignored, ())
 
 
 def _files_below(folder: str, ignored: list[str], above: tuple[str, ...]) -> Iterator[str]:
     real = os.path.realpath(folder)
-    if real in above:  # a link that leads back up
+    # A link that leads back up would go round in circles.
+    if real in above:
         return
     for entry in entries_of(folder, ignored):
         if is_folder(entry):
@@ -52,19 +73,30 @@ def _files_below(folder: str, ignored: list[str], above: tuple[str, ...]) -> Ite
 
 
 def entries_of(folder: str, ignored: list[str]) -> list[os.DirEntry[str]]:
-    """A folder's entries, sorted by name. Hidden and system ones go to `ignored`. Raises InputError."""
+    """Returns a folder's entries, sorted by name. Hidden and system entries go to `ignored`.
+
+    Raises InputError where the folder cannot be read.
+    """
     try:
-        with os.scandir(folder) as found:
-            everything = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}; make it readable or remove it") from error
-    ignored += [entry.path for entry in everything if is_system(entry.name)]
-    return [entry for entry in everything if not is_system(entry.name)]
+    kept = []
+    for entry in entries:
+        if is_system(entry.name):
+            ignored.append(entry.path)
+        else:
+            kept.append(entry)
+    return kept
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one. False for a link that leads nowhere or to itself."""
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # noqa: PTH112  # takes the path
+    """Returns whether an entry is a folder or a link to one. A link that leads nowhere or to itself is no folder."""
+    if not entry.is_symlink():
+        return entry.is_dir()
+    # entry.is_dir raises for a link to itself.
+    return os.path.isdir(entry.path)  # noqa: PTH112
 
 
 def report_ignored(ignored: Sequence[str]) -> None:

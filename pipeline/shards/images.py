@@ -1,13 +1,13 @@
-"""One encoded image: what its header says, whether it decodes, and the same made smaller.
+"""Checks, decodes and scales single encoded images and label maps.
 
-    bytes ──header──▶ format and size, nothing decoded
-    bytes ──check───▶ the same, once all of it has been decoded
-    bytes ──decode──▶ pixels
+    bytes ──header──────▶ format and size; nothing is decoded
+    bytes ──check───────▶ format and size, once the whole image has been decoded
+    bytes ──decode──────▶ pixels
     bytes ──decode_map──▶ the classes of pixels
-    bytes ──prepare─▶ bytes to pack: the same, or a JPEG no larger than wanted; prepare_map: its map likewise
+    bytes ──prepare─────▶ bytes to pack: the same, or a smaller JPEG; prepare_map does the same with a label map
 
 Pixels are counted before anything is decoded. EXIF orientation and colour profiles are ignored, as torchvision and
-timm ignore them. Formats beyond those named here are never tried, because PIL hands some of them to other programs.
+timm ignore them. Formats that are not named here are never tried, because PIL hands some of them to other programs.
 """
 
 import contextlib
@@ -25,69 +25,83 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pipeline.shards.image_header import damage, excess, read_size
 from pipeline.shards.index import MAX_BYTES, MAX_PIXELS
 
-MAX_SIDE_PX = 65535  # what an index record holds
+MAX_SIDE_PX = 65535
+"""The largest height or width, which an index record holds in 16 bits."""
 QUALITY = 90
-MAX_SCALED_BYTES, MAX_SCALED_PIXELS = 1 << 30, 1 << 29
-"""Of an image that packing scales down; the pixels are those of JPEGs alone, which can be decoded at a part of their
-size: 3 GB for a progressive one."""
+MAX_SCALED_BYTES = 1 << 30
+"""The limit for the bytes of an image that packing scales down."""
+MAX_SCALED_PIXELS = 1 << 29
+"""The limit for the pixels of a JPEG that packing scales down. JPEGs can be decoded at a fraction of their size; a
+progressive one of this size takes 3 GB."""
 IGNORED = 255
-"""In a label map: a pixel that does not count."""
+"""The value of pixels of a label map that do not count."""
 
-_PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}  # MPO: a JPEG with more pictures behind it, as phones write
+# MPO is a JPEG with more pictures behind it, as phones write them.
+_PACKED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _TRIED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_DEPTH = 24  # where a PNG says how many bits its values have
+# The position of the byte of a PNG that says how many bits its values have.
+_DEPTH = 24
 _BOMB = f"more than {MAX_PIXELS:,} pixels: taken for a decompression bomb; scale it down"
 
 
+LabelMap = npt.NDArray[np.uint8]
+"""[height, width] of class numbers, 0 for no label."""
+
+
 class BadImageError(ValueError):
-    """These bytes cannot be used as an image. The message says why, and the way out where there is one."""
+    """These bytes cannot be used as an image. The message says why, and the remedy where there is one."""
 
 
 class Header(NamedTuple):
     extension: str
-    """jpg or png."""
+    """The extension, jpg or png."""
     height: int
     width: int
-    """In pixels, as stored."""
+    """The width in pixels, as stored, like the height."""
 
 
 def header(data: bytes) -> Header:
-    """What the first bytes of a JPEG or PNG say. Raises BadImageError."""
-    with _opened(data) as image:
-        return _header(image, data)
+    """Returns what the first bytes of a JPEG or PNG say. Raises BadImageError."""
+    with _open_checked(data) as image:
+        return _check_header(image, data)
 
 
 def check(data: bytes) -> Header:
-    """What `header` returns, once all of the image has been decoded. Raises BadImageError also for what is damaged and
-    what would be fed with other values than Pillow's."""
-    with _opened(data) as image:
-        head = _header(image, data)
+    """Decodes the whole image, and returns what `header` returns.
+
+    Raises BadImageError also for a damaged image, and for one that DALI would decode to other values than Pillow.
+    """
+    with _open_checked(data) as image:
+        head = _check_header(image, data)
         _load(image, data)
         return head
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """Height and width in pixels of an image of any format that packing takes. Raises BadImageError."""
-    if found := read_size(data):
-        return found
-    with _opened(data) as image:
+    """Returns height and width in pixels of an image of any format that packing takes. Raises BadImageError."""
+    stated_size = read_size(data)
+    if stated_size:
+        return stated_size
+    with _open_checked(data) as image:
         return image.height, image.width
 
 
 def decode(data: bytes) -> Image.Image:
-    """A JPEG or PNG as RGB. Raises BadImageError."""
-    with _opened(data) as image:
-        _header(image, data)
+    """Returns a JPEG or PNG as RGB. Raises BadImageError."""
+    with _open_checked(data) as image:
+        _check_header(image, data)
         return _load(image, data).convert("RGB")
 
 
-def decode_map(data: bytes) -> npt.NDArray[np.uint8]:
-    """The values of a label map, [height, width], palette indices as they are. Raises BadImageError."""
-    with _opened(data) as image:
-        _header(image, data)
-        depth = data[_DEPTH] if image.format == "PNG" else 8
-        # PIL spreads grey values of fewer bits over 0 … 255, and has another mode for more.
-        if image.format != "PNG" or image.mode not in ("L", "P") or (image.mode == "L" and depth != 8):
+def decode_map(data: bytes) -> LabelMap:
+    """Returns the values of a label map, [height, width], palette indices as they are. Raises BadImageError."""
+    with _open_checked(data) as image:
+        _check_header(image, data)
+        is_png = image.format == "PNG"
+        depth = data[_DEPTH] if is_png else 8
+        # PIL stretches grey values of fewer bits to 0 … 255, and has another mode for values of more bits.
+        is_grey = image.mode == "L" and depth == 8
+        if not is_png or not (is_grey or image.mode == "P"):
             raise BadImageError(
                 f"a label map is a PNG of 8-bit grey values or palette indices, not a {image.format} "
                 f"of {depth} bits in PIL's mode {image.mode}"
@@ -96,32 +110,41 @@ def decode_map(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def prepare(
-    data: bytes, max_side: int | None = None, quality: int | None = None, bits_stored: int | None = None
+    data: bytes,
+    max_side: int | None = None,
+    quality: int | None = None,
+    bits_stored: int | None = None,
 ) -> tuple[bytes, Header]:
-    """What to pack of an image, once it has been decoded: what does not decode today would stop a run tomorrow.
+    """Returns the bytes to pack for an image, and their header. The image is decoded: one that fails would stop a run.
 
     JPEG and PNG stay as they are unless a side is longer than `max_side` pixels; then the image is scaled down and
     becomes a JPEG of `quality`. Other formats, and kinds that DALI does not decode as Pillow does, become JPEGs where
-    either argument is given. With `bits_stored` 16-bit values are scaled from 0 … 2^bits_stored - 1 to 8 bits, and
-    PNGs of them stay PNGs. Raises BadImageError.
+    either argument is given. With `bits_stored`, 16-bit values are scaled from 0 … 2^bits_stored - 1 to 8 bits, and
+    PNGs of such values stay PNGs. Raises BadImageError.
     """
     convert = max_side is not None or quality is not None
-    with _opened(data, max_side) as image:
-        too_long = max_side is not None and max(image.size) > max_side
-        if too_long or (convert and not _is_plain(image, data)):
-            return _jpeg(image, data, max_side or MAX_SIDE_PX, quality or QUALITY, bits_stored)
+    with _open_checked(data, max_side) as image:
+        is_too_long = max_side is not None and max(image.size) > max_side
+        if is_too_long or (convert and not _is_plain(image, data)):
+            return _convert_to_jpeg(
+                image,
+                data,
+                max_side or MAX_SIDE_PX,
+                quality or QUALITY,
+                bits_stored,
+            )
         _check_bytes(data, MAX_BYTES)
-        head = _header(image, data, way_out="pack with --quality to convert it")
-        shown = _load(image, data, bits_stored)
-        if shown is image or bits_stored is None:
+        head = _check_header(image, data, remedy="pack with --quality to convert it")
+        decoded = _load(image, data, bits_stored)
+        if decoded is image or bits_stored is None:
             return data, head
-        return _encoded(shown, "PNG"), head
+        return _encode(decoded, "PNG"), head
 
 
 def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> bytes:
-    """What to pack of the label map of `image`, which `prepare` has made `packed`.
+    """Returns the bytes to pack for the label map of `image`, which `prepare` has packed as `packed`.
 
-    The map is checked, and takes the size of the packed image, each pixel its nearest neighbour's value. Raises
+    The map is checked and resized to the packed image; each pixel takes its nearest neighbour's value. Raises
     BadImageError.
     """
     labels = decode_map(data)
@@ -130,20 +153,21 @@ def prepare_map(data: bytes, image: bytes, packed: Header, num_classes: int) -> 
         raise BadImageError(
             f"{labels.shape[1]} × {labels.shape[0]} pixels, but its image has {width} × {height}: they must be equal"
         )
-    if wrong := wrong_labels(labels, num_classes):
-        raise BadImageError(wrong)
+    problem = wrong_labels(labels, num_classes)
+    if problem:
+        raise BadImageError(problem)
     if labels.shape == (packed.height, packed.width):
         return data
     small = Image.fromarray(labels).resize((packed.width, packed.height), Image.Resampling.NEAREST)
-    return _encoded(small, "PNG")
+    return _encode(small, "PNG")
 
 
-def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
-    """What is wrong with the values of a label map, [height, width]."""
-    wrong = (labels > num_classes) & (labels != IGNORED)
-    if not wrong.any():
+def wrong_labels(labels: LabelMap, num_classes: int) -> str | None:
+    """Returns what is wrong with the values of a label map, [height, width]; None for a correct one."""
+    is_wrong = (labels > num_classes) & (labels != IGNORED)
+    if not is_wrong.any():
         return None
-    y, x = np.argwhere(wrong)[0].tolist()
+    y, x = np.argwhere(is_wrong)[0].tolist()
     return (
         f"the value {labels[y, x]} at x {x}, y {y}; a pixel's value is 0, no label; 1 … {num_classes}, a class; "
         f"or {IGNORED}, to be ignored"
@@ -151,17 +175,21 @@ def wrong_labels(labels: npt.NDArray[np.uint8], num_classes: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, max_side: int | None = None) -> Iterator[ImageFile]:
-    """PIL's image before decoding, which is scaled to `max_side` then. Whatever is raised for it, inside the block as
-    well, is a BadImageError."""
+def _open_checked(data: bytes, max_side: int | None = None) -> Iterator[ImageFile]:
+    """Yields PIL's image before decoding, which may then be done at a smaller size if `max_side` is given.
+
+    Whatever is raised for the image, inside the block as well, becomes a BadImageError.
+    """
     if not data:
         raise BadImageError("empty")
     _check_bytes(data, MAX_SCALED_BYTES if max_side else MAX_BYTES)
-    if reason := excess(data):
+    reason = excess(data)
+    if reason:
         raise BadImageError(f"{reason}, as no encoder writes: taken for a decompression bomb")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and PIL's own limit on pixels, which is lower than ours
+            # PIL warns of odd metadata, and above its own limit for pixels, which is lower than ours.
+            warnings.simplefilter("ignore")
             with _open(data, max_side) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImageError(_BOMB)
@@ -172,7 +200,8 @@ def _opened(data: bytes, max_side: int | None = None) -> Iterator[ImageFile]:
         raise BadImageError(_BOMB) from None
     except UnidentifiedImageError:
         raise BadImageError("not an image") from None
-    except Exception as error:  # damaged bytes make decoders raise almost anything
+    # Damaged bytes make decoders raise almost anything.
+    except Exception as error:
         raise BadImageError(f"not a readable image: {error}") from error
 
 
@@ -182,43 +211,50 @@ def _check_bytes(data: bytes, limit: int) -> None:
 
 
 def _open(data: bytes, max_side: int | None) -> ImageFile:
-    """PIL's image. A JPEG of too many pixels to be decoded whole takes the size of the part that scaling it needs."""
+    """Returns PIL's image. A JPEG of too many pixels is set up to be decoded at the size that scaling it needs."""
     height, width = read_size(data) or (0, 0)
     is_large_jpeg = data.startswith(b"\xff\xd8") and MAX_PIXELS < height * width <= MAX_SCALED_PIXELS
     if max_side is None or not is_large_jpeg:
         return Image.open(BytesIO(data), formats=_TRIED)
-    image = JpegImageFile(BytesIO(data))  # Image.open has a limit of its own
+    # Opened without Image.open, which has a lower limit for pixels.
+    image = JpegImageFile(BytesIO(data))
     longest = max(height, width)
-    side = max(max_side, min(3 * max_side, longest // 2))  # three times the result is enough for a good filter
-    image.draft(None, (max(1, width * side // longest), max(1, height * side // longest)))
+    # Three times the result is enough for a good filter.
+    side = max(max_side, min(3 * max_side, longest // 2))
+    draft_size = (
+        max(1, width * side // longest),
+        max(1, height * side // longest),
+    )
+    image.draft(None, draft_size)
     return image
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Whether DALI decodes it as PIL does. PIL reads more: it forgives what DALI cannot follow."""
+    """Returns whether DALI decodes the image as PIL does. PIL also reads files whose layout DALI cannot follow."""
     return image.format in _PACKED and read_size(data) == (image.height, image.width)
 
 
-def _header(image: Image.Image, data: bytes, way_out: str = "convert it, as pack --quality does") -> Header:
+def _check_header(image: Image.Image, data: bytes, remedy: str = "convert it, as pack --quality does") -> Header:
     if image.format not in _PACKED:
-        raise BadImageError(f"holds {image.format}, not JPEG or PNG: {way_out}")
+        raise BadImageError(f"holds {image.format}, not JPEG or PNG: {remedy}")
     if not _is_plain(image, data):
         kind = "not laid out as the format wants"
         if image.mode == "CMYK":
             kind = "in CMYK without Adobe's marker"
         elif image.format == "JPEG":
             kind += ", or lossless"
-        raise BadImageError(f"a {image.format} that is {kind}: {way_out}")
+        raise BadImageError(f"a {image.format} that is {kind}: {remedy}")
     if max(image.size) > MAX_SIDE_PX:
         raise BadImageError(f"{image.width} × {image.height} pixels; no side may exceed {MAX_SIDE_PX}: scale it down")
     return Header(_PACKED[image.format], image.height, image.width)
 
 
 def _load(image: ImageFile, data: bytes, bits_stored: int | None = None) -> Image.Image:
-    """All of an image decoded: itself, or an image of 8 bits a value where it has 16. Raises BadImageError."""
-    _refuse_damaged(data)
-    if (values := _deep_values(image, data)) is not None:
-        return Image.fromarray(_scaled(values, bits_stored))
+    """Decodes the whole image and returns it, or an image of 8 bits a value where it has 16. Raises BadImageError."""
+    _check_undamaged(data)
+    values = _decode_16_bits(image, data)
+    if values is not None:
+        return Image.fromarray(_scale_to_8_bits(values, bits_stored))
     if image.mode in ("I", "F"):
         raise BadImageError(f"32 bits a pixel (PIL's mode {image.mode}), whose range nobody knows: convert it")
     if image.format == "TIFF" and ";16" in str(image.tile):
@@ -227,18 +263,20 @@ def _load(image: ImageFile, data: bytes, bits_stored: int | None = None) -> Imag
     return image
 
 
-def _refuse_damaged(data: bytes) -> None:
-    if reason := damage(data):
+def _check_undamaged(data: bytes) -> None:
+    reason = damage(data)
+    if reason:
         raise BadImageError(f"damaged: {reason}")
 
 
-def _deep_values(image: ImageFile, data: bytes) -> npt.NDArray[np.integer] | None:
-    """The values of an image of 16 bits a value, [height, width] or [height, width, 3]. None for other images."""
+def _decode_16_bits(image: ImageFile, data: bytes) -> npt.NDArray[np.integer] | None:
+    """Returns the values of an image of 16 bits a value, [height, width] or [height, width, 3]; None for others."""
     if image.mode.startswith("I;16"):
         return np.asarray(image)
     if image.format != "PNG" or data[_DEPTH] != 16:
         return None
-    # PIL reads the upper half of colours' values. This takes seconds to import, and such images are rare.
+    # PIL reads the upper half of 16-bit colours alone. Imported here, because torch takes seconds to import, and such
+    # images are rare.
     import torch
     from torchvision.io import ImageReadMode, decode_png
 
@@ -246,8 +284,8 @@ def _deep_values(image: ImageFile, data: bytes) -> npt.NDArray[np.integer] | Non
     return decode_png(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def _scaled(values: npt.NDArray[np.integer], bits_stored: int | None) -> npt.NDArray[np.uint8]:
-    """From 16 bits, of which `bits_stored` are used, to 8. Raises BadImageError where that cannot be right."""
+def _scale_to_8_bits(values: npt.NDArray[np.integer], bits_stored: int | None) -> npt.NDArray[np.uint8]:
+    """Scales 16-bit values, of which `bits_stored` bits are used, to 8 bits. Raises BadImageError for others."""
     top = int(values.max())
     if bits_stored is None and 0 < top < 1 << 15:
         bits = max(top.bit_length(), 8)
@@ -258,21 +296,31 @@ def _scaled(values: npt.NDArray[np.integer], bits_stored: int | None) -> npt.NDA
     limit = 2 ** (bits_stored or 16) - 1
     if top > limit:
         raise BadImageError(f"a 16-bit value of {top:,}: --bits-stored {bits_stored} says that they end at {limit:,}")
+    # A table of all values: fewer divisions than pixels.
     scale = np.rint(np.arange(limit + 1) * 255 / limit)
     return scale.astype(np.uint8)[values]
 
 
-def _jpeg(image: ImageFile, data: bytes, max_side: int, quality: int, bits_stored: int | None) -> tuple[bytes, Header]:
+def _convert_to_jpeg(
+    image: ImageFile,
+    data: bytes,
+    max_side: int,
+    quality: int,
+    bits_stored: int | None,
+) -> tuple[bytes, Header]:
     if image.format == "JPEG":
-        _refuse_damaged(data)
-        small = image  # which `thumbnail` decodes at 1/2, 1/4 or 1/8 where that leaves enough for a good filter
+        _check_undamaged(data)
+        # Not decoded yet: `thumbnail` does so at 1/2, 1/4 or 1/8 where that leaves enough for a good filter.
+        small = image
     else:
-        small = _load(image, data, bits_stored).convert("RGB")  # palettes would be scaled without a filter
+        # Palettes would be scaled without a filter.
+        small = _load(image, data, bits_stored).convert("RGB")
     small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return _encoded(small.convert("RGB"), "JPEG", quality=quality), Header("jpg", small.height, small.width)
+    encoded = _encode(small.convert("RGB"), "JPEG", quality=quality)
+    return encoded, Header("jpg", small.height, small.width)
 
 
-def _encoded(image: Image.Image, format: str, **options: int) -> bytes:
+def _encode(image: Image.Image, format: str, **options: int) -> bytes:
     buffer = BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()

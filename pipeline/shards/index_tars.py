@@ -1,21 +1,19 @@
-"""Index tars that others made, where they lie and as they are.
+"""Indexes existing tars in place, without changing them.
 
     tars ──scan, in parallel──▶ Scans ──▶ class list ──▶ .index.npy of each, manifest.json
                                   └─────▶ faults
 
-Some 200 bytes a sample are held in memory.
+Indexing takes some 200 bytes of memory a sample.
 """
 
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -28,10 +26,11 @@ from pipeline.redact import redact
 from pipeline.shards import images
 from pipeline.shards.bad_samples import SHOWN, SampleFault, first_few, write_skipped
 from pipeline.shards.filesystems import below_root, is_http, split_query
-from pipeline.shards.index import MANIFEST, MAX_CLASSES, RECORD, TARS_QUERY, Manifest, Shard
-from pipeline.shards.labels import check_first, is_number, numbered
-from pipeline.shards.process_pool import advance, each
-from pipeline.shards.scan_tar import Scan, samples, scan_tar
+from pipeline.shards.index import RECORD, encode_records
+from pipeline.shards.labels import check_first, is_number, number_names
+from pipeline.shards.manifest import MANIFEST, MAX_CLASSES, TARS_QUERY, Manifest, Shard
+from pipeline.shards.process_pool import advance, map_tasks
+from pipeline.shards.scan_tar import Look, Sample, Scan, samples, scan_tar
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
 
@@ -48,89 +47,109 @@ def index_tars(
     decode: bool = True,
     workers: int = 1,
 ) -> tuple[Manifest | None, list[SampleFault]]:
-    """Index the tars below `root`, a folder or URL; or those that a path with braces names: DIR/train-{000..146}.tar.
+    """Indexes the tars below `root`, a folder or URL; or those that a path with braces names: DIR/train-{000..146}.tar.
 
-    Indices and manifest go beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, or auto, which the
-    first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes the list.
-    Every image is decoded, unless `decode` is False, which trusts what its header says.
+    Indices and manifest are written beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, or auto, which
+    the first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes the
+    list. Every image is decoded, unless `decode` is False, which trusts the images' headers.
 
     Returns the manifest and all faults. With faults nothing is written and the manifest is None, unless `skip_bad`
-    leaves what is bad out, listed in skipped.jsonl. Raises InputError where nothing can be indexed at all.
+    skips bad samples and lists them in skipped.jsonl. Raises InputError where nothing can be indexed at all.
     """
-    root, query, names = _split(root)
+    root, query, names = _split_root(root)
     store = Store(root + query)
-    folder = _output_folder(store, root, out)
-    names, faults = _check_names(names or _find(store))
+    folder = _prepare_output(store, root, out)
+    names, faults = _check_names(names or _find_tars(store))
     num_tars = len(names) + len(faults)
-    source = _choose_source(store, names) if labels == "auto" else _checked_source(labels)
+    source = _choose_source(store, names) if labels == "auto" else _check_source(labels)
 
     look = images.check if decode else images.header
-    tasks = ((root + query, name, source, look) for name in names)
-    workers = min(workers, len(names))
-    scans = list(each(_scan, tasks, workers=workers, total=len(names), name="indexing", unit="tar"))
+    results = map_tasks(
+        _scan,
+        ((root + query, name, source, look) for name in names),
+        workers=min(workers, len(names)),
+        total=len(names),
+        name="indexing",
+        unit="tar",
+    )
+    scans = list(results)
     classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
 
-    _report(scans, num_tars)
-    faults += [fault for result in scans for fault in result.faults]
-    scans = [result for result in scans if len(result.records)]
+    _report_scans(scans, num_tars)
+    for scan in scans:
+        faults += scan.faults
+    scans = [scan for scan in scans if len(scan.records)]
     if faults and not skip_bad:
         return None, faults
     if not scans:
         raise InputError(f"{store.root}: not one sample can be used:\n{first_few(faults)}")
     write_skipped(folder, faults)
-    is_beside = store.is_local and folder.resolve() == Path(store.root).resolve()
-    tars = None if is_beside else str(Path(store.root).resolve()) if store.is_local else store.root
-    manifest = Manifest.of(classes, [_write_index(result, folder) for result in scans], tars)
-    _keep_query(folder / TARS_QUERY, query)
+    # The manifest names the tars' location only where it is another one than its own.
+    tars = store.root
+    if store.is_local:
+        location = Path(tars).resolve()
+        tars = None if folder.resolve() == location else str(location)
+    shards = [_write_index(scan, folder) for scan in scans]
+    manifest = Manifest.of(classes, shards, tars)
+    _write_query(folder / TARS_QUERY, query)
+    # The manifest comes last: a folder that has one is whole.
     files.write(folder / MANIFEST, manifest.encode())
     return manifest, faults
 
 
-def _split(root: str) -> tuple[str, str, list[str]]:
-    """The folder or URL, the query that signs it, and the tars in it where `root` names them."""
+def _split_root(root: str) -> tuple[str, str, list[str]]:
+    """Returns the folder or URL, the query that signs it, and the names of the tars if `root` is a pattern of them."""
     address, query = split_query(root)
     if not address.endswith(".tar") or Path(address).is_dir():
         return address, query, []
-    folder = address.partition("{")[0].rpartition("/")[0]
+    before_braces, _, _ = address.partition("{")
+    folder, _, _ = before_braces.rpartition("/")
+    pattern = address.removeprefix(f"{folder}/") if folder else address
     try:
-        names = list(braceexpand(address[len(folder) + 1 if folder else 0 :]))
+        names = list(braceexpand(pattern))
     except ValueError as error:
         raise InputError(
             f"{redact(address)}: {error}; expected a pattern such as DIR/train-{{000..146}}.tar"
         ) from error
-    return folder or ".", query, list(map(unquote, names)) if is_http(address) else names
+    if is_http(address):
+        names = list(map(unquote, names))
+    return folder or ".", query, names
 
 
-def _keep_query(path: Path, query: str) -> None:
-    """Write what signs the tars' URLs where training finds it and nobody else may read it."""
+def _write_query(path: Path, query: str) -> None:
+    """Writes the query that signs the tars' URLs where training finds it and only its owner may read it."""
     path.unlink(missing_ok=True)
     if query:
         path.touch(mode=0o600)
         path.write_text(f"{query}\n")
 
 
-def _report(scans: list[Scan], num_tars: int) -> None:
-    """Report how many tars and files there are and which can be used, and tars that are the same."""
-    usable = [result for result in scans if result.keys]
-    num_files = sum(result.num_members for result in scans)
-    num_ignored = sum(result.num_ignored for result in scans)
-    num_usable = sum(sum(result.num_parts) for result in usable)
-    num_samples = sum(len(result.keys) for result in usable)
+def _report_scans(scans: list[Scan], num_tars: int) -> None:
+    """Reports how many tars and files there are and can be used, and duplicate tars."""
+    usable = [scan for scan in scans if scan.keys]
+    num_files = sum(scan.num_members for scan in scans)
+    num_ignored = sum(scan.num_ignored for scan in scans)
+    num_usable = sum(sum(scan.num_parts) for scan in usable)
+    num_samples = sum(len(scan.keys) for scan in usable)
     print(
         f"found {num_tars} tars with {num_files} files; "
         f"usable: {len(usable)} tars with {num_usable} files of {num_samples} samples; "
         f"refused: {num_tars - len(usable)} tars, {num_files - num_usable - num_ignored} files; "
-        f"ignored: {num_ignored} files that are hidden, of a system or without extension",
+        f"ignored: {num_ignored} files that are hidden, system files or without extension",
         file=sys.stderr,
     )
-    first: dict[str, str] = {}
-    copies = [one.name for one in usable if first.setdefault(one.sha256, one.name) != one.name]
-    if copies:
-        shown = ", ".join(copies[:SHOWN])
+    names: dict[str, str] = {}
+    duplicates = []
+    for scan in usable:
+        first = names.setdefault(scan.sha256, scan.name)
+        if first != scan.name:
+            duplicates.append(scan.name)
+    if duplicates:
+        shown = ", ".join(duplicates[:SHOWN])
         print(f"warning: these tars repeat others, so their samples count more than once: {shown}", file=sys.stderr)
 
 
-def _output_folder(store: Store, root: str, out: Path | None) -> Path:
+def _prepare_output(store: Store, root: str, out: Path | None) -> Path:
     if store.is_local and not Path(store.root).is_dir():
         raise InputError(f"{store.root}: no such folder; index takes a folder or URL of .tar files")
     if out is None and not store.is_local:
@@ -147,20 +166,22 @@ def _output_folder(store: Store, root: str, out: Path | None) -> Path:
     return folder
 
 
-def _find(store: Store) -> list[str]:
-    """The tars below the store's root, compressed ones too."""
+def _find_tars(store: Store) -> list[str]:
+    """Returns the names of the tars below the store's root, those of compressed tars too."""
     try:
-        names = [name for name in store.names() if name.endswith((".tar", *_COMPRESSIONS))]
+        names = store.names()
     except OSError as error:
         raise InputError(f"{store.root}: cannot be listed: {error.strerror}") from error
-    if not names:
+    tars = [name for name in names if name.endswith((".tar", *_COMPRESSIONS))]
+    if not tars:
         raise InputError(f"{store.root}: no .tar files below it")
-    return names
+    return tars
 
 
 def _check_names(names: list[str]) -> tuple[list[str], list[SampleFault]]:
-    """The tars that can be read, and faults for the others."""
-    good, faults = [], []
+    """Returns the names of the tars that can be read, and faults for the others."""
+    good = []
+    faults = []
     for name in names:
         try:
             below_root(name)
@@ -175,102 +196,127 @@ def _check_names(names: list[str]) -> tuple[list[str], list[SampleFault]]:
 
 
 def _choose_source(store: Store, names: list[str]) -> str:
-    """Where labels are, from the first sample that can be read."""
+    """Returns where the labels are, judged by the first sample that can be read."""
     for name in names:
         try:
             with store.open(name) as stream:
                 sample = next(samples(Reader(stream), []))
         except (OSError, TarError, StopIteration):
             continue
-        fields = ""
         if "cls" in sample.members:
             source = "cls"
         elif sample.key.removeprefix("./").count("/"):
             source = "folder"
         else:
-            with contextlib.suppress(ValueError, RecursionError):
-                tree = json.loads(sample.data.get("json", b""))
-                fields = ", ".join(tree) if isinstance(tree, dict) else ""
+            hint = " or tars with .cls parts"
+            fields = _list_fields(sample)
+            if fields:
+                hint = f", where FIELD is one of {fields}"
             raise InputError(
                 f"{store.url(name)}: no label can be seen in the first sample, {sample.key!r} with parts "
-                f"{', '.join(sample.members)}: give --labels json:FIELD"
-                + (f", where FIELD is one of {fields}" if fields else " or tars with .cls parts")
+                f"{', '.join(sample.members)}: give --labels json:FIELD{hint}"
             )
         print(f"labels: {source}, after the first sample {sample.key!r}; --labels overrides this", file=sys.stderr)
         return source
+    # There is no sample to judge by; the scan reports why.
     return "cls"
 
 
-def _checked_source(labels: str) -> str:
+def _list_fields(sample: Sample) -> str:
+    with contextlib.suppress(ValueError, RecursionError):
+        tree = json.loads(sample.data.get("json", b""))
+        if isinstance(tree, dict):
+            return ", ".join(tree)
+    return ""
+
+
+def _check_source(labels: str) -> str:
     if labels not in ("cls", "folder") and not re.fullmatch("json:.+", labels):
         raise InputError(f"--labels {labels}: expected auto, cls, folder or json:FIELD")
     return labels
 
 
-def _scan(task: tuple[str, str, str, Callable[[bytes], images.Header]]) -> Scan:
+def _scan(task: tuple[str, str, str, Look]) -> Scan:
     root, name, source, look = task
     try:
-        with _store(root).open(name) as stream:
-            result = scan_tar(stream, name, source, look)
+        with _open_store(root).open(name) as stream:
+            scan = scan_tar(stream, name, source, look)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        result = Scan(name, 0, "", np.empty(0, RECORD), [], [], [SampleFault(name, None, reason)])
+        reason = f"cannot be read: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        scan = Scan(
+            name=name,
+            bytes=0,
+            sha256="",
+            records=np.empty(0, RECORD),
+            keys=[],
+            labels=[],
+            faults=[SampleFault(name, None, reason)],
+        )
     advance()
-    return result
+    return scan
 
 
+# One store, and so one set of connections, for all tasks of a worker.
 @functools.cache
-def _store(root: str) -> Store:
+def _open_store(root: str) -> Store:
     return Store(root)
 
 
 def _number_labels(scans: list[Scan], given: list[str] | None, where: str, *, are_names: bool) -> list[str]:
-    """Change the records' labels to positions in the class list, which is returned. Drops samples that have no class.
+    """Changes the records' labels to positions in the class list, and returns the list.
 
-    Labels are numbers where most samples' are, unless `are_names`. Raises InputError where they count from 1 and
-    `given` from 0.
+    Drops samples without a class. Labels are numbers where most samples' labels are, unless `are_names`. Raises
+    InputError where they count from 1 and `given` from 0.
     """
-    counts: Counter[str] = Counter()
-    for result in scans:
-        samples_of = np.bincount(result.records["label"], minlength=len(result.labels))
-        counts.update(dict(zip(result.labels, map(int, samples_of), strict=True)))
-    counts = +counts  # without labels whose samples have all been dropped
+    counts = _count_labels(scans)
     numbers = {text: int(text) for text in counts if is_number(text)}
-    if are_names or 2 * sum(counts[text] for text in numbers) <= counts.total():
+    num_numbered = sum(counts[text] for text in numbers)
+    if are_names or 2 * num_numbered <= counts.total():
         classes = given or sorted(counts)
         positions = {name: number for number, name in enumerate(classes)}
     else:
-        classes = given or numbered([number for number in numbers.values() if number < MAX_CLASSES], where)
+        plausible = [number for number in numbers.values() if number < MAX_CLASSES]
+        classes = given or number_names(plausible, where)
+        # A number is the class of this name, or, where no name is a number, a position in the list.
         position_of = {int(name): position for position, name in enumerate(classes) if is_number(name)}
         if not position_of:
             check_first(numbers.values(), len(classes), where)
             position_of = {position: position for position in range(len(classes))}
         positions = {text: position_of[number] for text, number in numbers.items() if number in position_of}
-    for result in scans:
-        label_of = np.array([positions.get(text, -1) for text in result.labels], np.int32)
-        texts = [result.labels[label] for label in result.records["label"]]
-        result.records["label"] = label_of[result.records["label"]]
-        result.drop(
-            {
-                int(row): f"label {texts[row]!r} is none of the {len(classes)} classes"
-                for row in np.flatnonzero(result.records["label"] < 0)
-            }
-        )
+    for scan in scans:
+        texts = scan.labels
+        position_of_label = np.array([positions.get(text, -1) for text in texts], np.int32)
+        labels = scan.records["label"].copy()
+        scan.records["label"] = position_of_label[labels]
+        reasons = {}
+        for row in np.flatnonzero(scan.records["label"] < 0).tolist():
+            reasons[row] = f"label {texts[labels[row]]!r} is none of the {len(classes)} classes"
+        scan.drop(reasons)
     return classes
 
 
-def _write_index(result: Scan, folder: Path) -> Shard:
-    name = result.name.removesuffix(".tar")
-    buffer = io.BytesIO()
-    np.save(buffer, result.records, allow_pickle=False)
+def _count_labels(scans: list[Scan]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for scan in scans:
+        num_samples = np.bincount(scan.records["label"], minlength=len(scan.labels))
+        counts.update(dict(zip(scan.labels, num_samples.tolist(), strict=True)))
+    # Without labels whose samples have all been dropped.
+    return +counts
+
+
+def _write_index(scan: Scan, folder: Path) -> Shard:
+    name = scan.name.removesuffix(".tar")
+    data = encode_records(scan.records)
     path = folder / f"{name}.index.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, buffer.getvalue())
+    files.write(path, data)
     return Shard(
         name=name,
-        samples=len(result.records),
-        bytes=result.bytes,
-        sha256=result.sha256,
-        index_bytes=buffer.tell(),
-        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
+        samples=len(scan.records),
+        bytes=scan.bytes,
+        sha256=scan.sha256,
+        index_bytes=len(data),
+        index_sha256=hashlib.sha256(data).hexdigest(),
     )

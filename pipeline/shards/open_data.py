@@ -1,6 +1,6 @@
-"""Opens the data sets that a configuration or a command names: the one place that does, so that all cache alike.
+"""Opens the data sets that a configuration or a command names. All callers use this module, so that all cache alike.
 
-path or URL ──layouts: packed on first use──▶ root ──▶ ShardSet ──shards from URLs──▶ data.cache, data.cache_gb
+path or URL ──public_datasets: packed on first use──▶ root ──▶ ShardSet ──remote shards──▶ data.cache, data.cache_gb
 """
 
 import functools
@@ -12,32 +12,47 @@ from pipeline.shards.index import ShardSet
 
 
 def open_training(data: DataConfig) -> ShardSet:
-    """Returns what a run trains on: one data set, or several end to end. Raises as `open_data` does."""
-    return open_data(*data.train_paths, cache=CacheOptions(data.cache, data.cache_gb))
+    """Returns a run's training data: one data set, or several end to end. Raises as `open_data` does."""
+    cache = CacheOptions(data.cache, data.cache_gb)
+    return open_data(*data.train_paths, cache=cache)
 
 
 def open_validation(data: DataConfig) -> ShardSet | None:
-    """Returns what a run is evaluated on, None where data.val is not set. Raises as `open_data` does."""
-    return open_data(data.val, cache=CacheOptions(data.cache, data.cache_gb)) if data.val else None
+    """Returns a run's validation data, None where data.val is not set. Raises as `open_data` does."""
+    if not data.val:
+        return None
+    cache = CacheOptions(data.cache, data.cache_gb)
+    return open_data(data.val, cache=cache)
 
 
 def open_manifests(data: DataConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Returns what a run trains on and is evaluated on, packed, to count samples where the run itself does not go on.
+    """Returns a run's packed training and validation data, to count samples on a machine that does not train.
 
     No cache is made: data.cache may lie on the nodes' own disks.
     """
-    return ShardSet(*data.train_paths), ShardSet(data.val) if data.val else None
+    training = ShardSet(*data.train_paths)
+    validation = ShardSet(data.val) if data.val else None
+    return training, validation
 
 
 def open_data(*paths: str, cache: CacheOptions = DEFAULT_CACHE) -> ShardSet:
-    """Returns the data sets at `paths`, end to end. One in a public layout is packed on first use.
+    """Returns the data sets at `paths`, end to end. A data set in a public layout is packed on first use.
 
     Raises InputError for a data set that cannot be read and, where shards are remote, for a cache that cannot be used.
-    Packed data sets on a disk need no cache, so a `data.cache` on another node's own disk is no fault there.
+    Packed data sets on a disk need no cache, so there a `data.cache` on another node's own disk is no error.
     """
-    budget_bytes = None if cache.gb is None else int(cache.gb * 1e9)
-    make_cache = functools.cache(lambda: Cache.default(cache.folder, budget_bytes))
-    shards = ShardSet(*(public_datasets.root_of(path, cache.folder) for path in paths), cache=make_cache)
+    budget_bytes = None
+    if cache.gb is not None:
+        budget_bytes = int(cache.gb * 1e9)
+
+    # All data sets share one cache, which is made when it is first needed.
+    @functools.cache
+    def make_cache() -> Cache:
+        return Cache.default(cache.folder, budget_bytes)
+
+    roots = [public_datasets.root_of(path, cache.folder) for path in paths]
+    shards = ShardSet(*roots, cache=make_cache)
+    # Now, so that a folder that cannot be used is rejected before anything is written.
     if shards.is_remote:
-        make_cache()  # now, so that a folder that cannot be used is refused before anything is written
+        make_cache()
     return shards

@@ -1,18 +1,18 @@
-"""Pack images into WebDataset shards with index and manifest.
+"""Packs images into WebDataset shards with index and manifest.
 
-    Listing ──seeded shuffle──▶ tasks of one shard each ──workers: read, check, scale, write, hash──▶ shard-000000.tar …
-                                                                                   + .index.npy + manifest.json
+    ImageListing ──seeded shuffle──▶ tasks, a shard each ──workers: read, check, scale, write, hash──▶ shard-000000.tar
+                                                                                     + .index.npy + manifest.json
 
 Annotated images (see ade20k.py, coco.py) have their annotations checked, scaled and written with them.
 
 The same input gives the same bytes, with any number of workers. The output folder appears whole, by one rename. Until
-then all is kept in .OUT.partial beside it, where the same command finds its finished shards after an interruption:
+then everything is in .OUT.partial beside it, where the same command finds its finished shards after an interruption:
 
     .OUT.partial/lock            held while packing
-    .OUT.partial/DIGEST/         of the input and the options, so that nothing of another pack is ever taken over
+    .OUT.partial/DIGEST/         of the input and the options, so that the work of another pack is never taken over
         data/                    becomes OUT
         done/shard-000000.json   what the worker recorded once its shard was whole
-        spill/                   images of Parquet files on their way, see parquet.py
+        spill/                   images of Parquet files, sorted for the shards: see parquet.py
 """
 
 import contextlib
@@ -40,26 +40,21 @@ from pipeline.shards import image_sources, images, object_annotations, parquet, 
 from pipeline.shards.bad_samples import SHOWN, BadSource, first_few, write_faults, write_skipped
 from pipeline.shards.image_sources import ImageEntry, ImageListing, Table
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import (
-    ANNOTATED_RECORD,
-    EXTENSIONS,
-    MANIFEST,
-    RECORD,
-    Annotations,
-    Manifest,
-    Shard,
-)
+from pipeline.shards.index import ANNOTATED_RECORD, RECORD, encode_records
+from pipeline.shards.manifest import EXTENSIONS, MANIFEST, Annotations, Manifest, Shard
 from pipeline.shards.object_annotations import BadObjectsError
-from pipeline.shards.process_pool import advance, each
+from pipeline.shards.process_pool import advance, map_tasks
 from pipeline.shards.tar import padded
 
+Int64Array = npt.NDArray[np.int64]
+
 _VERSION = 1
-"""Of the bytes that packing writes: part of the digest that lets a pack continue."""
+"""The version of the bytes that packing writes, which is part of the digest that lets a pack continue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What shapes the bytes of the shards, beside the images."""
+    """The settings that shape the bytes of the shards."""
 
     max_side: int | None
     quality: int | None
@@ -81,75 +76,94 @@ def pack(
     skip_bad: bool = False,
     workers: int = 1,
 ) -> Manifest:
-    """Pack the images of `source` into the folder `out`, and return the manifest.
+    """Packs the images of `source` into the folder `out`, and returns the manifest.
 
-    `source` is a listing, or what `sources.find` makes one of, where `classes` fixes the class map (a validation split
-    takes the training split's). Images with a side longer than `max_side` pixels are scaled down and become JPEGs of
-    `quality`; with either, formats and kinds that DALI does not decode as Pillow does are converted too. `bits_stored`
-    scales 16-bit values, see images.prepare. `skip_bad` leaves out images that cannot be used and lists them in
-    skipped.jsonl. An ATTRIBUTION.txt of the images goes with them.
+    `source` is a listing, or a path that `image_sources.find` lists. `classes` then fixes the class list: a validation
+    split takes the training split's. Images with a side longer than `max_side` pixels are scaled down and become JPEGs
+    of `quality`; with either argument, formats and kinds that DALI does not decode as Pillow does are converted too.
+    `bits_stored` scales 16-bit values, see images.prepare. `skip_bad` skips images that cannot be used and lists them
+    in skipped.jsonl. The images' ATTRIBUTION.txt is copied.
 
-    Raises InputError for anything wrong with the input: first for all that listing it has found, then for all images
-    of all shards. It then leaves nothing behind but OUT-refused.jsonl, the list where that is long. Whatever else ends
-    it, what is done is kept for the next attempt.
+    Raises InputError for anything wrong with the input: first for everything that was found while listing, then for
+    all images of all shards. In this case it leaves nothing behind but OUT-refused.jsonl, the list of the problems if
+    it is long. After any other error the finished shards are kept for the next attempt.
     """
     out = out.resolve()
-    _refuse_full(out)
+    _check_empty(out)
     listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
     options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
-    identity = [_VERSION, PIL.__version__, listing.digest, dataclasses.asdict(options)]
-    with _partial(out, fingerprint(identity)[:16]) as folder:
+    identity = [
+        _VERSION,
+        PIL.__version__,
+        listing.digest,
+        dataclasses.asdict(options),
+    ]
+    with _open_partial(out, fingerprint(identity)[:16]) as folder:
         bad = list(listing.bad)
-        _refuse_bad(bad, out, skip_bad)  # before any image is decoded, which may take hours
+        # Before any image is decoded, which may take hours.
+        _check_bad(bad, out, skip_bad)
         # Neighbours in a tar are read together, so they should not be of one class.
         order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(listing.entries))
         spilled = _spill(listing, order, folder / "spill", workers)
         tasks = _plan(listing, order, folder, spilled, options)
         shards = []
         num_images = len(listing.entries)
-        workers = min(workers, -(-num_images // samples_per_shard))
-        for done in each(_pack_shard, tasks, workers=workers, total=num_images, name="packing"):
+        num_shards = -(-num_images // samples_per_shard)
+        results = map_tasks(
+            _pack_shard,
+            tasks,
+            workers=min(workers, num_shards),
+            total=num_images,
+            name="packing",
+        )
+        for done in results:
             bad += done.bad
-            shards += [done.shard] if done.shard else []
-        _refuse_bad(bad, out, skip_bad)
+            if done.shard:
+                shards.append(done.shard)
+        _check_bad(bad, out, skip_bad)
         if not shards:
             raise InputError(f"{out}: not one image can be packed:\n{first_few(bad)}")
         data = folder / "data"
         write_skipped(data, bad)
-        place = listing.tables[0].path if listing.tables else listing.entries[0].place
-        if credit := picture_credits.find_attribution(place):
-            files.write(data / picture_credits.ATTRIBUTION, f"{credit}\n".encode())
+        source_path = listing.tables[0].path if listing.tables else listing.entries[0].place
+        attribution = picture_credits.find_attribution(source_path)
+        if attribution:
+            files.write(data / picture_credits.ATTRIBUTION, f"{attribution}\n".encode())
         manifest = Manifest.of(listing.classes, shards, annotations=listing.annotations)
+        # The manifest comes last: what has one is whole.
         files.write(data / MANIFEST, manifest.encode())
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
         data.rename(out)
-    _refused(out).unlink(missing_ok=True)
+    # The list of an earlier attempt's problems is out of date.
+    _refused_path(out).unlink(missing_ok=True)
     return manifest
 
 
-def _refuse_full(out: Path) -> None:
+def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
 
 
-def _refused(out: Path) -> Path:
-    """Where all that was wrong with the input is listed, where it is more than a message holds."""
+def _refused_path(out: Path) -> Path:
+    """Returns the path of the list of all problems with the input, written where they are more than a message holds."""
     return out.with_name(f"{out.name}-refused.jsonl")
 
 
-def _refuse_bad(bad: list[BadSource], out: Path, skip_bad: bool) -> None:
+def _check_bad(bad: list[BadSource], out: Path, skip_bad: bool) -> None:
     if not bad or skip_bad:
         return
     lines = ["images that cannot be packed:", first_few(bad)]
     if len(bad) > SHOWN:
-        write_faults(_refused(out), bad)
-        lines.append(f"all {len(bad)} are listed in {_refused(out)}")
-    raise InputError("\n".join([*lines, "repair or remove them; --skip-bad leaves such images out"]))
+        path = _refused_path(out)
+        write_faults(path, bad)
+        lines.append(f"all {len(bad)} are listed in {path}")
+    lines.append("repair or remove them; --skip-bad skips such images")
+    raise InputError("\n".join(lines))
 
 
 @contextlib.contextmanager
-def _partial(out: Path, name: str) -> Iterator[Path]:
-    """The folder .OUT.partial/NAME, locked, with what an earlier attempt at the same has left there.
+def _open_partial(out: Path, name: str) -> Iterator[Path]:
+    """Yields the folder .OUT.partial/NAME, locked, with what an earlier attempt with the same input has left there.
 
     It is removed at the end and after an InputError, with parents that were made for it, and kept otherwise.
     """
@@ -159,33 +173,38 @@ def _partial(out: Path, name: str) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be created: {error.strerror}") from error
-    with _locked(partial / "lock", out):
-        _refuse_full(out)  # by one who has just finished
+    with _lock(partial / "lock", out):
+        # Another process may have finished between the first check and the lock.
+        _check_empty(out)
+        # What was packed from other input or with other options is of no use any more.
         for other in partial.iterdir():
-            if other.name not in (name, "lock"):  # of other input or options
+            if other.name not in (name, "lock"):
                 shutil.rmtree(other, ignore_errors=True)
+        folder = partial / name
         try:
-            for part in ("data", "done", "spill"):
-                (partial / name / part).mkdir(parents=True, exist_ok=True)
-            yield partial / name
+            for child in ("data", "done", "spill"):
+                (folder / child).mkdir(parents=True, exist_ok=True)
+            yield folder
         except InputError:
             shutil.rmtree(partial, ignore_errors=True)
-            with contextlib.suppress(OSError):  # somebody else has put something there
+            # A parent in which somebody has put something meanwhile is not empty, and stays.
+            with contextlib.suppress(OSError):
                 for parent in created:
                     parent.rmdir()
             raise
         except BaseException:
-            print(f"{partial} keeps what is done: the same command goes on from there", file=sys.stderr)
+            print(f"{partial} keeps what is done: the same command continues from there", file=sys.stderr)
             raise
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def _lock(path: Path, out: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(files.locked(path, wait=False))
-        except (BlockingIOError, FileNotFoundError):  # its holder has just removed the folder
+        # The file is missing where its holder has just removed the folder.
+        except (BlockingIOError, FileNotFoundError):
             raise InputError(f"{out}: somebody else is packing into it; wait for it or give another --out") from None
         yield
 
@@ -198,9 +217,9 @@ class _Task:
     number: int
     entries: list[ImageEntry]
     first: int
-    """Position of the first entry in the shuffled order."""
+    """The position of the first entry in the shuffled order."""
     spilled: list[Path]
-    """Where the images are if they come from Parquet files."""
+    """The files that the images of Parquet files were sorted into."""
     num_classes: int
     annotations: Annotations | None
     options: _Options
@@ -213,27 +232,29 @@ class _Task:
 @dataclasses.dataclass(frozen=True)
 class _Done:
     shard: Shard | None
-    """None where not one image could be packed."""
+    """The shard; None where not one image could be packed."""
     bad: list[BadSource]
 
 
-def _spill(listing: ImageListing, order: npt.NDArray[np.int64], folder: Path, workers: int) -> list[Path]:
-    """Bring the images of Parquet files near the order of the shards; where they are then."""
+def _spill(listing: ImageListing, order: Int64Array, folder: Path, workers: int) -> list[Path]:
+    """Sorts the images of Parquet files near the order of the shards, and returns the files that they are in then."""
+    if not listing.tables:
+        return []
+    # The inverse of the order: where in the shards each entry goes.
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order))
-    targets = [folder / f"{number:05d}" for number in range(len(listing.tables))]
-    starts = np.cumsum([0, *(len(table.rows) for table in listing.tables)])
-    tasks = (
-        (table, positions[start : start + len(table.rows)], target)
-        for table, start, target in zip(listing.tables, starts, targets, strict=False)
-    )
-    if targets:
-        for _ in each(_spill_table, tasks, workers=workers, total=len(order), name="reading"):
-            pass
-    return targets
+    tasks = []
+    start = 0
+    for number, table in enumerate(listing.tables):
+        end = start + len(table.rows)
+        tasks.append((table, positions[start:end], folder / f"{number:05d}"))
+        start = end
+    for _ in map_tasks(_spill_table, tasks, workers=workers, total=len(order), name="reading"):
+        pass
+    return [target for _, _, target in tasks]
 
 
-def _spill_table(task: tuple[Table, npt.NDArray[np.int64], Path]) -> None:
+def _spill_table(task: tuple[Table, Int64Array, Path]) -> None:
     table, positions, target = task
     if parquet.is_spilled(target):
         advance(len(positions))
@@ -242,28 +263,39 @@ def _spill_table(task: tuple[Table, npt.NDArray[np.int64], Path]) -> None:
 
 
 def _plan(
-    listing: ImageListing, order: npt.NDArray[np.int64], folder: Path, spilled: list[Path], options: _Options
+    listing: ImageListing,
+    order: Int64Array,
+    folder: Path,
+    spilled: list[Path],
+    options: _Options,
 ) -> Iterator[_Task]:
     for number, first in enumerate(range(0, len(order), options.samples_per_shard)):
         chosen = order[first : first + options.samples_per_shard]
-        entries = [listing.entries[i] for i in chosen]
-        yield _Task(folder, number, entries, first, spilled, len(listing.classes), listing.annotations, options)
+        yield _Task(
+            folder=folder,
+            number=number,
+            entries=[listing.entries[index] for index in chosen],
+            first=first,
+            spilled=spilled,
+            num_classes=len(listing.classes),
+            annotations=listing.annotations,
+            options=options,
+        )
 
 
 def _pack_shard(task: _Task) -> _Done:
-    """Write one shard, unless an earlier attempt has, whose bytes are then compared with what it recorded."""
+    """Writes one shard, unless an earlier attempt did so and its bytes still match what was recorded."""
     record = task.folder / "done" / f"{task.name}.json"
-    if done := _earlier(task, record):
+    done = _read_done(task, record)
+    if done:
         advance(len(task.entries))
         return done
-    tar, index = _paths(task)
+    tar, index = _shard_paths(task)
     with _HashedFile(tar) as file:
         records, bad = _write_tar(task, file)
-    buffer = BytesIO()
     record_type = ANNOTATED_RECORD if task.annotations else RECORD
-    np.save(buffer, np.array(records, record_type), allow_pickle=False)
     with _HashedFile(index) as index_file:
-        index_file.write(buffer.getvalue())
+        index_file.write(encode_records(np.array(records, record_type)))
     shard = None
     if records:
         shard = Shard(
@@ -277,64 +309,87 @@ def _pack_shard(task: _Task) -> _Done:
     else:
         tar.unlink()
         index.unlink()
-    text = {"shard": shard and dataclasses.asdict(shard), "bad": bad}
-    files.write(record, json.dumps(text).encode())
+    tree = {"shard": shard and dataclasses.asdict(shard), "bad": bad}
+    files.write(record, json.dumps(tree).encode())
     return _Done(shard, bad)
 
 
-def _paths(task: _Task) -> tuple[Path, Path]:
-    return task.folder / "data" / f"{task.name}.tar", task.folder / "data" / f"{task.name}.index.npy"
+def _shard_paths(task: _Task) -> tuple[Path, Path]:
+    data = task.folder / "data"
+    return data / f"{task.name}.tar", data / f"{task.name}.index.npy"
 
 
-def _earlier(task: _Task, record: Path) -> _Done | None:
+def _read_done(task: _Task, record: Path) -> _Done | None:
+    """Returns what an earlier attempt recorded of this shard; None where it did not finish it or its files differ."""
     try:
         tree = json.loads(record.read_bytes())
-        shard = Shard(**tree["shard"]) if tree["shard"] else None
-        for path, blob in zip(_paths(task), (shard.tar, shard.index) if shard else (), strict=False):
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != blob.sha256:
-                    return None
+        shard = None
+        if tree["shard"]:
+            shard = Shard(**tree["shard"])
+            tar, index = _shard_paths(task)
+            if files.sha256(tar) != shard.sha256 or files.sha256(index) != shard.index_sha256:
+                return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return _Done(shard, [BadSource(*fields) for fields in tree["bad"]])
 
 
 def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]], list[BadSource]]:
-    """Write the task's images, each with its .cls or annotation, and return a record's fields for each; and the images
-    left out."""
-    spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries)) if task.spilled else None
-    records, bad, options = [], [], task.options
+    """Writes the task's images, each with its .cls or annotation.
+
+    Returns the fields of a record for each image, and the images that were skipped.
+    """
+    spilled = None
+    if task.spilled:
+        spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries))
+    records, bad = [], []
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for entry in task.entries:
-            place, annotation = entry.place, None
+            # The file that an error is reported for: the image's, and then its annotation's.
+            path = entry.place
+            annotation = None
             try:
-                image = next(spilled) if spilled else _read(place)
-                data, head = images.prepare(image, options.max_side, options.quality, options.bits_stored)
+                image = next(spilled) if spilled else _read(path)
+                data, header = images.prepare(
+                    image,
+                    task.options.max_side,
+                    task.options.quality,
+                    task.options.bits_stored,
+                )
                 if isinstance(entry.annotation, str):
-                    place = entry.annotation
-                    annotation = images.prepare_map(_read(place), image, head, task.num_classes)
+                    path = entry.annotation
+                    annotation = images.prepare_map(_read(path), image, header, task.num_classes)
                 elif entry.annotation:
-                    annotation = object_annotations.prepare(
-                        entry.annotation, images.size(image), head, task.num_classes
-                    )
+                    size = images.size(image)
+                    annotation = object_annotations.prepare(entry.annotation, size, header, task.num_classes)
             except (BadImageError, BadObjectsError) as error:
-                bad.append(BadSource(place, entry.key, str(error)))
+                bad.append(BadSource(path, entry.key, str(error)))
             else:
-                header = tar.offset
-                offset = _add(tar, f"{entry.key}.{head.extension}", data)
-                record = header, offset, len(data), entry.label, head.height, head.width, zlib.crc32(data)
-                behind = str(entry.label).encode() if annotation is None else annotation
-                offset = _add(tar, f"{entry.key}.{EXTENSIONS[task.annotations]}", behind)
-                if annotation is not None:
+                start = tar.offset
+                record = (
+                    start,
+                    _add_member(tar, f"{entry.key}.{header.extension}", data),
+                    len(data),
+                    entry.label,
+                    header.height,
+                    header.width,
+                    zlib.crc32(data),
+                )
+                name = f"{entry.key}.{EXTENSIONS[task.annotations]}"
+                if annotation is None:
+                    _add_member(tar, name, str(entry.label).encode())
+                else:
+                    offset = _add_member(tar, name, annotation)
                     record += offset, len(annotation), zlib.crc32(annotation)
                 records.append(record)
             advance()
     return records, bad
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Write a member; where its first byte is."""
-    member = tarfile.TarInfo(name)  # owner, mode and time are the same for all
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Writes a member and returns the offset of its first byte in the tar."""
+    # Owner, mode and time have the same defaults for all members, so the tar's bytes depend on its contents alone.
+    member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, BytesIO(data))
     return tar.offset - padded(len(data))

@@ -1,8 +1,8 @@
-"""Work on many shards at once, in processes of their own, with one progress bar.
+"""Processes many shards at once in worker processes, with one progress bar.
 
     tasks ──▶ workers, each taking the next ──▶ results in the order of the tasks
 
-Workers end when this process ends, however it ends, so nobody writes into a folder that has been taken over.
+Workers end when this process ends, however it ends, so that none writes into a folder that another job has taken over.
 """
 
 import contextlib
@@ -22,53 +22,73 @@ from tqdm import tqdm
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+# The value of the shared counter that ends the workers' tasks.
 _STOP = -1
 _advance: Callable[[int], object] = lambda amount: None  # noqa: E731
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def advance(amount: int = 1) -> None:
-    """Called by a task: `amount` more is done. Ends the task where its result is no longer wanted."""
+    """Advances the progress bar; called by a task. Ends the task if its result is no longer wanted."""
     _advance(amount)
 
 
-def each(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, total: int, name: str, unit: str = "img"
+def map_tasks(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    total: int,
+    name: str,
+    unit: str = "img",
 ) -> Iterator[Result]:
-    """`function` of every task, in order, from `workers` processes; where one is enough, this one works.
+    """Yields the result of `function` for every task, in order, from `workers` processes or, with one, from this one.
 
-    `function` is a module's and its arguments and results can be pickled. `total` is what all calls of `advance` add
-    up to. What a task raises is raised here.
+    `function` must be a module's function, and its arguments and results must be picklable. `total` is the sum of all
+    calls of `advance`. What a task raises is raised here.
     """
-    with tqdm(total=total, desc=name, unit=unit, file=sys.stderr, disable=None, dynamic_ncols=True) as bar:
-        results = _here(function, tasks, bar) if workers <= 1 else _there(function, tasks, workers, bar)
+    bar = tqdm(
+        total=total,
+        desc=name,
+        unit=unit,
+        file=sys.stderr,
+        disable=None,
+        dynamic_ncols=True,
+    )
+    with bar:
+        results = _map_here(function, tasks, bar) if workers <= 1 else _map_in_workers(function, tasks, workers, bar)
+        # Closed explicitly: a caller that stops early must not leave workers behind.
         with contextlib.closing(results):
             yield from results
 
 
-def _here(function: Callable[[Task], Result], tasks: Iterable[Task], bar: tqdm) -> Generator[Result, None, None]:
+def _map_here(function: Callable[[Task], Result], tasks: Iterable[Task], bar: tqdm) -> Generator[Result, None, None]:
     global _advance
     _advance = bar.update
     yield from map(function, tasks)
 
 
-def _there(
-    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, bar: tqdm
+def _map_in_workers(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    bar: tqdm,
 ) -> Generator[Result, None, None]:
     # Not forked: a copy of a process that has threads may hold their locks for ever.
     context = multiprocessing.get_context("spawn")
     count = context.Value("q")
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(count,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(count,)) as pool:
         tasks = iter(tasks)
         futures = deque()
         try:
             while True:
+                # Two tasks a worker keep it busy, and hold few results in memory.
                 while len(futures) < 2 * workers and (task := next(tasks, None)) is not None:
-                    with _uninterrupted():
+                    with _block_interrupts():
                         futures.append(pool.submit(function, task))
                 if not futures:
                     break
@@ -84,8 +104,11 @@ def _there(
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C, which reaches all of a terminal's: the first one tells the others."""
+def _block_interrupts() -> Iterator[None]:
+    """Blocks Ctrl-C for processes that are started inside.
+
+    A terminal sends it to all processes, but only the first one handles it, and ends its workers.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -93,8 +116,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(count: "Synchronized[int]") -> None:
-    """In each worker, first of all."""
+def _start_worker(count: "Synchronized[int]") -> None:
+    """Prepares a worker process: its progress goes to the shared counter, and it ends with its parent."""
     global _advance
 
     def add(amount: int) -> None:

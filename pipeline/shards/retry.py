@@ -1,4 +1,7 @@
-"""Trying again, with growing waits, what a network or a disk failed to do; and the error when that did not help."""
+"""Retries what a network or a disk failed to do, with growing waits, and raises StoreError when that did not help.
+
+call ──fails──▶ wait ──▶ call ──fails──▶ … ──▶ StoreError with the cause and a remedy
+"""
 
 import errno
 import itertools
@@ -16,12 +19,12 @@ from pipeline.redact import redact
 
 T = TypeVar("T")
 
-# Waits do not shape results. The operating system's generator leaves the seeded ones as they were.
+# Waits do not influence results, so they must not draw from a seeded generator.
 _jitter = random.SystemRandom()
 
 
 class StoreError(ExternalError):
-    """A file cannot be had from its store, or is not what its digest says. The message begins with the file's URL."""
+    """A file cannot be read from its store, or does not match its digest. The message begins with the file's URL."""
 
 
 class WrongBytes(Exception):
@@ -30,31 +33,39 @@ class WrongBytes(Exception):
 
 @dataclass(frozen=True)
 class Retry:
-    """`retry(url, call)` is `call()`, tried again when it fails, with doubled and jittered waits and a warning each."""
+    """`retry(url, call)` returns `call()`, and retries it when it fails.
+
+    Waits are doubled and jittered, and each failure is reported.
+    """
 
     attempts: int = 6
     first_wait_s: float = 0.5
     last_start_s: float = 180.0
-    """No attempt begins later than this after the first one did."""
+    """The time after the first attempt from which no further one begins."""
 
     def __call__(self, url: str, call: Callable[[], T], on: type[Exception] = Exception) -> T:
-        """Raises FileNotFoundError at once, and StoreError at once where permission is missing or the request itself is
-        refused, or after the last attempt. Exceptions that are not `on` pass through."""
+        """Calls `call` until it succeeds, and returns its result.
+
+        Raises FileNotFoundError at once. Raises StoreError after the last attempt, and at once where access is denied
+        or the request itself is refused. Exceptions of other types than `on` are not caught.
+        """
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 return call()
+            # A call that itself retries has done so.
             except StoreError:
                 raise
             # The causes are cut off: libraries put URLs into their messages, with the credentials in them.
             except FileNotFoundError as error:
-                raise FileNotFoundError(errno.ENOENT, _what_is_missing(error), url) from None
+                raise FileNotFoundError(errno.ENOENT, _describe_missing(error), url) from None
             except on as error:
                 cause = _describe(error)
                 if _is_final(error):
                     raise StoreError(f"{url}: {cause}{_remedy(error)}") from None
                 if attempt >= self.attempts or time.monotonic() - started > self.last_start_s:
-                    raise StoreError(f"{url}: {cause}; given up after {attempt} attempt{'s' * (attempt > 1)}") from None
+                    unit = "attempt" if attempt == 1 else "attempts"
+                    raise StoreError(f"{url}: {cause}; given up after {attempt} {unit}") from None
             wait_s = self.first_wait_s * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.0)
             more = f"attempt {attempt + 1} of {self.attempts} in {wait_s:.1f} s"
             print(f"warning: {url}: {cause}; {more}", file=sys.stderr, flush=True)
@@ -64,14 +75,19 @@ class Retry:
 
 def _is_final(error: Exception) -> bool:
     status = _status(error)
-    is_refused = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
-    is_slow = isinstance(error, TimeoutError)  # which S3 answers with 400
-    return _is_denied(error) or _is_wrong_kind(error) or (is_refused and not is_slow)
+    if _is_denied(error) or _is_wrong_kind(error):
+        return True
+    # S3 answers a time-out with 400.
+    if status is None or isinstance(error, TimeoutError):
+        return False
+    # These three ask the client to try again.
+    return 400 <= status < 500 and status not in (408, 425, 429)
 
 
 def _is_wrong_kind(error: Exception) -> bool:
-    is_wrong_path = isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
-    return is_wrong_path or isinstance(error, UnreadableError)
+    if isinstance(error, UnreadableError):
+        return True
+    return isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 def _is_denied(error: Exception) -> bool:
@@ -81,24 +97,25 @@ def _is_denied(error: Exception) -> bool:
 
 
 def _answer(error: Exception) -> dict[str, Any]:
-    """What botocore has kept of the server's answer, where s3fs has raised one of Python's own errors for it."""
+    """Returns what botocore keeps of the server's answer; s3fs raises one of Python's own errors in its place."""
     return getattr(error.__cause__, "response", None) or {}
 
 
 def _status(error: Exception) -> int | None:
-    """The status of an HTTP answer."""
-    status = getattr(error, "status", None) or _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    """Returns the status of an HTTP answer; None for other errors."""
+    metadata = _answer(error).get("ResponseMetadata", {})
+    status = getattr(error, "status", None) or metadata.get("HTTPStatusCode")
     return status if isinstance(status, int) else None
 
 
-def _what_is_missing(error: FileNotFoundError) -> str:
+def _describe_missing(error: FileNotFoundError) -> str:
     if _answer(error).get("Error", {}).get("Code") == "NoSuchBucket":
         return "no such bucket: check its name, and AWS_ENDPOINT_URL if it is not on AWS"
     return os.strerror(errno.ENOENT)
 
 
 def _remedy(error: Exception) -> str:
-    """What to do about a request that was refused."""
+    """Returns what the user can do about a request that was refused."""
     if _is_wrong_kind(error):
         return ""
     if _is_denied(error):
@@ -114,7 +131,8 @@ def _remedy(error: Exception) -> str:
 def _describe(error: Exception) -> str:
     status = _status(error)
     if status is not None:
-        text = f"HTTP {status} {getattr(error, 'message', None) or getattr(error, 'strerror', None) or error}"
+        message = getattr(error, "message", None) or getattr(error, "strerror", None)
+        text = f"HTTP {status} {message or error}"
     elif isinstance(error, WrongBytes):
         text = str(error)
     elif isinstance(error, OSError) and _is_wrong_kind(error):

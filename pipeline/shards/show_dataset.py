@@ -1,16 +1,16 @@
-"""What a data set holds, for a person: counts, balance, sizes, and a sheet of random samples.
+"""Summarises a data set for a person: counts, class balance, sizes, and a contact sheet of random samples.
 
     indices ──▶ counts and percentiles ──▶ summary ──▶ text
     some random samples ──▶ contact sheet
 
-Sizes are read from the indices, so only the pictures of the sheet are opened; and some random annotations, where
-classes are of pixels or objects.
+Sizes are read from the indices. Only the samples of the sheet are opened, and, where a data set has annotations, a
+random selection of these.
 """
 
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,46 +28,80 @@ from pipeline.shards.index import CorruptSampleError, ShardSet
 from pipeline.shards.object_annotations import Annotated, BadObjectsError
 from pipeline.shards.store import Cache
 
-COLUMNS, ROWS = 8, 5
-MAP_COLUMNS, MAP_ROWS, MAP_TILE_PX = 4, 6, 320
-NUM_MAPS, NUM_ANNOTATED = 500, 2000
-"""Maps whose pixels, and images whose objects are counted; all, where there are no more."""
-SMALL_PX, MEDIUM_PX = 32**2, 96**2
-"""Areas below which COCO calls an object small, and medium."""
-PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
-_CACHE_BYTES = 64 << 20  # for the indices of a remote data set; of its shards only some samples are wanted
+class _SheetLayout(NamedTuple):
+    columns: int
+    rows: int
+    tile_px: int
+    classes: str
+    """The words for the classes in the sheet's subtitle."""
+
+
+_SHEET_LAYOUTS = {
+    None: _SheetLayout(columns=8, rows=5, tile_px=150, classes="classes"),
+    "semantic": _SheetLayout(columns=4, rows=6, tile_px=320, classes="classes of pixels"),
+    "objects": _SheetLayout(columns=4, rows=6, tile_px=320, classes="classes of objects"),
+}
+
+NUM_MAPS = 500
+"""The number of maps whose pixels are counted; all maps of a smaller data set."""
+NUM_ANNOTATED = 2000
+"""The number of images whose objects are counted; all images of a smaller data set."""
+SMALL_PX, MEDIUM_PX = 32**2, 96**2
+"""The areas below which COCO calls an object small, and medium."""
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+_PERCENTILE_TITLES = ("min", "5 %", "25 %", "50 %", "75 %", "95 %", "max")
+
+_HEADING = "{data}: {samples:,} samples of {classes:,} classes in {shards:,} shards, {megabytes:,.1f} MB of images"
+_OBJECTS = (
+    "{objects:,} objects in {images_read:,} images, {objects_with_mask:,} of them with masks; "
+    "{crowds:,} crowds beside them"
+)
+
+Array = npt.NDArray[Any]
+
+Tile = tuple[Image.Image | None, str]
+"""The picture and caption of a sample on the sheet; no picture for a damaged one."""
+
+# The cache holds the indices of a remote data set. Only a few samples of its shards are read.
+_CACHE_BYTES = 64 << 20
 
 
 def show_dataset(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]:
-    """Summarise the data set at `root` and draw a contact sheet of random samples into the PNG file `sheet`.
+    """Summarises the data set at `root` and draws a contact sheet of random samples into the PNG file `sheet`.
 
-    Raises InputError where the data set cannot be read or the sheet not written.
+    Raises InputError where the data set cannot be read or the sheet cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
-        summary = _summary(shards, seed)
-        draw = {None: _draw_sheet, "semantic": _draw_maps, "objects": _draw_objects}[shards.annotations]
-        picture = draw(shards, Path(split_query(str(root))[0]).absolute().name, seed, shards.attribution)
+        summary = _summarise(shards, seed)
+        location, _ = split_query(str(root))
+        picture = _draw_sheet(shards, Path(location).absolute().name, seed)
         shards.close()
+    # The cache is removed first: a sheet that cannot be written leaves nothing behind.
     picture.save(sheet)
     return {"data": redact(str(root)), **summary, "sheet": str(sheet)}
 
 
-def _summary(shards: ShardSet, seed: int) -> dict[str, Any]:
+def _summarise(shards: ShardSet, seed: int) -> dict[str, Any]:
     counts = np.zeros(len(shards.classes), np.int64)
-    sizes = np.empty((3, len(shards)), np.uint32)  # short side, long side, bytes
+    # The rows are short side, long side and bytes.
+    sizes = np.empty((3, len(shards)), np.uint32)
     start = 0
     for number, samples in enumerate(shards.shard_samples.tolist()):
         records = shards.index(number)
         counts += np.bincount(records["label"], minlength=len(counts))
-        sides = records["height"], records["width"]
-        sizes[:, start : start + samples] = np.minimum(*sides), np.maximum(*sides), records["size"]
-        start += samples
-    if shards.annotations is None:
-        balance = _sample_balance(shards.classes, counts)
+        end = start + samples
+        sizes[0, start:end] = np.minimum(records["height"], records["width"])
+        sizes[1, start:end] = np.maximum(records["height"], records["width"])
+        sizes[2, start:end] = records["size"]
+        start = end
+    if shards.annotations == "semantic":
+        balance = _measure_pixel_balance(shards, seed)
+    elif shards.annotations == "objects":
+        balance = _measure_object_balance(shards, seed)
     else:
-        balance = {"semantic": _pixel_balance, "objects": _object_balance}[shards.annotations](shards, seed)
+        balance = _measure_sample_balance(shards.classes, counts)
     return {
         "samples": len(shards),
         "shards": len(shards.shard_samples),
@@ -81,236 +115,315 @@ def _summary(shards: ShardSet, seed: int) -> dict[str, Any]:
     }
 
 
-def _sample_balance(classes: list[str], counts: npt.NDArray[np.int64]) -> dict[str, Any]:
-    named = _by_size(classes, counts)
+def _measure_sample_balance(classes: list[str], counts: Array) -> dict[str, Any]:
+    by_size = _sort_by_size(classes, counts)
     return {
-        "samples_per_class": {"min": named[-1][1], "median": float(np.median(counts)), "max": named[0][1]},
-        **_extremes(named),
+        "samples_per_class": _spread(by_size, counts),
+        **_extremes(by_size),
     }
 
 
-def _pixel_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
-    """Of `maps_read` random maps: which part of the pixels has a class, and each class's part of these."""
-    counts, num_pixels, num_maps = np.zeros(256, np.int64), 0, 0
+def _measure_pixel_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
+    """Returns the share of pixels that have a class in `maps_read` random maps, and each class's share of these."""
+    counts = np.zeros(256, np.int64)
+    num_pixels = 0
+    num_maps = 0
+    # In the order of the tars, which a remote or spinning disk reads faster.
     for shard, row in sorted(_choose(shards, seed, NUM_MAPS)):
-        if (labels := _labels(shards, shard, row)) is not None:
-            counts += np.bincount(labels.ravel(), minlength=256)
-            num_pixels += labels.size
-            num_maps += 1
+        labels = _read_labels(shards, shard, row)
+        if labels is None:
+            continue
+        counts += np.bincount(labels.ravel(), minlength=256)
+        num_pixels += labels.size
+        num_maps += 1
     counts = counts[1 : len(shards.classes) + 1]
-    shares = counts / max(counts.sum(), 1)
-    named = _by_size(shards.classes, shares)
+    num_labelled = counts.sum()
+    shares = counts / max(num_labelled, 1)
+    by_size = _sort_by_size(shards.classes, shares)
     return {
         "annotations": shards.annotations,
         "maps_read": num_maps,
-        "labelled_share": float(counts.sum() / max(num_pixels, 1)),
-        "pixel_share_per_class": {"min": named[-1][1], "median": float(np.median(shares)), "max": named[0][1]},
-        **_extremes(named),
+        "labelled_share": float(num_labelled / max(num_pixels, 1)),
+        "pixel_share_per_class": _spread(by_size, shares),
+        **_extremes(by_size),
     }
 
 
-def _object_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
-    """Of the objects of `images_read` random images, without crowds: how many of which class and size."""
-    read = [_objects(shards, shard, row) for shard, row in sorted(_choose(shards, seed, NUM_ANNOTATED))]
-    found = [annotated.annotations for annotated in read if annotated]
-    single = [[entry for entry in annotations if not entry["iscrowd"]] for annotations in found]
-    labels = np.array([entry["label"] for entries in single for entry in entries], np.int64)
-    areas = np.array([entry["area"] for entries in single for entry in entries], np.float64)
-    per_image = np.array([len(entries) for entries in single] or [0])
+def _measure_object_balance(shards: ShardSet, seed: int) -> dict[str, Any]:
+    """Returns how many objects of which class and size `images_read` random images have, crowds not counted."""
+    entries: list[dict[str, Any]] = []
+    per_image: list[int] = []
+    num_crowds = 0
+    for shard, row in sorted(_choose(shards, seed, NUM_ANNOTATED)):
+        annotated = _read_objects(shards, shard, row)
+        if annotated is None:
+            continue
+        single = [entry for entry in annotated.annotations if not entry["iscrowd"]]
+        entries += single
+        per_image.append(len(single))
+        num_crowds += len(annotated.annotations) - len(single)
+    labels = np.array([entry["label"] for entry in entries], np.int64)
+    areas = np.array([entry["area"] for entry in entries], np.float64)
     sizes = np.bincount(np.digitize(areas, (SMALL_PX, MEDIUM_PX)), minlength=3).tolist()
-    named = _by_size(shards.classes, np.bincount(labels, minlength=len(shards.classes)))
+    counts = np.bincount(labels, minlength=len(shards.classes))
+    objects = np.array(per_image or [0])
     return {
         "annotations": shards.annotations,
-        "images_read": len(found),
-        "objects": len(labels),
-        "objects_with_mask": sum("segmentation" in entry for entries in single for entry in entries),
-        "crowds": sum(map(len, found)) - len(labels),
+        "images_read": len(per_image),
+        "objects": len(entries),
+        "objects_with_mask": sum("segmentation" in entry for entry in entries),
+        "crowds": num_crowds,
         "objects_per_image": {
-            "min": int(per_image.min()),
-            "mean": float(per_image.mean()),
-            "max": int(per_image.max()),
+            "min": int(objects.min()),
+            "mean": float(objects.mean()),
+            "max": int(objects.max()),
         },
         "objects_by_size": dict(zip(("small", "medium", "large"), sizes, strict=True)),
-        **_extremes(named),
+        **_extremes(_sort_by_size(shards.classes, counts)),
     }
 
 
-def _by_size(classes: list[str], sizes: npt.NDArray[Any]) -> list[tuple[str, Any]]:
-    return [(classes[label], sizes[label].item()) for label in np.argsort(-sizes, kind="stable").tolist()]
+def _sort_by_size(classes: list[str], sizes: Array) -> list[tuple[str, Any]]:
+    order = np.argsort(-sizes, kind="stable").tolist()
+    return [(classes[label], sizes[label].item()) for label in order]
 
 
-def _extremes(named: list[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The largest and the smallest classes, each class once: of few there may be no more than the largest."""
-    return {"largest_classes": dict(named[:5]), "smallest_classes": dict(named[:4:-1][:5])}
+def _spread(by_size: list[tuple[str, Any]], sizes: Array) -> dict[str, Any]:
+    return {
+        "min": by_size[-1][1],
+        "median": float(np.median(sizes)),
+        "max": by_size[0][1],
+    }
 
 
-def _labels(shards: ShardSet, shard: int, row: int) -> npt.NDArray[np.uint8] | None:
-    """A sample's map as it is stored, [height, width]; None where it is damaged."""
+def _extremes(by_size: list[tuple[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the five largest classes, and up to five of the others, the smallest first."""
+    return {
+        "largest_classes": dict(by_size[:5]),
+        "smallest_classes": dict(by_size[:4:-1][:5]),
+    }
+
+
+def _read_labels(shards: ShardSet, shard: int, row: int) -> Array | None:
+    """Returns a sample's map as it is stored, [height, width]; None for a damaged one."""
     try:
         return images.decode_map(shards.read_annotation(shard, row))
     except (CorruptSampleError, BadImageError):
         return None
 
 
-def _objects(shards: ShardSet, shard: int, row: int) -> Annotated | None:
-    """What is known of a sample's objects; None where it is damaged."""
+def _read_objects(shards: ShardSet, shard: int, row: int) -> Annotated | None:
+    """Returns a sample's objects; None for a damaged annotation."""
     try:
         return object_annotations.decode(shards.read_annotation(shard, row), len(shards.classes))
     except (CorruptSampleError, BadObjectsError):
         return None
 
 
-def _percentiles(values: npt.NDArray[np.uint32]) -> dict[str, int]:
-    found = np.percentile(values, PERCENTILES, method="nearest")
-    return {f"p{percent}": int(value) for percent, value in zip(PERCENTILES, found, strict=True)}
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The summary as text of a few lines."""
-    lines = [
-        f"{summary['data']}: {summary['samples']:,} samples of {summary['classes']:,} classes "
-        f"in {summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB of images",
-        "",
-        *_BALANCE_LINES[summary.get("annotations")](summary),
-        "",
-        " " * 12 + "".join(f"{'min' if p == 0 else 'max' if p == 100 else f'{p} %':>9}" for p in PERCENTILES),
-    ]
-    for title, name in (("short side", "short_side_px"), ("long side", "long_side_px"), ("bytes", "image_bytes")):
-        lines.append(f"{title:12}" + "".join(f"{value:9,}" for value in summary[name].values()))
-    return "\n".join(lines)
-
-
-def _sample_lines(summary: dict[str, Any]) -> list[str]:
-    balance = summary["samples_per_class"]
-    return [
-        f"samples per class   min {balance['min']:,}   median {balance['median']:,g}   max {balance['max']:,}",
-        *_class_lines("largest", summary["largest_classes"], ","),
-        *_class_lines("smallest", summary["smallest_classes"], ","),
-    ]
-
-
-def _pixel_lines(summary: dict[str, Any]) -> list[str]:
-    balance = summary["pixel_share_per_class"]
-    return [
-        f"{summary['labelled_share']:.1%} of the pixels of {summary['maps_read']:,} maps have a class; of these",
-        f"pixels per class   min {balance['min']:.3%}   median {balance['median']:.3%}   max {balance['max']:.3%}",
-        *_class_lines("largest", summary["largest_classes"], ".3%"),
-        *_class_lines("smallest", summary["smallest_classes"], ".3%"),
-    ]
-
-
-def _object_lines(summary: dict[str, Any]) -> list[str]:
-    each, sizes, count = summary["objects_per_image"], summary["objects_by_size"], max(summary["objects"], 1)
-    shares = "   ".join(f"{name} {number:,} ({number / count:.0%})" for name, number in sizes.items())
-    return [
-        f"{summary['objects']:,} objects in {summary['images_read']:,} images, "
-        f"{summary['objects_with_mask']:,} of them with masks; {summary['crowds']:,} crowds beside them",
-        f"objects an image   min {each['min']:,}   mean {each['mean']:.1f}   max {each['max']:,}",
-        f"by COCO's sizes    {shares}",
-        *_class_lines("largest", summary["largest_classes"], ","),
-        *_class_lines("smallest", summary["smallest_classes"], ","),
-    ]
-
-
-_BALANCE_LINES = {None: _sample_lines, "semantic": _pixel_lines, "objects": _object_lines}
-
-
-def _class_lines(title: str, classes: dict[str, Any], form: str) -> list[str]:
-    return [
-        f"  {title if row == 0 else '':10}{size:9{form}}  {printable(name)}"
-        for row, (name, size) in enumerate(classes.items())
-    ]
-
-
-def _draw_sheet(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
-    chosen = _choose(shards, seed, COLUMNS * ROWS)
-    about = f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes"
-    sheet = Sheet(name, about, columns=COLUMNS, count=len(chosen), num_details=1, note=note)
-    for shard, row in chosen:
-        record = shards.index(shard)[row]
-        size = f"class {record['label']} · {record['width']} × {record['height']}"
-        sheet.add(_picture(shards, shard, row), shards.classes[record["label"]], size)
-    return sheet
-
-
-def _draw_maps(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
-    """Each image with its map below or beside it, and the classes that most of its pixels have."""
-    chosen = _choose(shards, seed, MAP_COLUMNS * MAP_ROWS)
-    about = (
-        f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes of pixels"
-    )
-    sheet = Sheet(name, about, columns=MAP_COLUMNS, count=len(chosen), num_details=1, tile_px=MAP_TILE_PX, note=note)
-    for shard, row in chosen:
-        record = shards.index(shard)[row]
-        picture, labels = _picture(shards, shard, row), _labels(shards, shard, row)
-        size = f"{record['width']} × {record['height']}"
-        if picture is None or labels is None:
-            sheet.add(None, "", size)
-            continue
-        counts = np.bincount(labels.ravel(), minlength=256)[1 : len(shards.classes) + 1]
-        largest = [label for label in np.argsort(-counts, kind="stable")[:5].tolist() if counts[label]]
-        caption = ", ".join(f"{shards.classes[label]} {counts[label] / labels.size:.0%}" for label in largest)
-        sheet.add(_beside(picture, colourise(labels - 1, len(shards.classes))), caption, size)
-    return sheet
-
-
-def _draw_objects(shards: ShardSet, name: str, seed: int, note: str | None) -> Sheet:
-    """Each image with its boxes, and its masks where it has any."""
-    chosen = _choose(shards, seed, MAP_COLUMNS * MAP_ROWS)
-    about = (
-        f"{len(chosen)} of {len(shards):,} samples at random (seed {seed}), {len(shards.classes):,} classes of objects"
-    )
-    sheet = Sheet(name, about, columns=MAP_COLUMNS, count=len(chosen), num_details=1, tile_px=MAP_TILE_PX, note=note)
-    for shard, row in chosen:
-        record = shards.index(shard)[row]
-        picture, annotated = _picture(shards, shard, row), _objects(shards, shard, row)
-        size = f"{record['width']} × {record['height']}"
-        if picture is None or annotated is None:
-            sheet.add(None, "", size)
-            continue
-        counts = Counter((entry["label"], entry["iscrowd"]) for entry in annotated.annotations)
-        caption = ", ".join(
-            f"{count} {'crowds of ' if crowd else ''}{shards.classes[label]}"
-            for (label, crowd), count in counts.most_common()
-        )
-        sheet.add(draw_annotated(picture, annotated, shards.classes, MAP_TILE_PX), caption or "no objects", size)
-    return sheet
-
-
-def draw_annotated(picture: Image.Image, annotated: Annotated, classes: list[str], side_px: int) -> Image.Image:
-    """A copy of a stored image, its longer side `side_px`, with its objects and crowds, small ones on top."""
-    entries, size = sorted(annotated.annotations, key=lambda entry: entry["area"]), (annotated.height, annotated.width)
-    boxes, labels = [entry["bbox"] for entry in entries], [entry["label"] for entry in entries]
-    masks = (
-        object_annotations.mask(entry, *size) if "segmentation" in entry else np.zeros(size, np.uint8)
-        for entry in entries
-    )
-    return draw_boxes(picture, boxes, labels, None, masks, classes, side_px=side_px)
-
-
-def _picture(shards: ShardSet, shard: int, row: int) -> Image.Image | None:
-    """None where it is damaged."""
+def _read_picture(shards: ShardSet, shard: int, row: int) -> Image.Image | None:
+    """Returns a sample's image; None for a damaged one."""
     try:
         return images.decode(shards.read(shard, row))
     except (CorruptSampleError, BadImageError):
         return None
 
 
-def _beside(one: Image.Image, other: Image.Image) -> Image.Image:
-    """Two pictures of one size as one, the second to the right of a high one, or below a wide one."""
-    step = (one.width, 0) if one.height > one.width else (0, one.height)
-    both = Image.new("RGB", (one.width + step[0], one.height + step[1]))
-    both.paste(one)
-    both.paste(other, step)
-    return both
+def _percentiles(values: Array) -> dict[str, int]:
+    nearest = np.percentile(values, PERCENTILES, method="nearest")
+    percentiles = {}
+    for percent, value in zip(PERCENTILES, nearest, strict=True):
+        percentiles[f"p{percent}"] = int(value)
+    return percentiles
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """Returns the summary as a text of a few lines."""
+    annotations = summary.get("annotations")
+    if annotations == "semantic":
+        balance = _format_pixels(summary)
+    elif annotations == "objects":
+        balance = _format_objects(summary)
+    else:
+        balance = _format_samples(summary)
+    titles = [f"{title:>9}" for title in _PERCENTILE_TITLES]
+    lines = [
+        _HEADING.format(megabytes=summary["bytes"] / 1e6, **summary),
+        "",
+        *balance,
+        "",
+        " " * 12 + "".join(titles),
+    ]
+    rows = {
+        "short side": "short_side_px",
+        "long side": "long_side_px",
+        "bytes": "image_bytes",
+    }
+    for title, name in rows.items():
+        cells = [f"{value:9,}" for value in summary[name].values()]
+        lines.append(f"{title:12}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _format_samples(summary: dict[str, Any]) -> list[str]:
+    spread = summary["samples_per_class"]
+    return [
+        "samples per class   min {min:,}   median {median:,g}   max {max:,}".format(**spread),
+        *_format_extremes(summary, ","),
+    ]
+
+
+def _format_pixels(summary: dict[str, Any]) -> list[str]:
+    spread = summary["pixel_share_per_class"]
+    return [
+        "{labelled_share:.1%} of the pixels of {maps_read:,} maps have a class; of these".format(**summary),
+        "pixels per class   min {min:.3%}   median {median:.3%}   max {max:.3%}".format(**spread),
+        *_format_extremes(summary, ".3%"),
+    ]
+
+
+def _format_objects(summary: dict[str, Any]) -> list[str]:
+    per_image = summary["objects_per_image"]
+    num_objects = max(summary["objects"], 1)
+    sizes = []
+    for name, count in summary["objects_by_size"].items():
+        sizes.append(f"{name} {count:,} ({count / num_objects:.0%})")
+    return [
+        _OBJECTS.format(**summary),
+        "objects an image   min {min:,}   mean {mean:.1f}   max {max:,}".format(**per_image),
+        "by COCO's sizes    " + "   ".join(sizes),
+        *_format_extremes(summary, ","),
+    ]
+
+
+def _format_extremes(summary: dict[str, Any], form: str) -> list[str]:
+    lines = []
+    for title in ("largest", "smallest"):
+        heading = title
+        for name, size in summary[f"{title}_classes"].items():
+            lines.append(f"  {heading:10}{size:9{form}}  {printable(name)}")
+            heading = ""
+    return lines
+
+
+def _draw_sheet(shards: ShardSet, name: str, seed: int) -> Sheet:
+    layout = _SHEET_LAYOUTS[shards.annotations]
+    chosen = _choose(shards, seed, layout.columns * layout.rows)
+    subtitle = f"{len(chosen)} of {len(shards):,} samples at random (seed {seed})"
+    sheet = Sheet(
+        name,
+        f"{subtitle}, {len(shards.classes):,} {layout.classes}",
+        columns=layout.columns,
+        count=len(chosen),
+        num_details=1,
+        tile_px=layout.tile_px,
+        note=shards.attribution,
+    )
+    for shard, row in chosen:
+        record = shards.index(shard)[row]
+        size = f"{record['width']} × {record['height']}"
+        picture = _read_picture(shards, shard, row)
+        if shards.annotations == "semantic":
+            picture, caption = _draw_map(picture, _read_labels(shards, shard, row), shards.classes)
+        elif shards.annotations == "objects":
+            objects = _read_objects(shards, shard, row)
+            picture, caption = _draw_objects(picture, objects, shards.classes, layout.tile_px)
+        else:
+            caption = shards.classes[record["label"]]
+            size = f"class {record['label']} · {size}"
+        sheet.add(picture, caption, size)
+    return sheet
+
+
+def _draw_map(
+    picture: Image.Image | None,
+    labels: Array | None,
+    classes: list[str],
+) -> Tile:
+    """Returns an image with its map below or beside it, and the names of the classes that most of its pixels have."""
+    if picture is None or labels is None:
+        return None, ""
+    counts = np.bincount(labels.ravel(), minlength=256)[1 : len(classes) + 1]
+    names = []
+    for label in np.argsort(-counts, kind="stable")[:5].tolist():
+        if counts[label]:
+            names.append(f"{classes[label]} {counts[label] / labels.size:.0%}")
+    # The map's value 0 means no label: it wraps around to 255, which is no class and is drawn black.
+    colours = colourise(labels - 1, len(classes))
+    return _join(picture, colours), ", ".join(names)
+
+
+def _draw_objects(
+    picture: Image.Image | None,
+    annotated: Annotated | None,
+    classes: list[str],
+    side_px: int,
+) -> Tile:
+    """Returns an image with its boxes and any masks, and how many objects and crowds of which classes it has."""
+    if picture is None or annotated is None:
+        return None, ""
+    counts = Counter((entry["label"], entry["iscrowd"]) for entry in annotated.annotations)
+    names = []
+    for (label, is_crowd), count in counts.most_common():
+        kind = "crowds of " if is_crowd else ""
+        names.append(f"{count} {kind}{classes[label]}")
+    return draw_annotated(picture, annotated, classes, side_px), ", ".join(names) or "no objects"
+
+
+def draw_annotated(
+    picture: Image.Image,
+    annotated: Annotated,
+    classes: list[str],
+    side_px: int,
+) -> Image.Image:
+    """Returns a copy of a stored image, its longer side `side_px`, with its objects and crowds, small ones on top."""
+    size = annotated.height, annotated.width
+    entries = sorted(annotated.annotations, key=lambda entry: entry["area"])
+    boxes = [entry["bbox"] for entry in entries]
+    labels = [entry["label"] for entry in entries]
+    # One mask at a time: at the stored size those of a crowded image may take gigabytes.
+    masks = (_mask_or_empty(entry, size) for entry in entries)
+    return draw_boxes(
+        picture,
+        boxes,
+        labels,
+        scores=None,
+        masks=masks,
+        classes=classes,
+        side_px=side_px,
+    )
+
+
+def _mask_or_empty(entry: dict[str, Any], size: tuple[int, int]) -> Array:
+    if "segmentation" in entry:
+        return object_annotations.mask(entry, *size)
+    return np.zeros(size, np.uint8)
+
+
+def _join(first: Image.Image, second: Image.Image) -> Image.Image:
+    """Returns two pictures of equal size as one, the second to the right of a portrait or below a landscape."""
+    x, y = 0, 0
+    if first.height > first.width:
+        x = first.width
+    else:
+        y = first.height
+    joined = Image.new("RGB", (first.width + x, first.height + y))
+    joined.paste(first)
+    joined.paste(second, (x, y))
+    return joined
 
 
 def _choose(shards: ShardSet, seed: int, count: int) -> list[tuple[int, int]]:
-    """Shard and row of random samples, those of a class side by side."""
+    """Returns shard and row of up to `count` random samples, sorted by class."""
     generator = keys.generator(keys.key(seed, keys.Stream.SHOW))
-    samples = generator.choice(len(shards), min(len(shards), count), replace=False)
+    samples = generator.choice(
+        len(shards),
+        min(len(shards), count),
+        replace=False,
+    )
     ends = np.cumsum(shards.shard_samples)
+    starts = ends - shards.shard_samples
     numbers = np.searchsorted(ends, samples, side="right")
-    rows = samples - (ends - shards.shard_samples)[numbers]
+    rows = samples - starts[numbers]
+    # A stable sort, so that one seed gives the same sheet everywhere.
     order = np.argsort(shards.records(numbers, rows)["label"], kind="stable")
     return list(zip(numbers[order].tolist(), rows[order].tolist(), strict=True))

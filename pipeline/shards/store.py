@@ -1,4 +1,4 @@
-"""Bytes of a data set's files, wherever it is kept.
+"""Reads bytes of a data set's files, wherever they are stored.
 
     local    pread ──▶ Folder
     remote   pread ──▶ Cache ──on a miss, the whole file, verified──▶ Remote
@@ -31,16 +31,16 @@ __all__ = ["Blob", "Cache", "Retry", "Store", "StoreError"]
 
 NUM_PREFETCH_THREADS = 4
 FULL_PAUSE_S = 5.0
-"""How long a cache that had no room is not asked again."""
+"""The time for which a cache that had no room is not asked again."""
 
 
 class Store:
-    """The files below `root`: a folder, file://, s3://, http(s):// or what else fsspec speaks. Remote files are kept in
-    `cache`, or in what it returns when one is needed first; None means `Cache.default()`. `timeout_s` bounds connecting
-    and each wait for bytes.
+    """The files below `root`: a folder, file://, s3://, http(s):// or another protocol that fsspec supports.
 
-    `root` and `url` never contain credentials. Reading raises StoreError where retrying did not help; InputError is for
-    names that are no names and for protocols that cannot be had.
+    Remote files are kept in `cache`, which may be a function that is called when a cache is first needed; None means
+    `Cache.default()`. `timeout_s` limits connecting and each wait for bytes. `root` and `url` never contain
+    credentials. Reading raises StoreError where retrying did not help, and InputError for invalid names and for
+    protocols that are not available.
     """
 
     def __init__(
@@ -70,41 +70,45 @@ class Store:
 
     @functools.cached_property
     def _cache(self) -> Cache | None:
-        # When it is needed: listing and indexing do without.
+        # Made when it is first needed: listing and indexing need none.
         if self.is_local:
             return None
         cache = self._given_cache or Cache.default
         return cache if isinstance(cache, Cache) else cache()
 
     def url(self, name: str) -> str:
-        """The file's full name for messages."""
+        """Returns the file's full name for messages."""
         return self._origin.url(name)
 
     def size(self, name: str) -> int | None:
-        """In bytes; None where there is no such file."""
+        """Returns the file's size in bytes; None where there is no such file."""
         return self._origin.size(name)
 
     def read(self, name: str, most_bytes: int = files.MAX_DOCUMENT_BYTES) -> bytes:
-        """A whole small file whose digest is not known. Raises FileNotFoundError."""
+        """Returns a whole small file whose digest is not known. Raises FileNotFoundError."""
         return self._origin.read(name, most_bytes)
 
     def open(self, name: str) -> BinaryIO:
-        """A file to read in order, past the cache; remote ones in large blocks. Raises FileNotFoundError."""
+        """Opens a file for reading in order, past the cache; remote files in large blocks. Raises FileNotFoundError."""
         return self._origin.open(name)
 
     def names(self) -> list[str]:
-        """Of all files below the root, relative to it and sorted, without hidden and system entries, whose number is
-        reported. Links to folders are followed. Raises InputError for HTTP."""
+        """Returns the names of all files below the root, relative to it and sorted.
+
+        Hidden and system entries are ignored, and their number is reported. Links to folders are followed. Raises
+        InputError for HTTP.
+        """
         return self._origin.names()
 
     def load(self, blob: Blob) -> bytes:
-        """A whole small file, cached when remote, that matches its digest."""
+        """Returns a whole small file, cached when remote, and checks its digest. Raises StoreError."""
         data = self.pread(blob, 0, blob.bytes)
         if hashlib.sha256(data).hexdigest() == blob.sha256:
             return data
         if self.is_local:
             raise StoreError(f"{self.url(blob.name)}: does not match its SHA-256: it was changed after packing")
 
+        # The cached copy may be damaged, or bytes may have been lost on the way.
         def attempt() -> bytes:
             data = self.pread_origin(blob, 0, blob.bytes)
             _compare(hashlib.sha256(data).hexdigest(), blob)
@@ -113,24 +117,28 @@ class Store:
         return self._retry(self.url(blob.name), attempt, on=WrongBytes)
 
     def pread(self, blob: Blob, offset: int, size: int) -> bytes:
-        """Part of a file: `size` bytes, and fewer only where a local file has been cut short.
+        """Returns `size` bytes of a file from `offset` on, or fewer where a local file has been cut short.
 
-        A remote file is fetched whole, verified, before its first byte is given; where the cache has no room for it,
-        and for a part of a local file, nothing is verified, and the caller compares the sample's checksum.
+        A remote file is fetched whole and verified before its first byte is returned. Where the cache has no room for
+        it, and for local files, nothing is verified, and the caller compares the sample's checksum.
         """
-        if self._cache and (data := self._from_cache(self._cache, blob, offset, size)) is not None:
-            return data
+        if self._cache:
+            data = self._from_cache(self._cache, blob, offset, size)
+            if data is not None:
+                return data
         return self._from_origin(blob, offset, size)
 
     def pread_origin(self, blob: Blob, offset: int, size: int) -> bytes:
-        """As `pread`, past the cache, whose copy is dropped because it may be to blame."""
+        """Returns what `pread` does from the origin, and drops the cached copy, which may be damaged."""
         if self._cache:
             self._drop(self._cache, blob)
         return self._from_origin(blob, offset, size)
 
     def prefetch(self, blobs: Iterable[Blob]) -> None:
-        """Begin to fetch files into the cache, in order, in the background; those that are there are kept. Says nothing
-        of errors, because the read that needs the file does."""
+        """Starts to fetch files into the cache, in order, in the background. Cached files are kept.
+
+        Errors are not reported, because the read that needs the file reports them.
+        """
         if not self._cache or self._closed:
             return
         with self._lock:
@@ -140,12 +148,17 @@ class Store:
                     self._queue.put(blob)
             while self._queued and len(self._threads) < NUM_PREFETCH_THREADS:
                 # Daemons: a program that ends does not wait for downloads, and what they leave is as after a kill.
-                thread = threading.Thread(target=self._prefetch, args=(self._cache,), name="prefetch", daemon=True)
+                thread = threading.Thread(
+                    target=self._prefetch,
+                    args=(self._cache,),
+                    name="prefetch",
+                    daemon=True,
+                )
                 self._threads.append(thread)
                 thread.start()
 
     def close(self) -> None:
-        """Close files and end prefetching, without waiting for a download that is under way."""
+        """Closes files and ends prefetching, without waiting for downloads in progress."""
         self._closed = True
         for _ in self._threads:
             self._queue.put(None)
@@ -159,7 +172,12 @@ class Store:
             self._queued.discard(blob.sha256)
 
     def _from_cache(self, cache: Cache, blob: Blob, offset: int, size: int) -> bytes | None:
-        """None where the origin has to serve: the cache has no room, its disk fails, or its copy vanishes at once."""
+        """Returns bytes of a cached file, which is fetched first if necessary.
+
+        Returns None where the origin has to be read: the cache has no room, its disk fails, or its copy vanishes at
+        once.
+        """
+        # Twice, because the file may be evicted between fetching and opening it.
         for _ in range(2):
             try:
                 data = self._cached.pread(blob, offset, size)
@@ -171,7 +189,8 @@ class Store:
                 if error.errno not in (errno.EIO, errno.ESTALE):
                     raise
                 break
-            if len(data) < size:  # cut short since it was opened
+            # The file was cut short after it was opened.
+            if len(data) < size:
                 break
             cache.use(blob.sha256)
             return data
@@ -181,8 +200,11 @@ class Store:
         return None
 
     def _fetch(self, cache: Cache, blob: Blob) -> bool:
-        """Have the file in the cache: False where it has no room. Threads that want the same file share one attempt and
-        its error, so that a store that is away is waited for once."""
+        """Brings the file into the cache; returns False where it has no room.
+
+        Threads that need the same file share one attempt and its error, so that an unreachable store costs the time of
+        one.
+        """
         with self._lock:
             if time.monotonic() < self._full_until:
                 return False
@@ -192,30 +214,36 @@ class Store:
                 future = self._fetching[blob.sha256] = Future()
         if is_mine:
             try:
-                found = cache.fetch(blob.sha256, blob.bytes, lambda descriptor: self._download(blob, descriptor))
-                if not found:
+                has_room = cache.fetch(
+                    blob.sha256,
+                    blob.bytes,
+                    lambda descriptor: self._download(blob, descriptor),
+                )
+                if not has_room:
                     self._full_until = time.monotonic() + FULL_PAUSE_S
-                future.set_result(found)
+                future.set_result(has_room)
             except BaseException as error:
                 future.set_exception(error)
             finally:
                 del self._fetching[blob.sha256]
-            # Files that have been evicted keep their place on the disk for as long as they are open.
+            # Evicted files take disk space for as long as they are open.
             self._cached.close(only=lambda descriptor: os.fstat(descriptor).st_nlink == 0)
         return future.result()
 
     def _download(self, blob: Blob, descriptor: int) -> None:
-        """Write the whole file, and see that it matches its digest."""
+        """Writes the whole file, and checks its digest."""
         assert isinstance(self._origin, Remote)
         origin = self._origin
 
         def attempt() -> None:
-            digest, offset = hashlib.sha256(), 0
+            digest = hashlib.sha256()
+            offset = 0
             with os.fdopen(descriptor, "wb", closefd=False) as file:
                 file.seek(0)
                 while offset < blob.bytes:
                     if self._closed:
                         raise StoreError(f"{self.url(blob.name)}: closed while it was being fetched")
+                    # Each range of a server that ignores ranges costs the whole file.
                     size = BLOCK_BYTES if origin.honours_ranges else blob.bytes
                     block = self._from_origin(blob, offset, min(size, blob.bytes - offset))
                     digest.update(block)

@@ -1,4 +1,4 @@
-"""The members of a tar, read strictly and once, from its first byte to its last.
+"""Reads the members of a tar strictly and once, from its first byte to its last.
 
     stream ──Reader: counts and hashes──▶ 512-byte headers (ustar, GNU, PAX) ──▶ Member, Member, … ──▶ end mark
 
@@ -15,19 +15,29 @@ from typing import IO, Literal
 
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
-_MAX_HEADER_BYTES = 1 << 20  # before a member's data: a long name, PAX headers, its own header
-_MAX_PAX_RECORDS = 1000  # of one header
+# The limit for everything before a member's data: a long name, PAX headers, its own header.
+_MAX_HEADER_BYTES = 1 << 20
+# The limit for the records of one PAX header.
+_MAX_PAX_RECORDS = 1000
 
 Kind = Literal["file", "folder", "link", "sparse", "special"]
 _KINDS: dict[bytes, Kind] = {
-    **dict.fromkeys([b"0", b"\0", b"7"], "file"),
-    **dict.fromkeys([b"1", b"2"], "link"),
-    **dict.fromkeys([b"5", b"D", b"V"], "folder"),  # D and V: GNU's, a folder's listing and a volume's name
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "link",
+    b"2": "link",
+    b"5": "folder",
+    # GNU's listing of a folder, and name of a volume.
+    b"D": "folder",
+    b"V": "folder",
     b"S": "sparse",
 }
-_WITHOUT_DATA = b"123456"  # links, devices, folders and pipes, whatever their header says of a size
+# Links, devices, folders and pipes have no data, even if their header has a size.
+_WITHOUT_DATA = b"123456"
 _SPARSE = "GNU.sparse"
-_USED = (b"path", b"size", b"GNU.sparse.name")  # of PAX records
+# The PAX records that are used.
+_USED = (b"path", b"size", b"GNU.sparse.name")
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -39,18 +49,18 @@ _COMPRESSED = {
 
 
 class TarError(ValueError):
-    """The stream is not a tar, or not from here on. What was read before stays valid."""
+    """The stream is not a tar, or is damaged from here on. What was read before stays valid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
     name: str
-    """Undecodable bytes are surrogates, as Python has them in file names."""
+    """The name, in which undecodable bytes are surrogates, as in Python's file names."""
     kind: Kind
     header: int
-    """Where its header begins in the tar, headers of long names included."""
+    """The offset of its header in the tar, headers with long names included."""
     offset: int
-    """Of its first byte of data."""
+    """The offset of its first byte of data."""
     size: int
 
 
@@ -63,59 +73,67 @@ class Reader:
         self.position = 0
 
     def read(self, size: int) -> bytes:
-        """`size` bytes, or fewer at the end of the stream."""
-        parts, missing = [], size
-        while missing and (part := self._stream.read(min(missing, 1 << 20))):
-            self._sha256.update(part)
-            parts.append(part)
-            missing -= len(part)
+        """Returns `size` bytes, or fewer at the end of the stream."""
+        chunks = []
+        missing = size
+        while missing:
+            chunk = self._stream.read(min(missing, 1 << 20))
+            if not chunk:
+                break
+            self._sha256.update(chunk)
+            chunks.append(chunk)
+            missing -= len(chunk)
         self.position += size - missing
-        return b"".join(parts)
+        return b"".join(chunks)
 
     def take(self, size: int) -> bytes:
-        """`size` bytes. Raises TarError where there are fewer."""
-        if len(data := self.read(size)) < size:
+        """Returns `size` bytes. Raises TarError where there are fewer."""
+        data = self.read(size)
+        if len(data) < size:
             raise TarError(f"cut short at byte {self.position}")
         return data
 
     def skip(self, size: int) -> None:
-        """Raises TarError where there are fewer bytes left."""
+        """Reads `size` bytes, a bounded number at a time. Raises TarError where there are fewer."""
         while size:
             size -= len(self.take(min(size, 1 << 20)))
 
     def finish(self, num_bytes: float = math.inf) -> str:
-        """Read to the end, or until there are more than `num_bytes`; the SHA-256 of all that was read."""
+        """Reads to the end, or until more than `num_bytes` are read, and returns the SHA-256 of all that was read."""
         while self.position <= num_bytes and self.read(1 << 20):
             pass
         return self._sha256.hexdigest()
 
 
 def members(reader: Reader) -> Iterator[Member]:
-    """The tar's members. The data of each can be read from `reader` until the next is asked for.
+    """Yields the tar's members. The data of each can be read from `reader` until the next member is requested.
 
-    Raises TarError at the first place from which the tar cannot be read, and at bytes behind its end mark.
+    Raises TarError where the tar is damaged, and for bytes behind its end mark.
     """
-    common: dict[str, str] = {}  # PAX records for all members from here on
-    records: dict[str, str] = {}  # and for the next one
+    # PAX records for all members from here on, and for the next one.
+    common: dict[str, str] = {}
+    records: dict[str, str] = {}
     start = reader.position
     while (block := _read_header(reader)) != _EMPTY:
         kind = block[156:157]
         if kind not in b"LKxXg":
-            member = _member(block, start, {**common, **records}, reader)
+            member = _parse_member(block, start, {**common, **records}, reader)
             yield member
             records = {}
             start = member.offset + padded(member.size)
             reader.skip(start - reader.position)
             continue
-        data = _extended_header(block, start, reader)
+        data = _read_extended_header(block, start, reader)
         if kind == b"g":
-            common.update(_pax_records(data))
+            common.update(_parse_pax_records(data))
             start = reader.position
         elif kind == b"L":
-            records["path"] = _text(data)
-        elif kind != b"K":  # where a link leads does not matter
-            records.update(_pax_records(data))
+            records["path"] = _decode_text(data)
+        # K is the target of a link, which does not matter.
+        elif kind != b"K":
+            records.update(_parse_pax_records(data))
     end = reader.position - BLOCK
+    # Tars are padded with zeros, often to 10 kB.
     while rest := reader.read(1 << 20):
         if rest.strip(b"\0"):
             raise TarError(f"data follows the end mark at byte {end}: joined with cat, or a header was lost")
@@ -138,54 +156,67 @@ def _read_header(reader: Reader) -> bytes:
 
 def _is_header(block: bytes) -> bool:
     checksum = block[148:156].strip(b" \0")
-    found = sum(block[:148]) + sum(b" " * 8) + sum(block[156:])
-    return re.fullmatch(rb"[0-7]+", checksum) is not None and int(checksum, 8) == found
+    if not re.fullmatch(rb"[0-7]+", checksum):
+        return False
+    # The checksum's own field counts as spaces.
+    total = sum(block[:148]) + sum(b" " * 8) + sum(block[156:])
+    return int(checksum, 8) == total
 
 
-def _member(block: bytes, start: int, records: dict[str, str], reader: Reader) -> Member:
+def _parse_member(block: bytes, start: int, records: dict[str, str], reader: Reader) -> Member:
     kind = _KINDS.get(block[156:157], "special")
-    name = _text(block[:100])
+    name = _decode_text(block[:100])
     if block[257:263] == b"ustar\0" and block[345]:
-        name = f"{_text(block[345:500])}/{name}"
+        prefix = _decode_text(block[345:500])
+        name = f"{prefix}/{name}"
     name = records.get("path", name)
-    if kind == "file" and name.endswith("/"):  # as tars from before 1988 have it
+    # Tars from before 1988 mark folders by their names.
+    if kind == "file" and name.endswith("/"):
         kind = "folder"
     if kind == "sparse":
-        more = block[482]
-        while more:  # blocks that continue the map of holes
-            more = reader.take(BLOCK)[504]
+        # Further blocks continue the map of holes.
+        has_more = block[482]
+        while has_more:
+            has_more = reader.take(BLOCK)[504]
     elif _SPARSE in records:
-        kind, name = "sparse", records.get("GNU.sparse.name", name)
-    return Member(name, kind, start, reader.position, _size(block, records, start))
+        kind = "sparse"
+        name = records.get("GNU.sparse.name", name)
+    size = _parse_size(block, records, start)
+    return Member(name, kind, start, reader.position, size)
 
 
-def _size(block: bytes, records: dict[str, str], start: int) -> int:
+def _parse_size(block: bytes, records: dict[str, str], start: int) -> int:
     if block[156:157] in _WITHOUT_DATA:
         return 0
+    # PAX has a size of its own for files of 8 GB and more.
     if "size" not in records:
-        return _number(block[124:136], start)
+        return _parse_number(block[124:136], start)
     if not re.fullmatch(r"\d{1,18}", records["size"], re.ASCII):
         raise TarError(f"damaged at byte {start}: a member of size {records['size']!r}")
     return int(records["size"])
 
 
-def _extended_header(block: bytes, start: int, reader: Reader) -> bytes:
-    size = _number(block[124:136], start)
+def _read_extended_header(block: bytes, start: int, reader: Reader) -> bytes:
+    size = _parse_number(block[124:136], start)
     total = reader.position - start + padded(size)
     if total > _MAX_HEADER_BYTES - BLOCK:
         raise TarError(f"damaged at byte {start}: a name or header of {total} bytes")
     return reader.take(padded(size))[:size]
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
-    """Parse lines of "LENGTH KEY=VALUE", where the length counts the whole line. Only what is used is kept."""
-    records, start, count = {}, 0, 0
+def _parse_pax_records(data: bytes) -> dict[str, str]:
+    """Parses lines of "LENGTH KEY=VALUE", where the length counts the whole line. Keeps only records that are used."""
+    records = {}
+    start = 0
+    count = 0
     while start < len(data):
         count += 1
         if count > _MAX_PAX_RECORDS:
             raise TarError(f"damaged: a PAX header of more than {_MAX_PAX_RECORDS} records")
         length, _, _ = data[start : start + 20].partition(b" ")
-        line = data[start : start + int(length)] if re.fullmatch(rb"\d{1,7}", length) else b""
+        line = b""
+        if re.fullmatch(rb"\d{1,7}", length):
+            line = data[start : start + int(length)]
         key, equals, value = line[len(length) + 1 : -1].partition(b"=")
         if not equals or not line.endswith(b"\n"):
             raise TarError("damaged: a PAX header that cannot be read")
@@ -197,8 +228,9 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-def _number(field: bytes, start: int) -> int:
-    if field[0] == 0x80:  # base 256, for what octal digits cannot hold; 0xff would begin a negative number
+def _parse_number(field: bytes, start: int) -> int:
+    # Base 256, for numbers that octal digits cannot hold. 0xff would begin a negative number.
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.partition(b"\0")[0].strip()
     if not re.fullmatch(rb"[0-7]*", text):
@@ -206,9 +238,10 @@ def _number(field: bytes, start: int) -> int:
     return int(text or b"0", 8)
 
 
-def _text(field: bytes) -> str:
+def _decode_text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def padded(size: int) -> int:
+    """Returns the size that a member's data takes in a tar, a multiple of BLOCK."""
     return -(-size // BLOCK) * BLOCK

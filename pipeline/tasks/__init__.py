@@ -1,1 +1,1 @@
-"""What differs between jobs: data set, head, loss, metric."""
+"""The tasks: what differs between runs in data, head, loss and metric."""

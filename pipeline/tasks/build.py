@@ -1,4 +1,8 @@
-"""The task that a configuration, or a registered model, names."""
+"""Builds the task that a configuration, or a registered model, names.
+
+task, model, image, classes ──network.build──▶ network ──freeze──▶ ClassificationTask
+                                                                   SegmentationTask, DetectionTask (dense)
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,33 +25,60 @@ from pvt.model import STRIDES
 AnyTask = ClassificationTask | SegmentationTask | DetectionTask
 
 
-def build_task(task: TaskConfig, model: ModelConfig, image: ImageConfig, classes: list[str]) -> AnyTask:
-    """With a network freshly initialised from torch's current seed. Raises InputError for one that cannot be built."""
+def build_task(
+    task: TaskConfig,
+    model: ModelConfig,
+    image: ImageConfig,
+    classes: list[str],
+) -> AnyTask:
+    """Returns a task whose network is freshly initialised from torch's current seed.
+
+    Raises InputError for a network that cannot be built.
+    """
     if isinstance(task, ClassificationConfig):
-        built = ClassificationTask(network.build(task, model, image.size, len(classes)), len(classes))
-        freeze(built.model, model.frozen_stages, statistics=model.frozen_statistics)
-        return built
+        classifier = network.build(task, model, image.size, len(classes))
+        freeze(
+            classifier,
+            model.frozen_stages,
+            statistics=model.frozen_statistics,
+        )
+        return ClassificationTask(classifier, len(classes))
     dense = _build_dense(task, model, image.size, len(classes))
-    freeze(dense.backbone, model.frozen_stages, statistics=model.frozen_statistics)
-    return (SegmentationTask if isinstance(task, SemanticFpnConfig) else DetectionTask)(dense, classes)
+    freeze(
+        dense.backbone,
+        model.frozen_stages,
+        statistics=model.frozen_statistics,
+    )
+    if isinstance(task, SemanticFpnConfig):
+        return SegmentationTask(dense, classes)
+    return DetectionTask(dense, classes)
 
 
-def _build_dense(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
+def _build_dense(
+    task: TaskConfig,
+    model: ModelConfig,
+    image_size: int,
+    num_classes: int,
+) -> Any:
     if model.drop_rate:
         raise InputError(
-            f"model.drop_rate {model.drop_rate} is of a classifier's head, which task {task.name} has not: leave it "
-            "out; the task's own settings may have a dropout"
+            f"model.drop_rate {model.drop_rate} is of a classifier's head, which task {task.name} does not have: "
+            "remove it; the task's own settings may have a dropout"
         )
+    # On the meta device, which takes neither memory nor random draws from the seed.
     with torch.device("meta"), torch.inference_mode():
-        _check_canvases(network.build(task, model, image_size, num_classes).eval(), model.name, image_size)
+        dense = network.build(task, model, image_size, num_classes)
+        _check_canvases(dense.eval(), model.name, image_size)
     return network.build(task, model, image_size, num_classes)
 
 
 def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
-    """Raise InputError unless the network, on the meta device, takes canvases of other sizes, too."""
-    height, width = image_size + STRIDES[-1], image_size + 2 * STRIDES[-1]
+    """Raises InputError unless the network, on the meta device, also takes canvases of another size and shape."""
+    height = image_size + STRIDES[-1]
+    width = image_size + 2 * STRIDES[-1]
     try:
         dense.maps(torch.empty(1, 3, height, width))
+    # Architectures reject a size in whatever way they come upon it.
     except (ValueError, AssertionError, RuntimeError, IndexError) as error:
         raise InputError(
             f"model.name {name!r}: whole images are seen at sizes of their own, but it does not take "
@@ -56,9 +87,16 @@ def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
 
 
 def build_trained(
-    task: TaskConfig, model: ModelConfig, image: ImageConfig, classes: list[str], weights: Path
+    task: TaskConfig,
+    model: ModelConfig,
+    image: ImageConfig,
+    classes: list[str],
+    weights: Path,
 ) -> AnyTask:
-    """With the weights of a safetensors file, in evaluation mode. Raises InputError where they are not its own."""
+    """Returns a task in evaluation mode with the weights of a safetensors file.
+
+    Raises InputError for weights of another network.
+    """
     built = build_task(task, model, image, classes)
     network.load_weights(built.model, weights)
     built.model.eval()
@@ -76,16 +114,19 @@ def start_from(
     source_task: TaskConfig,
     source_classes: list[str],
 ) -> None:
-    """Load the backbone of a registered model, and its head where task and classes are the same.
+    """Loads the backbone of a registered model, and its head where task and classes are the same.
 
-    Raises InputError, which names `source`, for weights that do not fit and a task that they cannot be used for.
+    Raises InputError, which names `source`, for weights that do not fit and for a task that they cannot be used for.
     """
     if source_task.name == config.name:
-        load_pretrained(task.model, weights, source, keep_head=source_classes == classes)
-    elif isinstance(task.model, DenseNetwork):
+        has_same_classes = source_classes == classes
+        load_pretrained(task.model, weights, source, keep_head=has_same_classes)
+        return
+    if isinstance(task.model, DenseNetwork):
         load_backbone(task.model, model.name, weights, source)
-    else:
-        raise InputError(
-            f"{source} is a {source_task.name}, without what a classifier needs behind the last map: start from a "
-            "classifier"
-        )
+        return
+    # A dense network's backbone is pruned behind its last map.
+    raise InputError(
+        f"{source} is a {source_task.name}, without the layers that a classifier has behind the last map: start from "
+        "a classifier"
+    )

@@ -1,4 +1,7 @@
-"""Pictures of what a network says of samples from all over a data set."""
+"""Draws the predictions of a network for samples from all over a data set.
+
+every n-th sample ──network──▶ outputs ──▶ a row of tiles ──▶ contact sheet (PNG)
+"""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,15 +29,22 @@ from pipeline.tasks.segment import SegmentationTask
 from pipeline.world import World
 from pvt.detector import Detections
 
-_COLUMNS, _TILE_PX = 6, 200
-_BOX_COLUMNS, _BOX_TILE_PX = 4, 300  # there is more to be seen on them
-_SHOWN_SCORE = 0.5
+_COLUMNS = 6
+_TILE_PX = 200
 
-Tile = tuple[Image.Image, str, str]  # with a caption and a smaller line
+# Boxes and labels of objects need larger tiles.
+_BOX_COLUMNS = 4
+_BOX_TILE_PX = 300
+
+_MIN_SCORE = 0.5
+"""Detections with a lower score are not drawn."""
+
+Tile = tuple[Image.Image, str, str]
+"""A picture, its caption and a smaller line below that."""
 
 
 class TaskAndImage(Protocol):
-    """A run's, or a registered model's card."""
+    """The configuration of a run, or the card of a registered model."""
 
     @property
     def task(self) -> TaskConfig: ...
@@ -43,82 +53,166 @@ class TaskAndImage(Protocol):
     def image(self) -> ImageConfig: ...
 
 
-def draw_predictions(task: AnyTask, shards: ShardSet, config: TaskAndImage, count: int, path: Path, title: str) -> None:
-    """Draw `count` predictions of a trained network into the PNG `path`: in segmentation image, truth and prediction of
-    each, in detection truth and prediction. Raises InputError where no sample is whole or the file cannot be written.
+def draw_predictions(
+    task: AnyTask,
+    shards: ShardSet,
+    config: TaskAndImage,
+    count: int,
+    path: Path,
+    title: str,
+) -> None:
+    """Draws `count` predictions of a trained network into the PNG `path`.
+
+    A segmenter's samples have an image, the truth and the prediction, a detector's the truth and the prediction. Raises
+    InputError where no sample can be read or the file cannot be written.
     """
     rows: list[list[Tile]] = []
     device = next(task.model.parameters()).device
-    # Every so many-th sample, as the first of so many ranks would take them.
-    stride = World(size=max(1, len(shards) // count), device=device)
+    # Rank 0 of n ranks evaluates every n-th sample.
+    every_nth = World(size=max(1, len(shards) // count), device=device)
+    feed = EvalFeed(
+        shards,
+        every_nth,
+        config.image,
+        task=config.task,
+        batch_size=1,
+    )
     with torch.inference_mode():
-        for batch in EvalFeed(shards, stride, config.image, task=config.task, batch_size=1):
+        for batch in feed:
             if len(rows) == count:
                 break
-            if batch.weights[0]:
-                shard, row = int(batch.samples.shard[0]), int(batch.samples.row[0])
-                original, key = decode(shards.read(shard, row)), shards.key(shard, row)
-                output: Any = task.outputs(task.model, batch)[0]
-                if isinstance(task, DetectionTask):
-                    rows.append(_objects(original, key, output, batch.targets[0], shards.classes))
-                elif isinstance(task, SegmentationTask):
-                    rows.append(_maps(original, key, output.float(), batch.targets[0], shards.classes))
-                else:
-                    rows.append(_label(original, key, output.float(), int(batch.targets[0]), shards.classes))
+            # A rejected sample has no weight.
+            if not batch.weights[0]:
+                continue
+            shard = int(batch.samples.shard[0])
+            row = int(batch.samples.row[0])
+            original = decode(shards.read(shard, row))
+            key = shards.key(shard, row)
+            output: Any = task.outputs(task.model, batch)[0]
+            target = batch.targets[0]
+            if isinstance(task, DetectionTask):
+                tiles = _detection_tiles(original, key, output, target, shards.classes)
+            elif isinstance(task, SegmentationTask):
+                tiles = _segmentation_tiles(original, key, output.float(), target, shards.classes)
+            else:
+                tiles = _classification_tiles(original, key, output.float(), int(target), shards.classes)
+            rows.append(tiles)
     if not rows:
-        raise InputError(f"{shards.url(0)}: has no sample that is whole, to be drawn")
-    most, tile_px = (_BOX_COLUMNS, _BOX_TILE_PX) if isinstance(task, DetectionTask) else (_COLUMNS, _TILE_PX)
-    columns = most if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0])
+        raise InputError(f"{shards.url(0)}: has no sample that can be read and drawn")
+    most, tile_px = _COLUMNS, _TILE_PX
+    if isinstance(task, DetectionTask):
+        most, tile_px = _BOX_COLUMNS, _BOX_TILE_PX
     tiles = [tile for row in rows for tile in row]
-    about = f"{len(rows)} of {len(shards)} samples"
     sheet = Sheet(
-        title, about, columns=columns, count=len(tiles), num_details=1, tile_px=tile_px, note=shards.attribution
+        title,
+        f"{len(rows)} of {len(shards)} samples",
+        # One or two samples of several tiles get a line of the sheet each.
+        columns=most if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0]),
+        count=len(tiles),
+        num_details=1,
+        tile_px=tile_px,
+        note=shards.attribution,
     )
     for picture, caption, detail in tiles:
         sheet.add(picture, caption, detail)
     sheet.save(path)
 
 
-def _label(original: Image.Image, key: str, logits: Tensor, label: int, classes: list[str]) -> list[Tile]:
+def _classification_tiles(
+    original: Image.Image,
+    key: str,
+    logits: Tensor,
+    label: int,
+    classes: list[str],
+) -> list[Tile]:
     probability, best = logits.softmax(dim=0).max(dim=0)
     verdict = "right" if best == label else f"is {classes[label]}"
     return [(original, f"{classes[int(best)]} {probability:.0%}, {verdict}", key)]
 
 
-def _maps(original: Image.Image, key: str, logits: Tensor, target: MaskTarget, classes: list[str]) -> list[Tile]:
-    truth, predicted = target.labels.cpu(), segment.predict(logits, target).byte().cpu()
+def _segmentation_tiles(
+    original: Image.Image,
+    key: str,
+    logits: Tensor,
+    target: MaskTarget,
+    classes: list[str],
+) -> list[Tile]:
+    truth = target.labels.cpu()
+    predicted = segment.predict(logits, target).byte().cpu()
     labelled = truth != IGNORED
     right = (truth == predicted)[labelled].double().mean().item()
-    number = len(classes)
     return [
-        (original, key, f"{original.width} × {original.height}"),
-        (colourise(truth.numpy(), number), "truth", _named(truth, classes)),
-        (colourise(predicted.numpy(), number), f"prediction, {right:.1%} of pixels right", _named(predicted, classes)),
+        (
+            original,
+            key,
+            f"{original.width} × {original.height}",
+        ),
+        (
+            colourise(truth.numpy(), len(classes)),
+            "truth",
+            _list_classes(truth, classes),
+        ),
+        (
+            colourise(predicted.numpy(), len(classes)),
+            f"prediction, {right:.1%} of pixels right",
+            _list_classes(predicted, classes),
+        ),
     ]
 
 
-def _objects(original: Image.Image, key: str, detections: Detections, truth: Truth, classes: list[str]) -> list[Tile]:
-    found = [each for each in as_results(detections, truth.size, truth.extent) if each["score"] >= _SHOWN_SCORE]
-    single = sorted((each for each in truth.annotations if not each["iscrowd"]), key=lambda each: each["area"])
-    about = f"{len(found)} of scores from {_SHOWN_SCORE:.0%} on"
+def _detection_tiles(
+    original: Image.Image,
+    key: str,
+    detections: Detections,
+    truth: Truth,
+    classes: list[str],
+) -> list[Tile]:
+    results = as_results(detections, truth.size, truth.extent)
+    good = [result for result in results if result["score"] >= _MIN_SCORE]
+    objects = [annotation for annotation in truth.annotations if not annotation["iscrowd"]]
+    # Small objects are drawn on top of large ones.
+    objects.sort(key=lambda annotation: annotation["area"])
     return [
-        (drawn(original, single, classes, _BOX_TILE_PX), key, f"truth: {len(single)} objects"),
-        (drawn(original, found, classes, _BOX_TILE_PX), "prediction", about),
+        (
+            drawn(original, objects, classes, _BOX_TILE_PX),
+            key,
+            f"truth: {len(objects)} objects",
+        ),
+        (
+            drawn(original, good, classes, _BOX_TILE_PX),
+            "prediction",
+            f"{len(good)} with scores from {_MIN_SCORE:.0%} on",
+        ),
     ]
 
 
-def drawn(original: Image.Image, found: list[dict[str, Any]], classes: list[str], side_px: int) -> Image.Image:
-    """An image, its long side `side_px`, with objects of it or results of detection, in COCO's form; first ones on
-    top."""
-    boxes, labels = [each["bbox"] for each in found], [each["label"] for each in found]
-    scores = [each["score"] for each in found] if all("score" in each for each in found) else None
-    masks = None
+def drawn(
+    original: Image.Image,
+    found: list[dict[str, Any]],
+    classes: list[str],
+    side_px: int,
+) -> Image.Image:
+    """Returns an image, its long side `side_px`, with objects or detections in COCO's form; the first is on top."""
+    scores = masks = None
+    if all("score" in each for each in found):
+        scores = [each["score"] for each in found]
     if all("segmentation" in each for each in found):
+        # One at a time, because masks at the image's own size are large.
         masks = (mask(each, original.height, original.width) for each in found)
-    return draw_boxes(original, boxes, labels, scores, masks, classes, side_px=side_px)
+    return draw_boxes(
+        original,
+        [each["bbox"] for each in found],
+        [each["label"] for each in found],
+        scores,
+        masks,
+        classes,
+        side_px=side_px,
+    )
 
 
-def _named(labels: Tensor, classes: list[str]) -> str:
-    """The classes of a map, most pixels first."""
-    counts = torch.bincount(labels[labels != IGNORED].long(), minlength=len(classes))
-    return ", ".join(classes[i] for i in counts.argsort(descending=True).tolist() if counts[i])
+def _list_classes(labels: Tensor, classes: list[str]) -> str:
+    """Returns the names of the classes on a label map, those with the most pixels first."""
+    labelled = labels[labels != IGNORED].long()
+    counts = torch.bincount(labelled, minlength=len(classes))
+    order = counts.argsort(descending=True).tolist()
+    return ", ".join(classes[label] for label in order if counts[label])

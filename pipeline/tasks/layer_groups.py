@@ -1,8 +1,9 @@
-"""Where in a network a parameter sits: its layer, for layer-wise learning rates, and its stage, for freezing.
+"""Groups of a network's parameters: layers, for layer-wise learning rates, and stages, for freezing.
 
 Both come from the `group_matcher` of timm's models.
 """
 
+import functools
 from typing import Any
 
 from timm.models._manipulate import group_with_matcher
@@ -11,65 +12,78 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import InputError
 
+_BEHIND_LAST_STAGE = "(behind the last stage)"
+"""No parameter's name: no pattern of timm's matches it, so timm puts it into the group behind the last stage."""
+
 
 def layers(backbone: nn.Module, prefix: str = "") -> dict[str, int]:
-    """Parameter name, after `prefix`, -> depth: 0 the stem, then one more for each block.
+    """Returns the layer of each parameter, by its name after `prefix`: 0 the stem, then one more for each block.
 
-    In a whole classifier, norm and head are the deepest. The head on a pruned backbone is one deeper than all of it.
-    Layer-wise decay (Bao et al., "BEiT", 2022) gives depth i of the deepest, n, the rate decay ** (n - i).
+    In a complete classifier, norm and head are the last layer. The head on a pruned backbone is one layer above it.
+    Layer-wise decay (Bao et al., "BEiT", 2022) gives layer i of the last one, n, the rate decay ** (n - i).
     """
-    return {f"{prefix}{name}": depth for name, depth in _groups(backbone, coarse=False).items()}
+    groups = _groups(backbone, coarse=False)
+    return {f"{prefix}{name}": depth for name, depth in groups.items()}
 
 
 def stages(backbone: nn.Module, prefix: str = "") -> dict[str, int]:
-    """Parameter name, after `prefix`, -> stage: the stem in stage 0, what follows the last stage one beyond it.
+    """Returns the stage of each parameter, by its name after `prefix`, without the classifier's.
 
-    Without the classifier. What timm counts as part of the last stage, as it does the norm of some models, is in it.
+    The stem is in stage 0, what follows the last stage is one beyond it. Some models have a norm that timm counts as
+    part of the last stage; it is in that stage.
     """
     pretrained_cfg: Any = getattr(backbone, "pretrained_cfg", {})
     heads = pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-    groups = _groups(backbone, coarse=True)
-    return {f"{prefix}{name}": max(group - 1, 0) for name, group in groups.items() if not name.startswith(heads)}
+    if isinstance(heads, str):
+        heads = (heads,)
+    head_prefixes = tuple(f"{head}." for head in heads)
+    # timm's group 0 is the stem, which belongs to the first stage here.
+    return {
+        f"{prefix}{name}": max(group - 1, 0)
+        for name, group in _groups(backbone, coarse=True).items()
+        if not name.startswith(head_prefixes)
+    }
 
 
 def freeze(backbone: nn.Module, n: int, *, statistics: bool = False) -> None:
-    """Keep the first `n` stages as they are, or the whole backbone if it has no more. Its classifier is left free.
+    """Freezes the first `n` stages, or the whole backbone if it has no more. A classifier's head stays trainable.
 
-    Batch norms among them keep their statistics, too; with `statistics` all do. The names in the state dict stay the
-    same.
+    Batch norms in frozen stages keep their running statistics; with `statistics` all batch norms do. The names in the
+    state dict stay the same.
     """
-    norms = [name for name, module in backbone.named_modules() if isinstance(module, _BatchNorm)]
+    norms = {name: module for name, module in backbone.named_modules() if isinstance(module, _BatchNorm)}
     if statistics and not norms:
-        raise InputError("model.frozen_statistics: this backbone has no batch norms; leave it out")
-    everything = n >= num_stages(backbone)
-    frozen = {name for name, stage in stages(backbone).items() if stage < n or everything}
+        raise InputError("model.frozen_statistics: this backbone has no batch norms; remove it")
+    freezes_all = n >= num_stages(backbone)
+    frozen = {name for name, stage in stages(backbone).items() if stage < n or freezes_all}
     for name, parameter in backbone.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
-    for name, module in backbone.named_modules():
-        if isinstance(module, _BatchNorm) and (statistics or f"{name}.weight" in frozen):
-            module.__class__ = type(type(module).__name__, (_InEvaluation, type(module)), {})
-            module.eval()
+    for name, norm in norms.items():
+        if statistics or f"{name}.weight" in frozen:
+            _keep_in_evaluation_mode(norm)
 
 
-class _InEvaluation(nn.Module):
-    """Before a batch norm's own class: it stays in evaluation mode. (timm's FrozenBatchNorm2d has other tensors, so
-    that a checkpoint of a frozen network would not fit an unfrozen one.)"""
+def _keep_in_evaluation_mode(module: nn.Module) -> None:
+    # timm's FrozenBatchNorm2d has other tensors, so a frozen network's checkpoint would not fit an unfrozen one.
+    module.eval()
+    # The network's own train() calls this on each of its modules.
+    module.train = functools.partial(_ignore_train, module)
 
-    def train(self, mode: bool = True) -> Any:
-        return super().train(False)
+
+def _ignore_train(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Takes the place of `module.train`, and changes nothing."""
+    return module
 
 
 def num_stages(backbone: nn.Module) -> int:
-    """Stages of a backbone, without what follows the last one."""
-    return _groups(backbone, coarse=True, more=[(_AFTER, None)])[_AFTER] - 1
+    """Returns the number of a backbone's stages. What follows the last one is none."""
+    groups = _groups(backbone, _BEHIND_LAST_STAGE, coarse=True)
+    return groups[_BEHIND_LAST_STAGE] - 1
 
 
-_AFTER = "\N{WHITE SQUARE}"  # is no parameter's name, and so, as all that no pattern matches, in the last group
-
-
-def _groups(backbone: Any, *, coarse: bool, more: Any = ()) -> dict[str, int]:
-    """Parameter name -> timm's number of its group, in the order of execution."""
-    named = [*backbone.named_parameters(), *more]
-    return group_with_matcher(iter(named), backbone.group_matcher(coarse=coarse), reverse=True)  # pyright: ignore
+def _groups(backbone: Any, *more: str, coarse: bool) -> dict[str, int]:
+    """Returns timm's group of each parameter, by name, in the order of execution; also of the names `more`."""
+    named = [*backbone.named_parameters(), *((name, None) for name in more)]
+    matcher = backbone.group_matcher(coarse=coarse)
+    return group_with_matcher(iter(named), matcher, reverse=True)  # pyright: ignore

@@ -23,10 +23,11 @@ from pvt.semantic_fpn import SemanticFpn
 
 
 class SegmentationTask:
-    """Cross-entropy of each pixel; mIoU, mAcc, aAcc and the loss as metrics."""
+    """Cross-entropy of each pixel as the loss; mIoU, mAcc, aAcc and the loss as metrics."""
 
     main_metric = "miou"
-    chance_loss = None  # depends on how many pixels are labelled
+    # The loss of guessing depends on how many pixels are labelled.
+    chance_loss = None
 
     def __init__(self, model: SemanticFpn, classes: list[str]) -> None:
         assert model.num_classes == len(classes)
@@ -36,18 +37,22 @@ class SegmentationTask:
 
     @property
     def depths(self) -> dict[str, int]:
+        """The layer of each of the backbone's parameters, by name."""
         return layers(self.model.backbone, PREFIX)
 
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Of images [N, 3, H, W] with targets [N, H, W]: [N], see `pixel_loss`."""
+        """Returns the loss of each image, [N], for images [N, 3, H, W] with targets [N, H, W]. See `pixel_loss`."""
         height, width = batch.targets.shape[-2:]
-        return pixel_loss(_to_canvas(self.outputs(model, batch))[..., :height, :width], batch.targets)
+        logits = _to_canvas(self.outputs(model, batch))
+        # The canvas is padded to a multiple of the network's stride.
+        return pixel_loss(logits[..., :height, :width], batch.targets)
 
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Logits [N, K, H/4, W/4]."""
+        """Returns logits [N, K, H/4, W/4]."""
         return model(batch.images, **drop_path_of(batch))
 
     def metric(self) -> "SegmentationMetric":
+        """Returns a metric that has counted nothing yet."""
         return SegmentationMetric(len(self.classes))
 
 
@@ -57,74 +62,110 @@ class SegmentationMetric:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.confusion: Tensor | None = None
-        """[K, K] int64, of this rank: row the true class, column the predicted one."""
-        self._sums = torch.zeros(2, dtype=torch.float64)  # images, loss
+        """This rank's confusion matrix, [K, K] int64: rows are true classes, columns predicted ones."""
+        # [2]: number of images, sum of losses.
+        self._sums = torch.zeros(2, dtype=torch.float64)
 
-    def update(self, outputs: Tensor, targets: list[MaskTarget], weights: Tensor) -> None:
-        """`outputs`: logits [N, K, H/4, W/4]. Of an image without weight, the target is not looked at."""
-        confusion = torch.zeros(self.num_classes**2, dtype=torch.int64, device=outputs.device)
+    def update(
+        self,
+        outputs: Tensor,
+        targets: list[MaskTarget],
+        weights: Tensor,
+    ) -> None:
+        """Counts a batch: logits [N, K, H/4, W/4], targets and weights. The target of a weight of 0 is not read."""
+        num_pairs = self.num_classes**2
+        confusion = torch.zeros(num_pairs, dtype=torch.int64, device=outputs.device)
         for logits, target, weight in zip(outputs, targets, weights.tolist(), strict=True):
             if not weight:
                 continue
             scores = _to_image(logits, target)
             truth = target.labels.to(scores.device).long()
-            self._sums += torch.stack([torch.ones(()), pixel_loss(scores[None], truth[None])[0].cpu()])
+            loss = pixel_loss(scores[None], truth[None])[0]
+            self._sums += torch.stack([torch.ones(()), loss.cpu()])
             labelled = truth != IGNORED
+            # True and predicted class as one number, which bincount counts.
             pairs = truth[labelled] * self.num_classes + scores.argmax(dim=0)[labelled]
-            confusion += torch.bincount(pairs, minlength=self.num_classes**2)
+            confusion += torch.bincount(pairs, minlength=num_pairs)
         confusion = confusion.view(self.num_classes, self.num_classes)
-        self.confusion = confusion if self.confusion is None else self.confusion + confusion
+        if self.confusion is not None:
+            confusion = self.confusion + confusion
+        self.confusion = confusion
 
     def result(self, world: World) -> dict[str, float]:
-        own = torch.zeros(self.num_classes**2) if self.confusion is None else self.confusion.flatten()
+        """Returns the metrics over the images of all ranks. Collective. Raises InputError without a labelled pixel."""
+        # A rank of few images may have seen no batch.
+        own = torch.zeros(self.num_classes**2)
+        if self.confusion is not None:
+            own = self.confusion.flatten()
         # float64 holds counts of pixels up to 9e15 exactly, and not every backend sums integers.
-        message = torch.cat([own.double(), self._sums.to(own.device)]).to(world.device)
-        *counts, images, loss = world.sum(message).tolist()
-        confusion = torch.tensor(counts, dtype=torch.float64).view(self.num_classes, self.num_classes)
+        message = torch.cat([own.double(), self._sums.to(own.device)])
+        *counts, images, loss = world.sum(message.to(world.device)).tolist()
+        confusion = torch.tensor(counts, dtype=torch.float64)
+        confusion = confusion.view(self.num_classes, self.num_classes)
         if not confusion.any():
             raise InputError(
                 "data.val has no labelled pixel: a score needs label maps with other values than 0 and 255"
             )
+        correct = confusion.diag()
         return {
             "miou": class_ious(confusion).nanmean().item(),
-            "macc": (confusion.diag() / confusion.sum(dim=1)).nanmean().item(),
-            "aacc": (confusion.diag().sum() / confusion.sum()).item(),
+            "macc": (correct / confusion.sum(dim=1)).nanmean().item(),
+            "aacc": (correct.sum() / confusion.sum()).item(),
             "val_loss": loss / images,
         }
 
 
 def class_ious(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, [K] float64, of `SegmentationMetric.confusion`. NaN for a class that is
-    neither there nor predicted."""
+    """Returns the intersection over union of each class, [K] float64, from a confusion matrix [K, K].
+
+    It is NaN for a class that is neither in the data nor predicted.
+    """
     confusion = confusion.double()
     intersection = confusion.diag()
-    return intersection / (confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - intersection
+    return intersection / union
 
 
 def predict(logits: Tensor, target: MaskTarget) -> Tensor:
-    """One image's logits [K, H/4, W/4] -> classes [h, w] int64, at the size of the target's labels."""
+    """Returns the classes [h, w] int64 of one image's logits [K, H/4, W/4], at the size of the target's labels."""
     return _to_image(logits, target).argmax(dim=0)
 
 
 def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy, [N] float32: of each image the sum over its labelled pixels divided by the number of all.
+    """Returns the loss of each image, [N] float32: the cross-entropies of its labelled pixels over the number of all.
 
     So a crop with few labelled pixels weighs little, as in the published code's average over a batch. Logits
     [N, K, H, W] float32, targets [N, H, W] of classes or IGNORED.
     """
     # A list of pixels, because on CUDA the kernel for maps is not deterministic.
     pixels = logits.permute(0, 2, 3, 1).flatten(0, 2)  # [N*H*W, K]
-    losses = functional.cross_entropy(pixels, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = functional.cross_entropy(
+        pixels,
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
     return losses.view(targets.shape[0], -1).mean(dim=1)
 
 
 def _to_canvas(logits: Tensor) -> Tensor:
-    """Logits [N, K, H/4, W/4] -> [N, K, H, W] float32."""
-    return functional.interpolate(logits.float(), scale_factor=STRIDES[0], mode="bilinear", align_corners=False)
+    """Upsamples logits [N, K, H/4, W/4] to [N, K, H, W] float32."""
+    return functional.interpolate(
+        logits.float(),
+        scale_factor=STRIDES[0],
+        mode="bilinear",
+        align_corners=False,
+    )
 
 
 def _to_image(logits: Tensor, target: MaskTarget) -> Tensor:
-    """One image's logits [K, H/4, W/4] -> [K, h, w] float32, without the canvas around it."""
+    """Resizes one image's logits [K, H/4, W/4] to [K, h, w] float32, without the canvas around it."""
     height, width = target.extent
     seen = _to_canvas(logits[None])[..., :height, :width]
-    return functional.interpolate(seen, size=target.labels.shape, mode="bilinear", align_corners=False)[0]
+    resized = functional.interpolate(
+        seen,
+        size=target.labels.shape,
+        mode="bilinear",
+        align_corners=False,
+    )
+    return resized[0]

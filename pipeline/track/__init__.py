@@ -1,1 +1,1 @@
-"""Runs and the model registry. The only importer of mlflow."""
+"""Experiment tracking and the model registry. This package alone imports MLflow."""

@@ -1,4 +1,4 @@
-"""Kept for the code of registered versions, which imports it. Use pipeline/track/model_card.py."""
+"""This module stays for versions registered earlier, whose code imports it. Use pipeline/track/model_card.py."""
 
 from pipeline.track.model_card import CARD, RAW, WEIGHTS
 from pipeline.track.model_card import ModelCard as Card

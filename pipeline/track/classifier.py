@@ -1,4 +1,4 @@
-"""Kept for the code of registered versions, which imports it. Use pipeline/track/serve/classifier.py."""
+"""This module stays for versions registered earlier, whose code imports it. Use pipeline/track/serve/classifier.py."""
 
 from pipeline.track.serve.classifier import ServedClassifier as Classifier
 

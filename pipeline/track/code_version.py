@@ -1,9 +1,9 @@
-"""Which code runs, and copies of it for jobs that start later, when the checkout may have moved on.
+"""The version of the running code, and snapshots of it for jobs that start later, when the checkout may have changed.
 
     checkout ──snapshot──▶ FOLDER/launch/ pipeline/ pvt/ configs/ pyproject.toml
        └──────git────────▶ FOLDER/revision.json  [uncommitted.patch]
 
-Code that runs from a snapshot says what its revision.json says.
+Code that runs from a snapshot reports what the snapshot's revision.json holds.
 """
 
 import json
@@ -15,69 +15,98 @@ from pathlib import Path
 from pipeline import files
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Of the code that is running: a checkout, a snapshot, or where packages are installed."""
+"""The folder of the running code: a checkout, a snapshot, or the place where packages are installed."""
 CODE = ("launch", "pipeline", "pvt", "configs", "pyproject.toml")
-"""What is needed to run."""
-REVISION, PATCH = "revision.json", "uncommitted.patch"
+"""The files and folders below ROOT that are needed to run."""
+REVISION = "revision.json"
+PATCH = "uncommitted.patch"
 
 
 def code_revision() -> dict[str, str]:
-    """Tags that name the code: commit, and whether CODE differed from it, new files included. Empty where nothing is
-    known of it."""
-    if (noted := ROOT / REVISION).exists():
-        return json.loads(noted.read_text())
-    if not _files_of_checkout():
+    """Returns tags that name the code: its commit, and whether CODE differed from that, new files included.
+
+    Empty where the revision is unknown.
+    """
+    recorded = ROOT / REVISION
+    if recorded.exists():
+        return json.loads(recorded.read_text())
+    if not _list_checkout():
         return {}
     dirty = bool(_git("status", "--porcelain", "--", *CODE))
-    return {"mlflow.source.git.commit": _git("rev-parse", "HEAD").strip(), "code.dirty": str(dirty).lower()}
+    return {
+        "mlflow.source.git.commit": _git("rev-parse", "HEAD").strip(),
+        "code.dirty": str(dirty).lower(),
+    }
 
 
-def uncommitted() -> str:
-    """Changes of CODE's tracked files against the last commit, as a patch. Empty where nothing is known of it."""
+def read_uncommitted() -> str:
+    """Returns the changes of CODE's tracked files against the last commit, as a patch.
+
+    Empty where the revision is unknown.
+    """
     if (ROOT / REVISION).exists():
         patch = ROOT / PATCH
         return patch.read_text() if patch.exists() else ""
-    return _git("diff", "HEAD", "--", *CODE) if _files_of_checkout() else ""
+    if not _list_checkout():
+        return ""
+    return _git("diff", "HEAD", "--", *CODE)
 
 
 def snapshot(folder: Path, *, diff: bool = False) -> None:
-    """Copy CODE as it is now, uncommitted changes and new files included, without what git ignores. What `folder` held
-    before is replaced once the copy is whole. For one process at a time.
+    """Copies CODE as it is now, with uncommitted changes and new files but without what git ignores, to `folder`.
 
-    `diff`: keep the uncommitted changes as a patch, too, for tracking.log_diff. They can hold secrets.
+    An earlier snapshot in `folder` is replaced once the copy is complete. Only one process may do this at a time.
+
+    `diff`: also keep the uncommitted changes as a patch, for tracking.log_diff. They can hold secrets.
     """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}.old")
+    # A process that was killed may have left either.
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in _files_of_checkout() or _files():
-        (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, partial / path)
+    for path in _list_checkout() or _list_files():
+        copy = partial / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy)
     (partial / REVISION).write_text(json.dumps(code_revision()) + "\n")
     if diff:
-        files.write(partial / PATCH, uncommitted().encode(), private=True)
+        files.write(partial / PATCH, read_uncommitted().encode(), private=True)
+    # Jobs that start in between find one of the two, or none for an instant, but never half a copy.
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _files_of_checkout() -> list[Path]:
-    """Paths below ROOT. None outside a checkout, also where ROOT lies in one of something else, as environments may."""
+def _list_checkout() -> list[Path]:
+    """Returns the paths, below ROOT, of the files that git knows or does not ignore.
+
+    Empty outside a checkout of this project, also where ROOT lies inside another project's, as environments may.
+    """
     try:
+        # Fails unless the repository around ROOT has ROOT's own pyproject.toml.
         _git("cat-file", "-e", "HEAD:./pyproject.toml")
-        listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE)
+        listing = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [Path(name) for name in listed.split("\0") if (ROOT / name).is_file()]
+    return [Path(name) for name in listing.split("\0") if (ROOT / name).is_file()]
 
 
-def _files() -> Iterator[Path]:
+def _list_files() -> Iterator[Path]:
     for name in CODE:
-        for path in [ROOT / name, *(ROOT / name).rglob("*")]:
+        top = ROOT / name
+        for path in [top, *top.rglob("*")]:
             if path.is_file() and "__pycache__" not in path.parts:
                 yield path.relative_to(ROOT)
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    process = subprocess.run(
+        ["git", *arguments],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return process.stdout

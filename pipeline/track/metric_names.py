@@ -1,14 +1,16 @@
-"""How the pages call a metric, which of them share a chart, which are shares of one, and which are details of others.
+"""How the pages label a metric, which metrics share a chart, which are fractions of one, and which are details.
 
-COCO's average precision and recall are of boxes and, where the network finds them, of masks: box_ap, mask_ap50, …
+COCO's average precision and recall exist for boxes and, where the network predicts them, masks: box_ap, mask_ap50, …
 """
 
 _KINDS = ("box", "mask")
-_BY_OVERLAP, _BY_SIZE, _RECALL = ("ap", "ap50", "ap75"), ("ap_small", "ap_medium", "ap_large"), ("ar1", "ar10", "ar100")
+_BY_OVERLAP = ("ap", "ap50", "ap75")
+_BY_SIZE = ("ap_small", "ap_medium", "ap_large")
+_RECALL = ("ar1", "ar10", "ar100")
 _DETAILS = {f"{kind}_{name}" for kind in _KINDS for name in (*_BY_SIZE, *_RECALL)}
 
 
-def _charts_of(kind: str, plural: str) -> dict[str, tuple[str, ...]]:
+def _build_charts(kind: str, plural: str) -> dict[str, tuple[str, ...]]:
     titles = {
         f"Average precision of {plural}": _BY_OVERLAP,
         f"Average precision of {plural} by their size": _BY_SIZE,
@@ -20,24 +22,30 @@ def _charts_of(kind: str, plural: str) -> dict[str, tuple[str, ...]]:
 CHARTS = {
     "Accuracy": ("top1", "top5"),
     "Overlap and accuracy": ("miou", "macc", "aacc"),
-    **_charts_of("box", "boxes"),
-    **_charts_of("mask", "masks"),
+    **_build_charts("box", "boxes"),
+    **_build_charts("mask", "masks"),
 }
-"""All of them shares, to be written as per cents."""
-_NAMES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+"""Metrics by the title of the chart that they share. All of them are fractions, which pages write as per cents."""
+_LABELS = {
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "aacc": "aAcc",
+}
 
 
 def is_fraction(metric: str) -> bool:
+    """Whether a metric is a fraction of one, to be written as a percentage."""
     return any(metric in names for names in CHARTS.values())
 
 
 def is_detail(metric: str) -> bool:
-    """Whether it is another one's of a part of the objects, which tables of many metrics leave out."""
+    """Whether a metric covers only some of the objects, or is a recall. Tables of many metrics omit those."""
     return metric in _DETAILS
 
 
-def name_of(metric: str) -> str:
+def label_of(metric: str) -> str:
+    """Returns a metric's label, such as "box AP50" for box_ap50."""
     kind, _, rest = metric.partition("_")
     if kind in _KINDS and rest.startswith(("ap", "ar")):
         return f"{kind} {rest[:2].upper()}{rest[2:].replace('_', ' ')}"
-    return _NAMES.get(metric, metric)
+    return _LABELS.get(metric, metric)

@@ -1,4 +1,4 @@
-"""What a registered model carries besides its weights: enough to build it, feed it, read its answers and trace it."""
+"""The model card of a registered version: all that its users need, besides the weights, to build, feed and trace it."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,20 +9,25 @@ from pipeline import files
 from pipeline.config import ImageConfig, ModelConfig, TaskConfig, read_json
 from pipeline.errors import InputError
 
-CARD, WEIGHTS, RAW = "model.json", "model.safetensors", "raw.safetensors"
+CARD = "model.json"
+WEIGHTS = "model.safetensors"
+RAW = "raw.safetensors"
 
 
 class ScoredData(BaseModel):
-    """The data that `metrics` were measured on."""
+    """The data set that `metrics` were measured on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
-    digest: str  # SHA-256
+    digest: str
+    """SHA-256 of the data set."""
     samples: int
 
 
 class ModelCard(BaseModel):
+    """The content of model.json."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
@@ -32,19 +37,20 @@ class ModelCard(BaseModel):
     eval_batch_size: int
     classes: list[str]
     averaged: bool = False
-    """model.safetensors is a moving average of the weights; raw.safetensors, beside it, are the weights themselves."""
+    """Whether model.safetensors is a moving average of the weights. raw.safetensors, beside it, are the weights."""
     metrics: dict[str, float | None]
-    """Of model.safetensors; None where a number was not finite."""
+    """The metrics of model.safetensors; None stands for a number that was not finite."""
     scored: ScoredData | None = None
     sha256: dict[str, str]
-    """Digests of the weights' files by name, as they were when training saved them."""
+    """SHA-256 digests of the weights' files by name, as training saved them."""
     lineage: dict[str, str]
-    """Where it comes from, each entry also a tag of the version: run (the run's UUID), step, config (fingerprint), code
-    (revision), data (digest), parent (the version that training started from), source (of foreign weights)."""
+    """Where the version comes from. Each entry is also a tag of the version: run (the run's UUID), step, config
+    (fingerprint), code (revision), data (digest), parent (the version that training started from), source (of imported
+    weights)."""
 
     @classmethod
     def read(cls, folder: Path) -> "ModelCard":
-        """Raises OSError and InputError."""
+        """Reads the card in `folder`. Raises OSError and InputError."""
         return read_json(cls, folder / CARD)
 
     def require_head(self, model: str) -> None:
@@ -56,4 +62,5 @@ class ModelCard(BaseModel):
             )
 
     def write(self, folder: Path) -> None:
+        """Writes the card to `folder`."""
         files.write(folder / CARD, self.model_dump_json(indent=1).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Kept for the code of registered versions, which imports it. Use pipeline/track/serve/segmenter.py."""
+"""This module stays for versions registered earlier, whose code imports it. Use pipeline/track/serve/segmenter.py."""
 
 from pipeline.track.serve.segmenter import ServedSegmenter as Segmenter
 

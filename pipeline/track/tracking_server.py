@@ -1,19 +1,22 @@
-"""The tracking server and registry: which one, and how its troubles are told apart. Importing this imports MLflow."""
+"""The tracking server and registry: how it is chosen, and its errors classified. Importing this imports MLflow."""
 
 import contextlib
 import logging
 import os
+import random
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-# MLflow reads these when it is imported or first used. It phones home unless told not to, draws progress bars into log
-# files, and retries for minutes inside of a call: we come back by ourselves, and look first what has been done.
+# MLflow reads these when it is imported or first used. It sends telemetry unless that is disabled, draws progress bars
+# into log files, and retries inside of a call for minutes: we retry ourselves, and first check what has been done.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-# Standard output ends with our result; the server's pages are found without being told of each run.
+# Standard output ends with our result, so MLflow must not print each run's page there.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # It would copy uv.lock and pyproject.toml of whatever folder the job was started in into each model.
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
@@ -28,38 +31,54 @@ from pipeline.errors import ExternalError, InputError
 from pipeline.redact import redact
 from pipeline.track.relocate import former_folders
 
-# Errors of artifact stores' clients, which are not installed everywhere, are told by name.
-_CLIENTS = {"mlflow", "sqlalchemy", "boto3", "botocore", "azure", "google"}
-# What it does step by step is of no interest in a job's log.
+# The clients of artifact stores are not installed everywhere, so their errors are recognised by their package's name.
+_CLIENTS = {
+    "mlflow",
+    "sqlalchemy",
+    "boto3",
+    "botocore",
+    "azure",
+    "google",
+}
+# MLflow's progress messages are of no use in a job's log.
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 
-_SQLITE, _VARIABLE = "sqlite:///", "MLFLOW_TRACKING_URI"
+_SQLITE = "sqlite:///"
+_VARIABLE = "MLFLOW_TRACKING_URI"
+_ERROR_LENGTH = 500
+"""Characters of a server's error that are reported."""
+_ATTEMPTS = 6
+# The seeded generators stay as they are: their draws must not depend on the server.
+_jitter = random.SystemRandom()
+
+T = TypeVar("T")
 
 
 def tracking_uri(configured: str | None, root: str | Path = "runs") -> str:
-    """The server to use: the configured one, or MLFLOW_TRACKING_URI's, or a SQLite file among the runs."""
+    """Returns the server to use: the configured one, or MLFLOW_TRACKING_URI's, or a SQLite file among the runs."""
     return configured or os.environ.get(_VARIABLE) or f"{_SQLITE}{Path(root) / 'mlflow.db'}"
 
 
 def connect(uri: str, *, create: bool = False) -> MlflowClient:
-    """A client, after MLflow's own functions have been pointed at the same server.
+    """Returns a client, after MLflow's own functions have been pointed at the same server.
 
-    Raises InputError for what cannot be a server, for an embedded database that does not exist unless `create`, and for
-    one that was moved or copied and still has the paths of its old place.
+    Raises InputError for a URI that cannot be a server's, for an embedded database that does not exist unless `create`,
+    and for one that was moved or copied and still holds the paths of its old folder.
     """
-    database = embedded(uri)
+    database = embedded_database(uri)
     if database and not database.exists() and not create:
         raise InputError(f"{database}: no such database; start where runs/ is, or name the server with --tracking-uri")
     try:
         _use(uri)
         if database is None:
             return MlflowClient(uri)
-        # Creating the tables is no transaction: of several processes one has to be first.
+        # MLflow does not create the tables in one transaction: of several processes one has to be first.
         database.parent.mkdir(parents=True, exist_ok=True)
         with files.locked(database.with_name(f".{database.name}.lock")):
             if not database.exists():
-                _create(database)
+                _create_database(database)
             client = MlflowClient(uri)
+            # MLflow opens the database at its first query. Whatever is wrong with it shows here, under the lock.
             client.search_experiments(max_results=1)
             _require_own_paths(database)
             return client
@@ -67,9 +86,11 @@ def connect(uri: str, *, create: bool = False) -> MlflowClient:
         raise InputError(f"tracking server {redact(uri)}: {redact(error.message)}") from error
 
 
-def embedded(uri: str) -> Path | None:
+def embedded_database(uri: str) -> Path | None:
     """Returns the path of an embedded database; None for the URI of a server."""
-    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE))
 
 
 def _require_own_paths(database: Path) -> None:
@@ -81,18 +102,20 @@ def _require_own_paths(database: Path) -> None:
         )
 
 
-def _create(database: Path) -> None:
-    """Under another name until its tables are whole: a process that ends in between would leave a database that nobody
-    can open."""
+def _create_database(database: Path) -> None:
+    """Creates a database under a temporary name until its tables are complete.
+
+    A process that ends in between would otherwise leave a database that nobody can open.
+    """
     partial = database.with_name(f".{database.name}.partial")
-    for left in database.parent.glob(f"{partial.name}*"):
-        left.unlink()
+    for leftover in database.parent.glob(f"{partial.name}*"):
+        leftover.unlink()
     MlflowClient(f"{_SQLITE}{partial}").search_experiments(max_results=1)
     partial.rename(database)
 
 
 def _use(uri: str) -> None:
-    """Have MLflow's own functions use this server. They would set a variable, too, which child processes inherit."""
+    """Makes MLflow's own functions use this server, without the variable that they set: child processes inherit it."""
     before = os.environ.pop(_VARIABLE, None)
     mlflow.set_tracking_uri(uri)
     os.environ.pop(_VARIABLE, None)
@@ -101,7 +124,7 @@ def _use(uri: str) -> None:
 
 
 def find_experiment(client: MlflowClient, name: str) -> str:
-    """Its id; it is created where there is none. Raises InputError for one that was deleted."""
+    """Returns an experiment's id; it is created where there is none. Raises InputError for one that was deleted."""
     if found := client.get_experiment_by_name(name):
         if found.lifecycle_stage == LifecycleStage.DELETED:
             raise InputError(
@@ -110,35 +133,54 @@ def find_experiment(client: MlflowClient, name: str) -> str:
                 f"{found.experiment_id}; or set another tracking.experiment"
             )
         return found.experiment_id
-    # A server picks its own artifact store; for an embedded database the artifacts lie beside it.
-    database = embedded(client.tracking_uri)
-    beside = (database.parent / "artifacts" / name).resolve().as_uri() if database else None
+    # A server picks its own artifact store; the artifacts of an embedded database lie beside it.
+    location = None
+    if database := embedded_database(client.tracking_uri):
+        location = (database.parent / "artifacts" / name).resolve().as_uri()
     try:
-        return client.create_experiment(name, artifact_location=beside)
+        return client.create_experiment(name, artifact_location=location)
     except MlflowException:
-        if found := client.get_experiment_by_name(name):  # another process has created it meanwhile
+        # Another process may have created it meanwhile.
+        if found := client.get_experiment_by_name(name):
             return found.experiment_id
         raise
 
 
 @contextlib.contextmanager
 def reaching(what: str) -> Iterator[None]:
-    """Around calls of the server and its stores: Unreachable, or Denied, for what goes wrong there, in one line."""
+    """Surrounds calls of the server and its stores; their errors become Unreachable or Denied, in one line."""
     try:
         yield
     except (InputError, ExternalError):
         raise
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+        package = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and package not in _CLIENTS:
             raise
-        text = error.message if isinstance(error, MlflowException) else f"{type(error).__name__}: {error}"
-        denied = isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED"
-        raise (Denied if denied else Unreachable)(f"{what}: {redact(' '.join(text.split()))[:500]}") from error
+        text = f"{type(error).__name__}: {error}"
+        kind = Unreachable
+        if isinstance(error, MlflowException):
+            text = error.message
+            if error.error_code == "PERMISSION_DENIED":
+                kind = Denied
+        line = redact(" ".join(text.split()))
+        raise kind(f"{what}: {line[:_ERROR_LENGTH]}") from error
+
+
+def with_retries(call: Callable[[], T]) -> T:
+    """Calls a function again after errors of the server, six times at most, within some seconds."""
+    # Concurrent writers make a database fail for a moment, and its errors do not differ from lasting ones.
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return call()
+        except (MlflowException, Unreachable):
+            time.sleep(0.05 * 2**attempt * _jitter.uniform(0.5, 1.0))
+    return call()
 
 
 class Unreachable(ExternalError):
-    """The tracking server or its store does not do what it was asked, now."""
+    """The tracking server or its store cannot do at present what it was asked."""
 
 
 class Denied(Unreachable):
-    """This user may not: asking again does not help."""
+    """This user lacks the permission, so that retrying does not help."""

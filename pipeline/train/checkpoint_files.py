@@ -5,8 +5,8 @@
       + bytes   ──▶ damage: may a run resume from it?     as fast as SHA-256
     state and tensor headers of one without damage ──▶ misfit: did the save write the right things?
 
-Knows neither torch nor DeepSpeed, so that commands that only look start at once. `checkpoint.py` says what the files
-hold.
+This module imports neither torch nor DeepSpeed, so that commands that only look at checkpoints start at once.
+`checkpoint.py` describes what the files hold.
 """
 
 import hashlib
@@ -36,6 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _RANGE = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
 Shape = list[int]
+Shapes = dict[str, Shape]
 
 
 class FileEntry(BaseModel):
@@ -56,9 +57,9 @@ class Commit(BaseModel):
 
 
 def commit_fault(folder: Path) -> str | None:
-    """Why the checkpoint does not count, or None. Reads COMMIT.json alone.
+    """Returns why the checkpoint does not count, or None. Reads COMMIT.json alone.
 
-    Raises InputError for one that a newer version of this code has written, which is not damaged.
+    Raises InputError for a checkpoint that a newer version of this code has written: that is not damaged.
     """
     if not folder.is_dir():
         return "no such folder"
@@ -67,21 +68,32 @@ def commit_fault(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"no {COMMIT}: saving it did not finish"
     except InputError as error:
-        if (found := format_of(folder)) > FORMAT:
-            raise InputError(f"{folder}: format {found}, but this version reads format {FORMAT}: update it") from None
-        if found in range(1, FORMAT):
-            return f"format {found}, but this version reads format {FORMAT}"
-        return f"{COMMIT} cannot be read: {str(error).removeprefix(f'{folder / COMMIT}: ')}"
+        return _format_fault(folder, str(error))
     except OSError as error:
         return f"{COMMIT} cannot be read: {error}"
-    if missing := {MODEL, STATE} - commit.files.keys():
-        return f"{COMMIT} does not list {', '.join(sorted(missing))}"
+    missing = {MODEL, STATE} - commit.files.keys()
+    if missing:
+        return f"{COMMIT} does not list {_join(missing)}"
     return None
 
 
+def _format_fault(folder: Path, error: str) -> str:
+    """Returns what is wrong with a COMMIT.json that does not validate."""
+    found = format_of(folder)
+    mismatch = f"format {found}, but this version reads format {FORMAT}"
+    if found > FORMAT:
+        raise InputError(f"{folder}: {mismatch}: update it") from None
+    if 1 <= found < FORMAT:
+        return mismatch
+    reason = error.removeprefix(f"{folder / COMMIT}: ")
+    return f"{COMMIT} cannot be read: {reason}"
+
+
 def size_fault(folder: Path) -> str | None:
-    """Why the checkpoint cannot be whole, or None where only its bytes could tell. Raises as commit_fault does."""
-    if fault := commit_fault(folder):
+    """Returns why the checkpoint cannot be whole, or None where only its bytes could show it. Raises as commit_fault
+    does."""
+    fault = commit_fault(folder)
+    if fault:
         return fault
     for name, entry in Commit.read(folder).files.items():
         try:
@@ -94,8 +106,9 @@ def size_fault(folder: Path) -> str | None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None. Reads every byte. Raises as commit_fault does."""
-    if fault := commit_fault(folder):
+    """Returns why the checkpoint cannot be trusted, or None. Reads every byte. Raises as commit_fault does."""
+    fault = commit_fault(folder)
+    if fault:
         return fault
     for name, entry in Commit.read(folder).files.items():
         try:
@@ -109,57 +122,68 @@ def damage(folder: Path) -> str | None:
 
 
 def format_of(folder: Path) -> int:
-    """0 if it cannot be read."""
+    """Returns the checkpoint's format, or 0 if it cannot be read."""
     try:
-        found = read_json(dict[str, Any], folder / COMMIT).get("format")
-        return found if isinstance(found, int) else 0
+        document = read_json(dict[str, Any], folder / COMMIT)
     except (OSError, InputError):
         return 0
+    found = document.get("format")
+    return found if isinstance(found, int) else 0
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether to resume from it. A damaged one is told and walked past: the run repeats the steps since the one
-    before."""
-    if fault := damage(folder):
-        print(f"{folder} is passed over: {fault}", file=sys.stderr, flush=True)
+    """Whether a run can resume from the checkpoint. A damaged one is reported and skipped: the run repeats the steps
+    since the one before."""
+    fault = damage(folder)
+    if fault:
+        print(f"{folder} is skipped: {fault}", file=sys.stderr, flush=True)
     return fault is None
 
 
 def misfit(folder: Path) -> str | None:
-    """What does not fit together in a checkpoint without damage, or None.
+    """Returns what does not fit together in a checkpoint without damage, or None.
 
-    Its digests tell that it is as it was saved, and this that the right things were: the files of all ranks and no
-    others, the folder's own step, and ranges of moments that are each trained tensor exactly once. A tensor without
-    any moment is taken for a buffer or a frozen parameter (see `untrained`).
+    Its digests show that it is as it was saved, and this that the right things were saved: the files of all ranks and
+    no others, the folder's own step, and ranges of moments that cover each trained tensor exactly once. A tensor
+    without any moment counts as a buffer or a frozen parameter (see `untrained`).
     """
     return _files_misfit(folder) or state_fault(folder) or _tensors_misfit(folder)
 
 
 def _files_misfit(folder: Path) -> str | None:
-    listed = {name: entry.model_dump() for name, entry in Commit.read(folder).files.items()}
+    listed = Commit.read(folder).model_dump()["files"]
     present = {path.name for path in folder.iterdir()}
-    ranks = range(max(_count("optimizer-", listed), _count("part-", present)))
-    parts = {f"part-{rank}.json" for rank in ranks}
-    known = {MODEL, STATE, *(f"optimizer-{rank}.safetensors" for rank in ranks), *listed.keys() & {EMA}}
-    if missing := known - listed.keys():
-        return f"{COMMIT} does not list {_names(missing)}"
-    if strange := listed.keys() - known:
-        return f"{COMMIT} lists {_names(strange)}, which is no file of a checkpoint"
-    if extra := present - known - parts - {COMMIT}:
-        return f"{_names(extra)} should not be there: {COMMIT} does not list it"
-    if missing := parts - present:
-        return f"{_names(missing)} is missing"
+    num_ranks = max(_count("optimizer-", listed), _count("part-", present))
+    parts = {f"part-{rank}.json" for rank in range(num_ranks)}
+    known = {f"optimizer-{rank}.safetensors" for rank in range(num_ranks)}
+    known |= {MODEL, STATE}
+    if EMA in listed:
+        known.add(EMA)
+    missing = known - listed.keys()
+    if missing:
+        return f"{COMMIT} does not list {_join(missing)}"
+    strange = listed.keys() - known
+    if strange:
+        return f"{COMMIT} lists {_join(strange)}, which is no file of a checkpoint"
+    extra = present - known - parts - {COMMIT}
+    if extra:
+        return f"{_join(extra)} should not be there: {COMMIT} does not list it"
+    missing = parts - present
+    if missing:
+        return f"{_join(missing)} is missing"
+    written = {}
     try:
-        written = [read_json(dict[str, Any], folder / part).items() for part in sorted(parts)]
+        for part in sorted(parts):
+            written |= read_json(dict[str, Any], folder / part)
     except (OSError, InputError) as error:
         return f"a part-R.json cannot be read: {error}"
-    if dict(entry for part in written for entry in part) != listed:
+    if written != listed:
         return f"the part-R.json files together do not list what {COMMIT} does"
     return None
 
 
 def state_fault(folder: Path) -> str | None:
-    """What is wrong with state.json, or None."""
+    """Returns what is wrong with state.json, or None."""
     try:
         state = read_document(folder)["state"]
         step, ema_steps = state["step"], state["ema_steps"]
@@ -174,29 +198,44 @@ def state_fault(folder: Path) -> str | None:
 
 def _tensors_misfit(folder: Path) -> str | None:
     try:
-        model, ema, shares = headers(folder)
+        model, ema, moments = headers(folder)
     except SafetensorError as error:
         return f"a tensor file's header is wrong: {error}"
     if ema not in (None, model):
         return f"{EMA} does not hold the tensors that {MODEL} does"
-    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by moment and name, of the flattened tensor
-    for key, shape in shares:
-        match = _RANGE.fullmatch(key)
-        if not match or shape != [int(match[3]) - int(match[2])] or match[1].partition(".")[0] not in MOMENTS:
+    # Of the flattened tensors, by "MOMENT.NAME".
+    ranges = defaultdict[str, list[tuple[int, int]]](list)
+    for key, shape in moments:
+        if not _is_range_of_moment(key, shape):
             return f"{key!r} of shape {shape} is no range of a moment"
-        ranges[match[1]].append((int(match[2]), int(match[3])))
-    trained = {moment_and_name.partition(".")[2] for moment_and_name in ranges}
-    if unknown := trained - model.keys():
-        return f"{MODEL} does not hold {_names(unknown)}, of which there are moments"
+        moment_and_name, start, stop = parse_range(key)
+        ranges[moment_and_name].append((start, stop))
+    trained = {_name_of(moment_and_name) for moment_and_name in ranges}
+    unknown = trained - model.keys()
+    if unknown:
+        return f"{MODEL} does not hold {_join(unknown)}, of which there are moments"
+    # Every trained tensor has both moments, and ranks have shared out each of their values once.
     for name in sorted(trained):
+        length = math.prod(model[name])
         for moment in MOMENTS:
-            if fault := _cover_fault(ranges[f"{moment}.{name}"], math.prod(model[name])):
-                return f"{moment}.{name}{fault}"
+            key = f"{moment}.{name}"
+            fault = _cover_fault(ranges[key], length)
+            if fault:
+                return f"{key}{fault}"
     return None
 
 
+def _is_range_of_moment(key: str, shape: Shape) -> bool:
+    if not _RANGE.fullmatch(key):
+        return False
+    moment_and_name, start, stop = parse_range(key)
+    moment, _, _ = moment_and_name.partition(".")
+    return moment in MOMENTS and shape == [stop - start]
+
+
 def _cover_fault(ranges: list[tuple[int, int]], length: int) -> str | None:
-    """Where the ranges are not 0 … length, each value once."""
+    """Returns where the ranges do not cover 0 … `length`, each value once, or None."""
+    # The last, empty range stands for the end, to find values that are missing there.
     end = 0
     for start, stop in [*sorted(ranges), (length, length)]:
         if start > end:
@@ -213,18 +252,27 @@ def _count(prefix: str, names: Iterable[str]) -> int:
     return sum(name.startswith(prefix) for name in names)
 
 
-def _names(names: set[str]) -> str:
+def _join(names: set[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def headers(folder: Path) -> tuple[dict[str, Shape], dict[str, Shape] | None, list[tuple[str, Shape]]]:
-    """The shapes of the tensors, by name, in the model, in its average (None: none is kept), and in all ranks' shares
-    of the moments, where a name may come twice. Raises SafetensorError for a header that is wrong."""
-    shares = [shape for path in sorted(folder.glob("optimizer-*.safetensors")) for shape in _shapes(path).items()]
-    return _shapes(folder / MODEL), _shapes(folder / EMA) if (folder / EMA).exists() else None, shares
+def _name_of(moment_and_name: str) -> str:
+    return moment_and_name.partition(".")[2]
 
 
-def _shapes(path: Path) -> dict[str, Shape]:
+def headers(folder: Path) -> tuple[Shapes, Shapes | None, list[tuple[str, Shape]]]:
+    """Returns the shapes of the tensors, by name: in the model, in its average (None where none is kept), and in all
+    ranks' files of moments, where a name may come twice. Raises SafetensorError for a header that is wrong."""
+    moments = []
+    for path in sorted(folder.glob("optimizer-*.safetensors")):
+        moments += _read_shapes(path).items()
+    model = _read_shapes(folder / MODEL)
+    has_average = (folder / EMA).exists()
+    ema = _read_shapes(folder / EMA) if has_average else None
+    return model, ema, moments
+
+
+def _read_shapes(path: Path) -> Shapes:
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -233,18 +281,24 @@ def _shapes(path: Path) -> dict[str, Shape]:
 
 
 def untrained(folder: Path) -> list[str]:
-    """The model's tensors that have no moments: buffers and frozen parameters, of which nothing in a checkpoint tells
-    one from another."""
-    model, _, shares = headers(folder)
-    trained = {parse_range(key)[0].partition(".")[2] for key, _ in shares}
+    """Returns the model's tensors without moments: buffers and frozen parameters, which nothing in a checkpoint
+    distinguishes."""
+    model, _, moments = headers(folder)
+    trained = set()
+    for key, _ in moments:
+        moment_and_name, _, _ = parse_range(key)
+        trained.add(_name_of(moment_and_name))
     return sorted(model.keys() - trained)
 
 
 def range_key(name: str, moment: str, start: int, length: int) -> str:
-    return f"{moment}.{name}[{start}:{start + length}]"
+    """Returns the name that a range of a flattened moment has in a file."""
+    stop = start + length
+    return f"{moment}.{name}[{start}:{stop}]"
 
 
 def parse_range(key: str) -> tuple[str, int, int]:
+    """Returns "MOMENT.NAME", start and stop of a key that `range_key` gave."""
     match = _RANGE.fullmatch(key)
     assert match, f"{key!r} is no range of a moment"
     return match[1], int(match[2]), int(match[3])
@@ -255,28 +309,34 @@ def step_of(folder: Path) -> int:
 
 
 def read_document(folder: Path) -> dict[str, Any]:
-    """state.json: "format", "identity", "state". Raises OSError and InputError."""
+    """Returns what is in state.json: "format", "identity" and "state". Raises OSError and InputError."""
     document = read_json(dict[str, Any], folder / STATE)
-    for part in ("identity", "state"):
-        validated(dict[str, Any], document.get(part), f"{folder / STATE}: {part}")
+    for section in ("identity", "state"):
+        name = f"{folder / STATE}: {section}"
+        validated(dict[str, Any], document.get(section), name)
     return document
 
 
 def scores_of(folder: Path) -> dict[str, float] | None:
-    """What the evaluation at the checkpoint's own step gave; None without one, or if it cannot be read."""
+    """Returns the scores of the evaluation at the checkpoint's own step; None without one, or if it cannot be read."""
     try:
         state = read_document(folder)["state"]
-        scores = state["scores"] if state["scored_step"] == state["step"] else None
-        return scores if isinstance(scores, dict) else None
+        if state["scored_step"] != state["step"]:
+            return None
+        scores = state["scores"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return scores if isinstance(scores, dict) else None
 
 
 def score_of(folder: Path, metric: str) -> float | None:
-    """What makes the checkpoint better than others; None where any of its scores is not finite."""
+    """Returns the score by which checkpoints are compared; None where any of its scores is not finite."""
     scores = scores_of(folder) or {}
-    return scores.get(metric) if all(map(math.isfinite, scores.values())) else None
+    if not all(math.isfinite(score) for score in scores.values()):
+        return None
+    return scores.get(metric)
 
 
 def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+    text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+    return text.encode()

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, from the typed configuration and what `engine.deepspeed` adds to it."""
+"""DeepSpeed's JSON configuration, from the typed configuration and what `engine.deepspeed` adds to it."""
 
 import difflib
 from typing import Any
@@ -11,7 +11,7 @@ from pipeline.world import World
 
 _MOST_BUCKET_ELEMENTS = 50_000_000
 
-# What of DeepSpeed's configuration makes sense beside the typed one.
+# The keys of DeepSpeed's configuration that do not conflict with the typed one.
 _PASSED_ON = (
     "activation_checkpointing",
     "comms_logger",
@@ -27,13 +27,14 @@ _PASSED_ON = (
 
 
 def deepspeed_config(config: Config, world: World, accumulation: int, num_parameters: int) -> dict[str, Any]:
-    """The DeepSpeed JSON that the typed configuration stands for, with `engine.deepspeed` merged in.
+    """Returns DeepSpeed's configuration for the typed one, with `engine.deepspeed` merged in.
 
     Raises InputError where `engine.deepspeed` would contradict a generated key.
     """
-    stage, clip = config.engine.stage(num_parameters), config.optim.clip_grad or 0.0
+    stage = config.engine.stage(num_parameters)
+    clip = config.optim.clip_grad or 0.0
     generated = {
-        # Required by DeepSpeed and otherwise unused: batches are made by the feed.
+        # Required by DeepSpeed and otherwise unused, because the feed makes the batches.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": world.size * accumulation,
@@ -50,26 +51,32 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
             raise InputError(f"engine.deepspeed.{name}: the precision is set by engine.precision")
         if name not in _PASSED_ON and name not in generated:
             near = difflib.get_close_matches(name, [*_PASSED_ON, *generated], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"passed on are: {', '.join(_PASSED_ON)}"
+            hint = f"passed on are: {', '.join(_PASSED_ON)}"
+            if near:
+                hint = f"did you mean {near[0]}?"
             raise InputError(f"engine.deepspeed.{name}: not a key that is passed on to DeepSpeed; {hint}")
     merged = _merge(generated, extra, "engine.deepspeed")
     zero = merged["zero_optimization"]
-    for part in ("offload_optimizer", "offload_param"):
-        if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+    for section in ("offload_optimizer", "offload_param"):
+        offload = zero.get(section)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
             raise InputError(
-                f"engine.deepspeed.zero_optimization.{part}.device: nvme: checkpoints and the moving average need the "
-                "state in memory; use cpu"
+                f"engine.deepspeed.zero_optimization.{section}.device: nvme: checkpoints and the moving average need "
+                "the state in memory; use cpu"
             )
-    # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model.
-    for bucket in ("reduce_bucket_size", "allgather_bucket_size"):  # even numbers, or it refuses
-        zero.setdefault(bucket, min(num_parameters + num_parameters % 2, _MOST_BUCKET_ELEMENTS))
+    # DeepSpeed allocates buckets of this many elements at every step, by default 500 million: 2 GB for any model. It
+    # refuses odd numbers.
+    bucket_size = min(num_parameters + num_parameters % 2, _MOST_BUCKET_ELEMENTS)
+    zero.setdefault("reduce_bucket_size", bucket_size)
+    zero.setdefault("allgather_bucket_size", bucket_size)
     if stage == 3:
         # By default DeepSpeed keeps copies of weights below 100,000 elements and gathers each by a call of its own,
-        # after every update: 542 calls for PVT-Large. Partitioned they come with the others.
+        # after every update: 542 calls for PVT-Large. Partitioned weights are gathered together.
         zero.setdefault("stage3_param_persistence_threshold", 0)
     if "zero_optimization" not in extra:
         return merged
-    from pipeline.train.import_deepspeed import deepspeed  # which takes seconds, and what is generated fits DeepSpeed
+    # DeepSpeed takes seconds to import, and what is generated here needs no validation.
+    from pipeline.train.import_deepspeed import deepspeed
 
     try:
         deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**zero)
@@ -83,10 +90,12 @@ def deepspeed_config(config: Config, world: World, accumulation: int, num_parame
 def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
     merged = dict(generated)
     for name, value in extra.items():
-        if isinstance(value, dict) and isinstance(generated.get(name, {}), dict):
-            merged[name] = _merge(generated.get(name, {}), value, f"{path}.{name}")
-        elif name in generated and generated[name] != value:
-            raise InputError(f"{path}.{name}: {value!r} contradicts {generated[name]!r}, which other settings give")
+        key = f"{path}.{name}"
+        ours = generated.get(name, {})
+        if isinstance(value, dict) and isinstance(ours, dict):
+            merged[name] = _merge(ours, value, key)
+        elif name in generated and ours != value:
+            raise InputError(f"{key}: {value!r} contradicts {ours!r}, which other settings give")
         else:
             merged[name] = value
     return merged

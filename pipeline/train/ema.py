@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: what is evaluated and registered where one is kept."""
+"""The exponential moving average of the weights. Where a run keeps one, it is evaluated and registered."""
 
 import torch
 from torch import Tensor
@@ -15,28 +15,33 @@ class Ema:
     """
 
     def __init__(self, engine: Engine, decay: float) -> None:
-        self._engine, self._decay = engine, decay
+        self._engine = engine
+        self._decay = decay
         weights = engine.local_weights()
-        # In one allocation, which is saved with one copy.
-        parts = torch.cat([tensor.flatten() for tensor in weights.values()]).split(
-            [w.numel() for w in weights.values()]
-        )
-        self._average = {name: part.view(weights[name].shape) for name, part in zip(weights, parts, strict=True)}
+        # In one allocation, which a checkpoint copies to the host at once.
+        flat = torch.cat([tensor.flatten() for tensor in weights.values()])
+        self._average: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            average, flat = flat.tensor_split([tensor.numel()])
+            self._average[name] = average.view_as(tensor)
         self.steps = 0
 
     def update(self) -> None:
         self.steps += 1
-        decay = min(self._decay, (1 + self.steps) / (10 + self.steps))
-        averages, weights = list(self._average.values()), list(self._engine.local_weights().values())
+        early = (1 + self.steps) / (10 + self.steps)
+        decay = min(self._decay, early)
+        averages = list(self._average.values())
+        weights = list(self._engine.local_weights().values())
+        # One kernel for all tensors, not one for each.
         with torch.no_grad():
             torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def weights(self) -> dict[str, Tensor]:
-        """The network's full state with the averages for its trained parameters. Collective at stage 3."""
+        """Returns the network's full state with the averages for its trained parameters. Collective at stage 3."""
         return self._engine.weights(self._average)
 
     def load(self, weights: dict[str, Tensor], steps: int) -> None:
-        """Put back what `weights` gave."""
+        """Puts back what `weights` gave."""
         for name, average in self._average.items():
             average.copy_(self._engine.part_of(name, weights[name]))
         self.steps = steps

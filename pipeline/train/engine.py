@@ -1,4 +1,7 @@
-"""DeepSpeed, behind what the loop and checkpoints need: step, evaluator, weights, fragments, load.
+"""DeepSpeed, behind what the loop and checkpoints need: a step in two halves, evaluation, weights, Adam's moments.
+
+    batches ──forward──▶ PendingStep ──▶ the loop: reduces the loss, judges it ──▶ update ──▶ Outcome
+                              └──────────────────────────────────────────────────▶ discard
 
 Parameters, gradients, accumulation and reduction are fp32 at every ZeRO stage; bf16 and fp16 are autocast inside
 the forward pass. So the weights in a checkpoint are the weights that train, whatever the stage or precision, and
@@ -6,17 +9,11 @@ stage 0 needs no master copy. fp16's loss scale is kept here, one rule for all s
 """
 
 import copy
-import dataclasses
 import functools
-import importlib
-import logging
 import math
 import os
-import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 import torch.func
@@ -28,236 +25,201 @@ from pipeline import keys
 from pipeline.config import ClassificationConfig, Config
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
-from pipeline.train.checkpoint_files import MOMENTS
 from pipeline.train.compile import compile_blocks
 from pipeline.train.deepspeed_config import deepspeed_config
-from pipeline.train.import_deepspeed import deepspeed
+from pipeline.train.device_timer import DeviceTimer
+from pipeline.train.import_deepspeed import deepspeed, prepare_deepspeed
+from pipeline.train.loss_scale import LossScale
+from pipeline.train.moments import Fragment, Moments, ReadMoment, partition_of
+from pipeline.train.objective import Objective, ReplicaGradients, ReplicaOutputs
 from pipeline.train.optim import parameter_groups, trainable
+from pipeline.train.outcome import Outcome
 from pipeline.train.protocols import Task
 from pipeline.world import World
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Evaluator = Callable[[MicroBatch], Any]
+"""Returns what the metric is given for a batch."""
+Tensors = dict[str, Tensor]
+"""Tensors by the names that the network gives its parameters and buffers."""
 
 
-@dataclasses.dataclass
-class Outcome:
-    """What one optimiser step did. Equal on all ranks. Whoever asks for more than is known waits for the device."""
+class PendingStep(NamedTuple):
+    """A step without its last backward pass. It holds that pass's activations until `update` or `discard` ends it."""
 
-    loss: float  # mean over the global batch
-    own_s: float  # this rank's forward passes, in seconds: what it works before it waits for others
-    norm: Tensor | float  # of the gradients, before clipping; a tensor on the device until it is known
-    left_out: bool | None = None  # None: if the norm is not finite
-    overflow: bool = False  # fp16's gradients overflowed, and a smaller loss scale is left to try
-
-    @property
-    def is_known(self) -> bool:
-        return not isinstance(self.norm, Tensor)
-
-    @property
-    def grad_norm(self) -> float:
-        if isinstance(self.norm, Tensor):
-            self.norm = self.norm.item()
-        return self.norm
-
-    @property
-    def applied(self) -> bool:
-        """False: the weights did not move."""
-        return math.isfinite(self.grad_norm) if self.left_out is None else not self.left_out
-
-
-@dataclasses.dataclass
-class LossScale:
-    """fp16's dynamic loss scale: halved when gradients overflow, doubled after `window` good steps in a row."""
-
-    value: float = 2.0**16
-    good_steps: int = 0
-    window: int = 2000
-    floor: float = 1.0
-
-    def update(self, finite: bool) -> None:
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value = max(self.value / 2, self.floor)
-        elif self.good_steps == self.window:
-            self.value, self.good_steps = self.value * 2, 0
-
-
-class _Objective(nn.Module):
-    """The module that DeepSpeed wraps: a batch to the weighted sum of its losses, or to what the metric is given."""
-
-    def __init__(self, task: Task, dtype: torch.dtype | None, device_type: str) -> None:
-        super().__init__()
-        self.model = task.model
-        self._task, self._dtype, self._device_type = task, dtype, device_type
-
-    def forward(self, batch: MicroBatch, *, evaluates: bool = False) -> Any:
-        return self.outputs(self.model, batch) if evaluates else self.loss(self.model, batch)
-
-    def loss(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        with torch.autocast(self._device_type, self._dtype, enabled=self._dtype is not None):
-            losses = self._task.losses(model, batch)
-        return (losses * batch.weights).sum()
-
-    def outputs(self, model: nn.Module, batch: MicroBatch) -> Any:
-        with torch.compiler.set_stance("force_eager"):  # compiled kernels round differently, and nobody else has them
-            return self._task.outputs(model, batch)
-
-
-class _Outputs(nn.Module):
-    """An objective's outputs of another network, whose weights can be replaced."""
-
-    def __init__(self, objective: _Objective, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._outputs = objective.outputs
-
-    def forward(self, batch: MicroBatch) -> Any:
-        return self._outputs(self.model, batch)
-
-
-class _Gradients(nn.Module):
-    """Loss and gradients in one forward call, so that recomputed activations too see the weights it is called with."""
-
-    def __init__(self, objective: _Objective, model: nn.Module, names: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        self._loss, self._names = objective.loss, names
-
-    def forward(self, batch: MicroBatch) -> dict[str, Tensor]:
-        loss = self._loss(self.model, batch)
-        parameters = dict(self.model.named_parameters())
-        gradients = torch.autograd.grad(loss, [parameters[name] for name in self._names], materialize_grads=True)
-        return {"loss": loss.detach(), **dict(zip(self._names, gradients, strict=True))}
+    loss_sum: Tensor
+    """The weighted sum of this rank's losses, a scalar on the device."""
+    last_loss: Tensor
+    """The part of the last micro-batch, with its graph."""
+    buffers: list[Tensor]
+    """The network's buffers as they were before the step."""
+    timer: DeviceTimer
 
 
 class Engine:
     def __init__(self, config: Config, task: Task, world: World, blank: Callable[[int], list[MicroBatch]]) -> None:
-        """`blank` makes a step's micro-batches with nothing in them that counts."""
-        _log_to_stderr()
-        # Nothing here uses DeepSpeed's compiled operators; without this it spends a minute building one at start-up.
-        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not an attribute that type checkers know
-        _import_muon()
-        self._config, self._world, self._blank = config, world, blank
+        """`blank` makes a step's micro-batches in which every sample has zero weight."""
+        prepare_deepspeed()
+        self._config = config
+        self._world = world
+        self._blank = blank
         self._accumulation = len(blank(0))
+        # DeepSpeed divides by the accumulation in `backward` and by the world in its reduction; this cancels both.
+        self._loss_factor = world.size * self._accumulation / config.train.global_batch_size
         self._model = task.model.to(world.device)
         self._parameters = dict(trainable(self._model))
-        num_parameters = sum(p.numel() for p in self._parameters.values())
+        self._buffers = dict(self._model.named_buffers())
+        self._batch_statistics = _find_batch_statistics(self._model)
+        num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
         self.stage = config.engine.stage(num_parameters)
-        self._skeleton = copy.deepcopy(task.model).to("meta")  # to be run with other weights
+        # A copy without memory, to be run with other weights. Made before the blocks are compiled, so it is not.
+        self._skeleton = copy.deepcopy(task.model).to("meta")
         if config.engine.compile:
             compile_blocks(
                 getattr(self._model, "backbone", self._model),
                 sizes_vary=not isinstance(config.task, ClassificationConfig),
                 deterministic=config.train.deterministic,
             )
-        self._buffers = dict(self._model.named_buffers())
-        self._statistics = _batch_statistics(self._model)
-        self._has_moments = False
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
+        depths = task.depths if config.optim.tells_layers_apart else None
+        # The learning rate is set before each update. `_clip` needs the fused implementation.
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._model, config.optim, task.depths if config.optim.tells_layers_apart else None),
+            parameter_groups(self._model, config.optim, depths),
             lr=0.0,
             betas=config.optim.betas,
             eps=config.optim.eps,
             fused=True,
         )
-        self._objective = _Objective(task, _AUTOCAST.get(config.engine.precision), world.device.type)
-        # Any, because DeepSpeed's annotations name every optimiser it might hold.
+        self._objective = Objective(task, config.engine.precision, world.device.type)
         self.deepspeed_config = deepspeed_config(config, world, self._accumulation, num_parameters)
+        # Any, because DeepSpeed's annotations name every optimiser it might hold.
         self._engine: Any = deepspeed.initialize(
             model=self._objective,
             optimizer=self._optimizer,
-            config=copy.deepcopy(self.deepspeed_config),  # which DeepSpeed edits
+            # DeepSpeed edits what it is given.
+            config=copy.deepcopy(self.deepspeed_config),
             dist_init_required=False,
         )[0]
         self._engine.train()
         if self.stage == 0:
-            self._engine.zero_grad = self._optimizer.zero_grad  # DeepSpeed's goes through all modules, each time
+            # DeepSpeed's own goes through all modules after each step: 3.5 ms for PVT-Large, the optimiser's 0.1 ms.
+            self._engine.zero_grad = self._optimizer.zero_grad
             # For one rank DeepSpeed would copy all gradients into one piece and back.
             self._engine.enable_backward_allreduce = world.size > 1
+        zero_optimizer = self._engine.optimizer
+        self._moments = Moments(self.stage, world, self._parameters, self._optimizer, zero_optimizer)
+        self._has_moments = False
 
-    def step(
-        self,
-        batches: list[MicroBatch],
-        *,
-        step: int,
-        lr: float,
-        exchange: Callable[[Tensor], tuple[float, bool]] | None = None,
-    ) -> Outcome:
-        """One optimiser step over this rank's micro-batches of a global batch.
+    def forward(self, batches: list[MicroBatch], *, step: int) -> PendingStep:
+        """Computes all of a step but its last backward pass, over this rank's micro-batches of a global batch.
 
-        `exchange` is called once, before the last backward pass, with the weighted sum of this rank's losses. It
-        returns the mean loss of the global batch and whether to go on; where not, on all ranks alike, nothing moves.
-        Without it the loss is reduced and the step taken.
+        The losses of all ranks are known then, and what they show can still be acted on: `update` or `discard` has to
+        follow, the same one on all ranks.
         """
         assert len(batches) == self._accumulation
-        self._train()
-        buffers = [buffer.clone() for buffer in self._buffers.values()]
-        # DeepSpeed divides by the accumulation in `backward` and by the world in its reduction; this cancels both.
-        share = self._world.size * self._accumulation / self._config.train.global_batch_size
-        total = torch.zeros((), device=self._world.device)
-        timer = _Timer(self._world.device)
-        mean, go_on = math.nan, True
-        for micro, batch in enumerate(batches):
-            self.seed_modules(step, micro)
-            with timer, record_function("forward"):
-                loss = self._engine(batch)
-            total += loss.detach()
-            is_last = micro == self._accumulation - 1
-            if is_last:
-                mean, go_on = (exchange or self._mean)(total)
-            # Leaving a step out takes the way of gradients that are not finite, which is there at every stage.
-            with record_function("backward"):
-                self._backward(loss * (share if go_on else math.nan), is_last)
+        self._set_training_mode()
+        buffers = self._clone_buffers()
+        # On the device, so that the host does not wait for each micro-batch.
+        loss_sum = torch.zeros((), device=self._world.device)
+        timer = DeviceTimer(self._world.device)
+        *earlier, last = batches
+        for micro, batch in enumerate(earlier):
+            loss = self._forward_micro_batch(batch, step, micro, timer)
+            loss_sum += loss.detach()
+            self._backward(loss, self._loss_factor, is_last=False)
+        last_loss = self._forward_micro_batch(last, step, len(earlier), timer)
+        loss_sum += last_loss.detach()
+        return PendingStep(loss_sum, last_loss, buffers, timer)
+
+    def _forward_micro_batch(self, batch: MicroBatch, step: int, micro: int, timer: DeviceTimer) -> Tensor:
+        self.seed_modules(step, micro)
+        with timer, record_function("forward"):
+            return self._engine(batch)
+
+    def update(self, pending: PendingStep, *, lr: float, loss: float, skip: bool = False) -> Outcome:
+        """Does the last backward pass of a step and applies its gradients.
+
+        `loss` is the mean of the global batch, for the Outcome. With `skip`, on all ranks alike, no weight moves.
+        """
+        # A skipped step takes the way of gradients that are not finite, which is there at every stage.
+        factor = math.nan if skip else self._loss_factor
+        self._backward(pending.last_loss, factor, is_last=True)
         with record_function("update"):
-            norm, left_out = self._update(lr)
-        outcome = Outcome(mean, timer.seconds(), norm, left_out)
-        if buffers and not outcome.applied:
-            for buffer, before in zip(self._buffers.values(), buffers, strict=True):
-                buffer.copy_(before)
-        self._share_statistics()
-        if self.loss_scale and go_on:
-            outcome.overflow = not outcome.applied and self.loss_scale.value > self.loss_scale.floor
+            norm, skipped = self._apply_gradients(lr)
+        outcome = Outcome(loss, pending.timer.seconds(), norm, skipped)
+        # Batch norms have seen the samples of a skipped step in its forward pass.
+        if pending.buffers and not outcome.applied:
+            self._restore_buffers(pending.buffers)
+        self._share_batch_statistics()
+        # A step that was skipped for its loss shows nothing about the loss scale.
+        if self.loss_scale and not skip:
+            is_above_floor = self.loss_scale.value > self.loss_scale.floor
+            outcome.overflow = is_above_floor and not outcome.applied
             self.loss_scale.update(outcome.applied)
         return outcome
 
-    def _mean(self, loss: Tensor) -> tuple[float, bool]:
-        return self._world.sum(loss.clone()).item() / self._config.train.global_batch_size, True
+    def discard(self, pending: PendingStep) -> None:
+        """Ends a step as if it had never begun: weights and buffers are those from before it.
 
-    def _train(self) -> None:
-        if not self._objective.training:  # telling a thousand modules takes milliseconds
+        The gradients of its other micro-batches have been accumulated inside DeepSpeed, and only an update empties
+        that. So the step is skipped.
+        """
+        self.update(pending, lr=0.0, loss=math.nan, skip=True)
+
+    def step(self, batches: list[MicroBatch], *, step: int, lr: float) -> Outcome:
+        """Takes a whole step, for benchmarks and tests: the training loop has more to do between its halves."""
+        pending = self.forward(batches, step=step)
+        loss = self._world.sum(pending.loss_sum).item() / self._config.train.global_batch_size
+        return self.update(pending, lr=lr, loss=loss)
+
+    def _clone_buffers(self) -> list[Tensor]:
+        return [buffer.clone() for buffer in self._buffers.values()]
+
+    def _restore_buffers(self, clones: list[Tensor]) -> None:
+        for buffer, clone in zip(self._buffers.values(), clones, strict=True):
+            buffer.copy_(clone)
+
+    def _set_training_mode(self) -> None:
+        # Setting the mode of a thousand modules takes milliseconds.
+        if not self._objective.training:
             self._engine.train()
 
     def seed_modules(self, step: int, micro: int) -> None:
-        """For modules that draw by themselves (dropout): keyed, so that a resumed run draws the same."""
-        seed = keys.torch_seed(keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank))
-        # As torch.manual_seed, which formats the call stack for each kind of device that is not there.
+        """Seeds modules that draw random numbers by themselves (dropout), so that a resumed run draws the same."""
+        key = keys.key(self._config.run.seed, Stream.MODULE, step, micro, self._world.rank)
+        seed = keys.torch_seed(key)
+        # As torch.manual_seed does, which also formats the call stack for each kind of device that is not there.
         torch.default_generator.manual_seed(seed)
         if self._world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _share_statistics(self) -> None:
-        """Batch norms collect statistics of their own rank's samples; all go on with the first rank's, which are those
-        that are evaluated and saved."""
-        if self._statistics and self._world.size > 1:
-            first = torch.cat([buffer.flatten() for buffer in self._statistics]) * self._world.is_first
-            shared = self._world.sum(first).split([buffer.numel() for buffer in self._statistics])
-            for buffer, values in zip(self._statistics, shared, strict=True):
-                buffer.copy_(values.view_as(buffer))
+    def _share_batch_statistics(self) -> None:
+        """Gives all ranks the first one's statistics of batch norms, which are those that are evaluated and saved.
 
-    def _backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add a micro-batch's gradients. After the last one `_update` has to follow."""
-        if self.loss_scale and self.stage == 0:
-            loss = loss * self.loss_scale.value
-        elif self.loss_scale:
-            self._engine.optimizer.override_loss_scale(self.loss_scale.value)
-        self._engine.backward(loss)
-        if not is_last:
-            self._engine.step()  # counts the micro-batch
+        Batch norms collect statistics of their own rank's samples.
+        """
+        if not self._batch_statistics or self._world.size == 1:
+            return
+        flat = torch.cat([buffer.flatten() for buffer in self._batch_statistics])
+        shared = self._world.sum(flat * self._world.is_first)
+        sizes = [buffer.numel() for buffer in self._batch_statistics]
+        for buffer, values in zip(self._batch_statistics, shared.split(sizes), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
-    def _update(self, lr: float) -> tuple[Tensor | float, bool | None]:
-        """Clip and apply the gradients. Returns their norm before clipping and whether they were left out; None: if
-        the norm is not finite."""
+    def _backward(self, loss: Tensor, factor: float, *, is_last: bool) -> None:
+        """Adds a micro-batch's gradients. After the last one `_apply_gradients` has to follow."""
+        with record_function("backward"):
+            loss = loss * factor
+            if self.loss_scale and self.stage == 0:
+                loss = loss * self.loss_scale.value
+            elif self.loss_scale:
+                self._engine.optimizer.override_loss_scale(self.loss_scale.value)
+            self._engine.backward(loss)
+            if not is_last:
+                # No update: DeepSpeed counts the micro-batch.
+                self._engine.step()
+
+    def _apply_gradients(self, lr: float) -> tuple[Tensor | float, bool | None]:
+        """Clips and applies the gradients. Returns their norm before clipping and `Outcome.skipped`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.stage == 0:
@@ -265,261 +227,199 @@ class Engine:
             self._engine.step()
             return norm, None
         self._engine.step()
-        # ZeRO leaves a step with a non-finite norm out by itself, on all ranks alike.
-        return self._engine.optimizer._global_grad_norm, bool(self._engine.optimizer.overflow)
+        # ZeRO skips a step with a non-finite norm by itself, on all ranks alike.
+        zero = self._engine.optimizer
+        return zero._global_grad_norm, bool(zero.overflow)
 
     def _clip(self) -> Tensor:
-        """What ZeRO's optimisers do at stages 1 to 3: unscale, clip, and leave out a step that is not finite. Fused
-        AdamW is told in the way of torch.amp.GradScaler, on the device: the host need not wait for the norm first."""
+        """Does at stage 0 what ZeRO's optimisers do at stages 1 to 3: unscale, clip, and skip a step whose norm is not
+        finite. Returns the norm before clipping."""
         scale = self.loss_scale.value if self.loss_scale else 1.0
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) / scale
         divisor = torch.full_like(norm, scale)
-        if limit := self._config.optim.clip_grad:
+        limit = self._config.optim.clip_grad
+        if limit:
             divisor *= ((norm + 1e-6) / limit).clamp(min=1.0)
+        # Fused AdamW divides and skips by itself, on the device, if it is asked to in the way of torch.amp.GradScaler.
+        # So the host does not wait for the norm before the update.
         optimizer: Any = self._optimizer
         optimizer.grad_scale = divisor if limit or self.loss_scale else None
         optimizer.found_inf = 1.0 - norm.isfinite().float()
         return norm
 
-    def gradients(self, batch: MicroBatch, *, step: int, micro: int) -> dict[str, Tensor]:
-        """The loss ("loss") and its gradients by parameter for one micro-batch, of this rank alone, before any
+    def gradients(self, batch: MicroBatch, *, step: int, micro: int) -> Tensors:
+        """Returns the loss ("loss") and its gradients by parameter for one micro-batch of this rank alone, before any
         reduction. Collective at stage 3; changes nothing."""
-        weights = {name: tensor.detach().requires_grad_() for name, tensor in self.whole(self.local_weights()).items()}
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        network = _Gradients(self._objective, self._skeleton.train(), list(weights))
+        # Clones, because batch norms update their buffers in place.
+        state = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        weights = self.whole(self.local_weights())
+        for name, tensor in weights.items():
+            state[name] = tensor.detach().requires_grad_()
+        network = ReplicaGradients(self._objective, self._skeleton.train(), list(weights))
         self.seed_modules(step, micro)
-        state = {f"model.{name}": tensor for name, tensor in {**buffers, **weights}.items()}
-        return torch.func.functional_call(network, state, (batch,))
+        return torch.func.functional_call(network, _prefixed(state), (batch,))
 
-    def evaluator(self) -> Callable[[MicroBatch], Any]:
-        """The network as it is now, for evaluation: fp32, no dropping. Calling it is collective at stage 3."""
+    def evaluator(self) -> Evaluator:
+        """Returns the network as it is now, for evaluation in fp32 without dropout. Calling it is collective at
+        stage 3."""
 
-        def outputs(batch: MicroBatch) -> Any:
+        def compute_outputs(batch: MicroBatch) -> Any:
             self._engine.eval()
             with torch.no_grad():
                 return self._engine(batch, evaluates=True)
 
-        return outputs
+        return compute_outputs
 
-    def evaluator_of(self, weights: dict[str, Tensor]) -> Callable[[MicroBatch], Any]:
-        """The same with the given weights, by name. Calling it concerns this rank alone."""
-        network = _Outputs(self._objective, self._skeleton.eval())
-        state = {f"model.{name}": tensor for name, tensor in {**self._buffers, **weights}.items()}
+    def evaluator_of(self, weights: Tensors) -> Evaluator:
+        """Returns the network with the given weights, by name, for evaluation. Calling it is not collective."""
+        network = ReplicaOutputs(self._objective, self._skeleton.eval())
+        state = _prefixed({**self._buffers, **weights})
 
-        def outputs(batch: MicroBatch) -> Any:
+        def compute_outputs(batch: MicroBatch) -> Any:
             with torch.no_grad():
                 return torch.func.functional_call(network, state, (batch,))
 
-        return outputs
+        return compute_outputs
 
-    def weights(self, local: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The full state of the network by name, on the device, with `local` in place of the trained weights if
-        given. Collective at stage 3; equal on all ranks."""
-        return {**self._untrained(), **self.whole(self.local_weights() if local is None else local)}
+    def weights(self, local: Tensors | None = None) -> Tensors:
+        """Returns the full state of the network by name, on the device. Collective at stage 3; equal on all ranks.
 
-    def _untrained(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters."""
-        frozen = {name: p for name, p in self._model.named_parameters() if name not in self._parameters}
-        state = {name: value for name, value in self._model.state_dict().items() if name not in self._parameters}
+        `local`, in the form of `local_weights`, takes the place of the trained weights.
+        """
+        if local is None:
+            local = self.local_weights()
+        return {**self._untrained_state(), **self.whole(local)}
+
+    def _untrained_state(self) -> Tensors:
+        """Returns buffers and frozen parameters."""
+        # At stage 3 parameters hold no values outside of a gather; buffers are not partitioned.
+        state = self._model.state_dict()
+        for name in self._parameters:
+            del state[name]
+        frozen = {name: parameter for name, parameter in self._model.named_parameters() if name in state}
         if frozen and self.stage == 3:
             with deepspeed.zero.GatheredParameters(list(frozen.values())):
-                state.update((name, parameter.detach().clone()) for name, parameter in frozen.items())
+                for name, parameter in frozen.items():
+                    state[name] = parameter.detach().clone()
         return state
 
-    def local_weights(self) -> dict[str, Tensor]:
-        """What this rank holds of each trainable parameter, fp32: all of it; at stage 3 its partition, flat."""
+    def local_weights(self) -> Tensors:
+        """Returns what this rank holds of each trainable parameter in fp32: all of it; at stage 3 its partition,
+        flat."""
         if self.stage == 3:
             return self._partitions
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
     @functools.cached_property
-    def _partitions(self) -> dict[str, Tensor]:
+    def _partitions(self) -> Tensors:
         # Kept, because DeepSpeed waits for the device whenever it is asked for one.
-        return {name: self._partition(parameter) for name, parameter in self._parameters.items()}
+        return {name: partition_of(parameter) for name, parameter in self._parameters.items()}
 
     @property
     def keeps_copies(self) -> bool:
         """Whether every rank holds all parameters."""
         return self.stage < 3
 
-    def whole(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Full tensors from such as `local_weights` gives. Collective at stage 3."""
+    def whole(self, local: Tensors) -> Tensors:
+        """Returns the full tensors of what `local_weights` gives. Collective at stage 3."""
         if self.stage != 3:
             return local
-        zero = self._engine.optimizer
-        return {name: zero._fp32_state_allgather(self._parameters[name], part) for name, part in local.items()}
+        gather = self._engine.optimizer._fp32_state_allgather
+        weights = {}
+        for name, partition in local.items():
+            weights[name] = gather(self._parameters[name], partition)
+        return weights
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """What `local_weights` would hold on this rank if the parameter `name` had the value `whole`."""
-        parameter: Any = self._parameters[name]
+        """Returns what `local_weights` would hold on this rank if the parameter `name` had the value `whole`."""
         if self.stage != 3:
             return whole
+        parameter: Any = self._parameters[name]
         size = parameter.partition_numel()
-        part = whole.flatten()[self._world.rank * size :][:size]
-        return torch.nn.functional.pad(part, (0, size - part.numel()))
+        start = self._world.rank * size
+        partition = whole.flatten()[start : start + size]
+        padding = size - partition.numel()
+        return torch.nn.functional.pad(partition, (0, padding))
 
     def adam_steps(self) -> int:
-        """Updates that were applied, which is what Adam's bias correction counts."""
-        steps = [state["step"] for state in self._optimizer.state.values() if "step" in state]
-        return int(torch.stack(steps).max()) if steps else 0  # one wait for the device, not one a parameter
+        """Returns the number of updates that were applied."""
+        return self._moments.adam_steps()
 
-    def fragments(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """This rank's share of Adam's moments: (parameter name, moment, where in the flattened parameter it begins,
-        view of the values, flat). The ranks' shares together are everything, each value once. No communication."""
-        self._have_moments()
-        if self.stage == 0:
-            total = sum(parameter.numel() for parameter in self._parameters.values())
-            rank, size = self._world.rank, self._world.size
-            return self._range(total * rank // size, total * (rank + 1) // size)
-        return self._held()
+    def fragments(self) -> Iterator[Fragment]:
+        """Returns this rank's share of Adam's moments. The ranks' shares together hold each value once."""
+        self._ensure_moments()
+        return self._moments.fragments()
 
-    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """All of the moments that this rank holds."""
-        if self.stage == 0:
-            return self._range(0, sum(parameter.numel() for parameter in self._parameters.values()))
-        return iter(self._partitioned_share) if self.stage == 3 else self._linked_share()
-
-    def _range(self, first: int, last: int) -> Iterator[tuple[str, str, int, Tensor]]:
-        """At stage 0, those of the given range of all parameters, laid end to end."""
-        offset = 0
-        for name, parameter in self._parameters.items():
-            start, stop = (min(max(end - offset, 0), parameter.numel()) for end in (first, last))
-            offset += parameter.numel()
-            for moment in MOMENTS if start < stop else ():
-                yield name, moment, start, self._optimizer.state[parameter][moment].view(-1)[start:stop]
-
-    def _linked_share(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        for name, parameter in self._parameters.items():
-            if mapping := parameter._hp_mapping:  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
-                for moment in MOMENTS:
-                    yield name, moment, mapping.lp_fragment_address.start, mapping.get_optim_state_fragment(moment)
-
-    @functools.cached_property
-    def _partitioned_share(self) -> list[tuple[str, str, int, Tensor]]:
-        share = []
-        for name, parameter in self._parameters.items():
-            numel = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
-            for moment in MOMENTS:
-                values = self._partition(parameter, moment)
-                start = self._world.rank * values.numel()
-                if start < numel:
-                    share.append((name, moment, start, values[: numel - start]))  # without what pads the last partition
-        return share
-
-    def _partition(self, parameter: Any, moment: str | None = None) -> Tensor:
-        """This rank's partition of a parameter or a moment at stage 3, fp32, flat, padded."""
-        return parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0].detach()
-
-    def load_moments(self, read: Callable[[str, str, int, int], Tensor], adam_steps: int) -> None:
-        """Put back what `fragments` and `adam_steps` gave, on any world and at any stage.
-
-        `read(name, moment, start, stop)` returns that range of the flattened moment.
-        """
-        self._have_moments()
-        for name, moment, start, values in self._held():
-            values.copy_(read(name, moment, start, start + values.numel()))
-        for state in self._optimizer.state.values():
-            state["step"].fill_(adam_steps)
+    def load_moments(self, read: ReadMoment, adam_steps: int) -> None:
+        """Puts back what `fragments` and `adam_steps` gave, on any world and at any stage."""
+        self._ensure_moments()
+        self._moments.load(read, adam_steps)
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put the network into a state that `weights` gave, as if the engine had been built on it. Collective."""
+    def load_weights(self, weights: Tensors) -> None:
+        """Puts the network into a state that `weights` gave, as if the engine had been built on it. Collective."""
         if self.stage == 3:
-            with deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=0):
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(weights[name])
-            for name, buffer in self._model.named_buffers():
-                if name in weights:
-                    buffer.copy_(weights[name])
-        else:
-            self._model.load_state_dict(weights)
+            self._load_partitions(weights)
+            return
+        self._model.load_state_dict(weights)
+        for parameter in self._parameters.values():
+            # Stages 1 and 2 update a copy of this rank's range, and the parameters from that.
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping:
+                address = mapping.lp_fragment_address
+                end = address.start + address.numel
+                mapping.hp_fragment.copy_(parameter.flatten()[address.start : end])
+
+    def _load_partitions(self, weights: Tensors) -> None:
+        with deepspeed.zero.GatheredParameters(list(self._parameters.values()), modifier_rank=0):
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        for name, buffer in self._model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
         for name, parameter in self._parameters.items():
-            if self.stage == 3:
-                self._partition(parameter).copy_(self.part_of(name, weights[name]))
-            elif mapping := getattr(parameter, "_hp_mapping", None):
-                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                mapping.hp_fragment.copy_(parameter.flatten()[start : start + numel])
+            partition_of(parameter).copy_(self.part_of(name, weights[name]))
 
-    def _have_moments(self) -> None:
-        if not self._has_moments:
-            if self.adam_steps() == 0:
-                self._create_moments()
-            self._link_moments()
-            self._has_moments = True
-
-    def _link_moments(self) -> None:
-        """Let DeepSpeed find the moments of all parameters. At stages 1 and 2 it looks for them once, when the first
-        of the optimiser's groups has taken its first step and the others have no moments yet."""
-        if self.stage in (1, 2):
-            zero = self._engine.optimizer
-            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-                deepspeed.utils.lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.state)
+    def _ensure_moments(self) -> None:
+        if self._has_moments:
+            return
+        if self.adam_steps() == 0:
+            self._create_moments()
+        self._moments.link()
+        self._has_moments = True
 
     def _create_moments(self) -> None:
         # DeepSpeed has no call for it, so take a step that changes nothing: zero loss at a learning rate of zero.
-        self._train()
-        buffers = [buffer.clone() for buffer in self._buffers.values()]
-        for micro, batch in enumerate(self._blank(0), 1):
-            self._backward(self._engine(batch), is_last=micro == self._accumulation)
-        self._update(lr=0.0)
-        for state in self._optimizer.state.values():
-            state["step"].zero_()
-        for buffer, before in zip(self._buffers.values(), buffers, strict=True):
-            buffer.copy_(before)
+        self._set_training_mode()
+        buffers = self._clone_buffers()
+        *earlier, last = self._blank(0)
+        for batch in earlier:
+            self._backward(self._engine(batch), 1.0, is_last=False)
+        self._backward(self._engine(last), 1.0, is_last=True)
+        self._apply_gradients(lr=0.0)
+        self._moments.reset_steps(0)
+        self._restore_buffers(buffers)
 
 
-def _batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances of the network's batch norms."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
+def _find_batch_statistics(model: nn.Module) -> list[Tensor]:
+    """Returns the running means and variances of the network's batch norms."""
+    statistics = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            statistics += [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    return statistics
 
 
-class _Timer:
-    """Sums up how long the device works inside `with`. On a GPU it is read when something else has waited for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu, self._marks = device.type == "cuda", []
-
-    def __enter__(self) -> None:
-        self._marks.append(self._now())
-
-    def __exit__(self, *_: object) -> None:
-        self._marks.append(self._now())
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        if self._on_gpu:
-            return sum(began.elapsed_time(ended) for began, ended in pairs) / 1000
-        return sum(ended - began for began, ended in pairs)
+def _prefixed(state: Tensors) -> Tensors:
+    """Returns the network's state under the names that it has inside an objective."""
+    return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 def make_deterministic() -> None:
-    """Deterministic kernels only, from here on. Call before the first CUDA operation."""
+    """Has torch use deterministic kernels only, from here on. Call it before the first CUDA operation."""
+    # Without it torch refuses matrix products on a GPU, because cuBLAS then may compute them in varying order.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling what `torch.empty` returns guards against uninitialised reads, at the price of writing all memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _import_muon() -> None:
-    """DeepSpeed imports its Muon optimiser at every start. Declaring what is compiled in there takes more than a
-    second, for a function that is never called."""
-    with mock.patch.object(deepspeed.runtime.compiler, "compile", return_value=lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-
-
-def _log_to_stderr() -> None:
-    """DeepSpeed logs to standard output, whose last line is ours."""
-    logger = deepspeed.utils.logger
-    logger.setLevel(logging.WARNING)
-    for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)

@@ -5,8 +5,8 @@
          └────save──────┴──report, summary──▶ metrics, log
 
 The wall time is that since the first process started, and every second of it counts once: in one of the categories, or
-as "other". What a killed process did after its last save cannot be told from the time until its successor started,
-and both are "down".
+as "other". What a killed process did after its last save cannot be distinguished from the time until its successor
+started, and both are "down".
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class _Account(BaseModel):
     format: Literal[1] = 1
     began: float  # when the first process started, seconds since 1970
     last: float  # when this was written
-    step: int = 0  # where the run was then; for whoever reads the file
+    step: int = 0  # where the run was then; for those who read the file
     restarts: int = 0
     reached: int  # the newest step in here, but for those taken back
     computed: Annotated[int, Field(ge=0)] = 0  # number of steps that "compute" holds
@@ -55,15 +55,17 @@ class Goodput:
     def __init__(
         self, path: Path | None, *, resumed_step: int, process_start: float, clock: Callable[[], float] = time.time
     ) -> None:
-        """Go on with the account in `path`. Time since `process_start` (seconds since 1970) has gone into starting up.
+        """Goes on with the account in `path`. The time since `process_start` (seconds since 1970) is start-up.
 
-        `path`: runs/NAME/goodput.json; None on ranks that keep no file. A file that is missing though steps were done,
-        or that cannot be read, is told, and the account starts with this process.
+        `path` is runs/NAME/goodput.json, or None on ranks that keep no file. A file that is missing though steps were
+        done, or that cannot be read, is reported, and the account starts with this process.
         """
-        self._path, self._clock = path, clock
-        self._nested_s = 0.0  # in the `spend` that is open, what others inside it have taken
+        self._path = path
+        self._clock = clock
+        self._nested_s = 0.0
+        """The time that has been booked inside the innermost open `spend`, which does not count there again."""
         self._save_failed = False
-        account = _read(path, resumed_step)
+        account = _read_account(path, resumed_step)
         if account:
             account.restarts += 1
         self._account = account or _Account(began=process_start, last=process_start, reached=resumed_step)
@@ -77,7 +79,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def spend(self, category: Category) -> Iterator[None]:
-        """Book the time inside. Of two that are nested, the inner one's time is the inner one's alone."""
+        """Books the time inside. Where two are nested, the inner one's time counts for that category alone."""
         began, outer_s = self._clock(), self._nested_s
         self._nested_s = 0.0
         try:
@@ -88,7 +90,7 @@ class Goodput:
             self._nested_s = outer_s + elapsed_s
 
     def step(self, step: int, seconds: float) -> None:
-        """Book a step's compute, without what `spend` booked meanwhile. `step` counts it: 1 for the first."""
+        """Books a step's compute, without what `spend` booked meanwhile. `step` is 1 for the first step."""
         self._step = step
         self._nested_s += seconds
         if step > self._account.reached:
@@ -99,13 +101,14 @@ class Goodput:
             self._book("replayed", seconds)
 
     def take_back(self, step: int) -> None:
-        """A rollback makes the steps after `step` worth nothing: move their compute, at the mean time of a step.
+        """Moves the compute of the steps after `step`, which a rollback has undone, at the mean time of a step.
 
-        Call it after the last of them was booked, whether they are done again or passed over.
+        Call it after the last of them was booked, whether they are done again or skipped.
         """
         account = self._account
+        # An earlier process has booked this rollback, and this one replays it.
         if self._step < account.reached:
-            return  # a replay of a rollback that an earlier process has booked
+            return
         lost = min(account.reached - step, account.computed)
         if lost > 0:
             compute_s = account.seconds.get("compute", 0.0)
@@ -115,14 +118,13 @@ class Goodput:
         account.reached = step
 
     def save(self, step: int) -> None:
-        """Rewrite the file, which is also this process's sign of life. Never raises for the disk's troubles.
-
-        Not synced: what a power cut can take is the account of the time and no part of the training, and syncing a
-        busy disk would stall the loop.
-        """
-        self._account.step, self._account.last = step, self._clock()
+        """Rewrites the file, which is also this process's sign of life. Does not raise where the disk fails."""
+        self._account.step = step
+        self._account.last = self._clock()
         if self._path is None:
             return
+        # Not synced: a power cut can only cost the account of the time, and syncing a busy disk would stall the loop.
+        # Renamed, so that others never read half of it.
         partial = self._path.with_name(f".{self._path.name}.partial")
         try:
             partial.write_text(self._account.model_dump_json() + "\n")
@@ -133,36 +135,47 @@ class Goodput:
             self._save_failed = True
 
     def report(self) -> dict[str, float]:
-        """`ettr`, and seconds by category as `compute_s` and so on, which add up to the wall time.
+        """Returns `ettr`, and the seconds by category as `compute_s` and so on, which add up to the wall time.
 
-        ettr is the effective training time ratio: time in steps that count, over all wall time, down time included.
-        So in Kokolis et al. 2024 (arXiv 2410.21680, section on ETTR) and in ByteRobust (arXiv 2509.16293).
+        ettr is the effective training time ratio: time in steps that count, over all wall time, down time included,
+        as Kokolis et al. 2024 (arXiv 2410.21680, section on ETTR) and ByteRobust (arXiv 2509.16293) define it.
         """
-        seconds: dict[str, float] = {name: self._account.seconds.get(name, 0.0) for name in get_args(Category)}
-        # Below zero only if a clock was set back, or differs between nodes.
-        seconds["other"] = max(0.0, self._clock() - self._account.began - sum(seconds.values()))
+        seconds: dict[str, float] = {}
+        for name in get_args(Category):
+            seconds[name] = self._account.seconds.get(name, 0.0)
+        # The rest is below zero only if a clock was set back, or differs between nodes.
+        elapsed_s = self._clock() - self._account.began
+        seconds["other"] = max(0.0, elapsed_s - sum(seconds.values()))
         wall_s = sum(seconds.values())
         ettr = seconds["compute"] / wall_s if wall_s else 0.0
-        return {"ettr": ettr, **{f"{name}_s": value for name, value in seconds.items()}}
+        report = {"ettr": ettr}
+        for name, value in seconds.items():
+            report[f"{name}_s"] = value
+        return report
 
     def summary(self) -> str:
-        """One line for the log, the largest loss first."""
+        """Returns one line for the log, the largest loss first."""
         report = self.report()
         ettr = report.pop("ettr")
         wall_s = sum(report.values()) or 1.0
         del report["compute_s"]
-        losses = sorted(report.items(), key=lambda item: -item[1])
-        shares = [(name.removesuffix("_s").replace("_", " "), value / wall_s) for name, value in losses]
-        told = ", ".join(f"{name} {share:.1%}" for name, share in shares if share >= 0.0005) or "nothing lost"
+        losses = []
+        for name, seconds in sorted(report.items(), key=lambda item: -item[1]):
+            share = seconds / wall_s
+            if share >= 0.0005:
+                category = name.removesuffix("_s").replace("_", " ")
+                losses.append(f"{category} {share:.1%}")
+        listed = ", ".join(losses) or "nothing lost"
         restarts = "1 restart" if self.restarts == 1 else f"{self.restarts} restarts"
-        return f"effective training time {ettr:.1%}: {told}, over {restarts}"
+        return f"effective training time {ettr:.1%}: {listed}, over {restarts}"
 
     def _book(self, category: Category, seconds: float) -> None:
         known = self._account.seconds
-        known[category] = known.get(category, 0.0) + max(0.0, seconds)  # a clock may be set back
+        # Seconds are below zero where a clock was set back.
+        known[category] = known.get(category, 0.0) + max(0.0, seconds)
 
 
-def _read(path: Path | None, resumed_step: int) -> _Account | None:
+def _read_account(path: Path | None, resumed_step: int) -> _Account | None:
     if path is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What kind of work an operator of PyTorch or a kernel of a GPU does, told by its name."""
+"""The kind of work that an operator of PyTorch or a kernel of a GPU does, by its name."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ ELEMENTWISE, REDUCTION, COPY = "element-wise", "reductions", "copies and casts"
 OPTIMISER, COMMUNICATION, DECODING = "optimiser", "communication", "decoding of images"
 COMPILED, OTHER = "compiled kernels", "other operators"
 
-# The first that is found in a name tells its kind.
+# The first pattern that is found in a name gives its kind.
 _OPERATORS = [
     (COMMUNICATION, r"^(c10d|gloo|nccl|mpi)"),
     (COMPILED, r"CompiledFxGraph"),
@@ -51,15 +51,18 @@ _KERNELS = [
 
 @functools.cache
 def kind_of_operator(name: str) -> str:
-    """ "aten::addmm" is of the matrix products."""
-    return _first(_OPERATORS, name)
+    """Returns the kind of an operator: MATRIX for "aten::addmm"."""
+    return _find_kind(_OPERATORS, name)
 
 
 @functools.cache
 def kind_of_kernel(name: str) -> str:
-    """As the profiler names kernels, copies ("Memcpy HtoD …") and memsets."""
-    return _first(_KERNELS, name)
+    """Returns the kind of a kernel, a copy ("Memcpy HtoD …") or a memset, by the name that the profiler gives it."""
+    return _find_kind(_KERNELS, name)
 
 
-def _first(kinds: list[tuple[str, str]], name: str) -> str:
-    return next((kind for kind, pattern in kinds if re.search(pattern, name, re.IGNORECASE)), OTHER)
+def _find_kind(patterns: list[tuple[str, str]], name: str) -> str:
+    for kind, pattern in patterns:
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return OTHER

@@ -2,9 +2,9 @@
 
     begin, end ──torch.profiler──▶ trace.json.gz ──summarise──▶ profile.json ──▶ summary.md, the report's section
 
-Phases are ranges that the loop and the engine name (torch.profiler.record_function), on the host's clock. Kinds of work
-are told by the names of kernels where a GPU ran any, else by those of operators on the thread that trains. The feed's
-threads work beside it and are not recorded.
+Phases are ranges that the loop and the engine name (torch.profiler.record_function), on the host's clock. The kind of
+work follows from the names of kernels where a GPU ran any, else from those of operators on the thread that trains. The
+feed's threads work beside it and are not recorded.
 """
 
 import collections
@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,48 +35,56 @@ PHASES = ("waiting for data", "replay check", "forward", "exchange of losses", "
 REST = "the rest"
 _NUM_LONGEST = 10
 _IS_OPERATOR = re.compile(r"(?!(torch::)?autograd::)\w+::|## Call CompiledFxGraph")
-_MOST_OF_A_NAME = 120  # characters; kernels have templates for names
+_MAX_NAME_LENGTH = 120
+"""The most characters of a name that are shown: kernels have templates for names."""
 
 Event = dict[str, Any]
-"""Of a Chrome trace: a span of time has "ph": "X", its "ts" and "dur" in microseconds, "name", "cat" and "tid"."""
+"""An event of a Chrome trace. A span of time has "ph": "X", "ts" and "dur" in microseconds, "name", "cat" and "tid"."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """An operator or a kernel."""
+    """An operator or a kernel, in the mean step."""
 
     name: str
     kind: str
-    calls: float  # a step
-    ms: float  # a step
+    calls: float
+    ms: float
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a step, mean over those of a trace. Phases add up to step_ms, and so do kinds."""
+    """The time of a step, as the mean over those of a trace. Phases add up to step_ms, and so do kinds."""
 
     num_steps: int
     step_ms: float
-    on_device: bool  # kinds are of a GPU's kernels
-    phases: dict[str, float]  # ms, in order
-    kinds: dict[str, float]  # ms, longest first, and last what remains
+    on_device: bool
+    """Whether kinds are those of a GPU's kernels."""
+    phases: dict[str, float]
+    """Milliseconds, in the order of the phases."""
+    kinds: dict[str, float]
+    """Milliseconds, longest first; the last entry is the remaining time."""
     longest: list[Work]
 
 
 class Profiler:
-    """Of one process. What goes wrong in here is told, and training goes on without a profile."""
+    """Profiles one process. If that fails, it is reported, and training goes on without a profile."""
 
     def __init__(self, folder: Path, config: Config, world: World, at: int) -> None:
-        """Begin when `at` steps were taken; a run that resumes later than that has no profile."""
-        self._folder, self._config, self._world, self._at = folder, config, world, at
+        """The profile begins after `at` steps; a run that resumes later than that has none."""
+        self._folder = folder
+        self._config = config
+        self._world = world
+        self._at = at
         self._profile: torch.profiler.profile | None = None
 
     def begin(self, step: int) -> None:
-        """A step begins; `step` were taken."""
-        with self._told():
+        """Called as a step begins, after `step` steps."""
+        with self._reporting_errors():
             if step == self._at:
-                self._left = 1 + self._config.profile.steps
-                plan = torch.profiler.schedule(wait=0, warmup=1, active=self._config.profile.steps)
+                num_steps = self._config.profile.steps
+                self._left = 1 + num_steps
+                plan = torch.profiler.schedule(wait=0, warmup=1, active=num_steps)
                 self._profile = torch.profiler.profile(schedule=plan)
                 self._profile.start()
             if self._profile:
@@ -84,8 +92,8 @@ class Profiler:
                 self._step.__enter__()
 
     def end(self) -> None:
-        """It was taken. After the last of the profile that is written."""
-        with self._told():
+        """Called as a step ends. After the last one of the profile, writes it."""
+        with self._reporting_errors():
             if self._profile is None:
                 return
             self._step.__exit__(None, None, None)
@@ -98,14 +106,14 @@ class Profiler:
             self._write(profile)
 
     def close(self) -> None:
-        """For a run that ends in the middle."""
+        """Stops the profile of a run that ends in the middle of it."""
         profile, self._profile = self._profile, None
         if profile:
             with contextlib.suppress(Exception):
                 profile.stop()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _reporting_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -120,123 +128,160 @@ class Profiler:
             trace = path.read_bytes()
         files.write(self._folder / TRACE, gzip.compress(trace, compresslevel=4))
         costs = summarise(json.loads(trace)["traceEvents"])
-        first, last = self._at + 2, self._at + 1 + costs.num_steps
+        first = self._at + 2
+        last = self._at + 1 + costs.num_steps
         which = f"steps {first} to {last}" if last > first else f"step {first}"
-        headline = self._headline(costs)
+        headline = self._format_headline(costs)
         numbers = {"format": 1, "headline": headline, "first_step": first, "last_step": last, **asdict(costs)}
-        files.write(self._folder / NUMBERS, json.dumps(numbers, indent=1).encode() + b"\n")
-        files.write(self._folder / SUMMARY, page(costs, headline, which).encode())
-        phases = ", ".join(f"{name} {ms / costs.step_ms:.0%}" for name, ms in costs.phases.items())
+        document = json.dumps(numbers, indent=1) + "\n"
+        summary = page(costs, headline, which)
+        files.write(self._folder / NUMBERS, document.encode())
+        files.write(self._folder / SUMMARY, summary.encode())
+        phases = _format_shares(costs.phases, costs.step_ms)
         print(f"profile of {which}: {headline}", file=sys.stderr)
         print(f"profile: {phases}; more in {self._folder / SUMMARY}", file=sys.stderr, flush=True)
 
-    def _headline(self, costs: Costs) -> str:
+    def _format_headline(self, costs: Costs) -> str:
         config, world = self._config, self._world
         batch = config.train.global_batch_size
+        ranks = _format_count(world.size, "rank")
         if world.device.type == "cuda":
             device = torch.cuda.get_device_name(world.device)
         else:
-            device = f"CPU with {_counted(torch.get_num_threads(), 'thread')}"
-        largest = sorted(costs.kinds.items(), key=lambda item: -item[1])[:3]
-        told = ", ".join(f"{kind} {ms / costs.step_ms:.0%}" for kind, ms in largest)
+            device = f"CPU with {_format_count(torch.get_num_threads(), 'thread')}"
+        precision = config.engine.precision
+        images_per_second = 1000 * batch / costs.step_ms
+        by_time = sorted(costs.kinds.items(), key=lambda item: -item[1])
+        largest = _format_shares(dict(by_time[:3]), costs.step_ms)
         return (
-            f"{config.model.name}, {batch} images on {_counted(world.size, 'rank')}, {config.engine.precision}, "
-            f"{device}: {costs.step_ms:.1f} ms a step, {1000 * batch / costs.step_ms:.0f} images/s; most of it {told}"
+            f"{config.model.name}, {batch} images on {ranks}, {precision}, {device}: "
+            f"{costs.step_ms:.1f} ms a step, {images_per_second:.0f} images/s; most of it {largest}"
         )
 
 
 class _Span(NamedTuple):
+    """When an operator or a kernel ran, in microseconds."""
+
     start: float
     end: float
-    work: tuple[str, str]  # name and kind
-    beside: bool  # counts only where nothing else is done
+    work: tuple[str, str]
+    """Its name and kind."""
+    beside: bool
+    """Whether it runs beside others, and counts only where no other does."""
 
     def within(self, start: float, end: float) -> "_Span":
         return self._replace(start=max(self.start, start), end=min(self.end, end))
 
 
 def summarise(events: Sequence[Event]) -> Costs:
-    """What a Chrome trace of torch.profiler tells of the ranges in it that are called STEP."""
+    """Returns where the time of a step goes, from a Chrome trace of torch.profiler with ranges that are called STEP.
+
+    Raises ValueError for a trace without any.
+    """
     timed = [event for event in events if event.get("ph") == "X"]
     ranges = [event for event in timed if event["cat"] == "user_annotation"]
     steps = [event for event in ranges if event["name"] == STEP]
     if not steps:
         raise ValueError("the trace has no step")
-    thread, windows = steps[0]["tid"], [(step["ts"], step["ts"] + step["dur"]) for step in steps]
-    step_us, per = sum(end - start for start, end in windows), 1000 * len(steps)
+    thread = steps[0]["tid"]
     kernels = [event for event in timed if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")]
-    spans = list(map(_kernel, kernels)) if kernels else _operators(timed, thread)
-    own, calls, phases = (collections.Counter[Any]() for _ in range(3))
-    for start, end in windows:
+    spans = [_kernel_span(event) for event in kernels] if kernels else _operator_spans(timed, thread)
+    phase_ranges = [event for event in ranges if event["tid"] == thread and event["name"] in PHASES]
+
+    # All in microseconds, over all steps.
+    step_us = 0.0
+    work_us, kinds_us, phases_us, calls = (collections.Counter[Any]() for _ in range(4))
+    for step in steps:
+        start, end = _window(step)
+        step_us += end - start
         inside = [span.within(start, end) for span in spans if span.start < end and span.end > start]
-        own.update(_own(inside))
+        work_us.update(_own_times(inside))
         calls.update(span.work for span in inside)
-        for event in ranges:
-            if event["tid"] == thread and event["name"] in PHASES and start <= event["ts"] < end:
-                phases[event["name"]] += event["dur"]
-    kinds_us = collections.Counter[str]()
-    for (_, kind), us in own.items():
+        for event in phase_ranges:
+            if start <= event["ts"] < end:
+                phases_us[event["name"]] += event["dur"]
+    for (_, kind), us in work_us.items():
         kinds_us[kind] += us
-    remains = "the device is idle" if kernels else "Python and waiting"
-    return Costs(
-        num_steps=len(steps),
-        step_ms=step_us / per,
-        on_device=bool(kernels),
-        phases={
-            **{name: phases[name] / per for name in PHASES if name in phases},
-            REST: (step_us - phases.total()) / per,
-        },
-        kinds={
-            **{kind: us / per for kind, us in kinds_us.most_common()},
-            remains: (step_us - kinds_us.total()) / per,
-        },
-        longest=[
-            Work(_shown(name), kind, calls[name, kind] / len(steps), us / per)
-            for (name, kind), us in own.most_common(_NUM_LONGEST)
-        ],
-    )
+
+    # From here on in milliseconds of the mean step.
+    to_ms = 1000 * len(steps)
+    phases = {name: phases_us[name] / to_ms for name in PHASES if name in phases_us}
+    phases[REST] = (step_us - phases_us.total()) / to_ms
+    kinds = {kind: us / to_ms for kind, us in kinds_us.most_common()}
+    idle = "the device is idle" if kernels else "Python and waiting"
+    kinds[idle] = (step_us - kinds_us.total()) / to_ms
+    longest = []
+    for (name, kind), us in work_us.most_common(_NUM_LONGEST):
+        num_calls = calls[name, kind] / len(steps)
+        longest.append(Work(_shorten(name), kind, num_calls, us / to_ms))
+    return Costs(len(steps), step_us / to_ms, bool(kernels), phases, kinds, longest)
 
 
-def _kernel(event: Event) -> _Span:
-    kind = op_kinds.kind_of_kernel(event["name"])
-    beside = kind in (op_kinds.COMMUNICATION, op_kinds.DECODING)  # on streams of their own
-    return _Span(event["ts"], event["ts"] + event["dur"], (event["name"], kind), beside)
+def _kernel_span(event: Event) -> _Span:
+    name = event["name"]
+    kind = op_kinds.kind_of_kernel(name)
+    # These run on streams of their own.
+    beside = kind in (op_kinds.COMMUNICATION, op_kinds.DECODING)
+    return _Span(*_window(event), (name, kind), beside)
 
 
-def _operators(timed: Sequence[Event], thread: Any) -> list[_Span]:
-    """Operators of the thread that trains, and what Gloo's threads do for it. Autograd's own ranges are no work."""
+def _window(event: Event) -> tuple[float, float]:
+    """Returns when an event began and ended, in microseconds."""
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def _operator_spans(timed: Sequence[Event], thread: Any) -> list[_Span]:
+    """Returns the operators of the thread that trains, and what Gloo's threads do for it.
+
+    Autograd's own ranges are no work.
+    """
     spans = []
     for event in timed:
-        name, here = event["name"], event["tid"] == thread
-        is_operator = event["cat"] == "cpu_op" and _IS_OPERATOR.match(name)
-        if is_operator if here else name.startswith("gloo:"):
+        name = event["name"]
+        is_here = event["tid"] == thread
+        is_operator = event["cat"] == "cpu_op" and _IS_OPERATOR.match(name) is not None
+        is_communication = name.startswith("gloo:")
+        if is_operator if is_here else is_communication:
             work = name, op_kinds.kind_of_operator(name)
-            spans.append(_Span(event["ts"], event["ts"] + event["dur"], work, beside=not here))
+            spans.append(_Span(*_window(event), work, beside=not is_here))
     return spans
 
 
-def _own(spans: Sequence[_Span]) -> dict[tuple[str, str], float]:
-    """Microseconds by name and kind. Each instant counts once: for what began last, so for the innermost of nested
-    operators, and where only such run that go on beside others for one of those."""
-    points = sorted([(span.start, place) for place, span in enumerate(spans)] + [(span.end, -1) for span in spans])
-    own, running, before = collections.defaultdict[tuple[str, str], float](float), [], 0.0
-    for now, place in points:
+def _own_times(spans: Sequence[_Span]) -> dict[tuple[str, str], float]:
+    """Returns microseconds by name and kind. Each instant counts once.
+
+    It counts for the span that began last, which is the innermost of nested operators. Spans that run beside others
+    count where no other one runs.
+    """
+    # Each span's start with its index, and each end; at the same time ends come first.
+    points = [(span.end, -1) for span in spans]
+    points += [(span.start, index) for index, span in enumerate(spans)]
+    points.sort()
+    times = collections.defaultdict[tuple[str, str], float](float)
+    # A heap, whose first entry is the span that counts.
+    running: list[tuple[bool, float, float, int]] = []
+    before = 0.0
+    for now, index in points:
         while running and spans[running[0][-1]].end <= before:
             heapq.heappop(running)
         if running:
-            own[spans[running[0][-1]].work] += now - before
+            counted = spans[running[0][-1]]
+            times[counted.work] += now - before
         before = now
-        if place >= 0:
-            heapq.heappush(running, (spans[place].beside, -spans[place].start, spans[place].end, place))
-    return own
+        if index >= 0:
+            span = spans[index]
+            heapq.heappush(running, (span.beside, -span.start, span.end, index))
+    return times
 
 
 def page(costs: Costs, headline: str, which: str) -> str:
-    """The summary, in Markdown."""
+    """Returns the summary, in Markdown."""
     unit = "kernel" if costs.on_device else "operator"
     where = "kernels on the device" if costs.on_device else "operators on the thread that trains"
-    named = functools.partial(_table, costs.step_ms)
-    longest = [(f"`{work.name}`", work.kind, f"{work.calls:g}", work.ms) for work in costs.longest]
+    render_table = functools.partial(_render_table, costs.step_ms)
+    longest = []
+    for work in costs.longest:
+        longest.append((f"`{work.name}`", work.kind, f"{work.calls:g}", work.ms))
     return f"""# Where a step's time goes
 
 {headline}.
@@ -245,33 +290,40 @@ Mean over {which} of rank 0. Being profiled makes steps slower; other steps have
 
 ## By phase, on the host's clock
 
-{named(("phase",), [(name, ms) for name, ms in costs.phases.items()])}
+{render_table(("phase",), list(costs.phases.items()))}
 
 ## By kind of work, {where}
 
-{named(("kind",), [(name, ms) for name, ms in costs.kinds.items()])}
+{render_table(("kind",), list(costs.kinds.items()))}
 
 ## The {_NUM_LONGEST} {unit}s that take longest
 
-{named((unit, "kind", "calls"), longest)}
+{render_table((unit, "kind", "calls"), longest)}
 
 {TRACE} has all of it on a time line: open it in ui.perfetto.dev or chrome://tracing.
 """
 
 
-def _table(step_ms: float, header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Rows end with milliseconds, which get a share beside them."""
-    lines = [[*header, "ms", "share"], [*("---" for _ in header), "---:", "---:"]]
-    lines += [[*cells, f"{ms:.2f}", f"{ms / step_ms:.1%}"] for *cells, ms in rows]
+def _render_table(step_ms: float, header: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    """Returns a Markdown table. Rows end with milliseconds, and their share of the step is added."""
+    lines = [[*header, "ms", "share"], ["---"] * len(header) + ["---:", "---:"]]
+    for *cells, ms in rows:
+        lines.append([*cells, f"{ms:.2f}", f"{ms / step_ms:.1%}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shown(name: str) -> str:
-    """A kernel's name, as far as there is room for it."""
-    for part in ("void ", "at::native::", "(anonymous namespace)::"):
-        name = name.replace(part, "")
-    return name if len(name) <= _MOST_OF_A_NAME else f"{name[:_MOST_OF_A_NAME]}…"
+def _shorten(name: str) -> str:
+    """Returns a kernel's name without namespaces, cut at _MAX_NAME_LENGTH."""
+    for prefix in ("void ", "at::native::", "(anonymous namespace)::"):
+        name = name.replace(prefix, "")
+    if len(name) > _MAX_NAME_LENGTH:
+        name = f"{name[:_MAX_NAME_LENGTH]}…"
+    return name
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _format_shares(times: Mapping[str, float], step_ms: float) -> str:
+    return ", ".join(f"{name} {ms / step_ms:.0%}" for name, ms in times.items())
+
+
+def _format_count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

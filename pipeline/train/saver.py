@@ -1,10 +1,10 @@
 """Saves behind training: it waits while its state is copied to host memory, and for nothing else.
 
     main thread      save ─ copy ┐            settle ┐              settle: it counts
-    every rank's thread          └ write part         │
-    rank 0's thread                                   └ commit, remove old ones
+    every rank's thread          └ write files       │
+    rank 0's thread                                  └ commit, remove old ones
 
-What the threads have done goes from rank to rank with the reduction that every step makes anyway (`progress`, then
+What the threads have done is sent to the other ranks with the reduction that every step makes anyway (`progress`, then
 `settle`), so that no thread but the main one takes part in a collective. One save is under way at a time; when the
 next is due before it has ended, training waits.
 """
@@ -37,7 +37,7 @@ class SaveError(ExternalError):
 
 
 class Saver:
-    """Writes one run's checkpoints. All methods are collective but `progress`."""
+    """Writes one run's checkpoints. All methods but `progress` are collective."""
 
     def __init__(
         self,
@@ -48,22 +48,30 @@ class Saver:
         world: World,
         lease: Lease | None = None,
     ) -> None:
-        """`lease`: rank 0's of the run's folder."""
-        self.checkpoints, self.retention, self._world = checkpoints, retention, world
-        self._engine, self._ema, self._lease = engine, ema, lease
+        """`lease` is that of the run's folder, which rank 0 holds."""
+        self.checkpoints = checkpoints
+        self.retention = retention
+        self._world = world
+        self._engine = engine
+        self._ema = ema
+        self._lease = lease
         pin = world.device.type == "cuda"
-        self._snapshots = {name: Snapshot(tensors, pin=pin) for name, tensors in self._my_tensors().items()}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint digest")
-        self._part: Future[None] | None = None
-        self._commit: Future[None] | None = None
-        self._folder: Path | None = None  # being written
+        self._snapshots: dict[str, Snapshot] = {}
+        for name, tensors in self._own_tensors().items():
+            self._snapshots[name] = Snapshot(tensors, pin=pin)
+        self._writing_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._hashing_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint digest")
+        self._writing: Future[None] | None = None
+        self._committing: Future[None] | None = None
+        self._folder: Path | None = None
+        """The checkpoint that is being written."""
         self._failures = 0
-        self.newest: Path | None = None  # whole, and written or loaded by this process
+        self.newest: Path | None = None
+        """The newest whole checkpoint that this process has written or loaded."""
 
     def save(self, state: State, safe_step: int) -> None:
-        """Begin to save; returns when the state has been copied. Waits for the save before it. All ranks end at once
-        where another job has taken over the run's folder.
+        """Begins to save, and returns when the state has been copied. Waits for the save before it. All ranks end at
+        once where another job has taken over the run's folder.
 
         Raises SaveError after the third failure in a row.
         """
@@ -73,23 +81,27 @@ class Saver:
         if folder == self.newest:
             return
         self._copy()
-        if problem := self._world.from_first(self._make_folder(state.step) if self._world.is_first else None):
-            self._failed(folder, problem)
+        fault = self._make_folder(state.step) if self._world.is_first else None
+        fault = self._world.from_first(fault)
+        if fault:
+            self._count_failure(folder, fault)
             return
+        loss_scale = self._engine.loss_scale
         state = dataclasses.replace(
             state,
             adam_steps=self._engine.adam_steps(),
             ema_steps=self._ema.steps if self._ema else 0,
-            loss_scale=dataclasses.asdict(self._engine.loss_scale) if self._engine.loss_scale else None,
+            loss_scale=dataclasses.asdict(loss_scale) if loss_scale else None,
         )
         contents = {name: snapshot.data() for name, snapshot in self._snapshots.items()}
         if self._world.is_first:
             contents[STATE] = memoryview(self.checkpoints.state_document(state))
-        self._folder, self._safe_step = folder, safe_step
-        self._part = self._thread.submit(self._write_part, folder, contents)
+        self._folder = folder
+        self._safe_step = safe_step
+        self._writing = self._writing_thread.submit(self._write_files, folder, contents)
 
-    def _my_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """File names and contents of this rank's share. Collective at stage 3."""
+    def _own_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Returns the contents of the files that this rank writes, by their names. Collective at stage 3."""
         moments = {
             range_key(name, moment, start, values.numel()): values
             for name, moment, start, values in self._engine.fragments()
@@ -105,32 +117,37 @@ class Saver:
 
     def _require_lease(self) -> None:
         lost = self._lease.lost if self._lease else None
-        if lost:  # told before the others hear of it: a launcher ends all ranks as soon as one has ended
+        # Reported before the others hear of it: a launcher ends all ranks as soon as one has ended.
+        if lost:
             print(f"error: {lost}", file=sys.stderr, flush=True)
         if self._world.from_first(bool(lost)):
             os._exit(FAILED)
 
     def _copy(self) -> None:
-        tensors = self._my_tensors()
+        tensors = self._own_tensors()
         for name, snapshot in self._snapshots.items():
             snapshot.fill(tensors[name])
         if self._world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def _make_folder(self, step: int) -> str | None:
+        """Returns why the checkpoint's folder cannot be made, or None."""
         try:
             self.checkpoints.make(step)
         except OSError as error:
             return str(error)
         return None
 
-    def _write_part(self, folder: Path, contents: dict[str, memoryview]) -> None:
-        part: dict[str, dict[str, Any]] = {}
+    def _write_files(self, folder: Path, contents: dict[str, memoryview]) -> None:
+        """Writes this rank's files, and part-R.json with their sizes and digests."""
+        written: dict[str, dict[str, Any]] = {}
         for name, data in contents.items():
-            digest = self._hashing.submit(hashlib.sha256, data)
+            # Both release the interpreter's lock, so hashing takes no time beside writing.
+            hashing = self._hashing_thread.submit(hashlib.sha256, data)
             files.write(folder / name, data)
-            part[name] = {"bytes": len(data), "sha256": digest.result().hexdigest()}
-        files.write(folder / f"part-{self._world.rank}.json", json_bytes(part))
+            digest = hashing.result().hexdigest()
+            written[name] = {"bytes": len(data), "sha256": digest}
+        files.write(folder / f"part-{self._world.rank}.json", json_bytes(written))
 
     def _commit_and_retain(self, folder: Path) -> None:
         if self._lease:
@@ -142,57 +159,65 @@ class Saver:
             print(f"old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
 
     def progress(self) -> list[float]:
-        """What this rank has to say of the save under way: [its part is written, something failed, it counts]."""
-        part, commit = self._part, self._commit
-        return [
-            float(_succeeded(part)),
-            float(_problem(part) is not None or _problem(commit) is not None),
-            float(_succeeded(commit)),
-        ]
+        """Returns what this rank knows of the save under way, each 0 or 1: its files are written, something has failed,
+        the checkpoint counts."""
+        written = _has_succeeded(self._writing)
+        failed = self._fault() is not None
+        committed = _has_succeeded(self._committing)
+        return [float(written), float(failed), float(committed)]
 
     def settle(self, written: float, failed: float, committed: float) -> Path | None:
-        """Go on by what all ranks have said: sums of `progress`. Returns the folder of a checkpoint that has just
+        """Goes on by what all ranks know, the sums of `progress`. Returns the folder of a checkpoint that has just
         become whole. Raises SaveError after the third failure in a row."""
         folder = self._folder
         if folder is None:
             return None
+        # Rank 0 alone commits, so its vote is enough.
         if committed:
             self._forget()
             self._failures = 0
             self.newest = folder
             return folder
-        if failed and written + failed >= self._world.size:  # nobody writes any more
-            problem = _problem(self._part) or _problem(self._commit)
+        # A failed save is given up when no rank writes any more.
+        if failed and written + failed >= self._world.size:
+            fault = self._fault()
             self._forget()
             if self._world.is_first:
                 self._clean_up(folder)
-            self._failed(folder, problem)
-        elif written == self._world.size and self._world.is_first and self._commit is None:
-            self._commit = self._thread.submit(self._commit_and_retain, folder)
+            self._count_failure(folder, fault)
+        elif written == self._world.size and self._world.is_first and self._committing is None:
+            self._committing = self._writing_thread.submit(self._commit_and_retain, folder)
         return None
 
     def finish(self) -> Path | None:
-        """Wait for the save under way. Returns its folder if it is whole, None if it failed or there was none."""
+        """Waits for the save under way. Returns its folder if it is whole, None if it failed or there was none."""
         whole = None
         while self._folder:
-            for job in (self._part, self._commit):
-                if job:
-                    job.exception()  # waits
+            for work in (self._writing, self._committing):
+                # Waits for it. `settle` acts on its error.
+                if work:
+                    work.exception()
             progress = torch.tensor(self.progress(), device=self._world.device)
             whole = self.settle(*self._world.sum(progress).tolist())
         return whole
 
-    def _forget(self) -> None:
-        self._folder = self._part = self._commit = None
+    def _fault(self) -> str | None:
+        """Returns what has gone wrong on this rank in the save under way, or None."""
+        return _find_fault(self._writing) or _find_fault(self._committing)
 
-    def _failed(self, folder: Path, problem: str | None) -> None:
+    def _forget(self) -> None:
+        self._folder = self._writing = self._committing = None
+
+    def _count_failure(self, folder: Path, fault: str | None) -> None:
+        """`fault` is known on the ranks that met it."""
         self._failures += 1
-        if problem:  # told by the ranks that met it
-            print(f"{folder}: could not be saved: {problem}; training goes on", file=sys.stderr, flush=True)
+        if fault:
+            print(f"{folder}: could not be saved: {fault}; training goes on", file=sys.stderr, flush=True)
         if self._failures >= _MOST_FAILURES:
+            reason = f": {fault}" if fault else ""
             raise SaveError(
-                f"{self._failures} checkpoints in a row could not be saved, the last one {folder}"
-                f"{f': {problem}' if problem else ''}: make room or mend the disk, then start the same command again"
+                f"{self._failures} checkpoints in a row could not be saved, the last one {folder}{reason}: make room "
+                "or mend the disk, then start the same command again"
             )
 
     def _clean_up(self, folder: Path) -> None:
@@ -202,16 +227,21 @@ class Saver:
             print(f"{folder}: its remains could not be removed: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        self._thread.shutdown()
-        self._hashing.shutdown()
+        self._writing_thread.shutdown()
+        self._hashing_thread.shutdown()
 
 
-def _succeeded(job: Future[None] | None) -> bool:
-    return job is not None and job.done() and job.exception() is None
+def _has_succeeded(work: Future[None] | None) -> bool:
+    return work is not None and work.done() and work.exception() is None
 
 
-def _problem(job: Future[None] | None) -> str | None:
-    error = job.exception() if job is not None and job.done() else None
-    if error is not None and not isinstance(error, OSError):
-        raise error
-    return str(error) if error is not None else None
+def _find_fault(work: Future[None] | None) -> str | None:
+    """Returns the error of the disk that has ended the work, or None. Raises any other error."""
+    if work is None or not work.done():
+        return None
+    error = work.exception()
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        return str(error) or repr(error)
+    raise error

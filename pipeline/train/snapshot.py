@@ -8,6 +8,7 @@ padded with spaces; the tensors' values end to end, at the offsets that the head
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,65 +30,84 @@ class Snapshot:
     GPU."""
 
     def __init__(self, like: Mapping[str, Tensor], *, pin: bool) -> None:
-        # Wide types first, so that every tensor is aligned; then as they lie in memory, to copy neighbours as one.
-        allocations = {where: number for number, where in enumerate(dict.fromkeys(map(_allocation, like.values())))}
-        names = sorted(
-            like,
-            key=lambda name: (
-                -like[name].element_size(),
-                allocations[_allocation(like[name])],
-                like[name].storage_offset(),
-                name,
-            ),
-        )
-        header, offset = {}, 0
+        names = _order(like)
+        entries: dict[str, dict[str, Any]] = {}
+        offset = 0
         for name in names:
             tensor = like[name]
             end = offset + tensor.numel() * tensor.element_size()
-            header[name] = {
+            entries[name] = {
                 "dtype": _TYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, end],
             }
             offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        # Padded, so that the values begin at a multiple of 8 bytes.
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
+        header = len(text).to_bytes(8, "little") + text
+        start = len(header)
         # Filled, so that the first save does not wait for the system to find the memory.
         self._bytes = torch.empty(start + offset, dtype=torch.uint8, pin_memory=pin).fill_(0)
-        self._bytes[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
-        self._places = {name: tuple(start + at for at in header[name]["data_offsets"]) for name in names}
+        self._bytes[:start] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        self._ranges: dict[str, tuple[int, int]] = {}
+        """Where the values of each tensor begin and end in the file."""
+        for name in names:
+            first, last = entries[name]["data_offsets"]
+            self._ranges[name] = (start + first, start + last)
         self._addresses: list[int] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the values. On a GPU they are there once its stream has been waited for."""
-        sources = [tensors[name] for name in self._places]
-        # Planned once for tensors that stay where they are: planning takes as long as some copies do.
+        """Copies the values. On a GPU they are there once its stream has been waited for."""
+        sources = [tensors[name] for name in self._ranges]
+        # Planned once for tensors that stay at their addresses: planning takes as long as some copies do.
         addresses = [source.data_ptr() for source in sources]
         if addresses != self._addresses:
-            self._addresses, self._copies = addresses, list(self._plan(sources))
-        for source, place in self._copies:
-            place.copy_(source, non_blocking=True)
+            self._addresses = addresses
+            self._copies = list(self._plan_copies(sources))
+        for source, destination in self._copies:
+            destination.copy_(source, non_blocking=True)
 
-    def _plan(self, sources: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What to copy where. Tensors that follow on each other in memory as in the file are copied as one: thousands
-        of copies cost more than their bytes."""
-        places = list(self._places.values())
+    def _plan_copies(self, sources: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields sources and destinations.
+
+        Tensors that follow on each other in memory as in the file are copied as one: thousands of copies cost more than
+        their bytes.
+        """
+        ranges = list(self._ranges.values())
         first = 0
         for last, source in enumerate(sources):
-            if last + 1 < len(sources) and _is_followed_by(source, sources[last + 1]):
+            is_last = last + 1 == len(sources)
+            if not is_last and _is_followed_by(source, sources[last + 1]):
                 continue
-            run = self._bytes[places[first][0] : places[last][1]].view(source.dtype)
+            start, _ = ranges[first]
+            _, end = ranges[last]
+            destination = self._bytes[start:end].view(source.dtype)
             if first == last:
-                yield source.detach(), run.view(source.shape)
+                yield source.detach(), destination.view(source.shape)
             else:
-                yield sources[first].detach().as_strided(run.shape, (1,)), run
+                yield sources[first].detach().as_strided(destination.shape, (1,)), destination
             first = last + 1
 
     def data(self) -> memoryview:
-        """The whole file."""
+        """Returns the whole file."""
         return self._bytes.numpy().data
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names in the file's order: wide types first, so that every tensor is aligned; then as the tensors lie
+    in memory, so that neighbours can be copied as one."""
+    allocations: dict[int, int] = {}
+    for tensor in tensors.values():
+        allocations.setdefault(_allocation(tensor), len(allocations))
+
+    def rank(name: str) -> tuple[int, int, int, str]:
+        tensor = tensors[name]
+        allocation = allocations[_allocation(tensor)]
+        return -tensor.element_size(), allocation, int(tensor.storage_offset()), name
+
+    return sorted(tensors, key=rank)
 
 
 def _allocation(tensor: Tensor) -> int:
@@ -95,9 +115,10 @@ def _allocation(tensor: Tensor) -> int:
 
 
 def _is_followed_by(tensor: Tensor, other: Tensor) -> bool:
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
     return (
         _allocation(tensor) == _allocation(other)
-        and tensor.data_ptr() + tensor.numel() * tensor.element_size() == other.data_ptr()
+        and end == other.data_ptr()
         and tensor.dtype == other.dtype
         and tensor.is_contiguous()
         and other.is_contiguous()

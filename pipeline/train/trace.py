@@ -1,8 +1,8 @@
-"""What the engine consumed, for proofs that data does not depend on the world: runs/NAME/trace/rank-R.jsonl.
+"""The samples that the engine consumed, to prove that data does not depend on the world: runs/NAME/trace/rank-R.jsonl.
 
-A line for each step, counted as in metrics.jsonl:
+The file has a line for each step, counted as in metrics.jsonl:
 {"step": 7, "samples": [{"position": 0, "shard": 2, "key": "3/digit-0003", "weight": 1.0, "pixels": "…", …}, …]}
-Hashes are of the tensors themselves, sample by sample, after mixing, of images without the padding around them.
+Hashes are those of the tensors themselves, sample by sample, after mixing, of images without the padding around them.
 """
 
 import dataclasses
@@ -30,24 +30,28 @@ class Trace:
         self._lines.append({"step": step, "samples": samples})
 
     def _samples(self, micro: MicroBatch) -> list[dict[str, Any]]:
-        where, images = micro.samples, micro.images.cpu()
+        # From the device at once, not sample by sample.
+        images = micro.images.cpu()
         masks = None if micro.drop_path is None else micro.drop_path.T.cpu()
-        return [
-            {
-                "position": int(where.position[i]),
-                "shard": int(where.shard[i]),
-                "key": self._shards.key(int(where.shard[i]), int(where.row[i])),
+        samples = []
+        for i, (height, width) in enumerate(micro.extents):
+            shard = int(micro.samples.shard[i])
+            row = int(micro.samples.row[i])
+            sample = {
+                "position": int(micro.samples.position[i]),
+                "shard": shard,
+                "key": self._shards.key(shard, row),
                 "weight": float(micro.weights[i]),
                 "pixels": _hash(images[i, :, :height, :width]),
-                "label": _hash(*_tensors(micro.targets[i])),
+                "label": _hash(*_tensors_of(micro.targets[i])),
                 "drop_path": None if masks is None else _hash(masks[i]),
             }
-            for i, (height, width) in enumerate(micro.extents)
-        ]
+            samples.append(sample)
+        return samples
 
 
-def _tensors(target: Any) -> list[Tensor]:
-    """Of one sample's target: a tensor, or a dataclass of tensors."""
+def _tensors_of(target: Any) -> list[Tensor]:
+    """Returns the tensors of one sample's target, which is a tensor or a dataclass of tensors."""
     if isinstance(target, Tensor):
         return [target]
     fields = [getattr(target, field.name) for field in dataclasses.fields(target)]

@@ -114,7 +114,7 @@ def outcome(job: Job) -> dict[str, Any]:
     depends on how fast the server is."""
     record = Record.read(job.folder)
     client = MlflowClient(f"sqlite:///{job.folder.parent / 'mlflow.db'}")
-    versions = registry.versions(client, job.name)
+    versions = registry.list_versions(client, job.name)
     steps = {registry.uri_of(version): version.tags["step"] for version in versions}
     result = json.loads((job.folder / "result.json").read_text())
     run = client.get_run(result["run_id"])

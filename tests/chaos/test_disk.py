@@ -112,7 +112,7 @@ def test_a_run_walks_back_past_damaged_checkpoints_and_writes_them_again(digits:
         (9, "optimizer-0.safetensors has SHA-256"),
         (6, "optimizer-1.safetensors cannot be read"),
     ):
-        assert f"{at[step]} is passed over: {fault}" in again.errors()
+        assert f"{at[step]} is skipped: {fault}" in again.errors()
         assert checkpoint_differences(at[step], whole / "checkpoints" / at[step].name) == []
         listed = [
             json.loads((folder / at[step].name / COMMIT).read_text())

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-LOSS = {"stream_syncs pipeline/train/engine.py:Engine._mean": 1}
-"""In training the loop's exchange takes its place."""
+LOSS = {"stream_syncs pipeline/train/engine.py:Engine.step": 1}
+"""In training it is Trainer._agree that waits."""
 
 ZERO_1_AND_2 = {
     "stream_syncs deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": 4,
@@ -19,7 +19,7 @@ ZERO_3 = {
 }
 SAVE = {
     "stream_syncs pipeline/train/saver.py:Saver._copy": 1,
-    "stream_syncs pipeline/train/engine.py:Engine.adam_steps": 1,
+    "stream_syncs pipeline/train/moments.py:Moments.adam_steps": 1,
 }
 
 MAY_WAIT: dict[str, dict[str, int]] = {

@@ -27,7 +27,8 @@ from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
 from pipeline.job.training_job import run_job
 from pipeline.shards.store import StoreError
 from pipeline.train import sdc_check
-from pipeline.train.engine import Engine, Outcome
+from pipeline.train.engine import Engine, PendingStep
+from pipeline.train.outcome import Outcome
 from pipeline.world import World
 
 
@@ -40,8 +41,8 @@ def main() -> None:
     faults = {int(step): fault for step, fault in json.loads(text).items()}
     here = world.start()
     is_last = here.rank == here.size - 1
-    take_step, fetch = Engine.step, TrainFeed.next
-    numbers = dict[int, int]()
+    forward, update, fetch = Engine.forward, Engine.update, TrainFeed.next
+    numbers, steps = dict[int, int](), dict[int, int]()
 
     def next_with_faults(self: TrainFeed) -> list[MicroBatch]:
         step = numbers[id(self)] = numbers.get(id(self), self._first_step - 1) + 1
@@ -60,7 +61,8 @@ def main() -> None:
                 raise StoreError("shard-000001.tar: 503 Service Unavailable")
             yield batch
 
-    def step_with_faults(self: Engine, batches: list[MicroBatch], *, step: int, lr: float, **others: Any) -> Outcome:
+    def forward_with_faults(self: Engine, batches: list[MicroBatch], *, step: int) -> PendingStep:
+        steps[id(self)] = step
         fault = faults.get(step)
         if fault == "kill":
             os._exit(0)
@@ -68,7 +70,11 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         if fault == "memory" and is_last:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return take_step(self, batches, step=step, lr=lr * (3000 if fault == "lr" else 1), **others)
+        return forward(self, batches, step=step)
+
+    def update_with_faults(self: Engine, pending: PendingStep, *, lr: float, **others: Any) -> Outcome:
+        fault = faults.get(steps[id(self)])
+        return update(self, pending, lr=lr * (3000 if fault == "lr" else 1), **others)
 
     def gradients_with_faults(self: Engine, batch: MicroBatch, *, step: int, micro: int) -> Any:
         result = gradients(self, batch, step=step, micro=micro)
@@ -84,7 +90,8 @@ def main() -> None:
 
     gradients, check, batches_of = Engine.gradients, sdc_check.check_for_corruption, EvalFeed.__iter__
     EvalFeed.__iter__ = evaluate_with_faults
-    Engine.step, TrainFeed.next, Engine.gradients = step_with_faults, next_with_faults, gradients_with_faults
+    Engine.forward, Engine.update, Engine.gradients = forward_with_faults, update_with_faults, gradients_with_faults
+    TrainFeed.next = next_with_faults
     sdc_check.check_for_corruption = check_with_faults
 
     def run() -> None:

@@ -25,8 +25,8 @@ from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
 from pipeline.train.checkpoint_files import STATE, parse_range
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine, make_deterministic
-from pipeline.train.optim import lr_at
 from pipeline.train.saver import Saver
+from pipeline.train.schedule import lr_at
 
 
 def digest(folder: Path) -> str:

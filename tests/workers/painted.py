@@ -9,13 +9,12 @@ process ends as if it had been killed.
 import json
 import os
 import sys
-from typing import Any
 
 from pipeline import world
 from pipeline.config import load_config
 from pipeline.feed.loader import MicroBatch
 from pipeline.job.training_job import run_job
-from pipeline.train.engine import Engine, Outcome
+from pipeline.train.engine import Engine, PendingStep
 from tests.painting import read_number
 
 
@@ -24,9 +23,9 @@ def main() -> None:
     here = world.start()
     config = load_config(path, overrides)
     numbers = config.run.folder / f"painted-{here.rank}.jsonl"
-    step_of_engine = Engine.step
+    forward_of_engine = Engine.forward
 
-    def step(self: Engine, batches: list[MicroBatch], *, step: int, **others: Any) -> Outcome:
+    def forward(self: Engine, batches: list[MicroBatch], *, step: int) -> PendingStep:
         if step == int(last_step):
             os._exit(0)
         read = [
@@ -37,9 +36,9 @@ def main() -> None:
         ]
         with numbers.open("a") as file:
             file.write(json.dumps({"step": step + 1, "numbers": read}) + "\n")
-        return step_of_engine(self, batches, step=step, **others)
+        return forward_of_engine(self, batches, step=step)
 
-    Engine.step = step
+    Engine.forward = forward
     run_job(config, here)
     world.stop()
 

@@ -24,7 +24,7 @@ WAYS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "_
 def main() -> None:
     path, overrides = sys.argv[1:]
     reads: list[list[str]] = []
-    take_step, trainer = Engine.step, threading.current_thread()
+    begin_step, trainer = Engine.forward, threading.current_thread()
 
     def count(way: str) -> None:
         read = getattr(torch.Tensor, way)
@@ -37,13 +37,13 @@ def main() -> None:
 
         setattr(torch.Tensor, way, counted)
 
-    def step(self: Engine, *batches: Any, **others: Any) -> Any:
+    def forward(self: Engine, *batches: Any, **others: Any) -> Any:
         reads.append([])
-        return take_step(self, *batches, **others)
+        return begin_step(self, *batches, **others)
 
     for way in WAYS:
         count(way)
-    Engine.step = step
+    Engine.forward = forward
     here = world.start()
     run_job(load_config(path, overrides.split(",")), here)
     print(json.dumps({"reads": reads}), flush=True)

@@ -34,7 +34,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "evaluation at a step with a save": (Trainer, "_still_evaluating", 8),
     "between evaluation and save": (Trainer, "_save_if_due", 8),
     "save": (Trainer, "_save", 8),
-    "report of a checkpoint": (Trainer, "_tell_saved", 8),
+    "report of a checkpoint": (Trainer, "_report_checkpoint", 8),
     "last evaluation": (Trainer, "_still_evaluating", 20),
     "between last evaluation and last save": (Trainer, "_save_if_due", 20),
     "last save": (Trainer, "_finish", 20),

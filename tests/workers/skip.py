@@ -1,4 +1,5 @@
-"""One rank that takes three steps, the second on NaN pixels on this rank or another; see test_train.py.
+"""One rank that takes three steps, the second on NaN pixels on this rank or another, and then the same step before and
+after one that it discards; see test_train.py.
 
 python -m tests.workers.skip CONFIG
 """
@@ -11,7 +12,7 @@ import torch
 
 from pipeline import world
 from pipeline.config import load_config
-from pipeline.feed.loader import TrainFeed
+from pipeline.feed.loader import MicroBatch, TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.train.engine import Engine
 from tests.workers.zero import fresh_task
@@ -22,12 +23,14 @@ def main() -> None:
     here = world.start()
     for precision in ("fp32", "fp16"):
         for stage in range(4):
-            config = load_config(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}"])
+            overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.micro_batch_size=12"]
+            config = load_config(path, overrides)
             task = fresh_task(config)
             feed = TrainFeed(config, ShardSet(*config.data.train_paths), here, drop_path_rates=task.drop_path_rates)
             engine = Engine(config, task, here, feed.blank)
             report: dict[str, Any] = {"stage": stage, "precision": precision}
             report |= {"applied": [], "unchanged": [], "loss_scales": []}
+            batches: list[MicroBatch] = []
             for step in range(3):
                 before = {name: tensor.clone() for name, tensor in engine.weights().items()}
                 batches = feed.next()
@@ -39,8 +42,11 @@ def main() -> None:
                 report["unchanged"].append(all(torch.equal(before[name], after[name]) for name in before))
                 if engine.loss_scale:
                     report["loss_scales"].append(engine.loss_scale.value)
-            feed.close()
             report["adam_steps"] = engine.adam_steps()
+            norm = engine.step(batches, step=3, lr=0.0).grad_norm
+            engine.discard(engine.forward(batches, step=4))
+            report["norms"] = [norm, engine.step(batches, step=3, lr=0.0).grad_norm]
+            feed.close()
             if here.is_first:
                 print(json.dumps(report), flush=True)
     world.stop()

@@ -18,7 +18,8 @@ from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.classify import ClassificationTask, build_model
 from pipeline.train.engine import Engine, make_deterministic
-from pipeline.train.optim import lr_at, parameter_groups
+from pipeline.train.optim import parameter_groups
+from pipeline.train.schedule import lr_at
 from pipeline.world import World
 
 

@@ -1,10 +1,10 @@
-"""Registered models in the formats of other programs.
+"""Exports registered models in the formats of other programs.
 
-    version ──resolve──▶ Source ──write──▶ .FOLDER.partial ──open by the target's own call──┐
-                           └──our own network──▶ logits of real images ◀──compare──▶ logits ┴─▶ FOLDER
+    version ──resolve──▶ ExportSource ──write──▶ .FOLDER.partial ──opened by the target's own call──┐
+                               └──our own network──▶ logits of real images ◀──compare──▶ logits ────┴─▶ FOLDER
 
-Each target is a module to_NAME.py with what `Target` lists. A folder gets its name after it has been opened and has
-given the same logits; until then it does not exist for anybody.
+Each target is a module to_NAME.py with the functions of `ExportTarget`. A folder gets its name only after the export in
+it was opened and gave the same logits.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ TARGETS = tuple(_MODULES)
 
 
 class ExportTarget(Protocol):
-    """What each to_NAME.py has."""
+    """The functions of each to_NAME.py."""
 
     def write(self, source: ExportSource, folder: Path) -> dict[str, str]:
-        """Fill an empty folder. Returns the sizes of the input that may vary, each with what it may be.
+        """Fills an empty folder. Returns the sizes of the input that may vary, each with its permitted values.
 
-        Raises InputError for a model that the format has no place for.
+        Raises InputError for a model that the format cannot hold.
         """
         ...
 
     def load(self, source: ExportSource, folder: Path) -> compare_outputs.OpenedExport:
-        """Open what was written as its users do."""
+        """Opens the folder as the format's users do."""
         ...
 
     def call(self, source: ExportSource, folder: Path) -> str:
-        """How to open it, as a line of Python to copy."""
+        """Returns a line of Python that opens the folder, to be copied."""
         ...
 
 
@@ -60,22 +60,22 @@ def export(
     cache: Path | None = None,
     shards_cache: CacheOptions = DEFAULT_CACHE,
 ) -> dict[str, Any]:
-    """Write models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of TARGETS.
+    """Writes models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of TARGETS.
 
-    It is compared with the model itself on images of the packed data set `data`, or on photographs that scikit-learn
-    ships. `cache` is for copies of models, `shards_cache` for remote shards. Returns what was written, how near it is,
-    and how to open it.
+    The export is compared with the model itself on images of the packed data set `data`, or on photographs that
+    scikit-learn ships. `cache` is for copies of models, `shards_cache` for remote shards. Returns a report: the files,
+    the differences, and the call that opens the export.
     Raises InputError for an unknown target, one whose packages are missing or that cannot hold this model, for a folder
     that is not empty or cannot be written, and as registry.resolve does; ExternalError where the logits differ.
     """
-    target = _target(to)
-    with _whole_or_absent(out) as folder:
+    target = _import_target(to)
+    with _complete_or_absent(out) as folder:
         source = ExportSource(registry.resolve(uri, cache))
         varying = target.write(source, folder)
-        images = compare_outputs.real_images(
-            data, compare_outputs.MOST_WHOLE_IMAGES if source.sees_whole else compare_outputs.MOST_IMAGES, shards_cache
-        )
-        found = compare_outputs.compare_outputs(source, target.load(source, folder), varying, images, to)
+        most = compare_outputs.MOST_WHOLE_IMAGES if source.sees_whole else compare_outputs.MOST_IMAGES
+        images = compare_outputs.real_images(data, most, shards_cache)
+        opened = target.load(source, folder)
+        comparison = compare_outputs.compare_outputs(source, opened, varying, images, to)
         written = [
             {
                 "file": path.relative_to(folder).as_posix(),
@@ -90,41 +90,43 @@ def export(
         "to": to,
         "out": str(out),
         "files": written,
-        **found._asdict(),
+        **comparison._asdict(),
         "varying": varying,
         "open": target.call(source, out),
     }
 
 
-def _target(name: str) -> ExportTarget:
+def _import_target(name: str) -> ExportTarget:
     if name not in _MODULES:
         raise InputError(f"--to {name}: models are exported to {', '.join(TARGETS)}")
+    # A target imports its library when it is used, so that no other target's library need be installed.
     with needing("export", f"--to {name}"):
         return cast(ExportTarget, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
 
 
 @contextlib.contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """A folder to fill beside `out`, whose name it gets at the end of the block. After an error it is gone."""
+def _complete_or_absent(out: Path) -> Iterator[Path]:
+    """Yields a folder to fill. It gets the name `out` at the end of the block; after an error it is removed."""
     out = out.absolute()
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with _explained(out):
+    with _explain_os_errors(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out {out}: is there already and no empty folder: remove it, or name another")
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     try:
         yield partial
-        with _explained(out):
-            _settle(partial)
+        with _explain_os_errors(out):
+            # The contents first, then the name: after a power cut a folder of this name is complete.
+            _make_durable(partial)
             partial.rename(out)
             files.sync_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
-    """Open files to those who may read the folder, as safetensors does not, and make them outlast a power cut."""
+def _make_durable(folder: Path) -> None:
+    """Opens the files to those who may read the folder, as safetensors does not, and syncs them to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(folder.stat().st_mode & 0o666)
@@ -134,7 +136,7 @@ def _settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def _explain_os_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Does an export compute what the model computes? On real images, in batches of several sizes, and for the pixels, too.
+"""Compares what an export computes with what the model computes, on real images, in batches of several sizes.
 
 images ──ours──▶ pixels ──┬─▶ our network ─▶ logits, of detectors also boxes ─┐
    │                      └─▶ the export  ─▶ logits, boxes ───────────────────┴─▶ largest differences
@@ -24,58 +24,66 @@ from pipeline.track.export.graphs import BOXES, LOGITS
 from pipeline.track.export.source import ExportSource
 
 TOLERANCE = 1e-4
-"""Of logits, absolute."""
+"""Largest difference of logits, absolute."""
 BOX_TOLERANCE = 0.1
-"""In pixels. A box is its anchor's side times the exponential of what the network gives."""
+"""Largest difference in pixels. A box is its anchor's side times the exponential of what the network gives."""
 PIXEL_TOLERANCE = 3.0
 """In grey levels of 255. Implementations of a resize round differently, twice; on photographs up to 2 were seen."""
-MOST_IMAGES, MOST_WHOLE_IMAGES = 256, 16
-"""The latter, for networks that see whole images, are larger and cost more."""
+MOST_IMAGES = 256
+MOST_WHOLE_IMAGES = 16
+"""Images for networks that see whole ones, which are larger and cost more."""
 _BATCH_SIZE = 16
 
 
 class OpenedExport(NamedTuple):
-    """An export as its users have it."""
+    """An export as its users open it."""
 
     outputs: Callable[..., Tensor | tuple[Tensor, ...]]
-    """What graphs.py says of the model's task."""
+    """Computes what graphs.py lists for the model's task."""
     pixels: Callable[[Image.Image], Tensor] | None = None
-    """An RGB image to [3, size, size], where the format has preprocessing of its own."""
+    """Maps an RGB image to [3, size, size], where the format has preprocessing of its own."""
 
 
 class Comparison(NamedTuple):
+    """How much an export's outputs differ from the model's."""
+
     images: int
     predictions: int
-    """As many, or the places of their maps, or their boxes."""
+    """Number of predictions: one for each image, or for each position of its map, or for each of its boxes."""
     same_top1: int
-    """For how many predictions the best class is the same."""
+    """Number of predictions whose best class is the same."""
     logit_difference: float
-    """The largest."""
+    """The largest difference."""
     box_difference: float | None
-    """The largest, in pixels; None where there are no boxes."""
+    """The largest difference in pixels; None where there are no boxes."""
     pixel_difference: float | None
-    """The largest on images cut to a square, in grey levels; None where the format has no preprocessing of its own,
-    and for interpolation "nearest"."""
+    """The largest difference on images cut to a square, in grey levels.
+
+    None where the format has no preprocessing of its own, and for interpolation "nearest".
+    """
 
 
 def real_images(data: str | None, most: int = MOST_IMAGES, cache: CacheOptions = DEFAULT_CACHE) -> list[Image.Image]:
-    """At most `most` from all over a packed data set; without one, two photographs and their halves.
+    """Returns at most `most` images from all over a packed data set; without one, two photographs and their halves.
 
     Raises InputError for what is no packed data set, and for damaged samples.
     """
-    if data is None:
-        return [part for photograph in _photographs() for part in (photograph, *_halves(photograph))]
-    shards = open_data(data, cache=cache)
-    ends = np.cumsum(shards.shard_samples)
-    places = np.linspace(0, len(shards) - 1, min(len(shards), most)).astype(int)
     images = []
-    for place, shard in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
-        row = int(place - ends[shard] + shards.shard_samples[shard])
+    if data is None:
+        for photograph in _load_photographs():
+            images += [photograph, *_cut_halves(photograph)]
+        return images
+    shards = open_data(data, cache=cache)
+    # Samples are numbered through all shards. They are taken at equal distances, because neighbours are often alike.
+    ends = np.cumsum(shards.shard_samples)
+    samples = np.linspace(0, len(shards) - 1, min(len(shards), most)).astype(int)
+    for sample, shard in zip(samples, np.searchsorted(ends, samples, side="right").tolist(), strict=True):
+        row = int(sample - ends[shard] + shards.shard_samples[shard])
         try:
-            images.append(decode(shards.read(int(shard), row)))
+            images.append(decode(shards.read(shard, row)))
         except (CorruptSampleError, BadImageError) as error:
             raise InputError(
-                f"--data {data}: sample {shards.key(int(shard), row)} of {shards.url(int(shard))}: {error}; "
+                f"--data {data}: sample {shards.key(shard, row)} of {shards.url(shard)}: {error}; "
                 "run launch/shards.py verify, or check with other data"
             ) from error
     shards.close()
@@ -85,24 +93,33 @@ def real_images(data: str | None, most: int = MOST_IMAGES, cache: CacheOptions =
 def compare_outputs(
     source: ExportSource, opened: OpenedExport, varying: dict[str, str], images: list[Image.Image], to: str
 ) -> Comparison:
-    """Raises ExternalError where logits or pixels differ by more than they may."""
-    batches = _batches(source, images)
-    compared = [_compare(source, opened, batch) for batch in batches]
+    """Compares an export with its source. Raises ExternalError where outputs differ by more than the tolerances."""
+    counted = [_compare_batch(source, opened, batch) for batch in _make_batches(source, images)]
+    # Larger images count for the differences alone: predictions are reported for images as evaluation prepares them.
+    compared = [*counted]
     if "height" in varying:
-        compared.append(_compare(source, opened, _larger(source, images[:2])))
+        compared.append(_compare_batch(source, opened, _make_larger_batch(source, images[:2])))
     logits = max(each.logits for each in compared)
-    boxes = max(each.boxes for each in compared) if BOXES in source.graph().outputs else None
-    _refuse_above(TOLERANCE, logits, f"{source.uri}: its export to {to} gives other logits")
-    _refuse_above(BOX_TOLERANCE, boxes or 0.0, f"{source.uri}: its export to {to} gives other boxes")
-    levels = _largest_levels(source, opened.pixels, images)
-    _refuse_above(PIXEL_TOLERANCE, levels or 0.0, f"{source.uri}: its export to {to} prepares images otherwise")
-    counted = compared[: len(batches)]
-    predictions, same = sum(each.predictions for each in counted), sum(each.same_top1 for each in counted)
-    return Comparison(len(images), predictions, same, logits, boxes, levels)
+    boxes = None
+    if BOXES in source.graph().outputs:
+        boxes = max(each.boxes for each in compared)
+    export = f"{source.uri}: its export to {to}"
+    _refuse_above(TOLERANCE, logits, f"{export} gives other logits")
+    _refuse_above(BOX_TOLERANCE, boxes or 0.0, f"{export} gives other boxes")
+    levels = _compare_pixels(source, opened.pixels, images)
+    _refuse_above(PIXEL_TOLERANCE, levels or 0.0, f"{export} prepares images otherwise")
+    return Comparison(
+        len(images),
+        sum(each.predictions for each in counted),
+        sum(each.same_top1 for each in counted),
+        logits,
+        boxes,
+        levels,
+    )
 
 
-class _Compared(NamedTuple):
-    """A batch's."""
+class _BatchComparison(NamedTuple):
+    """The differences of one batch, see Comparison."""
 
     logits: float
     boxes: float
@@ -110,58 +127,82 @@ class _Compared(NamedTuple):
     same_top1: int
 
 
-def _batches(source: ExportSource, images: list[Image.Image]) -> list[tuple[Tensor, ...]]:
-    """One image, then many at a time; of whole images each one alone."""
+def _make_batches(source: ExportSource, images: list[Image.Image]) -> list[tuple[Tensor, ...]]:
+    """Returns one image, then many at a time; of whole images each one alone."""
     if source.sees_whole:
         return [source.inputs([image]) for image in images]
-    (batches,) = source.inputs(images)
-    return [(batch,) for batch in (batches[:1], *batches[1:].split(_BATCH_SIZE)) if len(batch)]
+    # A graph that takes its batch size for a constant fails on one of these.
+    (pixels,) = source.inputs(images)
+    batches = [pixels[:1]]
+    if len(pixels) > 1:
+        batches += pixels[1:].split(_BATCH_SIZE)
+    return [(batch,) for batch in batches]
 
 
-def _larger(source: ExportSource, images: list[Image.Image]) -> tuple[Tensor, ...]:
-    """Images that are larger than those of training and not square; or whole ones on a canvas that holds both."""
-    size, divisor = source.card.image.size, source.size_divisor
-    assert divisor
+def _make_larger_batch(source: ExportSource, images: list[Image.Image]) -> tuple[Tensor, ...]:
+    """Returns images larger than those of training and not square, or whole ones on a canvas that holds both."""
     if source.sees_whole:
         return source.inputs(images)
-    return (torch.stack([source.pixels(image, size + 2 * divisor)[..., : size + divisor] for image in images]),)
+    size = source.card.image.size
+    divisor = source.size_divisor
+    assert divisor
+    larger = [source.pixels(image, size + 2 * divisor)[..., : size + divisor] for image in images]
+    return (torch.stack(larger),)
 
 
-def _compare(source: ExportSource, opened: OpenedExport, batch: tuple[Tensor, ...]) -> _Compared:
+def _compare_batch(source: ExportSource, opened: OpenedExport, batch: tuple[Tensor, ...]) -> _BatchComparison:
     graph = source.graph()
-    ours, theirs = _tuple(graph(*batch)), _tuple(opened.outputs(*batch))
-    logits, boxes, *_ = *(_difference(*pair) for pair in zip(ours, theirs, strict=True)), 0.0
+    ours = _as_tuple(graph(*batch))
+    theirs = _as_tuple(opened.outputs(*batch))
+    # Classification and segmentation have logits only.
+    differences = [_largest_difference(*pair) for pair in zip(ours, theirs, strict=True)]
     axis = graph.outputs[LOGITS].index("C")
-    best, also = ours[0].argmax(axis), theirs[0].argmax(axis)
-    return _Compared(logits, boxes, best.numel(), int((best == also).sum()) if best.shape == also.shape else 0)
+    # Detectors may find other numbers of objects; then no prediction counts as the same.
+    our_best = ours[0].argmax(axis)
+    their_best = theirs[0].argmax(axis)
+    same_top1 = 0
+    if our_best.shape == their_best.shape:
+        same_top1 = int((our_best == their_best).sum())
+    return _BatchComparison(
+        logits=differences[0],
+        boxes=differences[1] if len(differences) > 1 else 0.0,
+        predictions=our_best.numel(),
+        same_top1=same_top1,
+    )
 
 
-def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest; of nothing found 0."""
+def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Returns the largest absolute difference: infinite for other shapes or NaN, 0 where both are empty."""
     if ours.shape != theirs.shape:
         return torch.inf
-    return (ours - theirs).abs().nan_to_num(torch.inf).max().item() if ours.numel() else 0.0
+    if not ours.numel():
+        return 0.0
+    return (ours - theirs).abs().nan_to_num(torch.inf).max().item()
 
 
-def _largest_levels(
+def _compare_pixels(
     source: ExportSource, pixels: Callable[[Image.Image], Tensor] | None, images: list[Image.Image]
 ) -> float | None:
-    if pixels is None or source.card.image.interpolation == "nearest":  # whose ties everybody breaks differently
+    # At "nearest" two pixels are often equally near, and libraries choose differently among them.
+    if pixels is None or source.card.image.interpolation == "nearest":
         return None
-    return max(_levels(source, pixels, image) for image in images)
+    return max(_pixel_difference(source, pixels, image) for image in images)
 
 
-def _levels(source: ExportSource, pixels: Callable[[Image.Image], Tensor], image: Image.Image) -> float:
-    """The largest difference of pixels in grey levels. Square images have the same central crop for everybody."""
+def _pixel_difference(source: ExportSource, pixels: Callable[[Image.Image], Tensor], image: Image.Image) -> float:
+    """Returns the largest difference of an image's pixels in grey levels."""
+    # Libraries round the position of the central crop differently; in square images it is the same for all.
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
+    difference = (source.pixels(square) - pixels(square)).abs()
     std = torch.tensor(source.card.image.std)[:, None, None]
-    return (255 * std * (source.pixels(square) - pixels(square)).abs()).max().item()
+    return (255 * std * difference).max().item()
 
 
 def _refuse_above(tolerance: float, found: float, what: str) -> None:
@@ -169,12 +210,13 @@ def _refuse_above(tolerance: float, found: float, what: str) -> None:
         raise ExternalError(f"{what}: they differ by up to {found:.2g}, {tolerance:g} is allowed; nothing was written")
 
 
-def _photographs() -> list[Image.Image]:
+def _load_photographs() -> list[Image.Image]:
+    # An export that is compared on a data set does not need scikit-learn.
     from sklearn.datasets import load_sample_images
 
     return [Image.fromarray(np.asarray(array)) for array in load_sample_images().images]
 
 
-def _halves(image: Image.Image) -> list[Image.Image]:
+def _cut_halves(image: Image.Image) -> list[Image.Image]:
     half = image.width // 2
     return [image.crop((left, 0, left + half, image.height)) for left in (0, half)]

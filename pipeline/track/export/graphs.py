@@ -1,11 +1,12 @@
-"""A network as a function of tensors alone: what is exported as a graph, and what every export is compared with.
+"""Networks as functions of tensors alone. They are exported as graphs, and every export is compared with one.
 
     classification, semantic_fpn    image ─────────▶ logits
     retinanet                       image, extent ─▶ logits, boxes   of every anchor
     detr                            image, extent ─▶ logits, boxes   of every query
-    mask_rcnn                       image, extent ─▶ logits, boxes   of what it found; a comparison's, not to be traced
+    mask_rcnn                       image, extent ─▶ logits, boxes   of each object; for comparisons, not to be traced
 
-Boxes are x1, y1, x2, y2 in pixels of the canvas, inside the extent: the height and width that an image fills of it.
+Boxes are x1, y1, x2, y2 in pixels of the canvas and lie inside the extent: the height and width of the canvas that an
+image fills.
 
 Shapes: N images, K classes, A anchors or queries.
 """
@@ -21,33 +22,40 @@ from pvt import retinanet
 from pvt.dense import DenseNetwork
 from pvt.model import STRIDES
 
-IMAGE, EXTENT, LOGITS, BOXES = "image", "extent", "logits", "boxes"
+IMAGE = "image"
+EXTENT = "extent"
+LOGITS = "logits"
+BOXES = "boxes"
 
 
 class Graph(nn.Module):
-    """Inputs are called as its arguments."""
+    """A network with named inputs and outputs. The inputs have the names of the arguments of `forward`."""
 
     inputs: tuple[str, ...] = (IMAGE,)
     outputs: dict[str, str] = {LOGITS: "NC"}
-    """Their layouts, by name."""
+    """Layouts of the outputs, by name."""
     smallest_side = 1
-    """Of the input, in pixels."""
+    """Smallest height and width of the input, in pixels."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def postprocessing(self) -> dict[str, Any]:
-        """What is left to be done with the outputs, for those who have nothing but the graph."""
+        """Describes what remains to be done with the outputs, for users who have nothing but the graph."""
         return {}
 
 
 class ClassGraph(Graph):
+    """Classification: [N, 3, H, W] to logits [N, K]."""
+
     def forward(self, image: Tensor) -> Tensor:
         return self.network(image)
 
 
 class MapGraph(ClassGraph):
+    """Semantic segmentation: [N, 3, H, W] to logits [N, K, H / 4, W / 4]."""
+
     outputs = {LOGITS: "NCHW"}
 
     def postprocessing(self) -> dict[str, Any]:
@@ -63,24 +71,30 @@ class MapGraph(ClassGraph):
 
 
 class _BoxGraph(Graph):
-    """[N, 3, H, W] and [N, 2] int64 to [N, A, K], of some with one more for "none", and [N, A, 4]."""
+    """[N, 3, H, W] and [N, 2] int64 to logits [N, A, K], of DETR with one more for "no object", and boxes [N, A, 4]."""
 
     inputs = (IMAGE, EXTENT)
     outputs = {LOGITS: "NAC", BOXES: "NA4"}
 
 
 class AnchorGraph(_BoxGraph):
-    """RetinaNet until its boxes are chosen from, which takes as long as there are boxes."""
+    """RetinaNet without the choice among its boxes, whose steps depend on the number of boxes."""
 
-    # A graph that is made for maps of several places is not right for a single one, which the coarsest then has.
+    # Below this the coarsest map has a single position, and a graph traced with larger maps is wrong for it.
     smallest_side = retinanet.PYRAMID_STRIDES[-1] + STRIDES[-1]
 
     def forward(self, image: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
         levels = self.network.levels(self.network.maps(image))
         outputs = self.network.head(levels)
-        anchors, offsets = torch.cat(self.network.anchors.on(levels)), outputs["bbox_regression"]
-        boxes = self.network.box_coder.decode_single(offsets.flatten(0, 1), anchors.repeat(offsets.shape[0], 1))
-        return outputs["cls_logits"], _clipped(boxes.unflatten(0, offsets.shape[:2]), extent)
+        offsets = outputs["bbox_regression"]
+        anchors = torch.cat(self.network.anchors.on(levels))
+        # The coder takes one list of boxes, so the images' are joined and separated again.
+        boxes = self.network.box_coder.decode_single(
+            offsets.flatten(0, 1),
+            anchors.repeat(offsets.shape[0], 1),
+        )
+        boxes = boxes.unflatten(0, offsets.shape[:2])
+        return outputs["cls_logits"], _clip_boxes(boxes, extent)
 
     def postprocessing(self) -> dict[str, Any]:
         network = self.network
@@ -109,10 +123,12 @@ class AnchorGraph(_BoxGraph):
 
 
 class QueryGraph(_BoxGraph):
+    """DETR: the outputs of its last decoder layer."""
+
     def forward(self, image: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
         logits, boxes = self.network.predict(self.network.maps(image), extent)
         corners = box_convert(boxes[-1], "cxcywh", "xyxy") * _width_height_twice(extent)
-        return logits[-1], _clipped(corners, extent)
+        return logits[-1], _clip_boxes(corners, extent)
 
     def postprocessing(self) -> dict[str, Any]:
         return {
@@ -127,35 +143,38 @@ class QueryGraph(_BoxGraph):
 
 
 class FoundGraph(_BoxGraph):
-    """Mask R-CNN. Of all images together: each object's score in the column of its class, [n, K], and boxes [n, 4]."""
+    """Mask R-CNN, all images' objects together: the score of each in its class's column, [n, K], and boxes [n, 4]."""
 
     outputs = {LOGITS: "NC", BOXES: "N4"}
 
     def forward(self, image: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.network(image, [(height, width) for height, width in extent.tolist()])
-        scores = torch.cat([each.scores for each in found])
-        classes = nn.functional.one_hot(torch.cat([each.labels for each in found]), self.network.num_classes)
-        return scores[:, None] * classes, torch.cat([each.boxes for each in found])
+        detections = self.network(image, [(height, width) for height, width in extent.tolist()])
+        scores = torch.cat([each.scores for each in detections])
+        labels = torch.cat([each.labels for each in detections])
+        classes = nn.functional.one_hot(labels, self.network.num_classes)
+        return scores[:, None] * classes, torch.cat([each.boxes for each in detections])
 
 
 _TO_IMAGE = "multiply x by the image's own width / the extent's width, and y likewise, to have pixels of the image"
 
 
-def graph(task: TaskConfig, network: Any) -> Graph:
-    """A registered model's network as a graph."""
+def make_graph(task: TaskConfig, network: Any) -> Graph:
+    """Wraps a registered model's network as a graph."""
     if isinstance(task, RetinaNetConfig):
         return AnchorGraph(network)
     if isinstance(task, DetrConfig):
         return QueryGraph(network)
     if isinstance(task, MaskRcnnConfig):
         return FoundGraph(network)
-    return (MapGraph if isinstance(network, DenseNetwork) else ClassGraph)(network)
+    if isinstance(network, DenseNetwork):
+        return MapGraph(network)
+    return ClassGraph(network)
 
 
 def _width_height_twice(extent: Tensor) -> Tensor:
-    """[N, 2] to [N, 1, 4]."""
+    """Maps heights and widths, [N, 2], to width, height, width, height, [N, 1, 4]."""
     return extent[:, None, [1, 0, 1, 0]]
 
 
-def _clipped(boxes: Tensor, extent: Tensor) -> Tensor:
+def _clip_boxes(boxes: Tensor, extent: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), _width_height_twice(extent))

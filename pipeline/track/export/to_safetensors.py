@@ -1,4 +1,4 @@
-"""The version's own files: weights, also the raw ones beside a moving average, and model.json."""
+"""Exports the version's own files: the weights, the raw ones beside a moving average, and model.json."""
 
 import shutil
 from pathlib import Path

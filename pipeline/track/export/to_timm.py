@@ -1,4 +1,4 @@
-"""A folder as timm reads it: config.json with the labels and the preprocessing, and the weights."""
+"""Exports a folder that timm reads: config.json with the labels and the preprocessing, and the weights."""
 
 import inspect
 import json
@@ -20,16 +20,17 @@ from pipeline.track.model_card import WEIGHTS
 def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_classifier("timm")
     shutil.copyfile(source.weights, folder / WEIGHTS)
-    files.write(folder / "config.json", json.dumps(_config(source), indent=2).encode() + b"\n")
+    files.write(folder / "config.json", json.dumps(_build_config(source), indent=2).encode() + b"\n")
     return source.varying
 
 
 def load(source: ExportSource, folder: Path) -> OpenedExport:
+    # timm's users open weights by their file or by the folder. Both have to give the same network.
     by_file = timm.create_model(
         source.card.model.name,
         checkpoint_path=folder / WEIGHTS,
         num_classes=len(source.card.classes),
-        **_arguments(source),
+        **_model_arguments(source),
     ).eval()
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert all(map(torch.equal, by_file.state_dict().values(), by_folder.state_dict().values()))
@@ -41,31 +42,32 @@ def call(source: ExportSource, folder: Path) -> str:
     return f"import pvt, timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
 
 
-def _config(source: ExportSource) -> dict[str, Any]:
-    image, own = source.card.image, cast(dict[str, Any], source.network.pretrained_cfg)
-    size = (3, image.size, image.size)
+def _build_config(source: ExportSource) -> dict[str, Any]:
+    image = source.card.image
+    own = cast(dict[str, Any], source.network.pretrained_cfg)
+    num_classes = len(source.card.classes)
     return {
         "architecture": source.card.model.name,
-        "num_classes": len(source.card.classes),
+        "num_classes": num_classes,
         "num_features": source.network.num_features,
         "label_names": source.card.classes,
-        "model_args": _arguments(source),
+        "model_args": _model_arguments(source),
         "pretrained_cfg": {
-            "input_size": size,
+            "input_size": (3, image.size, image.size),
             "fixed_input_size": bool(own.get("fixed_input_size")),
             "interpolation": image.interpolation,
             "crop_pct": image.crop_pct,
             "crop_mode": "center",
             "mean": image.mean,
             "std": image.std,
-            "num_classes": len(source.card.classes),
+            "num_classes": num_classes,
             "first_conv": own["first_conv"],
             "classifier": own["classifier"],
         },
     }
 
 
-def _arguments(source: ExportSource) -> dict[str, Any]:
-    """Networks of convolutions alone are built for no size."""
-    takes_size = "img_size" in inspect.signature(type(source.network)).parameters
-    return {"img_size": source.card.image.size} if takes_size else {}
+def _model_arguments(source: ExportSource) -> dict[str, Any]:
+    """Returns the image size for networks that are built for one. Purely convolutional networks are not."""
+    parameters = inspect.signature(type(source.network)).parameters
+    return {"img_size": source.card.image.size} if "img_size" in parameters else {}

@@ -1,6 +1,6 @@
-"""A .pt2 archive of torch.export: the graph as JSON, tensors as raw bytes, and the classes and preprocessing.
+"""Exports a .pt2 archive of torch.export: the graph as JSON, tensors as raw bytes, the classes and the preprocessing.
 
-torch.export.load unpickles example inputs and tensors of unusual kinds. This archive has none of either.
+torch.export.load unpickles example inputs and tensors of unusual kinds. This archive holds neither.
 """
 
 import json
@@ -19,10 +19,15 @@ _FILE = "model.pt2"
 def write(source: ExportSource, folder: Path) -> dict[str, str]:
     source.require_graph("torch-export")
     program = trace_graph(source)
+    # Examples would be stored as a pickle.
     program.example_inputs = None
-    about = json.dumps(source.describe(source.varying), indent=2) + "\n"
-    torch.export.save(program, folder / _FILE, extra_files={PREPROCESSING: about})
-    files.write(folder / PREPROCESSING, about.encode())
+    description = json.dumps(source.describe(source.varying), indent=2) + "\n"
+    torch.export.save(
+        program,
+        folder / _FILE,
+        extra_files={PREPROCESSING: description},
+    )
+    files.write(folder / PREPROCESSING, description.encode())
     return source.varying
 
 

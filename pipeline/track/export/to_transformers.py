@@ -1,12 +1,13 @@
-"""A folder as Transformers reads it: PvtForImageClassification and an image processor.
+"""Exports PVT v1 as Transformers has it, PvtForImageClassification, with an image processor.
 
 Transformers has one eps for every LayerNorm, 1e-6, where PVT has 1e-5 behind convolutions. Scaling such a convolution
-gives the same: with s² = 1e-6 / 1e-5,
+gives the same outputs: with s² = 1e-6 / 1e-5,
 
     (s·x - s·mean) / √(s²·variance + 1e-6)  =  (x - mean) / √(variance + 1e-5)
 
-Its position embeddings cannot be resized, so it takes images of one size. Its image processor gives our pixels, except
-where a side of the resized image exceeds the crop by 3, 7, 11, … pixels: it then cuts out one pixel further up or left.
+Transformers cannot resize position embeddings, so the exported model takes images of one size. Its image processor
+gives our pixels, except where a side of the resized image exceeds the crop by 3, 7, 11, … pixels: it then crops one
+pixel further up or left.
 """
 
 import math
@@ -24,7 +25,8 @@ from pipeline.track.export.source import ExportSource
 from pvt import PyramidVisionTransformer, to_transformers
 from pvt.model import Attention, PatchEmbed
 
-disable_progress_bar()  # of a file that is written in an instant
+# The file is written in an instant.
+disable_progress_bar()
 
 _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -41,12 +43,12 @@ def write(source: ExportSource, folder: Path) -> dict[str, str]:
             f"{source.uri} is a {source.card.model.name}: Transformers knows no such model, of ours only "
             "pvt_pico, pvt_tiny, pvt_small, pvt_medium and pvt_large; choose another target"
         )
-    config = _config(source, network)
-    _scale_for(config.layer_norm_eps, network)
+    config = _build_config(source, network)
+    _adapt_to_eps(config.layer_norm_eps, network)
     model = PvtForImageClassification(config)
     model.load_state_dict(to_transformers(network.state_dict()))
     model.save_pretrained(folder)
-    _processor(source).save_pretrained(folder)
+    _build_processor(source).save_pretrained(folder)
     return {"batch": "any"}
 
 
@@ -67,23 +69,27 @@ def call(source: ExportSource, folder: Path) -> str:
     return f"model = transformers.PvtForImageClassification.from_pretrained({str(folder)!r})"
 
 
-def _scale_for(eps: float, network: PyramidVisionTransformer) -> None:
-    """Scale convolutions so that a LayerNorm of this eps behind them gives what the one that is there gives."""
+def _adapt_to_eps(eps: float, network: PyramidVisionTransformer) -> None:
+    """Scales convolutions so that a LayerNorm of this eps behind them gives the outputs of the present one."""
     for module in network.modules():
         if isinstance(module, PatchEmbed):
-            conv, norm = module.proj, module.norm
+            conv = module.proj
+            norm = module.norm
         elif isinstance(module, Attention) and module.sr is not None and module.norm is not None:
-            conv, norm = module.sr, module.norm
+            conv = module.sr
+            norm = module.norm
         else:
             continue
+        # s in the formula at the head of this file.
         scale = math.sqrt(eps / norm.eps)
         for parameter in conv.parameters():
             parameter.mul_(scale)
 
 
-def _config(source: ExportSource, network: PyramidVisionTransformer) -> PvtConfig:
+def _build_config(source: ExportSource, network: PyramidVisionTransformer) -> PvtConfig:
     classes = source.card.classes
     stages: Any = network.stages
+    # All blocks of a stage have the same shape.
     firsts = [stage.blocks[0] for stage in stages]
     return PvtConfig(
         image_size=source.card.image.size,
@@ -99,7 +105,7 @@ def _config(source: ExportSource, network: PyramidVisionTransformer) -> PvtConfi
     )
 
 
-def _processor(source: ExportSource) -> PvtImageProcessor:
+def _build_processor(source: ExportSource) -> PvtImageProcessor:
     image = source.card.image
     return PvtImageProcessor(
         do_convert_rgb=True,

@@ -1,6 +1,6 @@
-"""The network as a graph of tensor operations, with nothing in it of the machine that made it.
+"""Traces a network into a graph of tensor operations that holds nothing of the machine that made it.
 
-For images in any number and, where the network takes several sizes, of any of those.
+The graph takes any number of images and, where the network takes several sizes, any of those.
 """
 
 import functools
@@ -17,36 +17,56 @@ from pvt.model import Grid, Stage, _resize_pos_embed
 
 
 def trace_graph(source: ExportSource) -> ExportedProgram:
-    """Its axes are called batch and, where they vary, d*h and d*w for multiples of d pixels."""
-    network, divisor = source.build(), source.size_divisor
+    """Returns the graph. Its axes are called batch and, where they vary, d*h and d*w for multiples of d pixels."""
+    network = source.build()
+    divisor = source.size_divisor
     graph = source.graph(network).eval()
     height = width = max(source.card.image.size, graph.smallest_side)
     batch = Dim("batch")
     varying: dict[int, Any] = {0: batch}
     if divisor:
-        _resize_always(network)
-        # Other than in training and not equal, so that nothing is taken for a constant.
-        height, width = height + divisor, width + 2 * divisor
+        _always_resize(network)
+        # The example differs from the training size and is not square: torch.export takes equal numbers for constants.
+        height += divisor
+        width += 2 * divisor
         least = -(-graph.smallest_side // divisor)
-        varying |= {2: divisor * Dim("h", min=least), 3: divisor * Dim("w", min=least)}
-    example = {IMAGE: torch.zeros(2, 3, height, width), EXTENT: torch.tensor([[height, width]] * 2)}
-    arguments = tuple(example[name] for name in graph.inputs)
-    shapes = tuple({IMAGE: varying, EXTENT: {0: batch}}[name] for name in graph.inputs)
+        varying[2] = divisor * Dim("h", min=least)
+        varying[3] = divisor * Dim("w", min=least)
+    examples = {
+        IMAGE: torch.zeros(2, 3, height, width),
+        EXTENT: torch.tensor([[height, width]] * 2),
+    }
+    shapes = {
+        IMAGE: varying,
+        EXTENT: {0: batch},
+    }
+    trace = functools.partial(
+        torch.export.export,
+        graph,
+        tuple(examples[name] for name in graph.inputs),
+        dynamic_shapes=tuple(shapes[name] for name in graph.inputs),
+    )
     try:
-        program = torch.export.export(graph, arguments, dynamic_shapes=shapes)
-    except UserError:  # Python code that the quick way of tracing takes for constants
-        program = torch.export.export(graph, arguments, dynamic_shapes=shapes, strict=True)
+        program = trace()
+    except UserError:
+        # The default tracer takes some results of Python code for constants; the strict one follows the code.
+        program = trace(strict=True)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths on this machine
+        # Stack traces name paths on this machine.
+        node.meta.pop("stack_trace", None)
     return program
 
 
-def _resize_always(network: nn.Module) -> None:
-    """Resize position embeddings also where that changes nothing: a graph cannot choose."""
+def _always_resize(network: nn.Module) -> None:
+    """Makes stages resize their position embeddings also where that changes nothing.
+
+    A stage compares grids to skip the resize, and a graph for all sizes cannot branch. This is a network of its own,
+    which `source.build` made, so no other user of the class is affected.
+    """
     for stage in network.modules():
         if isinstance(stage, Stage):
-            stage._pos_embed_on = functools.partial(_resized, stage)
+            stage._pos_embed_on = functools.partial(_resize_embedding, stage)
 
 
-def _resized(stage: Stage, grid: Grid) -> Tensor:
+def _resize_embedding(stage: Stage, grid: Grid) -> Tensor:
     return _resize_pos_embed(stage.pos_embed, stage.grid, grid)

@@ -1,1 +1,1 @@
-"""The model registry: versions in and out, their files, promotion, lineage, imported weights."""
+"""The model registry: its versions, their files, promotion, lineage and imported weights."""

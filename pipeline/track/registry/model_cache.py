@@ -1,11 +1,11 @@
 """Digest-checked copies of model versions on this machine, shared by concurrent jobs and readable by the group.
 
     FOLDER/KEY/            a version's files; KEY is the SHA-256 of their registered digests
-    FOLDER/KEY.partial/    a copy on its way, made by whoever holds the lock; what a killed process left is made anew
+    FOLDER/KEY.partial/    a copy that the holder of the lock is making; one that a killed process left is replaced
     FOLDER/KEY.lock
 
-A copy is hashed again each time it is asked for, so that nothing which happened to the disk since is used. Its files
-and folders are read-only: nothing is added to it by mistake. Copies may be removed whenever no job is starting.
+A copy is hashed again each time it is requested, so that later damage on the disk is noticed. Its files and folders are
+read-only, so that nothing is added to it by mistake. Copies may be removed whenever no job is starting.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ VARIABLE = "PVT_MODEL_CACHE"
 
 
 def folder_of(cache: Path | None) -> Path:
-    """Where copies are: `cache`, or $PVT_MODEL_CACHE, or pvt-pipeline/models below $XDG_CACHE_HOME or ~/.cache."""
-    if cache or os.environ.get(VARIABLE):
-        return Path(cache or os.environ[VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pvt-pipeline" / "models"
+    """Returns `cache`, or $PVT_MODEL_CACHE, or pvt-pipeline/models below $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := cache or os.environ.get(VARIABLE):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "pvt-pipeline" / "models"
 
 
 def obtain(
@@ -38,27 +39,29 @@ def obtain(
     refuse: Callable[[list[FileMismatch]], Exception],
     cache: Path | None,
 ) -> Path:
-    """A folder whose files are exactly those of `registered`, SHA-256 by path. `download` fills an empty folder.
+    """Returns a folder whose files are exactly those of `registered`, SHA-256 by path.
 
-    Raises what `refuse` makes of faults in what was downloaded, InputError where the cache cannot be written, and
-    ExternalError where the disk is full.
+    `num_bytes`: size of all files, 0 if unknown. `download` fills an empty folder. Raises the error that `refuse`
+    returns for mismatches in the download, InputError where the cache cannot be written, and ExternalError where the
+    disk is full.
     """
     folder = folder_of(cache)
     copy = folder / fingerprint(dict(registered))
-    with _explained(folder):
+    with _explain_os_errors(folder):
         if copy.is_dir() and not mismatches(registered, copy, num_bytes):
             return copy
-        _make(folder)
+        _make_folder(folder)
         with files.locked(folder / f"{copy.name}.lock", mode=0o644):
             if copy.is_dir():
-                if not mismatches(registered, copy, num_bytes):  # another process has been faster
+                # Another process may have made it while this one waited for the lock.
+                if not mismatches(registered, copy, num_bytes):
                     return copy
                 print(f"{copy}: this copy was damaged on the disk; it is made anew", file=sys.stderr, flush=True)
             partial = folder / f"{copy.name}.partial"
             try:
                 _fill(partial, num_bytes, download)
-                if wrong := mismatches(registered, partial, num_bytes):
-                    raise refuse(wrong)
+                if faults := mismatches(registered, partial, num_bytes):
+                    raise refuse(faults)
                 _protect(partial)
                 _replace(copy, partial)
             finally:
@@ -67,6 +70,7 @@ def obtain(
 
 
 def _fill(partial: Path, num_bytes: int, download: Callable[[Path], None]) -> None:
+    # A killed process may have left it.
     _remove(partial)
     if shutil.disk_usage(partial.parent).free < num_bytes:
         raise OSError(errno.ENOSPC, f"{num_bytes:,} bytes are needed, {os.strerror(errno.ENOSPC)}")
@@ -75,13 +79,15 @@ def _fill(partial: Path, num_bytes: int, download: Callable[[Path], None]) -> No
 
 
 def _protect(folder: Path) -> None:
+    """Makes a folder readable by the group and read-only for everybody."""
     for path in [folder, *folder.rglob("*")]:
         _open_to_group(path)
         path.chmod(path.stat().st_mode & ~0o222)
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder as far as possible, after its folders were made writable: nothing leaves a read-only one."""
+    """Removes a folder as far as possible."""
+    # Nothing can be removed from a read-only folder.
     with contextlib.suppress(OSError):
         for parent, _, _ in os.walk(folder):
             Path(parent).chmod(0o700)
@@ -89,7 +95,8 @@ def _remove(folder: Path) -> None:
 
 
 def _replace(copy: Path, partial: Path) -> None:
-    """A damaged copy steps aside whole: another process may be reading it."""
+    """Gives the partial copy its name, after a damaged one was moved aside."""
+    # Moved as a whole, because another process may be reading it.
     aside = copy.with_name(f"{copy.name}.damaged")
     _remove(aside)
     with contextlib.suppress(FileNotFoundError):
@@ -98,7 +105,7 @@ def _replace(copy: Path, partial: Path) -> None:
     _remove(aside)
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -110,7 +117,7 @@ def _open_to_group(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explain_os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

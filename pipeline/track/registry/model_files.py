@@ -1,11 +1,11 @@
-"""The files of a model version: how they are made, and how a copy is told from what was registered.
+"""The files of a model version: how they are made, and how a copy is compared with what was registered.
 
     model.json  model.safetensors  [raw.safetensors]
         └─build──▶ MLmodel  served.py  requirements.txt  input_example.json  …  artifacts/ with the files above
-                       └─digests──▶ {path: SHA-256} ──tags of the version──▶ faults(…, a copy)
+                       └─digests──▶ {path: SHA-256} ──tags of the version──▶ mismatches(…, a copy)
 
-An MLflow model from code: nothing in it is a pickle. Its code is covered by the digests, too. A file in the place of
-Python's folder of byte code keeps that from being written beside the code, and from being read there.
+The version is an MLflow model from code: nothing in it is a pickle. The digests cover its code, too. A file named
+__pycache__, where Python would make a folder, prevents that byte code is written beside the code or read there.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ _CLASSES = {
     "scores": Array("double"),
 }
 _MAPS = {
-    "mask": "string",  # base64: of bytes MLflow's server makes lines of 76 letters
+    # Base64, because MLflow's server would write bytes as base64 in lines of 76 letters.
+    "mask": "string",
     "labels": Array("string"),
     "values": Array("long"),
     "shares": Array("double"),
@@ -57,90 +58,100 @@ _RUN_LENGTHS = Object([Property("size", Array("long")), Property("counts", "stri
 
 
 class FileMismatch(NamedTuple):
-    """A file that differs from what was registered."""
+    """A file that differs from the registered one."""
 
     file: str
     registered: str | None
-    """SHA-256; None for a file that does not belong there."""
+    """SHA-256; None for a file that was not registered."""
     found: str | None
-    """SHA-256, or what it is instead of a file; None for a file that is missing."""
+    """SHA-256, or a phrase for what is no file or too large; None for a file that is missing."""
 
     def __str__(self) -> str:
         if self.found is None:
             return f"{self.file} is missing, {self.registered} was registered"
-        found = self.found if self.found in (_NO_FILE, _TOO_LARGE) else f"has SHA-256 {self.found}"
+        found = self.found
+        if found not in (_NO_FILE, _TOO_LARGE):
+            found = f"has SHA-256 {found}"
         return f"{self.file} {found}, but {self.registered or 'no such file'} was registered"
 
     @property
     def is_no_file(self) -> bool:
+        """Whether a link, a device or the like was found instead of a file."""
         return self.found == _NO_FILE
 
     @property
     def is_byte_code(self) -> bool:
-        """Whether Python may have left it beside the code of a version that was opened where it lies."""
+        """Whether Python may have written it beside the code of a version that was opened in the store itself."""
         return self.registered is None and self.file.startswith(f"{_BYTE_CODE}/")
 
 
 def build(entry: Path, card: ModelCard, folder: Path, model: Model) -> None:
-    """Make a model folder of an entry, which shares its files by hard links where the file system has them."""
-    import mlflow.pyfunc  # seconds, for nothing in commands that only read
+    """Makes a model folder of an entry, which shares its files by hard links where the file system has them."""
+    # These take seconds to import, and commands that only read do not need them.
+    import mlflow.pyfunc
     import pandas
 
     names = [CARD, *card.sha256]
     with tempfile.TemporaryDirectory() as scratch:
         # MLflow copies artifacts twice and these are large: it gets empty files for them, and never opens one.
-        empty = {name: Path(scratch) / name for name in names}
+        empty = {name: f"{scratch}/{name}" for name in names}
         for path in empty.values():
-            path.touch()
+            Path(path).touch()
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(_SERVED),
-            artifacts={name: str(path) for name, path in empty.items()},
+            artifacts=empty,
             mlflow_model=model,
-            signature=_signature(card.task),
+            signature=_make_signature(card.task),
             input_example=pandas.DataFrame({"image": [example(card.image.size)]}),
-            pip_requirements=_requirements(card.task),
+            pip_requirements=_list_requirements(card.task),
         )
+    # The empty files are replaced by the real ones.
     for name in names:
-        (folder / ARTIFACTS / name).unlink()
-        files.link(entry / name, folder / ARTIFACTS / name)
+        artifact = folder / ARTIFACTS / name
+        artifact.unlink()
+        files.link(entry / name, artifact)
     (folder / _BYTE_CODE).write_text("This file keeps Python from writing byte code here, and from running any.\n")
+    # MLflow has counted the empty files.
     model.model_size_bytes = size(folder)
     model.save(folder / _MLMODEL)
 
 
 def check(entry: Path, card: ModelCard) -> None:
-    """Raises InputError for weights that are not those which training saved."""
+    """Raises InputError for weights that differ from those that training saved."""
     for name, expected in card.sha256.items():
-        found = sha256(entry / name) if (entry / name).exists() else "missing"
+        path = entry / name
+        found = sha256(path) if path.exists() else "missing"
         if found != expected:
             raise InputError(
-                f"{entry / name}: SHA-256 {found}, but {CARD} beside it says {expected}: the file was damaged after "
+                f"{path}: SHA-256 {found}, but {CARD} beside it says {expected}: the file was damaged after "
                 "it was saved; remove the folder, and register from another checkpoint"
             )
 
 
 def digests(folder: Path, most_bytes: float = math.inf) -> dict[str, str]:
-    """Returns the SHA-256 by path of each file in a folder, and for all else but folders what it is.
+    """Returns the SHA-256 of each file in a folder by its path; for links and the like, a phrase instead.
 
-    Files of more than `most_bytes` are not read: one with holes can be larger than any disk. Raises OSError, also for a
-    folder that cannot be listed.
+    Files of more than `most_bytes` are not read. Raises OSError, also for a folder that cannot be listed.
     """
     return {
-        path.relative_to(folder).as_posix(): _digest(path, most_bytes)
-        for path in sorted(_entries(folder))
+        path.relative_to(folder).as_posix(): _compute_digest(path, most_bytes)
+        for path in sorted(_list_entries(folder))
         if path.is_symlink() or not path.is_dir()
     }
 
 
-def _digest(path: Path, most_bytes: float) -> str:
+def _compute_digest(path: Path, most_bytes: float) -> str:
     if path.is_symlink() or not path.is_file():
         return _NO_FILE
-    return sha256(path) if path.stat().st_size <= most_bytes else _TOO_LARGE
+    # A file with holes can be larger than any disk, and would take as long to read.
+    if path.stat().st_size > most_bytes:
+        return _TOO_LARGE
+    return sha256(path)
 
 
 def mismatches(registered: Mapping[str, str], folder: Path, num_bytes: int = 0) -> list[FileMismatch]:
-    """Returns what differs in a folder from the digests, by path, of a version of `num_bytes` (0: not known)."""
+    """Compares a folder with a version's digests by path. `num_bytes`: the version's size, 0 if unknown."""
     found = digests(folder, num_bytes or math.inf)
     names = sorted(registered.keys() | found.keys())
     rows = [FileMismatch(name, registered.get(name), found.get(name)) for name in names]
@@ -148,51 +159,72 @@ def mismatches(registered: Mapping[str, str], folder: Path, num_bytes: int = 0) 
 
 
 def size(folder: Path) -> int:
-    """In bytes."""
+    """Returns the size of a folder's files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def example(image_size: int) -> bytes:
-    """A grey PNG."""
+    """Returns a grey PNG, the input example of a version."""
     buffer = io.BytesIO()
     Image.new("RGB", (image_size, image_size), (128, 128, 128)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _entries(folder: Path) -> Iterator[Path]:
+def _list_entries(folder: Path) -> Iterator[Path]:
+    # os.walk skips a folder that it cannot list, unless it gets a function that raises.
     def fail(error: OSError) -> None:
         raise error
 
     for parent, folders, names in os.walk(folder, onerror=fail):
-        yield from (Path(parent, name) for name in (*folders, *names))
+        for name in (*folders, *names):
+            yield Path(parent, name)
 
 
-def _signature(task: TaskConfig) -> ModelSignature:
-    """Of what served.py answers."""
+def _make_signature(task: TaskConfig) -> ModelSignature:
+    """Returns the signature of what the served model takes and answers."""
     columns: dict[str, Any]
+    params = []
     if isinstance(task, ClassificationConfig):
-        columns, params = _CLASSES, [ParamSpec("top_k", "long", TOP_K)]
+        columns = _CLASSES
+        params.append(ParamSpec("top_k", "long", TOP_K))
     elif isinstance(task, SemanticFpnConfig):
-        columns, params = _MAPS, []
+        columns = _MAPS
     else:
-        columns, params = _BOXES, [ParamSpec("min_score", "double", MIN_SCORE)]
+        columns = _BOXES
+        params.append(ParamSpec("min_score", "double", MIN_SCORE))
         if isinstance(task, MaskRcnnConfig):
             columns = {**_BOXES, "segmentations": Array(_RUN_LENGTHS)}
     outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
     images = Schema([ColSpec("binary", "image")])
-    return ModelSignature(images, outputs, ParamSchema(params)) if params else ModelSignature(images, outputs)
+    if not params:
+        return ModelSignature(images, outputs)
+    return ModelSignature(images, outputs, ParamSchema(params))
 
 
-def _requirements(task: TaskConfig) -> list[str]:
-    """What served.py needs beside this project, which is not looked up by name: any package could own it."""
+def _list_requirements(task: TaskConfig) -> list[str]:
+    """Returns what the served code needs beside this project.
+
+    The project is not among them: pip would look it up by its name, which any package on an index could have.
+    """
     packages = [
-        *("mlflow", "numpy", "pandas", "pillow", "pycocotools", "pydantic", "pyyaml"),
-        *("safetensors", "timm", "torch", "torchvision"),
-        *(("scipy", "transformers") if isinstance(task, DetrConfig) else ()),
+        "mlflow",
+        "numpy",
+        "pandas",
+        "pillow",
+        "pycocotools",
+        "pydantic",
+        "pyyaml",
+        "safetensors",
+        "timm",
+        "torch",
+        "torchvision",
     ]
+    if isinstance(task, DetrConfig):
+        packages += ["scipy", "transformers"]
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

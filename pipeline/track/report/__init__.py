@@ -1,29 +1,23 @@
-"""A run as one page of HTML that needs no network, and several of them side by side.
+"""A run as one page of HTML that needs no network, and several runs side by side.
 
-    runs/NAME/ ──reading──▶ RunFiles ─┬─▶ page ────▶ report.html
-    checkpoint ──launch/report.py──▶ Examination ─┘
-    several RunFiles ──▶ compare ──▶ compare.html
+    runs/NAME/ ──run_files──▶ RunFiles ──────┬─▶ page ────▶ page.html.jinja ────▶ report.html
+    checkpoint ──examine_model──▶ Examination ┘
+    several RunFiles ──▶ compare ──▶ compare.html.jinja ──▶ compare.html
 
-`markup` makes elements and escapes all that is put into them, `charts` draws numbers over steps, `events` what happened
-when, `shares` what time was spent on, `classes` what a network takes for what, `precision` how well it finds objects,
-`inside` pictures with what its stages see, `metrics` names what was measured. Everything comes from files, any of which
-may be missing, cut short or still being written.
+`plots` draws curves with matplotlib, `timeline` lists what happened when, `examination` has the confusion matrix, the
+classes and the pictures, `render` fills templates, which escape all that they put in. Everything comes from files, any
+of which may be missing, cut short or still being written.
 """
 
-from pipeline.track.report.average_precision import ClassPrecision
 from pipeline.track.report.compare import compare
-from pipeline.track.report.confusion_matrix import Examination
-from pipeline.track.report.network_view import ClassifiedPicture, DetectedPicture, SegmentedPicture
+from pipeline.track.report.examination import Examination, Picture
 from pipeline.track.report.page import page
 from pipeline.track.report.run_files import RunFiles
 
 __all__ = [
-    "ClassPrecision",
-    "ClassifiedPicture",
-    "DetectedPicture",
     "Examination",
+    "Picture",
     "RunFiles",
-    "SegmentedPicture",
     "compare",
     "page",
 ]

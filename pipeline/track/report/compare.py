@@ -1,16 +1,18 @@
-"""Runs side by side: their curves in the same charts, the settings in which they differ, and what came out."""
+"""Gathers several runs side by side for compare.html.jinja: their results, their curves in the same charts, and the
+settings in which they differ."""
 
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from pipeline.track.metric_names import is_detail, is_fraction, name_of
-from pipeline.track.report.charts import Line, chart
-from pipeline.track.report.html import Child, Html, absent, duration, join, number, section, table, tag
-from pipeline.track.report.page import STATUS, document, ettr_of, known_count
-from pipeline.track.report.run_files import RunFiles, as_number
+from pipeline.track.metric_names import is_detail, is_fraction, label_of
+from pipeline.track.report.page import STATUS, list_tiles
+from pipeline.track.report.plots import Chart, Line, draw_chart
+from pipeline.track.report.render import code, render
+from pipeline.track.report.run_files import Array, RunFiles
 
 _CURVES = {
     "loss": "Training loss",
@@ -20,102 +22,56 @@ _CURVES = {
     "images_per_second": "Images a second",
     "ettr": "Effective training time",
 }
+_NO_VALUES: Array = np.empty(0)
 
 
 def compare(runs: Sequence[RunFiles]) -> str:
-    """Several runs as HTML. Those of one name are told apart by their folders."""
+    """Returns several runs as HTML. Runs of the same name are told apart by their folders."""
     names = [run.name for run in runs]
     labels = [run.name if names.count(run.name) == 1 else str(run.folder) for run in runs]
-    title = " · ".join(labels)
-    faults = [tag("li", f"{label}: {fault}") for label, run in zip(labels, runs, strict=True) for fault in run.faults]
-    body = join(
-        tag("header", tag("h1", "Comparison"), tag("p", f"{len(runs)} runs: {title}")),
-        tag("div", "Some files could not be read:", tag("ul", faults), class_="faults") if faults else None,
-        section("Results", _results(runs, labels), about="The best of each row is set in bold."),
-        section("Curves", _curves(runs, labels)),
-        section("Settings that differ", _differences(runs, labels)),
+    metrics = dict.fromkeys(name for run in runs for name in run.metrics if not is_detail(name))
+    return render(
+        "compare.html.jinja",
+        title=f"Comparison: {' · '.join(labels)}",
+        made=runs[0].read_at,
+        labels=labels,
+        faults=[f"{label}: {fault}" for label, run in zip(labels, runs, strict=True) for fault in run.faults],
+        results=_result_rows(runs),
+        charts=[_draw_chart(runs, labels, name) for name in [*_CURVES, *metrics]],
+        differences=_list_differences(runs),
     )
-    return document(f"Comparison: {title}", body, made=runs[0].read_at)
 
 
-def _results(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
-    rows: list[list[Child]] = [["state", *(STATUS.get(run.status, run.status) for run in runs)]]
-    rows.append(_row("steps", [run.steps_done for run in runs]))
-    names = dict.fromkeys(name for run in runs for name in run.validation if name != "bad_samples")
-    for name in [name for name in names if not is_detail(name)]:
-        lowest = name.endswith("loss")
-        found = [run.validation.get(name) for run in runs]
-        bests = [curve.best(lowest=lowest) if curve else None for curve in found]
-        best = [each[0] if each else None for each in bests]
-        rows.append(_row(f"best {name_of(name)}", best, lowest=lowest, percent=is_fraction(name)))
-        last = [curve.last if curve else None for curve in found]
-        rows.append(_row(f"last {name_of(name)}", last, lowest=lowest, percent=is_fraction(name)))
-    losses = [run.training["loss"].last if "loss" in run.training else None for run in runs]
-    rows.append(_row("last training loss", losses))
-    rates = [as_number(run.result.get("images_per_second")) for run in runs]
-    rows.append(_row("images a second", [rate if np.isfinite(rate) else None for rate in rates], lowest=False))
-    rows.append(_row("effective time", [ettr_of(run) for run in runs], lowest=False, percent=True))
-    rows.append(["wall time", *(_wall_time(run) for run in runs)])
-    rows.append(_row("restarts", [known_count(run.goodput.get("restarts")) for run in runs]))
-    rows.append(
-        _row("steps left out", [run.training["skipped"].last if "skipped" in run.training else None for run in runs])
-    )
-    rows.append(_row("quarantined samples", [len(run.quarantine) for run in runs]))
-    rows.append(["newest version", *(next((each.uri for each in run.versions[::-1] if each.uri), "–") for run in runs)])
-    rows.append(["code", *(tag("code", str(run.tags.get("mlflow.source.git.commit", "–"))[:12]) for run in runs)])
-    rows.append(["data", *(tag("code", str(run.tags.get("data.digest", "–"))[:12]) for run in runs)])
-    return table(["", *labels], rows, class_="results")
+def _result_rows(runs: Sequence[RunFiles]) -> list[list[str | Markup]]:
+    results = [{tile.name: tile.value for tile in list_tiles(run)} for run in runs]
+    rows: list[list[str | Markup]] = [["state", *(STATUS.get(run.status, run.status) for run in runs)]]
+    for name in dict.fromkeys(name for each in results for name in each):
+        rows.append([name, *(each.get(name, "–") for each in results)])
+    for name, tag in (("code", "mlflow.source.git.commit"), ("data", "data.digest")):
+        rows.append([name, *(code(str(run.tags.get(tag, "–"))[:12]) for run in runs)])
+    return rows
 
 
-def _row(
-    name: str, values: Sequence[float | None], *, lowest: bool | None = None, percent: bool = False
-) -> list[Child]:
-    """`lowest`: which value is best, and None where none is."""
-    known = [value for value in values if value is not None]
-    best = None if lowest is None or len(known) < 2 else min(known) if lowest else max(known)
-    cells = [
-        tag("span", number(value, percent=percent), class_="best" if best is not None and value == best else None)
-        for value in values
-    ]
-    return [name, *cells]
+def _draw_chart(runs: Sequence[RunFiles], labels: Sequence[str], name: str) -> Chart:
+    lines = []
+    for run, label in zip(runs, labels, strict=True):
+        curve = run.curve(name)
+        # A run without this curve keeps its colour, and its entry in the legend.
+        steps, values = (curve.steps, curve.values) if curve else (_NO_VALUES, _NO_VALUES)
+        lines.append(Line(steps, values, label, dots=name not in run.training))
+    percent = is_fraction(name) or name == "ettr"
+    return draw_chart(_CURVES.get(name, label_of(name)), lines, percent=percent, from_zero=name in ("lr", "ettr"))
 
 
-def _wall_time(run: RunFiles) -> str:
-    return "–" if run.began is None or run.last_sign is None else duration(run.last_sign - run.began)
-
-
-def _curves(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
-    names = [name for run in runs for name in run.validation if name not in ("val_loss", "bad_samples")]
-    scores = [name for name in names if not is_detail(name)]
-    charts = []
-    for name, title in {**_CURVES, **{name: name_of(name) for name in scores}}.items():
-        lines, styles = [], []
-        for style, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            curve = run.training.get(name) or run.validation.get(name)
-            if curve is not None:
-                lines.append(Line(curve.steps, curve.values, label, dots=name in run.validation))
-                styles.append(style)
-        if lines:
-            percent = is_fraction(name) or name == "ettr"
-            charts.append(
-                chart(title, lines, styles=styles, percent=percent, x_range=(0, 0), from_zero=name in ("lr", "ettr"))
-            )
-    return tag("div", charts, class_="charts") if charts else absent("No readings yet.")
-
-
-def _differences(runs: Sequence[RunFiles], labels: Sequence[str]) -> Html:
-    flat = [dict(_flatten(run.config)) for run in runs]
-    names = dict.fromkeys(name for config in flat for name in config)
-    rows = []
-    for name in names:
-        values = [config.get(name, "not set") for config in flat]
+def _list_differences(runs: Sequence[RunFiles]) -> list[list[str | Markup]]:
+    settings = [dict(_flatten(run.config)) for run in runs]
+    rows: list[list[str | Markup]] = []
+    for name in dict.fromkeys(name for each in settings for name in each):
+        values = [each.get(name, "not set") for each in settings]
         if name != "run.name" and any(value != values[0] for value in values):
-            rows.append([tag("code", name), *(_written(value) for value in values)])
-    return table(["setting", *labels], rows, class_="results") if rows else absent("None but the name.")
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
+            rows.append([code(name), *texts])
+    return rows
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

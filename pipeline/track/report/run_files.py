@@ -1,10 +1,9 @@
-"""What a run's folder holds, read so that nothing in it can be in the way: a file that is missing, cut short or strange
-costs what it would have told, and is named.
+"""Reads a run's folder. A file that is missing, cut short or malformed costs what it would have said, and is reported.
 
-    run.json config.yaml result.json goodput.json ─┐
-    metrics.jsonl ──▶ Curve by name                ├──▶ RunFiles
-    anomalies.jsonl quarantine.jsonl system/       │
-    checkpoints/ versions/ handoff/ data/ ─────────┘
+run.json config.yaml result.json goodput.json ─┐
+metrics.jsonl ──▶ Curve by name                ├──▶ RunFiles
+anomalies.jsonl quarantine.jsonl               │
+checkpoints/ versions/ handoff/ ───────────────┘
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,85 +26,66 @@ from pipeline.track.sync.outbox import is_given_up
 Array = npt.NDArray[np.float64]
 Document = dict[str, Any]
 
-_SILENT_S = 120.0
-"""A run that says it is running and has written nothing for this long, and ten times what is usual, may be dead."""
+_MARKERS = ("run.json", "config.yaml", "metrics.jsonl", "checkpoints")
+"""A folder that has none of these holds no run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A number over steps, times or both. Values are nan where they were not finite or not there."""
+    """A number over steps and times. Values are nan where they were not finite or missing."""
 
     steps: Array
     times: Array
     values: Array
 
     @property
-    def finite(self) -> "Curve":
-        keep = np.isfinite(self.values) & np.isfinite(self.steps)
-        return Curve(self.steps[keep], self.times[keep], self.values[keep])
-
-    @property
     def last(self) -> float | None:
-        values = self.finite.values
+        """The last finite value."""
+        values = self.values[np.isfinite(self.values)]
         return float(values[-1]) if len(values) else None
 
     def best(self, *, lowest: bool) -> tuple[float, float] | None:
-        """Value and its step; the first of equals."""
-        curve = self.finite
-        if not len(curve.values):
+        """Returns the best finite value and its step, the first of equals."""
+        if self.last is None:
             return None
-        place = int(curve.values.argmin() if lowest else curve.values.argmax())
-        return float(curve.values[place]), float(curve.steps[place])
+        index = int(np.nanargmin(self.values) if lowest else np.nanargmax(self.values))
+        return float(self.values[index]), float(self.steps[index])
 
 
 @dataclasses.dataclass(frozen=True)
 class RunVersion:
-    """One that the run has offered for registration."""
+    """A model version that the run has offered for registration."""
 
     step: int
-    uri: str | None  # None while it waits
-    metrics: dict[str, float | None]
+    uri: str | None
+    """None while the version waits."""
+    metrics: dict[str, float]
     sha256: str
-    """Of the weights; empty where it is not known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HandedOffRun:
-    """A job that the run hands off to."""
-
-    claim: Document
-    status: str
-    result: Document
+    """The digest of the weights; empty where it is not known."""
 
 
 class RunFiles:
-    """One run's. `faults` names what could not be read. What must not be logged is masked in all of it."""
+    """What one run's folder says, with secrets masked. `faults` lists what could not be read."""
 
     def __init__(self, folder: Path) -> None:
         """Raises InputError for a folder that holds no run."""
         self.folder = folder
         self.faults: list[str] = []
-        known = ("run.json", "config.yaml", "metrics.jsonl", "checkpoints")
-        if not any((folder / name).exists() for name in known):
-            found = "no such folder" if not folder.is_dir() else f"holds none of {', '.join(known)}"
+        if not any((folder / name).exists() for name in _MARKERS):
+            found = f"holds none of {', '.join(_MARKERS)}" if folder.is_dir() else "no such folder"
             raise InputError(f"{folder}: {found}: give the folder of a run, such as runs/NAME")
-        self.record = self._document("run.json")
-        self.result = self._document("result.json")
-        self.goodput = self._document("goodput.json")
-        self.deepspeed = self._document("deepspeed.json")
-        self.profile = self._document("profile/profile.json")
-        self.config = self._config()
-        self.packages = [redact(line) for line in self._text("packages.txt").splitlines()]
-        readings, evaluations = self._metrics()
-        self.training, self.validation = _curves(readings), _curves(evaluations)
-        self.anomalies = [redact(_counted(line)) for line in self._lines("anomalies.jsonl") if "step" in line]
-        self.quarantine = [redact(line) for line in self._lines("quarantine.jsonl")]
-        self.system = {
-            path.stem: list(self._lines(f"system/{path.name}")) for path in self._glob("system/node-*.jsonl")
-        }
-        self.checkpoints = self._checkpoints()
-        self.versions = self._versions()
-        self.children = self._children()
+        self.record = self._read_json("run.json")
+        self.result = self._read_json("result.json")
+        self.goodput = self._read_json("goodput.json")
+        self.profile = self._read_json("profile/profile.json")
+        self.config = self._read_mapping("config.yaml", yaml.safe_load, "is not a mapping in YAML")
+        self.texts = {name: redact(self._read_text(name)) for name in ("deepspeed.json", "packages.txt")}
+        self.training, self.validation = self._read_metrics()
+        self.anomalies = [redact(_count_samples(line)) for line in self._read_lines("anomalies.jsonl")]
+        self.quarantine = [redact(line) for line in self._read_lines("quarantine.jsonl")]
+        self.checkpoints = self._find_checkpoints()
+        self.versions = self._read_versions()
+        self.children = [self._read_json(f"handoff/{path.name}") for path in self._glob("handoff/*.json")]
         self.read_at = time.time()
 
     @property
@@ -113,14 +93,23 @@ class RunFiles:
         return str(self.record.get("name") or self.get("run", "name") or self.folder.absolute().name)
 
     @property
+    def status(self) -> str:
+        return str(self.record.get("status") or "UNKNOWN")
+
+    @property
     def tags(self) -> Document:
-        return mapping(self.record.get("tags"))
+        return as_mapping(self.record.get("tags"))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of what evaluations measure, but for the loss."""
+        return [name for name in self.validation if name not in ("val_loss", "bad_samples")]
 
     @property
     def main_metric(self) -> str:
-        """Without a record: top1 if it was measured, or whatever was first."""
-        metrics = [name for name in self.validation if name not in ("val_loss", "bad_samples")]
-        return str(self.tags.get("main_metric") or ("top1" if "top1" in metrics else next(iter(metrics), "top1")))
+        """The recorded one; without a record top1 if it was measured, or the first metric."""
+        guess = "top1" if "top1" in self.metrics else next(iter(self.metrics), "top1")
+        return str(self.tags.get("main_metric") or guess)
 
     @property
     def inputs(self) -> list[Document]:
@@ -129,7 +118,7 @@ class RunFiles:
 
     @functools.cached_property
     def rollbacks(self) -> list[int]:
-        """Steps after which the run went back, as the newest checkpoint knows them."""
+        """The steps after which the run went back, as the newest readable checkpoint records them."""
         for folder in reversed(list(self.checkpoints.values())):
             try:
                 steps = json.loads((folder / "state.json").read_bytes())["state"]["guard"]["rollback_steps"]
@@ -139,188 +128,122 @@ class RunFiles:
         return []
 
     def get(self, section: str, key: str) -> Any:
-        """A setting; None where there is none."""
-        return mapping(self.config.get(section)).get(key)
+        """Returns a setting; None where there is none."""
+        return as_mapping(self.config.get(section)).get(key)
 
-    @functools.cached_property
+    def curve(self, name: str) -> Curve | None:
+        return self.training.get(name) or self.validation.get(name)
+
+    def last(self, name: str) -> float | None:
+        """Returns the last finite value of a curve; None where there is none."""
+        curve = self.curve(name)
+        return curve.last if curve else None
+
+    @property
     def began(self) -> float | None:
-        began_ms = as_number(self.record.get("began_ms"))
-        times = [as_number(self.goodput.get("began")), began_ms / 1000, *self._times[:1]]
+        times = [as_number(self.goodput.get("began")), as_number(self.record.get("began_ms")) / 1000, *self._times]
         return min((each for each in times if math.isfinite(each)), default=None)
 
-    @functools.cached_property
+    @property
     def last_sign(self) -> float | None:
-        """When the run last wrote something that says when."""
-        ended_ms = as_number(self.record.get("ended_ms"))
-        system = [as_number(lines[-1].get("time")) for lines in self.system.values() if lines]
-        times = [as_number(self.goodput.get("last")), ended_ms / 1000, *self._times[-1:], *system]
+        """When the run last wrote something that has a time."""
+        times = [as_number(self.goodput.get("last")), as_number(self.record.get("ended_ms")) / 1000, *self._times]
         return max((each for each in times if math.isfinite(each)), default=self.began)
 
     @property
     def steps_done(self) -> int | None:
-        told = [as_number(self.result.get("steps")), as_number(self.goodput.get("step"))]
-        steps = [*self.training_steps[-1:], *self.checkpoints, *told]
+        steps = [as_number(self.result.get("steps")), as_number(self.goodput.get("step")), *self.checkpoints]
+        if "loss" in self.training:
+            steps += self.training["loss"].steps[-1:].tolist()
         return max((int(step) for step in steps if math.isfinite(step)), default=None)
 
     @property
-    def training_steps(self) -> Array:
-        return self.training["loss"].steps if "loss" in self.training else np.empty(0)
-
-    @property
-    def status(self) -> str:
-        """As recorded; SILENT for one that is recorded as running and has not been heard of for long."""
-        status = str(self.record.get("status") or "UNKNOWN")
-        if status == "RUNNING" and (sign := self.last_sign) is not None:
-            usual_s = float(np.median(np.diff(self._times))) if len(self._times) > 2 else 0.0
-            if self.read_at - sign > max(_SILENT_S, 10 * usual_s):
-                return "SILENT"
-        return status
-
-    @property
-    def starts(self) -> list[float]:
-        """When processes began, the first one first.
-
-        goodput.json counts the restarts. Where it does not say when they were, they are taken to be at the longest
-        pauses between two readings that the steps in between do not explain.
-        """
-        told = self.goodput.get("starts")
-        if isinstance(told, list) and told:
-            return [start for start in map(as_number, told) if math.isfinite(start)]
-        count = as_number(self.goodput.get("restarts"))
-        first = [] if self.began is None else [self.began]
-        if not count >= 1 or "step_s" not in self.training:
-            return first
-        curve = self.training["step_s"]
-        busy_s = np.nan_to_num(curve.values[1:] * np.diff(curve.steps))
-        pauses = np.nan_to_num(np.diff(curve.times) - busy_s)
-        longest = np.sort(np.argsort(-pauses, kind="stable")[: int(min(count, 1000))])
-        # Such a pause ends with a start-up, of which the mean is known.
-        start_up_s = as_number(mapping(self.goodput.get("seconds")).get("start_up")) / (count + 1)
-        begun = np.maximum(curve.times[1:] - busy_s - np.nan_to_num(start_up_s), curve.times[:-1])[longest]
-        return [*first, *begun.tolist()]
-
-    def time_of(self, step: float) -> float | None:
-        """About when a step was taken: between the readings around it."""
-        steps, times = self._clock
-        return float(np.interp(step, steps, times)) if len(steps) else None
-
-    @functools.cached_property
-    def _clock(self) -> tuple[Array, Array]:
-        """Steps and when they were taken, the start among them; empty where that is not known."""
-        curve = self.training.get("loss")
-        if curve is None or self.began is None:
-            return np.empty(0), np.empty(0)
-        known = np.isfinite(curve.times)
-        return np.array([0.0, *curve.steps[known]]), np.array([self.began, *curve.times[known]])
-
-    @functools.cached_property
-    def _times(self) -> Array:
+    def _times(self) -> list[float]:
+        """When the first and the last reading were taken."""
         times = self.training["loss"].times if "loss" in self.training else np.empty(0)
-        return times[np.isfinite(times)]
+        times = times[np.isfinite(times)]
+        return [*times[:1], *times[-1:]]
 
-    def _fault(self, name: str, what: str) -> None:
-        self.faults.append(f"{name}: {what}")
+    def _report(self, name: str, fault: str) -> None:
+        self.faults.append(f"{name}: {fault}")
 
-    def _text(self, name: str) -> str:
+    def _read_text(self, name: str) -> str:
         try:
             return (self.folder / name).read_text(errors="replace")
         except FileNotFoundError:
             return ""
         except OSError as error:
-            self._fault(name, f"cannot be read: {error.strerror}")
+            self._report(name, f"cannot be read: {error.strerror}")
             return ""
 
-    def _document(self, name: str) -> Document:
-        text = self._text(name)
-        try:
-            document = json.loads(text) if text else {}
-        except (ValueError, RecursionError):
-            document = None
-        if not isinstance(document, dict):
-            self._fault(name, "is not a JSON object")
-            return {}
-        return redact(document)
+    def _read_json(self, name: str) -> Document:
+        return self._read_mapping(name, json.loads, "is not a JSON object")
 
-    def _config(self) -> Document:
+    def _read_mapping(self, name: str, parse: Callable[[str], Any], fault: str) -> Document:
+        text = self._read_text(name)
         try:
-            tree = yaml.safe_load(self._text("config.yaml")) or {}
-        except (yaml.YAMLError, RecursionError):
+            tree = parse(text) if text else {}
+        except (ValueError, yaml.YAMLError, RecursionError):
             tree = None
         if not isinstance(tree, dict):
-            self._fault("config.yaml", "is not a mapping in YAML")
+            self._report(name, fault)
             return {}
         return redact(tree)
 
-    def _lines(self, name: str) -> Iterator[Document]:
-        """The JSON objects of a file. A last line without its end is being written and is no fault."""
-        bad = 0
-        lines = self._text(name).split("\n")
-        for place, line in enumerate(lines):
-            if not line.strip():
-                continue
+    def _read_lines(self, name: str) -> Iterator[Document]:
+        """Yields the JSON objects of a file. A last line without its end is still being written and is no fault."""
+        num_bad = 0
+        *lines, last = self._read_text(name).split("\n")
+        for line in [*lines, last]:
             try:
-                document = json.loads(line)
+                document = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError):
-                bad += place < len(lines) - 1
-                continue
+                document = None
             if isinstance(document, dict):
                 yield document
-            else:
-                bad += 1
-        if bad:
-            self._fault(name, f"{bad} line{'s' if bad > 1 else ''} cannot be read")
+            elif line.strip() and line is not last:
+                num_bad += 1
+        if num_bad:
+            self._report(name, f"{num_bad} line{'s' if num_bad > 1 else ''} cannot be read")
 
-    def _metrics(self) -> tuple[list[Document], list[Document]]:
+    def _read_metrics(self) -> tuple[dict[str, Curve], dict[str, Curve]]:
+        """Returns the curves of training and of evaluations."""
         readings, evaluations = [], []
-        for line in self._lines("metrics.jsonl"):
-            if math.isfinite(as_number(line.get("step"))):
+        for line in self._read_lines("metrics.jsonl"):
+            if 0 <= as_number(line.get("step")) < 1e15:
                 (readings if "loss" in line else evaluations).append(line)
-        return readings, evaluations
+        return _curves(readings), _curves(evaluations)
 
     def _glob(self, pattern: str) -> list[Path]:
         try:
             return sorted(self.folder.glob(pattern))
         except OSError as error:
-            self._fault(pattern, f"cannot be read: {error.strerror}")
+            self._report(pattern, f"cannot be read: {error.strerror}")
             return []
 
-    def _checkpoints(self) -> dict[int, Path]:
-        """Committed ones, by step."""
-        whole = [path.parent for path in self._glob("checkpoints/step-*/COMMIT.json")]
-        names = [(path.name.removeprefix("step-"), path) for path in whole]
-        return dict(sorted((int(step), path) for step, path in names if step.isdecimal()))
+    def _find_checkpoints(self) -> dict[int, Path]:
+        """Returns the committed checkpoints by their step, in order."""
+        folders = [path.parent for path in self._glob("checkpoints/step-*/COMMIT.json")]
+        steps = [as_number(folder.name.removeprefix("step-")) for folder in folders]
+        return {int(step): folder for step, folder in zip(steps, folders, strict=True) if math.isfinite(step)}
 
-    def _versions(self) -> list[RunVersion]:
+    def _read_versions(self) -> list[RunVersion]:
         versions = []
         for path in self._glob("versions/step-*/model.json"):
-            name = path.parent.relative_to(self.folder)
-            card, registered = self._document(f"{name}/model.json"), self._document(f"{name}/registered.json")
+            folder = path.parent.relative_to(self.folder)
+            card, registered = self._read_json(f"{folder}/model.json"), self._read_json(f"{folder}/registered.json")
             step = as_number(path.parent.name.split("-")[1])
-            metrics = {key: as_number(value) for key, value in mapping(card.get("metrics")).items()}
-            if math.isfinite(step) and not is_given_up(path.parent):
-                uri = registered.get("uri")
-                digest = str(mapping(card.get("sha256")).get("model.safetensors") or "")
-                versions.append(RunVersion(int(step), uri if isinstance(uri, str) else None, {**metrics}, digest))
-        return sorted(versions, key=lambda version: version.step)
-
-    def _children(self) -> list[HandedOffRun]:
-        children = []
-        for path in self._glob("handoff/*.json"):
-            claim = self._document(f"handoff/{path.name}")
-            name = str(claim.get("name") or "")
-            # Runs may have been moved together: beside this one first.
-            for folder in (self.folder.absolute().parent / name, Path(str(claim.get("root") or "")) / name):
-                record = _quiet(folder / "run.json") if name else {}
-                if record.get("uuid") == claim.get("uuid") and record:
-                    children.append(HandedOffRun(claim, str(record.get("status")), _quiet(folder / "result.json")))
-                    break
-            else:
-                children.append(HandedOffRun(claim, "not found here", {}))
-        return children
+            if not math.isfinite(step) or is_given_up(path.parent):
+                continue
+            metrics = {key: as_number(value) for key, value in as_mapping(card.get("metrics")).items()}
+            uri = registered.get("uri")
+            digest = str(as_mapping(card.get("sha256")).get("model.safetensors") or "")
+            versions.append(RunVersion(int(step), uri if isinstance(uri, str) else None, metrics, digest))
+        return versions
 
 
 def as_number(value: Any) -> float:
-    """nan for what is none."""
+    """Returns a finite number, also one written as decimal digits; nan for anything else."""
     if isinstance(value, str):
         value = int(value) if value.isdecimal() and len(value) < 16 else None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -331,36 +254,23 @@ def as_number(value: Any) -> float:
         return math.nan
 
 
-def _curves(lines: list[Document]) -> dict[str, Curve]:
-    """By name, in the order in which they first appear."""
-    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "time"))
-    steps, times = _column(lines, "step"), _column(lines, "time")
-    return {name: Curve(steps, times, _column(lines, name)) for name in names}
-
-
-def _column(lines: Iterable[Document], name: str) -> Array:
-    values = [line.get(name) for line in lines]
-    try:
-        column = np.array(values, np.float64)  # None becomes nan
-    except (ValueError, TypeError, OverflowError):
-        column = np.array([as_number(value) for value in values], np.float64)
-    return np.where(np.isfinite(column), column, np.nan)
-
-
-def _counted(anomaly: Document) -> Document:
-    """With the number of its samples in place of their keys, of which a large batch has thousands."""
-    samples = anomaly.get("samples")
-    return {**anomaly, "samples": len(samples) if isinstance(samples, list) else None}
-
-
-def mapping(value: Any) -> Document:
-    """Empty for what is none."""
+def as_mapping(value: Any) -> Document:
+    """Returns `value` if it is a mapping, and an empty one otherwise."""
     return value if isinstance(value, dict) else {}
 
 
-def _quiet(path: Path) -> Document:
-    """Of another run, whose faults are not this one's to tell."""
-    try:
-        return mapping(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
-        return {}
+def _curves(lines: list[Document]) -> dict[str, Curve]:
+    """Returns the curves by name, in the order in which the names first appear."""
+
+    def column(name: str) -> Array:
+        return np.array([as_number(line.get(name)) for line in lines], np.float64)
+
+    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "time"))
+    steps, times = column("step"), column("time")
+    return {name: Curve(steps, times, column(name)) for name in names}
+
+
+def _count_samples(anomaly: Document) -> Document:
+    """Replaces the keys of the samples, of which a large batch has thousands, with their number."""
+    samples = anomaly.get("samples")
+    return {**anomaly, "samples": len(samples) if isinstance(samples, list) else 0}

@@ -1,4 +1,4 @@
-"""What a classification network is shown of an image when it is served, and what it answers.
+"""A served classification network: what it is shown of an image, and what it answers.
 
 encoded image ──view──▶ [S, S, 3] uint8 ──network, many at once──▶ [n, K] probabilities ──▶ the best labels
 """
@@ -23,47 +23,70 @@ View = npt.NDArray[np.uint8]
 
 
 class ServedClassifier:
+    """Answers with the most probable labels of each image, see served_model.ServedNetwork."""
+
     batch_size: int = 32
     columns: Sequence[str] = ("label", "score", "labels", "scores")
 
     def __init__(self, card: ModelCard, weights: Path) -> None:
         """Raises InputError for a backbone without a head."""
         card.require_head(card.model.name)
-        self._classes, self._size = card.classes, card.image.size
-        self._short_side = int(card.image.size / card.image.crop_pct)
-        self._resampling = Image.Resampling[card.image.interpolation.upper()]
-        self._mean = 255 * torch.tensor(card.image.mean)[:, None, None]
-        self._scale = 1 / (255 * torch.tensor(card.image.std)[:, None, None])
+        image = card.image
+        self._classes = card.classes
+        self._size = image.size
+        # timm rounds down, too.
+        self._short_side = int(image.size / image.crop_pct)
+        self._resampling = Image.Resampling[image.interpolation.upper()]
+        # Pixels stay in 0 … 255, so the statistics are scaled instead: one operation less for each image.
+        self._mean = 255 * torch.tensor(image.mean)[:, None, None]
+        self._scale = 1 / (255 * torch.tensor(image.std)[:, None, None])
         self._network = load_network.load_network(card, weights)
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
-        """Raises MlflowException for a number of labels that is none."""
+        """Raises MlflowException where `top_k` is not a positive number of labels."""
         top_k = params.get("top_k", TOP_K)
         if top_k is None or top_k < 1:
             raise MlflowException.invalid_parameter_value(f"top_k is {top_k}; a number of at least 1 was expected")
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Of an image, before its centre is cut out."""
+        """Returns the height and width that an image is resized to before its centre is cropped."""
         short = min(height, width)
         return self._short_side * height // short, self._short_side * width // short
 
     def view(self, data: bytes) -> View:
-        """What evaluation shows the network, [S, S, 3]: the centre of the image with its short side resized."""
+        """Returns what evaluation shows the network, [S, S, 3]: the centre of the image with its short side resized."""
         image = images.decode(data)
         height, width = self.resized(image.height, image.width)
-        top, left = round((height - self._size) / 2), round((width - self._size) / 2)
+        # torchvision's CenterCrop rounds in the same way.
+        top = round((height - self._size) / 2)
+        left = round((width - self._size) / 2)
         image = image.resize((width, height), self._resampling)
-        return np.asarray(image.crop((left, top, left + self._size, top + self._size)))
+        box = (
+            left,
+            top,
+            left + self._size,
+            top + self._size,
+        )
+        return np.asarray(image.crop(box))
 
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        best = self._probabilities(views).topk(min(params.get("top_k", TOP_K), len(self._classes)))
-        labels = [[self._classes[label] for label in row] for row in best.indices.tolist()]
-        return [
-            {"label": names[0], "score": scores[0], "labels": names, "scores": scores}
-            for names, scores in zip(labels, best.values.tolist(), strict=True)
-        ]
+        """Returns a row for each image: its best label and score, and the best `top_k` of them."""
+        top_k = min(params.get("top_k", TOP_K), len(self._classes))
+        best = self._probabilities(views).topk(top_k)
+        rows = []
+        for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            labels = [self._classes[index] for index in indices]
+            rows.append(
+                {
+                    "label": labels[0],
+                    "score": scores[0],
+                    "labels": labels,
+                    "scores": scores,
+                }
+            )
+        return rows
 
     def _probabilities(self, views: Sequence[View]) -> Tensor:
-        """[n, S, S, 3] to [n, K]."""
+        """Maps n images [S, S, 3] to probabilities [n, K]."""
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().float()
         return self._network((pixels - self._mean) * self._scale).softmax(dim=1)

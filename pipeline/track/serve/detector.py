@@ -1,4 +1,4 @@
-"""What a served detector answers: where objects are in an image, in pixels of its own, and with some masks.
+"""A served detector: where objects are in an image, in the image's own pixels, for some networks with masks.
 
 view ──canvas [3, H, W], extent──network──▶ Detections ──as_results──▶ those with a good score ──▶ boxes, labels, scores
 """
@@ -19,37 +19,44 @@ from pipeline.track.serve.whole_images import ServedOnWholeImages, View
 
 
 class ServedDetector(ServedOnWholeImages):
+    """Answers with the boxes, labels and scores of the objects in each image, see served_model.ServedNetwork."""
+
     columns: Sequence[str] = ("boxes", "labels", "scores")
 
     def __init__(self, card: ModelCard, weights: Path) -> None:
-        """Raises RuntimeError for weights that are not finite: what they give looks like an image without objects."""
+        """Raises RuntimeError for weights that are not finite."""
         super().__init__(card, weights)
-        if not all(tensor.isfinite().all() for tensor in self._network.state_dict().values()):
-            raise RuntimeError("the network's weights are not finite")
+        # With such weights every score is NaN, and the answer looks like an image without objects.
+        for tensor in self._network.state_dict().values():
+            if not tensor.isfinite().all():
+                raise RuntimeError("the network's weights are not finite")
         if isinstance(card.task, MaskRcnnConfig):
             self.columns = (*self.columns, "segmentations")
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
-        """Raises MlflowException for a score that is none, too."""
+        """Raises MlflowException for too many pixels, and where `min_score` is not within 0 and 1."""
         super().check(headers, params, max_pixels)
-        min_score = _min_score(params)
+        min_score = _read_min_score(params)
         if not 0 <= min_score <= 1:
             raise MlflowException.invalid_parameter_value(f"min_score is {min_score}; 0 to 1 was expected")
 
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
-        (found,) = self._network(canvas[None], [view.extent])
-        if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
+        (detections,) = self._network(canvas[None], [view.extent])
+        if not (detections.scores.isfinite().all() and detections.boxes.isfinite().all()):
             raise RuntimeError("the network's scores or boxes are not finite")
-        results = as_results(found[found.scores >= _min_score(params)], view.size, view.extent)
+        good = detections[detections.scores >= _read_min_score(params)]
+        results = as_results(good, view.size, view.extent)
         answer = {
             "boxes": [result["bbox"] for result in results],
             "labels": [self._card.classes[result["label"]] for result in results],
             "scores": [result["score"] for result in results],
             "segmentations": [result.get("segmentation") for result in results],
         }
+        # Only networks with masks answer segmentations.
         return {name: answer[name] for name in self.columns}
 
 
-def _min_score(params: Mapping[str, Any]) -> float:
+def _read_min_score(params: Mapping[str, Any]) -> float:
+    """Returns a request's `min_score`; NaN, which `check` refuses, for a null."""
     value = params.get("min_score", MIN_SCORE)
     return float("nan") if value is None else value

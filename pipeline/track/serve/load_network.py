@@ -1,4 +1,4 @@
-"""The network of a registered model."""
+"""Builds the network of a registered model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,9 @@ from pipeline.track.model_card import ModelCard
 
 
 def load_network(card: ModelCard, weights: Path) -> Any:
-    """In fp32 and evaluation mode. Raises InputError for weights that are not this network's."""
-    network = build(card.task, card.model, card.image.size, len(card.classes)).eval().requires_grad_(False)
+    """Returns the network in fp32 and evaluation mode. Raises InputError for weights that are not this network's."""
+    network = build(card.task, card.model, card.image.size, len(card.classes))
+    # Nobody trains these networks, and without gradients no operation keeps what a backward pass would need.
+    network.eval().requires_grad_(False)
     load_weights(network, weights)
     return network

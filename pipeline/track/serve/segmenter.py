@@ -1,10 +1,10 @@
-"""How a segmentation network's logits become a map of the image's own size.
+"""A served segmentation network: how its logits become a map of the image's own size.
 
     view ──canvas [3, H, W]──network──▶ logits [K, H / 4, W / 4]
                                                   │
     PNG ◀── [h, w] of class + 1 ◀──the best class of each pixel◀──resize──◀──cut──◀──resize
 
-At rest, maps have the values of ADE20K's: c + 1 is class c; 0, no class, is never answered.
+Stored maps have the values of ADE20K's: c + 1 is class c; 0, no class, is never answered.
 """
 
 import base64
@@ -24,6 +24,8 @@ from pipeline.track.serve.whole_images import ServedOnWholeImages, Size, View
 
 
 class ServedSegmenter(ServedOnWholeImages):
+    """Answers with the map of each image and the classes in it, see served_model.ServedNetwork."""
+
     columns: Sequence[str] = ("mask", "labels", "values", "shares")
 
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,24 +33,28 @@ class ServedSegmenter(ServedOnWholeImages):
         if not logits.isfinite().all():
             raise RuntimeError("the network's logits are not finite")
         labels = class_map(logits, (canvas.shape[1], canvas.shape[2]), view.extent, view.size).numpy()
-        counts = np.bincount(labels.ravel(), minlength=len(self._card.classes))
-        found = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+        classes = self._card.classes
+        counts = np.bincount(labels.ravel(), minlength=len(classes))
+        # The classes with the most pixels come first; a stable sort orders equal ones by their number.
+        present = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+        # In stored maps 0 stands for no class.
         return {
-            "mask": base64.b64encode(_png(labels + np.uint8(1))).decode(),
-            "labels": [self._card.classes[label] for label in found],
-            "values": [label + 1 for label in found],
-            "shares": [float(counts[label] / labels.size) for label in found],
+            "mask": base64.b64encode(_encode_png(labels + np.uint8(1))).decode(),
+            "labels": [classes[label] for label in present],
+            "values": [label + 1 for label in present],
+            "shares": [float(counts[label] / labels.size) for label in present],
         }
 
 
 def class_map(logits: Tensor, canvas: Size, extent: Size, size: Size) -> Tensor:
-    """The best class of each pixel of an image, [height, width] uint8, from logits [K, h, w].
+    """Returns the best class of each pixel of an image, [height, width] uint8, from logits [K, h, w].
 
-    `canvas`: height and width of the network's input, of which the image filled the upper left `extent`; `size`: its
-    own. One class is resized at a time: at full size all of them at once could need gigabytes.
+    `canvas`: height and width of the network's input, of which the image filled the upper left `extent`. `size`: the
+    image's own height and width.
     """
     labels = torch.zeros(size, dtype=torch.uint8)
     best = torch.full(size, -torch.inf)
+    # One class is resized at a time: at full size all of them at once could need gigabytes.
     for number, plane in enumerate(logits):
         on_canvas = _resize(plane[None, None], canvas)[..., : extent[0], : extent[1]]
         at_full_size = _resize(on_canvas, size)[0, 0]
@@ -61,8 +67,8 @@ def _resize(planes: Tensor, size: Size) -> Tensor:
     return functional.interpolate(planes, size, mode="bilinear", align_corners=False)
 
 
-def _png(values: npt.NDArray[np.uint8]) -> bytes:
-    """With a palette, for people, in which 0 is black."""
+def _encode_png(values: npt.NDArray[np.uint8]) -> bytes:
+    """Returns a PNG with a palette, in which 0 is black, so that people can look at it."""
     image = Image.fromarray(values)
     image.putpalette(bytes(3) + palette(255).tobytes())
     buffer = io.BytesIO()

@@ -3,8 +3,8 @@
     rows of bytes ──check──▶ headers ──view (threads)──▶ what the network is shown ──network──▶ a row for each image
                       └──────────────────┴─▶ rows that cannot be used: INVALID_PARAMETER_VALUE, the server's 400
 
-The network sees what evaluation shows it: classifier.py and whole.py have that. What is answered, classifier.py,
-segmenter.py and detector.py have. Everything is bounded before it is decoded; docs/serving.md has the limits.
+The network sees what evaluation shows it, which classifier.py and whole_images.py prepare. The answers are those of
+classifier.py, segmenter.py and detector.py. Sizes are checked before images are decoded: docs/serving.md has limits.
 """
 
 import base64
@@ -32,7 +32,8 @@ from pipeline.track.serve.classifier import ServedClassifier
 from pipeline.track.serve.detector import ServedDetector
 from pipeline.track.serve.segmenter import ServedSegmenter
 
-_TOLD = 5  # bad rows
+_MAX_REPORTED = 5
+"""Bad rows that an error names."""
 
 _logger = logging.getLogger("pvt.serving")
 
@@ -40,38 +41,41 @@ T = TypeVar("T")
 
 
 class ServedNetwork(Protocol):
-    """A network that is served, by its task. Its methods may be called from several threads, `answers` from one."""
+    """A network that is served, one class for each task.
+
+    Its methods may be called from several threads at once, except `answers`.
+    """
 
     batch_size: int
-    """Images that are in memory at once for a request, and that `answers` takes at once."""
+    """Number of a request's images that are in memory at once, and that `answers` takes at once."""
     columns: Sequence[str]
-    """Of an answer."""
+    """Columns of an answer."""
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
-        """Raises MlflowException for a request that is not to be answered. None of its images exceeds `max_pixels`."""
+        """Raises MlflowException for a request that must be refused. None of its images exceeds `max_pixels`."""
         ...
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """What an image becomes in `view`."""
+        """Returns the height and width that `view` resizes an image to."""
         ...
 
     def view(self, data: bytes) -> Any:
-        """Raises BadImageError."""
+        """Decodes an image and prepares what the network is shown of it. Raises BadImageError."""
         ...
 
     def answers(self, views: Sequence[Any], params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A row for each."""
+        """Returns a row for each view."""
         ...
 
 
 class ServedModel(PythonModel):
-    """Encoded images in; what the model's task says of them out. Safe to call from several threads."""
+    """Takes encoded images and returns the model's predictions for them. It may be called from several threads."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Raises InputError for a limit in the environment that is none."""
-        self._max_rows = _limit("PVT_SERVE_MAX_ROWS", 256)
-        self._max_bytes = _limit("PVT_SERVE_MAX_BYTES", 64 << 20)
-        self._max_pixels = _limit("PVT_SERVE_MAX_PIXELS", 1 << 25)
+        """Raises InputError for a limit in the environment that is no positive number."""
+        self._max_rows = _read_limit("PVT_SERVE_MAX_ROWS", 256)
+        self._max_bytes = _read_limit("PVT_SERVE_MAX_BYTES", 64 << 20)
+        self._max_pixels = _read_limit("PVT_SERVE_MAX_PIXELS", 1 << 25)
         card = ModelCard.read(Path(context.artifacts[CARD]).parent)
         self._model = served_network(card, Path(context.artifacts[WEIGHTS]))
         # Requests share both, so a process never uses more threads than torch was given, nor decodes more images.
@@ -81,53 +85,66 @@ class ServedModel(PythonModel):
     def predict(  # pyright: ignore[reportIncompatibleMethodOverride] - the base class is annotated to return None
         self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None
     ) -> pandas.DataFrame:
-        """A row for each row of the column `image`, with the columns that the model's signature names.
+        """Returns a row for each row of the column `image`, with the columns that the model's signature names.
 
-        Raises MlflowException: INVALID_PARAMETER_VALUE for what cannot be scored, with the numbers of its rows from 0,
+        Raises MlflowException: INVALID_PARAMETER_VALUE for rows that cannot be scored, with their numbers from 0, and
         INTERNAL_ERROR for everything else.
         """
         try:
             return self._answer(list(model_input["image"]), params or {})
         except MlflowException:
             raise
-        except Exception as error:  # MLflow would answer 400, with a stack trace
+        except Exception as error:
+            # Without this, MLflow answers 400 with a stack trace.
             _logger.exception("a request could not be answered")
             raise MlflowException("internal error, which the server's log describes") from error
 
     def _answer(self, rows: list[Any], params: Mapping[str, Any]) -> pandas.DataFrame:
-        encoded = self._checked(rows, params)
+        encoded = self._check_request(rows, params)
+        batch_size = self._model.batch_size
         answers: list[dict[str, Any]] = []
-        for first in range(0, len(encoded), self._model.batch_size):
-            views = self._decoders.map(_attempt(self._model.view), encoded[first : first + self._model.batch_size])
-            good = _unless_bad(views, first)
+        # Decoded images are large, so only one batch of a request is in memory at a time.
+        for first in range(0, len(encoded), batch_size):
+            batch = encoded[first : first + batch_size]
+            outcomes = self._decoders.map(_catch_bad_image(self._model.view), batch)
+            views = _require_good(outcomes, first)
+            # One request computes at a time: torch uses all of its threads for each.
             with self._computing, torch.inference_mode():
-                answers += self._model.answers(good, params)
+                answers += self._model.answers(views, params)
         return pandas.DataFrame(answers, columns=list(self._model.columns))
 
-    def _checked(self, rows: list[Any], params: Mapping[str, Any]) -> list[bytes]:
-        """The rows' bytes, once everything has been looked at that costs nothing."""
+    def _check_request(self, rows: list[Any], params: Mapping[str, Any]) -> list[bytes]:
+        """Returns the rows' bytes, after all checks that need no decoded image."""
         if len(rows) > self._max_rows:
             raise MlflowException.invalid_parameter_value(f"{len(rows)} rows; a request may have {self._max_rows}")
-        encoded = _unless_bad(map(_attempt(_bytes_of), rows))
+        # The cheapest checks come first: a request that is too large must not cost much.
+        encoded = _require_good(map(_catch_bad_image(_read_bytes), rows))
         num_bytes = sum(map(len, encoded))
         if num_bytes > self._max_bytes:
             raise MlflowException.invalid_parameter_value(
                 f"the images have {num_bytes:,} bytes; those of a request may have {self._max_bytes:,}"
             )
-        self._model.check(_unless_bad(map(_attempt(self._header), encoded)), params, self._max_pixels)
+        headers = _require_good(map(_catch_bad_image(self._read_header), encoded))
+        self._model.check(headers, params, self._max_pixels)
         return encoded
 
-    def _header(self, data: bytes) -> images.Header:
+    def _read_header(self, data: bytes) -> images.Header:
         header = images.header(data)
         if header.height * header.width > self._max_pixels:
             raise BadImageError(f"{header.width} × {header.height} pixels, more than {self._max_pixels:,} in all")
-        if math.prod(self._model.resized(header.height, header.width)) > self._max_pixels:  # a line, one pixel high
+        # A line of pixels is small itself, but becomes huge when its short side is resized.
+        resized = self._model.resized(header.height, header.width)
+        if math.prod(resized) > self._max_pixels:
             raise BadImageError(f"{header.width} × {header.height} pixels: too narrow to be resized")
         return header
 
 
 def served_network(card: ModelCard, weights: Path) -> ServedNetwork:
-    """Raises InputError for weights that are not the card's network's, and RuntimeError for some that make no sense."""
+    """Builds the network of the card's task.
+
+    Raises InputError for weights that are not the card's network's, and RuntimeError for a detector's that are not
+    finite.
+    """
     if isinstance(card.task, ClassificationConfig):
         return ServedClassifier(card, weights)
     if isinstance(card.task, SemanticFpnConfig):
@@ -135,12 +152,14 @@ def served_network(card: ModelCard, weights: Path) -> ServedNetwork:
     return ServedDetector(card, weights)
 
 
-def _bytes_of(value: object) -> bytes:
-    """MLflow decodes base64 in data frames, but hands over that in `inputs` and `instances` as it is."""
+def _read_bytes(value: object) -> bytes:
+    """Returns an image's bytes. Raises BadImageError for a value that holds none."""
     data = value.encode() if isinstance(value, str) else value
     if not isinstance(data, bytes):
         raise BadImageError(f"the bytes of an image were expected, not {type(value).__name__}")
-    if not data.isascii():  # as JPEG and PNG never are
+    # JPEG and PNG never are ASCII. MLflow decodes base64 in data frames, but passes on that of `inputs` and
+    # `instances` as it is.
+    if not data.isascii():
         return data
     try:
         return base64.b64decode(data, validate=True)
@@ -148,18 +167,20 @@ def _bytes_of(value: object) -> bytes:
         raise BadImageError("neither an image nor base64 of one") from None
 
 
-def _attempt(function: Callable[[Any], T]) -> Callable[[Any], T | BadImageError]:
-    def attempt(value: Any) -> T | BadImageError:
+def _catch_bad_image(function: Callable[[Any], T]) -> Callable[[Any], T | BadImageError]:
+    """Wraps a function so that it returns a BadImageError instead of raising it: one error reports several rows."""
+
+    def call(value: Any) -> T | BadImageError:
         try:
             return function(value)
         except BadImageError as error:
             return error
 
-    return attempt
+    return call
 
 
-def _unless_bad(outcomes: Iterable[T | BadImageError], first_row: int = 0) -> list[T]:
-    """The outcomes of all rows; raises MlflowException if there are bad ones among them."""
+def _require_good(outcomes: Iterable[T | BadImageError], first_row: int = 0) -> list[T]:
+    """Returns the outcomes of all rows. Raises MlflowException, which names the rows, if any of them are errors."""
     good: list[T] = []
     bad: list[str] = []
     for row, outcome in enumerate(outcomes, first_row):
@@ -168,12 +189,14 @@ def _unless_bad(outcomes: Iterable[T | BadImageError], first_row: int = 0) -> li
         else:
             good.append(outcome)
     if bad:
-        more = f" (and {len(bad) - _TOLD} more)" if len(bad) > _TOLD else ""
-        raise MlflowException.invalid_parameter_value("; ".join(bad[:_TOLD]) + more)
+        reported = "; ".join(bad[:_MAX_REPORTED])
+        if len(bad) > _MAX_REPORTED:
+            reported += f" (and {len(bad) - _MAX_REPORTED} more)"
+        raise MlflowException.invalid_parameter_value(reported)
     return good
 
 
-def _limit(variable: str, default: int) -> int:
+def _read_limit(variable: str, default: int) -> int:
     text = os.environ.get(variable, str(default))
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{variable}={text}: a whole number of at least 1 was expected")

@@ -1,1 +1,1 @@
-"""A run's folder on the MLflow server: what is recorded locally, and how it is sent."""
+"""A run's record in its own folder, and MLflow's copy of that folder."""

@@ -1,10 +1,11 @@
-"""What a job notes about itself in its own folder, before anybody else hears of it.
+"""A run's record of itself, in its own folder and independent of any server.
 
-    runs/NAME/run.json           who this run is, how it stands: written by the job alone
-    runs/NAME/mlflow.json        what of the folder the tracking server has by now: written by Mirror alone
-    runs/NAME/slurm/sweep.json   the sweep that it is one of, if any: written by launch/submit.py alone
+    runs/NAME/run.json           the run's identity and status; only the run itself writes it
+    runs/NAME/mlflow.json        what the tracking server has of the folder; only Mirror writes it
+    runs/NAME/slurm/sweep.json   the sweep that the run belongs to, if any; only launch/submit.py writes it
 
-The folder is complete without a server, and a server's copy can be made from it at any time. Knows no MLflow.
+The folder is complete without a server, and a server's copy can be made from it at any time. This module does not
+import MLflow.
 """
 
 import json
@@ -20,9 +21,11 @@ from pipeline.config import read_json
 from pipeline.errors import InputError
 from pipeline.redact import redact
 
-RECORD, SWEEP = "run.json", "slurm/sweep.json"
-MAIN_METRIC, PARENT = "main_metric", "parent.version"
-"""Tags that others than MLflow's users read."""
+RECORD = "run.json"
+SWEEP = "slurm/sweep.json"
+MAIN_METRIC = "main_metric"
+PARENT = "parent.version"
+"""These two are tags that the pipeline itself reads."""
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -34,26 +37,27 @@ class DataInput(BaseModel):
 
     context: Literal["training", "validation"]
     path: str
-    digest: str  # SHA-256
+    digest: str
+    """SHA-256 of the data set."""
     samples: int
     classes: int
     manifest: str
-    """Path of the copy, below the run's folder."""
+    """Path of the copied manifest, below the run's folder."""
 
 
 class Sweep(BaseModel):
-    """Runs that were submitted together and differ in some settings. MLflow shows them below one parent."""
+    """Runs that were submitted together and differ in some settings. MLflow shows them below one parent run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uuid: str
     name: str
     set: dict[str, Any] = {}
-    """The settings that this run differs from the others in, by key, such as optim.lr."""
+    """The settings in which this run differs from the others, by key, such as optim.lr."""
 
     @classmethod
     def read(cls, folder: Path) -> "Sweep | None":
-        """That of the run in `folder`; None if it is part of none. Raises InputError for a file that is none."""
+        """Returns the sweep of the run in `folder`, None if it has none. Raises InputError for an invalid file."""
         path = folder / SWEEP
         try:
             return read_json(cls, path)
@@ -66,13 +70,14 @@ class Sweep(BaseModel):
 
     @property
     def tags(self) -> dict[str, str]:
-        """sweep.KEY of each setting, written as in YAML."""
-        written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.set.items()}
-        return {f"sweep.{key}": value for key, value in written.items()}
+        """A tag sweep.KEY for each setting, written as in YAML."""
+        return {
+            f"sweep.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in self.set.items()
+        }
 
 
 class Record(BaseModel):
-    """A run's identity and state. `uuid` exists before step 0 and is how a late server's copy is found again."""
+    """A run's identity and status. `uuid` exists before step 0; a server's copy of the run is found by it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,7 +93,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        """Raises InputError for a folder that no job has written."""
+        """Reads the record in `folder`. Raises InputError for a folder that is not a run's."""
         path = folder / RECORD
         try:
             return read_json(cls, path)
@@ -99,30 +104,39 @@ class Record(BaseModel):
     def begin(
         cls, folder: Path, name: str, *, uuid_: str | None = None, tags: dict[str, str], inputs: list[DataInput]
     ) -> "Record":
-        """The record of a new job, or that of the job which is taken up again; on disk when this returns.
+        """Returns the record of a new run, or that of the run which is resumed, after writing it to the disk.
 
         Raises InputError where the folder's record or sweep cannot be read.
         """
         if (folder / RECORD).exists():
             record = cls.read(folder)
-            record.status, record.ended_ms = "RUNNING", None
+            record.status = "RUNNING"
+            record.ended_ms = None
         else:
             record = cls(uuid=uuid_ or new_uuid(), name=name, began_ms=_now_ms())
+        # These are read anew, because a resumed run may have other data or settings than before.
         record.sweep = Sweep.read(folder)
-        record.tags, record.inputs = {**tags, **(record.sweep.tags if record.sweep else {})}, inputs
+        record.tags = {**tags}
+        if record.sweep:
+            record.tags |= record.sweep.tags
+        record.inputs = inputs
         record.write(folder)
         return record
 
     def end(self, folder: Path, status: Status) -> None:
-        self.status, self.ended_ms = status, _now_ms()
+        """Notes how and when the run ended, and writes the record."""
+        self.status = status
+        self.ended_ms = _now_ms()
         self.write(folder)
 
     def write(self, folder: Path) -> None:
+        """Writes the record to `folder`, without secrets."""
         text = json.dumps(redact(self.model_dump(mode="json")), indent=1)
         files.write(folder / RECORD, text.encode() + b"\n")
 
 
 def new_uuid() -> str:
+    """Returns a random UUID for a run, 32 hexadecimal digits."""
     return uuid.uuid4().hex
 
 

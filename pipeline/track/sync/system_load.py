@@ -1,4 +1,4 @@
-"""The load of a node's cores, memory, disk, network and GPUs while a job runs.
+"""Records the load of a node's cores, memory, disk, network and GPUs while a job runs.
 
     MLflow's monitors ──every interval──▶ runs/NAME/system/node-K.jsonl ──Mirror──▶ system/node-K/NAME
 
@@ -17,21 +17,23 @@ from pathlib import Path
 from typing import Any
 
 FIRST_AFTER_S = 1.0
+"""Seconds to the first reading, so that short runs have one, too."""
 
 
 class SystemLoad:
-    """While it is entered, a thread writes a line soon after the start, one each interval, and one at the end.
+    """A context in which a thread writes a line soon after the start, one each interval, and one at the end.
 
-    For one process of each node. A monitor that fails is left out from there on and a line that finds no room is lost:
-    each is said once and ends nothing.
+    One process of each node uses it. A monitor that fails is dropped, and a line that does not fit on the disk is lost:
+    each is reported once and does not end the job.
     """
 
     def __init__(self, folder: Path, node: int, interval_s: float = 10.0) -> None:
-        """`folder`: the run's. `node`: the node's number."""
+        """`folder`: the run's folder. `node`: the node's number."""
         self._path = folder / "system" / f"node-{node}.jsonl"
-        self._node, self._interval_s = node, interval_s
+        self._node = node
+        self._interval_s = interval_s
         self._over = threading.Event()
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="system load", daemon=True)
 
     def __enter__(self) -> "SystemLoad":
@@ -48,9 +50,10 @@ class SystemLoad:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(self._path)
         except Exception as error:
-            self._say_once(f"not recorded: {error}")
+            self._report_once(f"not recorded: {error}")
             return
-        self._sample(monitors)  # the use of cores is counted from the reading before
+        # The use of cores is measured since the previous reading, so the first one only starts that measurement.
+        self._sample(monitors)
         wait_s = min(FIRST_AFTER_S, self._interval_s)
         while True:
             over = self._over.wait(wait_s)
@@ -68,8 +71,8 @@ class SystemLoad:
                 monitor.clear_metrics()
             except Exception as error:
                 monitors.remove(monitor)
-                self._say_once(f"{type(monitor).__name__} has failed and is left out: {error}")
-        # A sensor that a GPU lacks is named by the first reading; MLflow would name it in each.
+                self._report_once(f"{type(monitor).__name__} has failed and is no longer read: {error}")
+        # The first reading reports a sensor that a GPU lacks. MLflow would repeat that at every reading.
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
         return metrics
 
@@ -79,37 +82,46 @@ class SystemLoad:
             with self._path.open("ab", buffering=0) as file:
                 data = json.dumps(line).encode() + b"\n"
                 size = file.tell()
+                # On a full disk only the beginning of a line may be written.
                 if file.write(data) < len(data):
                     file.truncate(size)
                     raise OSError("no room for the line")
         except OSError as error:
-            self._say_once(f"{self._path}: {error}: lines are lost")
+            self._report_once(f"{self._path}: {error}: lines are lost")
 
-    def _say_once(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
+    def _report_once(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
             print(f"system load of node {self._node}: {message}", file=sys.stderr, flush=True)
 
 
 def _monitors() -> list[Any]:
-    importlib.import_module("pipeline.track.tracking_server")  # sets what MLflow reads when it is imported
+    # Importing this module sets the variables that MLflow reads when it is imported.
+    importlib.import_module("pipeline.track.tracking_server")
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(ImportError, RuntimeError):  # a machine without GPUs
+    monitors: list[Any] = [
+        CPUMonitor(),
+        DiskMonitor(),
+        NetworkMonitor(),
+    ]
+    # The monitor raises on a machine without GPUs.
+    with contextlib.suppress(ImportError, RuntimeError):
         monitors.append(GPUMonitor())
     return monitors
 
 
 def _drop_torn_line(path: Path, longest: int = 1 << 16) -> None:
-    """Remove what a process that was killed in the middle of a line has left."""
+    """Removes the incomplete last line that a process leaves which is killed while it writes."""
     if not path.exists():
         return
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         begin = file.seek(max(0, end - longest))
-        if (whole := begin + file.read(end - begin).rfind(b"\n") + 1) < end:
-            file.truncate(whole)
+        tail = file.read(end - begin)
+        complete = begin + tail.rfind(b"\n") + 1
+        if complete < end:
+            file.truncate(complete)

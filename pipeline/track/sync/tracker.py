@@ -1,9 +1,9 @@
-"""What training tells of itself to MLflow, without waiting for it.
+"""Sends a run's progress to MLflow without making training wait.
 
     loop ──on_step, on_evaluation, on_checkpoint──▶ Tracker: wakes ──▶ its thread: Mirror.sync() ──▶ server
 
-What happened is in the run's folder by then, and is taken from there. Importing this does not import MLflow, which
-takes seconds: the thread does.
+By the time of each call the run's folder holds what happened, and the thread sends it from there. Importing this module
+does not import MLflow, which takes seconds: the thread does.
 """
 
 import importlib.metadata
@@ -21,32 +21,39 @@ from pipeline.track.sync.record import RECORD, Record, Status
 if TYPE_CHECKING:
     from pipeline.track.sync.mirror import Mirror
 
-PACE_S, IDLE_S = 1.0, 5.0
-"""Shortest and longest rest between passes."""
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+PACE_S = 1.0
+IDLE_S = 5.0
+"""Shortest and longest pause between passes."""
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 60.0
+"""Pause after the first failure, and the longest one after several: it doubles each time."""
 AWAITED_RETRY_S = 2.0
-"""Longest rest after a failure while the job waits for the server."""
+"""Longest pause after a failure while the job waits for the server."""
 
 
 class Tracker:
-    """A listener on rank 0 that keeps MLflow's copy of the run's folder up to date, from a thread of its own.
+    """A listener on rank 0 that keeps MLflow's copy of the run's folder up to date, in a thread of its own.
 
-    Whatever happens to the server or to the thread is said on standard error and is no reason for training to stop.
+    Failures of the server or of the thread are reported on standard error and never stop training.
     """
 
     def __init__(self, folder: Path, patience_s: float) -> None:
-        """`folder` has its run.json and config.yaml. `patience_s`: the longest that the end of the run is held up."""
-        self._folder, self._patience_s = folder, patience_s
+        """`folder` must hold run.json and config.yaml. `patience_s`: the longest that the run's end waits."""
+        self._folder = folder
+        self._patience_s = patience_s
         self._mirror: Mirror | None = None
         self._news = threading.Event()
         self._turn = threading.Condition()
-        self._asked = self._answered = self._failed = 0  # numbers of flushes
+        # Flushes are numbered: how many were asked for, and the last one that was completed, or that failed.
+        self._asked = 0
+        self._answered = 0
+        self._failed = 0
         self._over = False
         threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's name for the run; None as long as no server has given it one."""
+        """MLflow's id of the run; None as long as no server has created it."""
         return self._mirror.run_id if self._mirror else None
 
     def on_step(self, step: int, metrics: dict[str, float]) -> None:
@@ -59,7 +66,7 @@ class Tracker:
         self._news.set()
 
     def flush(self, patience_s: float | None = None) -> bool:
-        """Wait until a whole pass has been made from now on. False if none has, when patience is over."""
+        """Waits for a complete pass that begins after this call. Returns False if there is none in time."""
         patience_s = self._patience_s if patience_s is None else patience_s
         began = time.monotonic()
         with self._turn:
@@ -69,42 +76,51 @@ class Tracker:
             self._turn.notify_all()
             self._turn.wait_for(lambda: max(self._answered, self._failed) >= asked, patience_s)
             complete = self._answered >= asked
-        if not complete:  # once is enough
-            self._patience_s = max(AWAITED_RETRY_S, self._patience_s - (time.monotonic() - began))
+        if not complete:
+            # The patience is for all waits together: a server that is down holds up the run's end only once.
+            waited_s = time.monotonic() - began
+            self._patience_s = max(AWAITED_RETRY_S, self._patience_s - waited_s)
         return complete
 
     def end(self, status: Status, patience_s: float | None = None) -> bool:
-        """Note how the run has ended and wait until the server has everything. False if it has not, when patience is
-        over; the folder still holds what is missing."""
+        """Notes how the run ended and waits until the server has everything.
+
+        Returns False if the server does not have it within the patience. The folder still holds what is missing.
+        """
+        # On disk first: the status is then in the folder, whatever happens to the server.
         Record.read(self._folder).end(self._folder, status)
         complete = self.flush(patience_s)
         self._over = True
         self._news.set()
         if not complete:
-            _say(f"not everything is sent; python launch/registry.py sync {self._folder} sends the rest")
+            _report(f"not everything is sent; python launch/registry.py sync {self._folder} sends the rest")
         return complete
 
     def _work(self) -> None:
-        troubled, retry_s = False, 0.0
+        troubled = False
+        retry_s = 0.0
         while not self._over:
-            asked, failed = self._asked, False
+            # What happens from here on wakes the thread again, so it must be noted before the pass begins.
+            asked = self._asked
+            failed = False
             self._news.clear()
             try:
                 self._sync()
             except ExternalError as error:
                 if not troubled and not self._over:
-                    _say(f"{error}; nothing is lost: {self._folder} has it all, and it is sent later")
+                    _report(f"{error}; nothing is lost: {self._folder} has it all, and it is sent later")
                 retry_s = min(max(FIRST_RETRY_S, 2 * retry_s), LAST_RETRY_S)
                 troubled = True
             except Exception:
                 if not troubled:
-                    _say(f"{traceback.format_exc()}training goes on, and {self._folder} has all that is not sent")
+                    _report(f"{traceback.format_exc()}training goes on, and {self._folder} has all that is not sent")
                 retry_s = LAST_RETRY_S
                 troubled = failed = True
             else:
                 if troubled:
-                    _say("works again; what had piled up is sent")
-                troubled, retry_s = False, 0.0
+                    _report("connection restored; the backlog is sent")
+                troubled = False
+                retry_s = 0.0
             with self._turn:
                 if failed:
                     self._failed = asked
@@ -120,22 +136,24 @@ class Tracker:
         self._mirror.sync()
 
     def _rest(self, retry_s: float, asked: int) -> None:
-        """Until there is something to do. A flush cuts it short."""
+        """Waits until there is something to do. A flush ends the pause early."""
         with self._turn:
             if retry_s and self._answered < self._asked:
                 retry_s = min(retry_s, AWAITED_RETRY_S)
             self._turn.wait_for(lambda: self._asked > asked or self._over, retry_s or PACE_S)
+        # Some files change without an event of the loop, so the wait for one is limited.
         if not retry_s:
             self._news.wait(IDLE_S)
 
 
 def record_failure(folder: Path, patience_s: float = 10.0) -> None:
-    """Note of a run that has been given up that it FAILED, and wait so long for the server to have everything.
+    """Notes that a run which was given up has FAILED, and waits up to `patience_s` for the server to have everything.
 
-    For who starts a run's processes, once none of them is left. What cannot be done is said and no error. A run that
-    has said itself how it ended stays as it is, and so does one that another job is at work in.
+    The process that started a run's processes calls this, once none of them is left. Errors are reported, not raised. A
+    run that has noted its own end stays as it is, and so does one whose folder another job is using.
     """
-    if not (folder / RECORD).exists():  # it has never begun
+    if not (folder / RECORD).exists():
+        # The run never began.
         return
     try:
         with lease.hold(folder):
@@ -146,16 +164,16 @@ def record_failure(folder: Path, patience_s: float = 10.0) -> None:
             else:
                 tracker.flush()
     except BlockingIOError:
-        _say(f"{folder}: a job is at work in it: not noted as failed")
+        _report(f"{folder}: a job is at work in it: not noted as failed")
     except (InputError, OSError) as error:
-        _say(f"{folder}: not noted as failed: {error}")
+        _report(f"{folder}: not noted as failed: {error}")
 
 
-def packages() -> str:
-    """Installed packages, a line name==version each, sorted."""
-    installed = {f"{found.name}=={found.version}\n" for found in importlib.metadata.distributions()}
+def list_packages() -> str:
+    """Returns the installed packages, one name==version a line, sorted."""
+    installed = {f"{package.name}=={package.version}\n" for package in importlib.metadata.distributions()}
     return "".join(sorted(installed, key=str.lower))
 
 
-def _say(message: str) -> None:
+def _report(message: str) -> None:
     print(f"MLflow: {message}", file=sys.stderr, flush=True)
