@@ -1,10 +1,11 @@
 # make demo    train a small model on real images, end to end
 # make scenes  after it: fine-tune it to segmentation of digits on photographs
 # make boxes   after that: fine-tune it to Mask R-CNN on the same scenes
-# make test    all tests but those that need SLURM or minutes each
+# make check   style, import layers and the fast tests, in a minute and a half: before every commit
+# make test    all tests but those that need SLURM or minutes each: before every push
 # make test-slow     whole runs that take a minute or more each
 # make test-slurm    these, on a cluster that they start (tests/slurm)
-# make lint    style, types and import floors
+# make lint    style, types and import layers
 # make setup   only what those need: .venv with everything in it
 # make peers   .venv-peers, for benchmarks.feed: what we are compared with
 
@@ -15,7 +16,7 @@ BIN := .venv/bin
 RANKS ?= $(shell $(BIN)/python -c "from pipeline import world; print(min(4, world.default_ranks()))")
 DATA := runs/data
 
-.PHONY: demo scenes boxes test test-slow test-slurm lint setup peers
+.PHONY: demo scenes boxes check test test-slow test-slurm lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
@@ -36,6 +37,17 @@ boxes: setup
 		--set init.model=models:/scene-digits@candidate
 	$(BIN)/python launch/evaluate.py --model models:/scenes-mask-rcnn@candidate \
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
+
+# Files of every package whose tests take seconds.
+FAST := config config_cases decoders detr end_to_end files finetune flops goodput guard header keys layers lease masks \
+	network objects old_versions open order paper pvt_convert pvt_timm redact revision roofline saver scenes scripts \
+	security semantic_fpn shards status submit supervise
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST:%=tests/test_%.py)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm -m "not slow"

@@ -359,7 +359,8 @@ def _lie(rng: Rng, root: Path) -> str:
     elif what == "count":
         records = records[: len(records) // 2]
     elif what == "dtype":
-        records = records.astype(pick(rng, ([(name, "<f8") for name in _FIELDS], [("label", "<i4")])))
+        other = records.astype([(name, "<f8") for name in _FIELDS])
+        records = pick(rng, (other, records[["label"]].copy()))
     elif what == "shape":
         records = records.reshape(2, -1)
     elif what == "empty":
