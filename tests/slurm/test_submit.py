@@ -183,7 +183,7 @@ def test_a_run_is_looked_after(cluster: Cluster, own: Path) -> None:
 
     assert cluster.command("stop", run.folder).returncode == 0
     _, followed = following.communicate(timeout=PATIENCE_S)
-    assert "says that this is all" in followed
+    assert "asks for the run to stop here" in followed
     until(lambda: status(cluster, run.folder)[0]["phase"] == "stopped", PATIENCE_S)
     stopped_at = run.events("stopped")[0]["step"]
 
