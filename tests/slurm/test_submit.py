@@ -207,7 +207,7 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("overrides", "message"),
     [
         (["cluster.partition=gpus"], "cluster.partition gpus: there is none of this name, only cpu"),
         (["cluster.nodes=4"], "SLURM would not take the job (4 nodes of 0 GPUs and 1 CPUs): "),
@@ -221,8 +221,8 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
         (["run.root=/proc/runs"], "/proc/runs/tiny: cannot be written: "),
     ],
 )
-def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, config: list[str], message: str) -> None:
-    done = cluster.command("--config", own, *with_settings(*config))
+def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, overrides: list[str], message: str) -> None:
+    done = cluster.command("--config", own, *with_settings(*overrides))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
     assert message in done.stderr
