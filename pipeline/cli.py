@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
+from pipeline import log
 from pipeline.errors import DONE, FAILED, REQUEUE, USAGE, ExternalError, InputError
 from pipeline.redact import RedactedStream, redact
 from pipeline.shards.cache import CacheOptions
@@ -27,12 +28,21 @@ class Subcommand(NamedTuple):
     run: Callable[[Namespace], dict[str, Any]]
 
 
+def make_parser(prog: str, description: str, epilog: str | None = None) -> ArgumentParser:
+    """Returns a parser of a command's arguments that has the options of all commands."""
+    parser = ArgumentParser(prog=prog, description=description, epilog=epilog)
+    log.add_options(parser)
+    return parser
+
+
 def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -> dict[str, Any]:
     """Runs the sub-command that the command line names; returns its result."""
-    parser = ArgumentParser(prog=prog, description=description)
+    parser = make_parser(prog, description)
     parsers = parser.add_subparsers(dest="subcommand", required=True)
     for name, entry in subcommands.items():
-        entry.add_arguments(parsers.add_parser(name, help=entry.help, description=entry.help))
+        subparser = parsers.add_parser(name, help=entry.help, description=entry.help)
+        log.add_options(subparser)
+        entry.add_arguments(subparser)
     arguments = parser.parse_args()
     return subcommands[arguments.subcommand].run(arguments)
 
@@ -44,6 +54,7 @@ def run(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     exits with 85: it was stopped early, and the same command has to be started again. Secrets are removed from the
     result and from standard error.
     """
+    log.configure()
     with contextlib.redirect_stderr(cast(TextIO, RedactedStream(sys.stderr))):
         _run_and_exit(main)
 
@@ -121,6 +132,12 @@ def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
         return value
 
     return finish
+
+
+def show(text: str) -> None:
+    """Prints what a command found, such as a table, on standard error: for people, so not with --quiet."""
+    if not log.is_quiet():
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_overrides(parser: ArgumentParser) -> None:

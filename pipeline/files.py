@@ -8,15 +8,17 @@ import errno
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_LOCKS = (errno.ENOLCK, *_UNSUPPORTED)
@@ -158,7 +160,7 @@ def link(source: Path, target: Path) -> None:
 @functools.cache
 def _report_copied(folder: Path, reason: str) -> None:
     remedy = "choose a folder on a file system with hard links to save disk space"
-    print(f"warning: {folder}: hard links are refused ({reason}), so files are copied: {remedy}", file=sys.stderr)
+    log.warning(f"{folder}: hard links are refused ({reason}), so files are copied: {remedy}")
 
 
 def claim(path: Path, data: bytes) -> None:

@@ -9,8 +9,8 @@ or has left the queue, or when it stays unchanged for STALE_S while another job 
 
 import contextlib
 import json
+import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -20,6 +20,8 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import FAILED
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LEASE = ".lease"
@@ -62,7 +64,7 @@ class Lease:
         """Ends this process at once, with one line, where the folder has been taken over."""
         message = self.lost
         if message:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            log.error(message)
             os._exit(FAILED)
 
     def take(self, has_ended: HasEnded) -> None:
@@ -77,7 +79,7 @@ class Lease:
                 raise BlockingIOError(conflict) from None
         self._write()
         if previous:
-            print(f"{self._folder}: taken over from {previous}", file=sys.stderr, flush=True)
+            log.warning(f"{self._folder}: taken over from {previous}")
             time.sleep(SETTLE_S)
         if self.lost:
             raise BlockingIOError(conflict)
@@ -155,7 +157,7 @@ def find_stale(folder: Path, has_ended: HasEnded = lambda job: False) -> str | N
     if job and has_ended(job):
         return f"{name}, which is not in the queue any more"
     # Another machine's process: only renewals of the lease show that it is alive.
-    print(f"{folder}: watching for {STALE_S:.0f} s whether {name} is at work in it", file=sys.stderr, flush=True)
+    log.info(f"{folder}: watching for {STALE_S:.0f} s whether {name} is at work in it")
     deadline = time.monotonic() + STALE_S
     while time.monotonic() < deadline:
         time.sleep(min(1.0, STALE_S / 10))

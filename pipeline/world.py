@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import logging
 import os
 import resource
 import subprocess
@@ -24,6 +25,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline import nvidia_driver
 from pipeline.errors import FAILED, USAGE, ExternalError, InputError
+
+log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -211,7 +214,7 @@ def _waiting_for_others(world: World) -> Iterator[None]:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if world.is_first:
         others = "1 other rank" if world.size == 2 else f"{world.size - 1} other ranks"
-        print(f"waiting for {others} at {where}", file=sys.stderr, flush=True)
+        log.info(f"waiting for {others} at {where}")
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -295,7 +298,7 @@ def _require_memory(gpu: str, free: int, total: int) -> None:
     usage = f"GPU {gpu} of {os.uname().nodename}: {nvidia_driver.gpus_in_use(gpu, free, total)}"
     if free < MIN_FREE_MEMORY * total:
         raise ExternalError(f"{usage}: end that, or take another GPU with CUDA_VISIBLE_DEVICES")
-    print(f"warning: {usage}", file=sys.stderr, flush=True)
+    log.warning(usage)
 
 
 def keep_freed_memory() -> None:

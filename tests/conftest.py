@@ -1,6 +1,7 @@
 """Small real data sets, configurations, and a way to run code on several ranks."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from pipeline import log
 from pipeline.config import Config, load_config
 from tests.ranks import PATIENCE_S, ROOT, start
 
@@ -25,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Everything computes on the CPU, unless it is asked for the tests that are meant for a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # What is logged in this process goes to standard error without the time, so that tests can compare it.
+    log.configure(logging.Formatter("%(message)s"))
 
 
 def pytest_collection_finish() -> None:

@@ -166,7 +166,7 @@ def test_former_names_are_accepted_with_one_warning(
     config = load_config(tmp_path / "former.yaml")
     assert config == expected
     assert capsys.readouterr().err == (
-        f"warning: {name}.{former} is now called {name}.{present}: rename it in the configuration\n"
+        f"{name}.{former} is now called {name}.{present}: rename it in the configuration\n"
     )
     # The dump has the present name alone, and a resumed run is the same run.
     dumped = yaml.safe_load(dump_config(config))[name]

@@ -176,7 +176,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_replaced(
     path.write_bytes(content)
     process = Process(path, Clock(), resumed_step=50)
     warning = capsys.readouterr().err
-    assert warning.startswith(f"warning: {path}: ")
+    assert warning.startswith(f"{path}: ")
     assert warning.endswith("; the account of time starts here\n")
     process.train(10)
     process.save()
@@ -203,7 +203,7 @@ def test_a_disk_that_fails_is_reported_once_and_costs_the_account_alone(
     path.mkdir()  # no file can be renamed to it
     for _ in range(3):
         process.save()
-    assert capsys.readouterr().err == f"warning: {path} cannot be written: Is a directory\n"
+    assert capsys.readouterr().err == f"{path} cannot be written: Is a directory\n"
     path.rmdir()
     process.save()
     assert Process(path, clock, resumed_step=3).parts()["compute_s"] == pytest.approx(3.0)

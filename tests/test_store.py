@@ -313,7 +313,7 @@ def test_transient_faults_are_overcome(remote: Place, fault: Fault, capfd: pytes
             assert is_right(store), name
             (line,) = capfd.readouterr().err.splitlines()
             url = store.url(other.name if name == "load" else blob.name)
-            assert line.startswith(f"warning: {url}: "), name
+            assert line.startswith(f"{url}: "), name
             assert "attempt 2 of 3 in 0.0 s" in line
 
 

@@ -88,7 +88,7 @@ def test_a_port_in_use_is_one_line_with_the_option() -> None:
         done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 1
     waits, error = done.stderr.splitlines()
-    assert waits.startswith("waiting for 1 other rank at 127.0.0.1:")
+    assert "rank 0: waiting for 1 other rank at 127.0.0.1:" in waits
     assert error.startswith("error: rank 0 of 2 on ")
     assert error.endswith("the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)")
 
@@ -217,7 +217,7 @@ def test_who_uses_a_gpu_is_told(
     world._choose_device(World(), hash_store())
     told = rf"16.0 of 32.0 GiB free: used by pid {os.getppid()} ("
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: GPU 00000000:1b:00.0 of ")
+    assert line.startswith("GPU 00000000:1b:00.0 of ")
     assert told in line
     assert line.endswith(f"pid {2**22 + 1} (unknown)")
     gpus(1, free=0.05)

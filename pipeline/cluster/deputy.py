@@ -1,9 +1,11 @@
 """A step on another node that requeues the job once its first node is lost, and the supervisor with it."""
 
+import logging
 import time
 
-from pipeline.cluster.journal import log
 from pipeline.cluster.slurm import Allocation
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 20
 
@@ -15,9 +17,9 @@ def watch_node(allocation: Allocation, first: str) -> None:
         time.sleep(_POLL_S)
         try:
             if first not in allocation.nodes():
-                log(f"{first} is lost: queueing the job again")
+                log.info(f"{first} is lost: queueing the job again")
                 # SLURM then ends this process, too.
                 allocation.requeue(set())
         except Exception as error:
             # Nobody else is left to try again.
-            log(f"not yet: {error}")
+            log.info(f"not yet: {error}")

@@ -1,10 +1,12 @@
 """The events of a run on the cluster, over all its jobs: runs/NAME/slurm/events.jsonl, and a line each in the log."""
 
 import json
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 SLURM = "slurm"
 EVENTS = f"{SLURM}/events.jsonl"
@@ -27,7 +29,7 @@ class Journal:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         details = [f"{name} {_format_value(value)}" for name, value in fields.items()]
-        log(f"{event}: {', '.join(details)}" if details else event)
+        log.info(f"{event}: {', '.join(details)}" if details else event)
 
     def of_this_job(self) -> list[Event]:
         """Returns the events that this job has written, also before SLURM restarted it."""
@@ -42,10 +44,6 @@ class Journal:
             if event["job"] == self._job:
                 events.append(event)
         return events
-
-
-def log(message: str) -> None:
-    print(f"[{time.strftime('%F %T')}] {message}", file=sys.stderr, flush=True)
 
 
 def _format_value(value: Any) -> str:

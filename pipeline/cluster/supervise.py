@@ -13,6 +13,7 @@ Each of these is an event in the journal, from which a job that SLURM has restar
 
 import collections
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -26,10 +27,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.cluster.job_step import copy_environment, python_command, srun_command, step_environment
-from pipeline.cluster.journal import FAILURES, SLURM, Journal, log
+from pipeline.cluster.journal import FAILURES, SLURM, Journal
 from pipeline.cluster.slurm import Allocation, ask, node_name
 from pipeline.config import ClusterConfig, Config
 from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING, USAGE, ExternalError
+
+log = logging.getLogger(__name__)
 
 LOG = f"{SLURM}/log"
 STOP = f"{SLURM}/stop"
@@ -43,7 +46,7 @@ TIME_LIMIT = signal.SIGUSR1.name
 """The signal that the batch script gets cluster.grace_s before the time limit; at a preemption it is SIGTERM."""
 _EXPECTED_LAST_EVENTS = ("stopping", "stopped", "requeue", "ended")
 """The last events of jobs that SLURM restarts for a known reason."""
-_ERROR_LINE = re.compile(r"\berror: |^\s*\w*(Error|Exception|Interrupt)\b")
+_ERROR_LINE = re.compile(r"\berror: |\bERROR |^\s*\w*(Error|Exception|Interrupt)\b")
 _RANK_LABEL = re.compile(r"^\s*\d+: ")
 _DEAD_TASKS = re.compile(r"srun: error: (\S+): tasks? ")
 
@@ -206,7 +209,7 @@ class Supervisor:
         answers = self._run_on_nodes(nodes, num_ranks, "launch/doctor.py", ["--all-reduce"], ALL_REDUCE_S)
         for answer in answers:
             if "all_reduce_gb_s" in answer:
-                log(f"all-reduce over {answer['ranks']} ranks: {answer['all_reduce_gb_s']:.2f} GB/s")
+                log.info(f"all-reduce over {answer['ranks']} ranks: {answer['all_reduce_gb_s']:.2f} GB/s")
                 return None
         arrived = collections.Counter(answer["node"] for answer in answers if "arrived" in answer)
         started = {name for name in nodes if arrived[name] == num_ranks}
@@ -335,7 +338,7 @@ class Supervisor:
                     over_since = time.monotonic() if is_over() else None
                 elif time.monotonic() - over_since > LAST_WAIT_S:
                     # srun waits forever for a node that no longer answers, although all ranks have ended.
-                    log(f"srun has not ended {LAST_WAIT_S} s after the ranks: ending it")
+                    log.info(f"srun has not ended {LAST_WAIT_S} s after the ranks: ending it")
                     code = self._end_step()
                     break
         self._step = None
@@ -405,7 +408,7 @@ class Supervisor:
     def _leave(self, why: str, exclude: Iterable[str] = ()) -> int:
         """Requeues the job, unless a user has asked for the run to stop. Returns the exit code."""
         if self._is_stop_requested:
-            log(f"{why}; {self._program.folder / STOP} asks for the run to stop here")
+            log.info(f"{why}; {self._program.folder / STOP} asks for the run to stop here")
             return REQUEUE
         # Requeueing would bring back a job that somebody has cancelled.
         if self._allocation.is_ending():

@@ -9,10 +9,10 @@ Verify fails where a checkpoint is damaged, and where none is whole; the remains
 """
 
 import contextlib
+import logging
 import math
 import re
 import statistics
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +27,8 @@ from pipeline.errors import InputError
 from pipeline.train import checkpoint_files
 from pipeline.train.checkpoint_files import COMMIT, FORMAT, step_of
 from pipeline.train.meters import finite_or_none
+
+log = logging.getLogger(__name__)
 
 Check = Callable[[Path], str | None]
 """A function that returns what is wrong with a checkpoint, if anything."""
@@ -47,7 +49,7 @@ def _add_run_and_step(parser: ArgumentParser) -> None:
 
 def _list(arguments: Namespace) -> dict[str, Any]:
     rows = list(_make_rows(_find_checkpoints(arguments.run), _list_row))
-    print(_render_table(rows), file=sys.stderr)
+    cli.show(_render_table(rows))
     committed = [row["step"] for row in rows if row["state"] == "whole?"]
     return {"run": str(arguments.run), "checkpoints": rows, "newest": max(committed, default=None)}
 
@@ -99,7 +101,7 @@ def _verify_row(folder: Path) -> dict[str, Any]:
     details = f": {fault}" if fault else f", {_format_size(row['bytes'])}, {seconds:.1f} s"
     if untrained:
         details += f"; without moments, as only buffers and frozen parameters should be: {', '.join(untrained)}"
-    print(f"{folder.name} {state}{details}", file=sys.stderr, flush=True)
+    cli.show(f"{folder.name} {state}{details}")
     return row
 
 
@@ -114,7 +116,7 @@ def _show(arguments: Namespace) -> dict[str, Any]:
     if fault := checkpoint_files.misfit(folder):
         raise InputError(f"{folder}: {fault}")
     result = {"run": str(arguments.run), **_describe_folder(folder), **_read_contents(folder)}
-    print(_describe_contents(result), file=sys.stderr)
+    cli.show(_describe_contents(result))
     return result
 
 
@@ -232,7 +234,7 @@ def _make_rows(folders: list[Path], make_row: Callable[[Path], dict[str, Any]]) 
         except FileNotFoundError:
             if folder.exists():
                 raise
-            print(f"{folder.name} has been removed in the meantime", file=sys.stderr, flush=True)
+            log.info(f"{folder.name} has been removed in the meantime")
 
 
 def _judge(folder: Path, checks: Iterable[Check], *, sound: str) -> tuple[str, str | None]:

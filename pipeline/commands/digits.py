@@ -6,18 +6,18 @@ python launch/digits.py --out DIR [--classes 0-6]
 nothing is downloaded. Every fifth goes to DIR/val, the others to DIR/train.
 """
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
 
+from pipeline import cli
 from pipeline.errors import InputError
 
 SIZE_PX = 32
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/digits.py", description="Write the demo's images.")
+    parser = cli.make_parser("launch/digits.py", "Write the demo's images.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--classes", default="0-9", metavar="A-B", help="range of digits (default 0-9)")
     arguments = parser.parse_args()

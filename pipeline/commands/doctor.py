@@ -54,7 +54,7 @@ SERVER_S = 5.0
 
 
 def main() -> dict[str, Any] | None:
-    parser = argparse.ArgumentParser(prog="launch/doctor.py", description="Check whether this machine is ready.")
+    parser = cli.make_parser("launch/doctor.py", "Check whether this machine is ready.")
     parser.add_argument("--config", type=Path, metavar="FILE", help="also check what this run would use")
     cli.add_overrides(parser)
     mode = parser.add_mutually_exclusive_group()
@@ -121,7 +121,7 @@ def _print_checks(checks: Iterable[Check]) -> Iterator[Check]:
         state = "ok" if check.ok else "FAILED"
         if check.warning:
             state = "warning"
-        print(f"{state:9}{check.name:11}{check.told}", file=sys.stderr, flush=True)
+        cli.show(f"{state:9}{check.name:11}{check.told}")
         yield check
 
 

@@ -43,7 +43,7 @@ class OpenedModel(NamedTuple):
 
 
 def main() -> dict[str, Any] | None:
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Score a registered model.")
+    parser = cli.make_parser("launch/evaluate.py", "Score a registered model.")
     parser.add_argument("--model", required=True, metavar="URI", help="models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="packed data set, or label maps of ADE20K's layout"

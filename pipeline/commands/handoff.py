@@ -3,16 +3,16 @@
 python launch/handoff.py RUN [--ranks N]
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from pipeline import cli
 from pipeline.errors import InputError
 from pipeline.job.handoff import hand_off
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/handoff.py", description="Start a run's fine-tuning jobs, each once.")
+    parser = cli.make_parser("launch/handoff.py", "Start a run's fine-tuning jobs, each once.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, such as runs/NAME")
     parser.add_argument(
         "--ranks",

@@ -17,7 +17,6 @@ URI is models:/NAME/VERSION or models:/NAME@ALIAS, RUN a run's folder, runs/NAME
 
 import contextlib
 import re
-import sys
 from argparse import ArgumentParser, Namespace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +49,7 @@ def _list(arguments: Namespace) -> dict[str, Any]:
     rows = [_describe_version(version) for version in list_versions(_connect(arguments), arguments.name)]
     if arguments.name and not rows:
         raise InputError(f"{arguments.name}: no registered model has this name, or it has no version")
-    print(_render_table(rows), file=sys.stderr)
+    cli.show(_render_table(rows))
     return {"versions": rows}
 
 
@@ -93,7 +92,7 @@ def _show(arguments: Namespace) -> dict[str, Any]:
         "run id": version.run_id or "none",
         **result["tags"],
     }
-    print("\n".join(printable(line) for line in list_values(result["uri"], rows)), file=sys.stderr)
+    cli.show("\n".join(printable(line) for line in list_values(result["uri"], rows)))
     return result
 
 
@@ -103,7 +102,7 @@ def _verify(arguments: Namespace) -> dict[str, Any]:
     _connect(arguments)
     result = verify(arguments.uri)
     for file in result["files"]:
-        print(file["fault"] or f"{file['file']} is as registered", file=sys.stderr)
+        cli.show(file["fault"] or f"{file['file']} is as registered")
     return result
 
 
@@ -126,7 +125,7 @@ def _lineage(arguments: Namespace) -> dict[str, Any]:
 
     _connect(arguments)
     tree = lineage.lineage(arguments.subject)
-    print(lineage.text(tree), file=sys.stderr)
+    cli.show(lineage.text(tree))
     if arguments.out:
         lineage.draw(tree, arguments.out)
         tree["picture"] = str(arguments.out)
@@ -162,9 +161,9 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         result = promote(arguments.uri, gates, score=score, why=arguments.why)
         world.stop()
     for row in result["gates"]:
-        print(_format_gate(row), file=sys.stderr)
+        cli.show(_format_gate(row))
     if "note" in result:
-        print(f"{result['model']}: {result['note']}", file=sys.stderr)
+        cli.show(f"{result['model']}: {result['note']}")
     return result
 
 
@@ -272,8 +271,8 @@ def _export(arguments: Namespace) -> dict[str, Any]:
     # A classifier makes one prediction for each image, others make one for each position of a map.
     unit = "images" if result["predictions"] == result["images"] else "positions of the maps"
     same = f"{result['same_top1']} of {result['predictions']} {unit} get the same class"
-    print(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:", file=sys.stderr)
-    print(f"  {result['open']}", file=sys.stderr)
+    cli.show(f"{same}, logits differ by up to {result['logit_difference']:.1g}; open it with:")
+    cli.show(f"  {result['open']}")
     return result
 
 
@@ -308,7 +307,7 @@ def _sync(arguments: Namespace) -> dict[str, Any]:
             to_send = "everything, as the server had lost the run"
         left = mirror.behind
         missing = [entry.name for entry in Outbox(folder).missing()]
-    print(f"{folder}: sent: {to_send or 'nothing was missing'}", file=sys.stderr)
+    cli.show(f"{folder}: sent: {to_send or 'nothing was missing'}")
     return {
         "run": str(folder),
         "ok": not left,
@@ -328,7 +327,7 @@ def _relocate(arguments: Namespace) -> dict[str, Any]:
     if database is None or not database.exists():
         raise InputError(f"--tracking-uri {uri}: no such database; give the moved one, as sqlite:///NEW/runs/mlflow.db")
     num_paths = relocate.relocate(database)
-    print(f"{database}: {num_paths} paths were changed", file=sys.stderr)
+    cli.show(f"{database}: {num_paths} paths were changed")
     return {"database": str(database), "paths": num_paths}
 
 

@@ -8,7 +8,6 @@ whole checkpoint is evaluated on the validation data, where both exist; --no-mod
 the data set, which their licence has to allow, together with the ATTRIBUTION.txt beside its manifest.json.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pipeline.job.report_page import REPORT, write_comparison, write_report
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/report.py", description="Write a run, or several, as an HTML page.")
+    parser = cli.make_parser("launch/report.py", "Write a run, or several, as an HTML page.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/NAME")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page (default RUN/{REPORT})")
     parser.add_argument("--no-model", action="store_true", help="do not evaluate the network on the validation data")

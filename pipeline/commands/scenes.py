@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import cli
 from pipeline.commands.digits import digit_range
 from pipeline.errors import InputError, needing
 
@@ -25,7 +26,7 @@ MIN_SIDE_PX, MAX_SIDE_PX = 128, 512
 
 
 def main() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="launch/scenes.py", description="Write scenes as data for dense tasks.")
+    parser = cli.make_parser("launch/scenes.py", "Write scenes as data for dense tasks.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     parser.add_argument(
         "--train", type=non_negative_number, default=400, metavar="N", help="number of training scenes (default 400)"

@@ -11,7 +11,6 @@ python launch/shards.py preview --config FILE              a run's images after 
 
 import argparse
 import contextlib
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -163,7 +162,7 @@ def _show(arguments: Namespace) -> dict[str, Any]:
         root, _ = split_query(arguments.root)
         sheet = Path(f"{Path(root).absolute().name}-sheet.png")
     summary = show_dataset(arguments.root, sheet, arguments.seed)
-    print(format_summary(summary), file=sys.stderr)
+    cli.show(format_summary(summary))
     return summary
 
 
@@ -226,7 +225,7 @@ def _summarise_skipped(faults: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _report_faults(faults: list[SampleFault]) -> dict[str, Any]:
     if faults:
-        print(f"{len(faults)} faults:\n{first_few(faults)}", file=sys.stderr)
+        cli.show(f"{len(faults)} faults:\n{first_few(faults)}")
     return {"ok": not faults, "faults": [fault._asdict() for fault in faults]}
 
 

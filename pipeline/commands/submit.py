@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ from pipeline.redact import redact
 from pipeline.track.code_version import snapshot
 from pipeline.track.sync.record import new_uuid
 
+log = logging.getLogger(__name__)
+
 JOBS = "jobs.json"
 
 
@@ -51,9 +54,9 @@ class Submission(NamedTuple):
 def main() -> dict[str, Any]:
     if sys.argv[1:2] and sys.argv[1] in SUBCOMMANDS:
         return cli.choose("launch/submit.py", "Manage a run on SLURM.", SUBCOMMANDS)
-    parser = argparse.ArgumentParser(
-        prog="launch/submit.py",
-        description="Submit a run to SLURM.",
+    parser = cli.make_parser(
+        "launch/submit.py",
+        "Submit a run to SLURM.",
         epilog=f"To manage it afterwards: launch/submit.py {'|'.join(SUBCOMMANDS)} RUN",
     )
     parser.add_argument("--config", required=True, metavar="FILE")
@@ -80,7 +83,7 @@ def main() -> dict[str, Any]:
 
         for run, _ in runs:
             forecast = start_checks.forecast(run, run.cluster.nodes * run.cluster.ranks)
-            print(f"{run.run.name}: {forecast}", file=sys.stderr)
+            log.info(f"{run.run.name}: {forecast}")
     code = config.run.folder / SLURM / time.strftime("code-%Y%m%dT%H%M%S")
     main_job = _make_job(config, code, len(runs) if arguments.sweep else None)
     children = [_make_handoff_job(config, entry, code) for entry in config.handoff]
@@ -170,7 +173,7 @@ def _show(jobs: list[Submission]) -> dict[str, Any]:
         # On a machine without SLURM the scripts are printed all the same.
         if "has no SLURM" not in str(error):
             raise
-        print("SLURM was not asked whether it would accept this: there is none on this machine", file=sys.stderr)
+        log.warning("SLURM was not asked whether it would accept this: there is none on this machine")
     return {"dry_run": True, "run": str(jobs[0].folder), "jobs": len(jobs)}
 
 
@@ -242,7 +245,7 @@ def _submit(job: Submission, children: list[Submission], sweep: list[tuple[Confi
         slurm.ask("scancel", job_id, *document["handoffs"].values())
         raise
     _write_json(job.folder / SLURM / JOBS, document)
-    print(f"{job.folder}: submitted as job {job_id}", file=sys.stderr)
+    log.info(f"{job.folder}: submitted as job {job_id}")
     return {"run": str(job.folder), **document}
 
 
@@ -281,7 +284,7 @@ def _stop(arguments: argparse.Namespace) -> dict[str, Any]:
     for job_id, state in states.items():
         if state == "RUNNING":
             slurm.ask("scancel", "--batch", "--signal=USR1", job_id)
-            print(f"job {job_id}: asked to save and end", file=sys.stderr)
+            log.info(f"job {job_id}: asked to save and end")
     return {"run": str(folder), "job": job, "was": sorted(set(states.values()))}
 
 
@@ -291,7 +294,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _status(arguments: argparse.Namespace) -> dict[str, Any]:
     status = read_status(arguments.run)
-    print(format_status(status), file=sys.stderr)
+    cli.show(format_status(status))
     return status.document()
 
 
@@ -308,7 +311,7 @@ def _logs(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         lines = run_log.tail(path, arguments.lines, rank=arguments.rank)
     for line in lines:
-        print(line, file=sys.stderr, flush=True)
+        cli.show(line)
     return {"run": str(arguments.run), "log": str(path)}
 
 

@@ -5,7 +5,7 @@ python launch/supervise.py --handoff KEY --of RUN                  a fine-tuning
 python launch/supervise.py --deputy-of NODE                        watch the node on which one of those runs
 """
 
-import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,11 +20,13 @@ from pipeline.errors import DONE, FAILED, USAGE
 from pipeline.job import handoff
 from pipeline.track.sync.tracker import record_failure
 
+log = logging.getLogger(__name__)
+
 CODE = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch/supervise.py", description="The command that a batch script runs.")
+    parser = cli.make_parser("launch/supervise.py", "The command that a batch script runs.")
     parser.add_argument("--config", metavar="FILE")
     cli.add_overrides(parser)
     parser.add_argument("--of", type=Path, metavar="RUN", help="folder of the run that hands off")
@@ -74,7 +76,7 @@ def _handoff_program(parent: Path, key: str) -> Program | None:
     (entry,) = (entry for entry in config.handoff if handoff.entry_key(entry) == key)
     claim, why = handoff.decide(parent, config, entry)
     if claim is None:
-        print(f"{entry.config}: not started: {why}", file=sys.stderr)
+        log.warning(f"{entry.config}: not started: {why}")
         return None
     cluster = handoff.cluster_of(config, entry).model_dump_json()
     overrides = [*claim.overrides(config), f"cluster={cluster}"]

@@ -14,7 +14,7 @@ from pipeline.job import handoff
 
 def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] | None:
     """Runs the job that the command line describes. Returns the result on rank 0."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = cli.make_parser(prog, description)
     parser.add_argument("--config", required=True, metavar="FILE")
     cli.add_overrides(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="refuse to run with any other number of ranks")

@@ -1,12 +1,14 @@
 """The base class of all sections: they are frozen, reject unknown keys, and accept the former names of renamed ones."""
 
+import logging
 import os
-import sys
 import typing
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+log = logging.getLogger(__name__)
 
 NOT_SET = ("null", "none", "off")
 """The words that unset a setting."""
@@ -118,7 +120,7 @@ def _warn_once(former: str, present: str) -> None:
     if former in _reported or rank != "0":
         return
     _reported.add(former)
-    print(f"warning: {former} is now called {present}: rename it in the configuration", file=sys.stderr, flush=True)
+    log.warning(f"{former} is now called {present}: rename it in the configuration")
 
 
 def _scalars(value: Any) -> Iterator[Any]:

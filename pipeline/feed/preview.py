@@ -9,6 +9,7 @@ for images with objects:    the original │ its views, with their targets drawn
 import contextlib
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.show_dataset import draw_annotated
 from pipeline.world import World
 from pvt.detector import Objects
+
+log = logging.getLogger(__name__)
 
 SAMPLES, VIEWS, PAIRS, MAPS = 6, 6, 3, 12
 OBJECTS_TILE_PX = 240
@@ -91,11 +94,7 @@ def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
     """
     name = config.run.name
     batch_size = config.train.global_batch_size
-    print(
-        f"{name}: reading the first batch, {batch_size:,} samples",
-        file=sys.stderr,
-        flush=True,
-    )
+    log.info(f"{name}: reading the first batch, {batch_size:,} samples")
     fed: list[_FedSample] = []
     with contextlib.closing(TrainFeed(config, shards, World())) as feed:
         for batch in feed.next():

@@ -5,7 +5,7 @@ report damaged samples and count towards data.max_bad_fraction; what is fed neve
 """
 
 import json
-import sys
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from pipeline import files
 from pipeline.errors import ExternalError
 from pipeline.shards.index import ShardSet
+
+log = logging.getLogger(__name__)
 
 # The samples that an error lists.
 _MAX_LISTED = 20
@@ -63,20 +65,12 @@ class Quarantine:
             "reason": reason,
         }
         self._bad_samples[shard, row] = line
-        print(
-            f"skipped: {line['tar']}: sample {line['key']!r}: {reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning(f"skipped: {line['tar']}: sample {line['key']!r}: {reason}")
         try:
             self._append(line)
         except OSError as error:
             # A full disk ends no run: another process that reads the sample finds it damaged by itself.
-            print(
-                f"{self._path}: {error}: known to this process alone",
-                file=sys.stderr,
-                flush=True,
-            )
+            log.warning(f"{self._path}: {error}: known to this process alone")
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is None:

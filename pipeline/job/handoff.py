@@ -13,6 +13,7 @@ again is therefore the same run, which continues from its checkpoint or has noth
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from pipeline.lease import LOCK
 from pipeline.track.model_card import ModelCard
 from pipeline.track.sync.outbox import Outbox, faults_of, is_given_up
 from pipeline.track.sync.record import MAIN_METRIC, Record, new_uuid
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +119,7 @@ def start_handoffs(folder: Path, ranks: int) -> None:
             stderr=log,
             start_new_session=True,
         )
-    print(f"{folder}: hands off to {folder / 'handoff'}", file=sys.stderr, flush=True)
+    log.info(f"{folder}: hands off to {folder / 'handoff'}")
 
 
 def check_handoffs(config: Config) -> None:
@@ -148,7 +151,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
             claim, why = decide(folder, config, entry)
             if claim is None:
                 refused.append({"config": entry.config, "why": why})
-                print(f"{entry.config}: not started: {why}", file=sys.stderr, flush=True)
+                log.warning(f"{entry.config}: not started: {why}")
                 continue
             children.append(_run_child(claim, claim_path(folder, entry), config, ranks))
     ok = all(child["result"] is not None for child in children)
@@ -289,9 +292,9 @@ def _run_child(claim: Claim, path: Path, config: Config, ranks: int) -> dict[str
             *arguments,
         ]
         log_path = path.with_suffix(".log")
-        print(f"{claim.folder}: fine-tuning {claim.model}; see {log_path}", file=sys.stderr, flush=True)
-        with log_path.open("ab") as log:
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        log.info(f"{claim.folder}: fine-tuning {claim.model}; see {log_path}")
+        with log_path.open("ab") as output:
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     return {"run": str(claim.folder), "uuid": claim.uuid, "from": claim.model, "result": claim.result()}
 
 

@@ -9,9 +9,8 @@ All of it is written to the run's folder first. The tracking server gets its cop
 
 import functools
 import json
+import logging
 import math
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,8 @@ from pipeline.track.sync.record import MAIN_METRIC, PARENT, DataInput, Record
 from pipeline.track.sync.tracker import Tracker, list_packages
 from pipeline.train.checkpoint_files import EMA, MODEL, Commit, score_of, scores_of
 from pipeline.train.meters import finite_or_none
+
+log = logging.getLogger(__name__)
 
 RESULT = "result.json"
 NUM_PREDICTIONS = 8
@@ -169,7 +170,7 @@ class Publisher:
         try:
             self._offer(step, checkpoint)
         except OSError as error:
-            print(f"{self.outbox.folder}: {error}; this version will not be registered", file=sys.stderr, flush=True)
+            log.error(f"{self.outbox.folder}: {error}; this version will not be registered")
 
     def _draw_predictions(self, checkpoint: Path, validation: ShardSet) -> None:
         """Draws some validation images with the network's predictions."""
@@ -185,7 +186,7 @@ class Publisher:
         try:
             make()
         except Exception:
-            print(f"{self.folder}: no {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+            log.exception(f"{self.folder}: no {name}")
 
     def _copy_manifests(self) -> list[DataInput]:
         """Copies the manifests of the data sets into the run's folder; returns the inputs for its record."""

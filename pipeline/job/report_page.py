@@ -1,7 +1,7 @@
 """Writes a run's report, report.html, or one page for several runs."""
 
 import contextlib
-import sys
+import logging
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 
 if TYPE_CHECKING:
     from pipeline.track.report import Examination
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -69,5 +71,5 @@ def _examine(folder: Path, samples: bool, cache: CacheOptions) -> "Examination |
     except (InputError, ExternalError, OSError) as error:
         return f"Not known: {redact(str(error))}"
     except Exception as error:  # the rest of the page is worth more than a traceback
-        print(f"{folder}: its network could not be examined: {error!r}", file=sys.stderr, flush=True)
+        log.warning(f"{folder}: its network could not be examined: {error!r}")
         return f"Not known: {type(error).__name__}: {error}"

@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import json
+import logging
 import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +47,8 @@ from pipeline.train.stop_signal import StopSignal
 from pipeline.train.trace import Trace
 from pipeline.world import World
 from pvt.model import set_optimised_kernels
+
+log = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine.jsonl"
 
@@ -162,7 +164,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
 
 def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[str, Any]:
     """Registers the last model of a finished run; logs and writes the result of it or of one that was stopped."""
-    print(trainer.goodput.summary(), file=sys.stderr, flush=True)
+    log.info(trainer.goodput.summary())
     if summary.stopped:
         ending = {"requeue": True, "checkpoint": str(summary.checkpoint)}
     else:
@@ -281,7 +283,7 @@ def _count_utilisation(config: Config, world: World, num_classes: int) -> Utilis
         flops_of_image(config.image.size)
     except Exception as error:
         # Some networks of timm cannot be counted, and a run does not need its utilisation.
-        print(f"no MFU for {config.model.name}: {error}", file=sys.stderr, flush=True)
+        log.warning(f"no MFU for {config.model.name}: {error}")
         return None
     return Utilisation(flops_of_image, total)
 
@@ -324,7 +326,7 @@ def _finished_result(folder: Path, schedule: Schedule, checkpoint: Checkpoint | 
     step = checkpoint.state.step if checkpoint else result.get("steps", 0)
     if result.get("requeue") or step < schedule.total:
         return None
-    print(f"{folder}: finished before, at step {step}; nothing to do", file=sys.stderr)
+    log.info(f"{folder}: finished before, at step {step}; nothing to do")
     return result
 
 
@@ -346,7 +348,7 @@ def _claim_folder(folder: Path, world: World, claim: Claim | None) -> Iterator[L
             lease = held.enter_context(hold(folder, slurm.has_ended))
         except BlockingIOError:
             if is_same_run:
-                print(f"{folder}: this hand-off is at work already", file=sys.stderr, flush=True)
+                log.info(f"{folder}: this hand-off is at work already")
                 yield None
                 return
             raise InputError(
@@ -393,7 +395,6 @@ def _log_start(
     steps = f"steps {state.step} to {schedule.total} ({feed.order.steps_per_epoch} an epoch)"
     batch = f"{world.size} ranks × {rank_slice.accumulation} × {rank_slice.micro_batch_size} samples"
     engine = f"ZeRO-{zero_stage} {config.engine.precision}"
-    lines = [f"{config.run.folder}: {config.model.name}, {steps}, {batch} on {world.device.type}, {engine}"]
+    log.info(f"{config.run.folder}: {config.model.name}, {steps}, {batch} on {world.device.type}, {engine}")
     if padding := start_checks.padding(feed.order, world.size, config):
-        lines.append(padding)
-    print("\n".join(lines), file=sys.stderr, flush=True)
+        log.info(padding)

@@ -13,6 +13,7 @@ fit.
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import shlex
 import sys
@@ -29,6 +30,8 @@ from pipeline.feed.order import Order, partition
 from pipeline.job.local_ranks import run_ranks
 from pipeline.shards.open_data import open_training
 from pipeline.shards.process_pool import cores
+
+log = logging.getLogger(__name__)
 
 TRIAL = ["-P", "-m", "pipeline.job.tune_trial"]
 """With -P nothing in the working directory shadows a module."""
@@ -107,7 +110,7 @@ class Search:
     def run(self) -> Trial:
         """Returns the best trial. Raises InputError where the configuration is refused as it is, ExternalError where
         nothing fits or no trial has ended in time."""
-        print(f"{'':60}{'images/s':>11}{'step ms':>10}{'GB':>8}", file=sys.stderr, flush=True)
+        log.info(f"{'':60}{'images/s':>11}{'step ms':>10}{'GB':>8}")
         with contextlib.suppress(_OutOfTimeError):
             # The micro-batch comes first: whether the other settings pay depends on it.
             self._find_micro_batch()
@@ -246,7 +249,7 @@ def _print_row(changes: Overrides, result: str, *, again: bool = False) -> None:
     if again:
         settings = f"again: {settings}"
     last_line = result.splitlines()[-1].strip()
-    print(f"{settings:60}{last_line[:120]:>29}", file=sys.stderr, flush=True)
+    log.info(f"{settings:60}{last_line[:120]:>29}")
 
 
 def format_overrides(overrides: Overrides) -> list[str]:
@@ -283,7 +286,8 @@ def tune(
     search = Search(config, sizes, configured, measure, 60 * minutes)
     best = search.run()
     summary = _summarise(search, best, ranks, minutes, busy)
-    print("\n".join(summary), file=sys.stderr, flush=True)
+    for line in summary:
+        log.info(line)
     command = shlex.join(["python", *sys.argv])
     head = [f"{path}, tuned on {time.strftime('%F')}:", "", f"  {command}", "", *summary]
     overrides = [*given, *format_overrides(search.chosen)]

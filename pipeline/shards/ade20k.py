@@ -8,8 +8,8 @@ A map has 8 bits a pixel: 0 no label, 1 … K the classes, 255 to be ignored.
 """
 
 import itertools
+import logging
 import os
-import sys
 from pathlib import Path
 
 from pipeline import files
@@ -18,6 +18,8 @@ from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import files_below, report_ignored
 from pipeline.shards.image_sources import EXTENSIONS, ImageEntry, ImageListing, key_of, make_listing
 from pipeline.shards.manifest import MANIFEST
+
+log = logging.getLogger(__name__)
 
 ANNOTATIONS, IMAGES = "annotations", "images"
 CLASSES = "objectInfo150.txt"
@@ -98,7 +100,7 @@ def _find_files(folder: Path, extensions: tuple[str, ...]) -> dict[str, list[str
             skipped.append(path)
     report_ignored(ignored)
     if skipped:
-        print(f"skipped {len(skipped)} files that are not {', '.join(extensions)}: {skipped[0]} …", file=sys.stderr)
+        log.warning(f"skipped {len(skipped)} files that are not {', '.join(extensions)}: {skipped[0]} …")
     return paths
 
 

@@ -1,13 +1,15 @@
 """Lists samples and images that cannot be used, and why: on standard error, in the JSON result and in skipped.jsonl."""
 
 import json
-import sys
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import files
 from pipeline.redact import printable
+
+log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 10
@@ -59,7 +61,7 @@ def write_skipped(folder: Path, faults: Sequence[SampleFault | BadSource]) -> No
     path.unlink(missing_ok=True)
     if faults:
         write_faults(path, faults)
-        print(f"skipped {len(faults)}, listed in {SKIPPED}", file=sys.stderr)
+        log.warning(f"skipped {len(faults)}, listed in {SKIPPED}")
 
 
 def read_skipped(folder: Path) -> list[dict[str, str | None]]:

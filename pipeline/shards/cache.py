@@ -11,10 +11,10 @@ removed.
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 from pipeline import files
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 _OURS = re.compile(rf"[0-9a-f]{{64}}({re.escape(PARTIAL)})?")
@@ -153,6 +155,7 @@ class Cache:
                 with files.locked(self._ledger, mode=0o600):
                     partial.rename(path)
                 renamed = True
+                log.debug(f"cache {self.folder}: fetched {sha256}, {num_bytes:,} bytes")
                 return True
             finally:
                 # Once renamed, another process may have begun a new partial file.
@@ -224,7 +227,7 @@ class Cache:
         """Reports each kind of problem once."""
         if kind not in self._reported:
             self._reported.add(kind)
-            print(f"warning: cache {self.folder}: {text}", file=sys.stderr, flush=True)
+            log.warning(f"cache {self.folder}: {text}")
 
 
 def _format_gib(num_bytes: int) -> str:

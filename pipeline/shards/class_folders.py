@@ -6,11 +6,13 @@
 Ignored entries never belong to a data set: thumbnails, backup copies of editors, folders of storage systems.
 """
 
+import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _SYSTEM = frozenset(
     {
@@ -101,4 +103,4 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def report_ignored(ignored: Sequence[str]) -> None:
     if ignored:
-        print(f"ignored {len(ignored)} hidden and system entries, the first is {ignored[0]!r}", file=sys.stderr)
+        log.info(f"ignored {len(ignored)} hidden and system entries, the first is {ignored[0]!r}")

@@ -10,9 +10,9 @@ rejected. object_annotations.packed_form says what happens to odd polygons.
 """
 
 import json
+import logging
 import os
 import re
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from pipeline.shards.class_folders import files_below
 from pipeline.shards.image_sources import ImageEntry, ImageListing, key_of, make_listing
 from pipeline.shards.manifest import MAX_CLASSES
 from pipeline.shards.object_annotations import Annotated, BadObjectsError, encode, num_pointless, packed_form
+
+log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 4 << 30
 """The limit for an annotation file, which takes several times as much memory in Python. COCO's have 0.5 GB."""
@@ -104,9 +106,9 @@ def find(annotations: str | Path, images: str | Path | None = None, classes: lis
         data = encode(Annotated(number, picture.height, picture.width, packed))
         entries.append(ImageEntry(key, place, 0, annotation=data))
     if num_empty:
-        print(f"{path}: {num_empty} boxes without area, which training ignores", file=sys.stderr)
+        log.warning(f"{path}: {num_empty} boxes without area, which training ignores")
     if num_polygons:
-        print(f"{path}: skipped {num_polygons} polygons of fewer than three points", file=sys.stderr)
+        log.warning(f"{path}: skipped {num_polygons} polygons of fewer than three points")
     return make_listing(classes, entries, bad, annotations="objects")
 
 

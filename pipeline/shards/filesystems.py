@@ -8,9 +8,9 @@ Every byte of a large remote file comes through one primitive, the range request
 
 import errno
 import io
+import logging
 import os
 import re
-import sys
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from pipeline.redact import redact, split_url
 from pipeline.shards.class_folders import files_below, is_system, report_ignored
 from pipeline.shards.open_files import Descriptors
 from pipeline.shards.retry import Retry, StoreError, WrongBytes
+
+log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 << 20
 """The largest range request: what a broken connection costs, and large enough for its latency not to matter."""
@@ -268,10 +270,9 @@ class Remote:
         data, is_partial = self._fetch(path, size, num_bytes, start=offset)
         if self.honours_ranges and not is_partial and size < total:
             self.honours_ranges = False
-            print(
-                f"warning: {self.url(name)}: the server ignores Range and sends whole files, "
-                "so reading single samples from it is slow; give the cache room for the shards in use",
-                file=sys.stderr,
+            log.warning(
+                f"{self.url(name)}: the server ignores Range and sends whole files, "
+                "so reading single samples from it is slow; give the cache room for the shards in use"
             )
         if len(data) != size:
             raise WrongBytes(f"{len(data)} bytes arrived instead of {size} from offset {offset}")

@@ -15,10 +15,10 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -33,6 +33,8 @@ from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import entries_of, files_below, is_folder, is_system, report_ignored
 from pipeline.shards.labels import are_several, check_first, is_number
 from pipeline.shards.manifest import Annotations
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """The extensions of files that are images in class folders."""
@@ -135,7 +137,7 @@ def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing
                 skipped.append(path)
     report_ignored(ignored)
     if skipped:
-        print(f"skipped {len(skipped)} files that are no class's images: {skipped[0]} …", file=sys.stderr)
+        log.warning(f"skipped {len(skipped)} files that are no class's images: {skipped[0]} …")
     empty = [BadSource(str(images / name), name, _NO_IMAGES) for name in folders if not pictures[name]]
     if classes is None:
         classes = [name for name in folders if pictures[name]]

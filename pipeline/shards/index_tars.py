@@ -10,9 +10,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -33,6 +33,8 @@ from pipeline.shards.process_pool import advance, map_tasks
 from pipeline.shards.scan_tar import Look, Sample, Scan, samples, scan_tar
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
+
+log = logging.getLogger(__name__)
 
 _COMPRESSIONS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
@@ -131,12 +133,11 @@ def _report_scans(scans: list[Scan], num_tars: int) -> None:
     num_ignored = sum(scan.num_ignored for scan in scans)
     num_usable = sum(sum(scan.num_parts) for scan in usable)
     num_samples = sum(len(scan.keys) for scan in usable)
-    print(
+    log.info(
         f"found {num_tars} tars with {num_files} files; "
         f"usable: {len(usable)} tars with {num_usable} files of {num_samples} samples; "
         f"refused: {num_tars - len(usable)} tars, {num_files - num_usable - num_ignored} files; "
-        f"ignored: {num_ignored} files that are hidden, system files or without extension",
-        file=sys.stderr,
+        f"ignored: {num_ignored} files that are hidden, system files or without extension"
     )
     names: dict[str, str] = {}
     duplicates = []
@@ -146,7 +147,7 @@ def _report_scans(scans: list[Scan], num_tars: int) -> None:
             duplicates.append(scan.name)
     if duplicates:
         shown = ", ".join(duplicates[:SHOWN])
-        print(f"warning: these tars repeat others, so their samples count more than once: {shown}", file=sys.stderr)
+        log.warning(f"these tars repeat others, so their samples count more than once: {shown}")
 
 
 def _prepare_output(store: Store, root: str, out: Path | None) -> Path:
@@ -216,7 +217,7 @@ def _choose_source(store: Store, names: list[str]) -> str:
                 f"{store.url(name)}: no label can be seen in the first sample, {sample.key!r} with parts "
                 f"{', '.join(sample.members)}: give --labels json:FIELD{hint}"
             )
-        print(f"labels: {source}, after the first sample {sample.key!r}; --labels overrides this", file=sys.stderr)
+        log.info(f"labels: {source}, after the first sample {sample.key!r}; --labels overrides this")
         return source
     # There is no sample to judge by; the scan reports why.
     return "cls"

@@ -1,10 +1,12 @@
 """Interprets labels as people write them: class names, or numbers that are positions in a class list."""
 
+import logging
 import re
-import sys
 from collections.abc import Collection
 
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def is_number(label: str) -> bool:
@@ -34,9 +36,8 @@ def number_names(numbers: Collection[int], where: str) -> list[str]:
     smallest = min(numbers, default=0)
     largest = max(numbers, default=-1)
     if smallest > 0:
-        print(
-            f"warning: {where}: labels are {smallest} … {largest} and none is 0, so class 0 has no samples; "
-            "if they count from 1, subtract 1 from each, or the network has an output that is never used",
-            file=sys.stderr,
+        log.warning(
+            f"{where}: labels are {smallest} … {largest} and none is 0, so class 0 has no samples; "
+            "if they count from 1, subtract 1 from each, or the network has an output that is never used"
         )
     return [str(number) for number in range(largest + 1)]

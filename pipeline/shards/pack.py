@@ -20,9 +20,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -45,6 +45,8 @@ from pipeline.shards.manifest import EXTENSIONS, MANIFEST, Annotations, Manifest
 from pipeline.shards.object_annotations import BadObjectsError
 from pipeline.shards.process_pool import advance, map_tasks
 from pipeline.shards.tar import padded
+
+log = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -193,7 +195,7 @@ def _open_partial(out: Path, name: str) -> Iterator[Path]:
                     parent.rmdir()
             raise
         except BaseException:
-            print(f"{partial} keeps what is done: the same command continues from there", file=sys.stderr)
+            log.info(f"{partial} keeps what is done: the same command continues from there")
             raise
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -4,7 +4,7 @@ ROOT/annotations/SPLIT                   ade20k ┐
 ROOT/annotations/instances_SPLIT.json    coco   ┴──find, pack: once──▶ CACHE/LAYOUT-DIGEST, a packed data set
 """
 
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from pipeline.shards.image_sources import ImageListing
 from pipeline.shards.manifest import FORMAT, MANIFEST
 from pipeline.shards.pack import pack
 from pipeline.shards.process_pool import cores
+
+log = logging.getLogger(__name__)
 
 
 class _Layout(NamedTuple):
@@ -56,7 +58,7 @@ def packed(path: str | Path, cache: Path | None = None) -> Path:
     out = folder / f"{layout.name}-{digest}"
     with files.locked(out.with_name(f"{out.name}.lock")):
         if not (out / MANIFEST).exists():
-            print(f"{path}: packing it into {out}, once", file=sys.stderr)
+            log.info(f"{path}: packing it into {out}, once")
             pack(layout.find(path), out, workers=cores())
     return out
 

@@ -5,9 +5,9 @@ call ──fails──▶ wait ──▶ call ──fails──▶ … ──▶
 
 import errno
 import itertools
+import logging
 import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from pipeline.errors import ExternalError
 from pipeline.files import UnreadableError
 from pipeline.redact import redact
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -68,7 +70,7 @@ class Retry:
                     raise StoreError(f"{url}: {cause}; given up after {attempt} {unit}") from None
             wait_s = self.first_wait_s * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.0)
             more = f"attempt {attempt + 1} of {self.attempts} in {wait_s:.1f} s"
-            print(f"warning: {url}: {cause}; {more}", file=sys.stderr, flush=True)
+            log.warning(f"{url}: {cause}; {more}")
             time.sleep(wait_s)
         raise AssertionError("unreachable")
 

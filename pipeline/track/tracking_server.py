@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import files
 from pipeline.errors import ExternalError, InputError
+from pipeline.log import shows_details
 from pipeline.redact import redact
 from pipeline.track.relocate import former_folders
 
@@ -41,7 +42,8 @@ _CLIENTS = {
     "google",
 }
 # MLflow's progress messages are of no use in a job's log.
-logging.getLogger("mlflow").setLevel(logging.WARNING)
+if not shows_details():
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 _SQLITE = "sqlite:///"
 _VARIABLE = "MLFLOW_TRACKING_URI"

@@ -14,8 +14,8 @@ stage. `saver.py` writes them.
 
 import dataclasses
 import json
+import logging
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +48,8 @@ from pipeline.train.engine import Engine
 from pipeline.train.loss_scale import LossScale
 from pipeline.train.moments import ReadMoment
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 # Entries of the identity that no resume.allow can bridge.
 SHAPES_WEIGHTS = ("model", "model_image_size", "image_size", "num_classes", "task")
@@ -218,7 +220,7 @@ class Checkpoints:
             aside = self.folder.with_name(f"{self.folder.name}-{now}")
             self.folder.rename(aside)
             message = f"resume.start_over: starting at step 0; {aside} holds the checkpoints"
-            print(message, file=sys.stderr, flush=True)
+            log.warning(message)
 
     def find_regular(self, retention: Retention, safe_step: int) -> Path | None:
         """Returns the newest whole checkpoint on the regular grid at or before `safe_step`. It reads every byte, so one
@@ -249,11 +251,9 @@ def _choose_start(named: Path, own: Path | None) -> Path:
             raise InputError(f"resume.source {named}: {fault}")
         return named
     if named.resolve() != own.resolve():
-        print(
+        log.warning(
             f"{own}: the run goes on from here: it has begun, and resume.source {named} is where it began; to start "
-            "there anew, choose another run.name",
-            file=sys.stderr,
-            flush=True,
+            "there anew, choose another run.name"
         )
     return own
 

@@ -11,10 +11,10 @@ This module imports neither torch nor DeepSpeed, so that commands that only look
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +27,8 @@ from pipeline.config import read_json, validated
 from pipeline.config.fields import text_matching
 from pipeline.errors import InputError
 from pipeline.files import open_regular
+
+log = logging.getLogger(__name__)
 
 COMMIT, MODEL, EMA, STATE = "COMMIT.json", "model.safetensors", "ema.safetensors", "state.json"
 FORMAT = 2
@@ -136,7 +138,7 @@ def is_whole(folder: Path) -> bool:
     since the one before."""
     fault = damage(folder)
     if fault:
-        print(f"{folder} is skipped: {fault}", file=sys.stderr, flush=True)
+        log.warning(f"{folder} is skipped: {fault}")
     return fault is None
 
 

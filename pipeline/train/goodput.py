@@ -10,7 +10,7 @@ started, and both are "down".
 """
 
 import contextlib
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import read_json
 from pipeline.errors import InputError
+
+log = logging.getLogger(__name__)
 
 Category = Literal[
     "compute",  # of steps done for the first time, and not taken back since
@@ -131,7 +133,7 @@ class Goodput:
             partial.rename(self._path)
         except OSError as error:
             if not self._save_failed:
-                print(f"warning: {self._path} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+                log.warning(f"{self._path} cannot be written: {error.strerror}")
             self._save_failed = True
 
     def report(self) -> dict[str, float]:
@@ -188,5 +190,5 @@ def _read_account(path: Path | None, resumed_step: int) -> _Account | None:
         fault = error.strerror or str(error)
     except InputError as error:
         fault = str(error).removeprefix(f"{path}: ")
-    print(f"warning: {path}: {fault}; the account of time starts here", file=sys.stderr, flush=True)
+    log.warning(f"{path}: {fault}; the account of time starts here")
     return None

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import logging
 import os
 import socket
 import statistics
@@ -24,6 +25,8 @@ from typing import NoReturn
 import torch
 
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 _OTHERS_S = 3.0
 """How long a rank that gives up lets the others write their stacks: a launcher ends all once one has ended."""
@@ -288,7 +291,7 @@ class Stragglers:
         for rank, speed in self.compare(times):
             if world.is_first:
                 line = f"rank {rank} is slow: {speed:.2f} of the median rank's speed"
-                print(line, file=sys.stderr, flush=True)
+                log.warning(line)
         slowest_s = max(times)
         reading["slowest_rank"] = times.index(slowest_s)
         reading["slowest_speed"] = statistics.median_low(times) / slowest_s

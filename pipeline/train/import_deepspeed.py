@@ -20,6 +20,8 @@ import deepspeed.runtime.compiler
 import deepspeed.runtime.zero.config
 import deepspeed.utils
 
+from pipeline.log import shows_details
+
 
 def prepare_deepspeed() -> None:
     """Has `deepspeed.initialize` skip what takes time and is not used, and log to standard error."""
@@ -45,7 +47,8 @@ def _import_muon_without_compiling() -> None:
 def _log_to_stderr() -> None:
     # DeepSpeed logs to standard output, whose last line is a command's result.
     logger = deepspeed.utils.logger
-    logger.setLevel(logging.WARNING)
+    if not shows_details():
+        logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)

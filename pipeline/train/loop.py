@@ -7,7 +7,7 @@ fetch ──▶ forward ──▶ agree ──▶ account for the step before �
 
 import contextlib
 import dataclasses
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +38,8 @@ from pipeline.train.schedule import Schedule
 from pipeline.train.stop_signal import StopSignal
 from pipeline.train.trace import Trace
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,7 +412,7 @@ class Trainer:
     def _give_up(self, what: str, error: ExternalError | None) -> NoReturn:
         """Saves, then raises what has gone wrong on this rank, or that something has on another."""
         if error:
-            print(f"rank {self.world.rank} {what}; saving before the end", file=sys.stderr, flush=True)
+            log.warning(f"this rank {what}; saving before the end")
         # The state is sound: the step that cannot be taken was discarded, so the run loses nothing.
         if self.guard.must_roll_back:
             self._roll_back()

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,8 @@ from pipeline import files
 if TYPE_CHECKING:
     from pipeline.train.guard import Anomaly
     from pipeline.train.outcome import Outcome
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class JsonLines:
             append_whole(self._path, "".join(self._unwritten).encode())
         except OSError as error:
             if len(self._unwritten) == 1:
-                print(f"{self._path}: {error}; its lines are kept until they can be written", file=sys.stderr)
+                log.warning(f"{self._path}: {error}; its lines are kept until they can be written")
             return
         self._unwritten.clear()
 
@@ -146,7 +148,7 @@ class Anomalies:
 
     def write(self, anomaly: "Anomaly", keys: list[str]) -> None:
         step = anomaly.step + 1
-        print(f"step {step}: {anomaly.kind}: {anomaly.message}", file=sys.stderr, flush=True)
+        log.warning(f"step {step}: {anomaly.kind}: {anomaly.message}")
         self._lines.append({**dataclasses.asdict(anomaly), "step": step, "samples": keys})
 
 
@@ -206,4 +208,4 @@ class Progress:
         self._print(step, f"checkpoint {folder}")
 
     def _print(self, step: int, text: str) -> None:
-        print(f"step {step}/{self._total_steps}  {text}", file=sys.stderr, flush=True)
+        log.info(f"step {step}/{self._total_steps}  {text}")

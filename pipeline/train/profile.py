@@ -13,8 +13,8 @@ import functools
 import gzip
 import heapq
 import json
+import logging
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +28,8 @@ from pipeline import files
 from pipeline.config import Config
 from pipeline.train import op_kinds
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 TRACE, NUMBERS, SUMMARY = "trace.json.gz", "profile.json", "summary.md"
 STEP = "training step"
@@ -117,7 +119,7 @@ class Profiler:
         try:
             yield
         except Exception as error:
-            print(f"warning: {self._folder}: no profile: {error!r}", file=sys.stderr, flush=True)
+            log.warning(f"{self._folder}: no profile: {error!r}")
             self.close()
 
     def _write(self, profile: torch.profiler.profile) -> None:
@@ -138,8 +140,8 @@ class Profiler:
         files.write(self._folder / NUMBERS, document.encode())
         files.write(self._folder / SUMMARY, summary.encode())
         phases = _format_shares(costs.phases, costs.step_ms)
-        print(f"profile of {which}: {headline}", file=sys.stderr)
-        print(f"profile: {phases}; more in {self._folder / SUMMARY}", file=sys.stderr, flush=True)
+        log.info(f"profile of {which}: {headline}")
+        log.info(f"profile: {phases}; more in {self._folder / SUMMARY}")
 
     def _format_headline(self, costs: Costs) -> str:
         config, world = self._config, self._world

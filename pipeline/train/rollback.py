@@ -1,6 +1,6 @@
 """Rolling back: a run whose loss has gone wrong returns to weights from before that, and goes on with later data."""
 
-import sys
+import logging
 from collections.abc import Callable
 
 from pipeline.train.checkpoint import Checkpoint
@@ -9,6 +9,8 @@ from pipeline.train.engine import Engine
 from pipeline.train.guard import Diverged, Guard
 from pipeline.train.saver import Saver
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 
 def roll_back(
@@ -44,11 +46,7 @@ def roll_back(
     engine.load_weights(saved.weights())
     saved.restore(engine, ema)
     if world.is_first:
-        print(
-            f"step {step}: back to the weights of {saved.folder}; the data since then is skipped",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning(f"step {step}: back to the weights of {saved.folder}; the data since then is skipped")
         _remove_later_checkpoints(saver, saved.state.step, step)
     world.barrier()
     return saved.state.step

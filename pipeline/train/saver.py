@@ -11,8 +11,8 @@ next is due before it has ended, training waits.
 
 import dataclasses
 import hashlib
+import logging
 import os
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
 from pipeline.train.snapshot import Snapshot
 from pipeline.world import World
+
+log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3
 
@@ -98,6 +100,7 @@ class Saver:
             contents[STATE] = memoryview(self.checkpoints.state_document(state))
         self._folder = folder
         self._safe_step = safe_step
+        log.debug(f"{folder}: copied to memory, writing {len(contents)} files in the background")
         self._writing = self._writing_thread.submit(self._write_files, folder, contents)
 
     def _own_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -119,7 +122,7 @@ class Saver:
         lost = self._lease.lost if self._lease else None
         # Reported before the others hear of it: a launcher ends all ranks as soon as one has ended.
         if lost:
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+            log.error(lost)
         if self._world.from_first(bool(lost)):
             os._exit(FAILED)
 
@@ -156,7 +159,7 @@ class Saver:
         try:
             self.checkpoints.retain(self.retention, step_of(folder), self._safe_step)
         except OSError as error:
-            print(f"old checkpoints could not be removed: {error}", file=sys.stderr, flush=True)
+            log.warning(f"old checkpoints could not be removed: {error}")
 
     def progress(self) -> list[float]:
         """Returns what this rank knows of the save under way, each 0 or 1: its files are written, something has failed,
@@ -212,7 +215,7 @@ class Saver:
         """`fault` is known on the ranks that met it."""
         self._failures += 1
         if fault:
-            print(f"{folder}: could not be saved: {fault}; training goes on", file=sys.stderr, flush=True)
+            log.error(f"{folder}: could not be saved: {fault}; training goes on")
         if self._failures >= _MOST_FAILURES:
             reason = f": {fault}" if fault else ""
             raise SaveError(
@@ -224,7 +227,7 @@ class Saver:
         try:
             self.checkpoints.sweep()
         except OSError as error:
-            print(f"{folder}: its remains could not be removed: {error}", file=sys.stderr, flush=True)
+            log.warning(f"{folder}: its remains could not be removed: {error}")
 
     def close(self) -> None:
         self._writing_thread.shutdown()

@@ -7,15 +7,17 @@ Handlers written in Python run on the main thread between its bytecodes, so not 
 another rank. The C handler writes to the socket at once.
 """
 
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import Any, NoReturn
 
 from pipeline.errors import REQUEUE, STOPPING
+
+log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ECHO_S = 1.0
@@ -88,13 +90,13 @@ class StopSignal:
                 if not first_s:
                     self.requested = name
                     rule = f"a second signal or {self._deadline_s:g} s force it"
-                    print(f"{name}: {STOPPING}; {rule}", file=sys.stderr, flush=True)
+                    log.warning(f"{name}: {STOPPING}; {rule}")
                 elif _is_second(number, now_s, first_s):
                     self._force(f"{name} after {self.requested}")
                 first_s.setdefault(number, now_s)
 
     def _force(self, reason: str) -> NoReturn:
-        print(f"{reason}: forced out, without saving", file=sys.stderr, flush=True)
+        log.warning(f"{reason}: forced out, without saving")
         os._exit(self._exit_code)
 
 

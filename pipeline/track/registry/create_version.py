@@ -4,9 +4,9 @@ entry ──build──▶ staged/ ──upload──▶ logged model ──fina
                               └─ what an attempt leaves that ends before: removed by the next one
 """
 
+import logging
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from pipeline.track.registry.find_versions import list_versions
 from pipeline.track.registry.model_files import ARTIFACTS
 from pipeline.track.registry.version_tags import DIGEST, GOOD, LOGGED, METRIC, SCORED
 from pipeline.track.tracking_server import with_retries
+
+log = logging.getLogger(__name__)
 
 _ENTRY = "entry"
 """Tag of a logged model: which entry it was made from."""
@@ -101,7 +103,7 @@ def remove_files(client: MlflowClient, model_id: str, location: str) -> None:
         get_artifact_repository(location, tracking_uri=client.tracking_uri).delete_artifacts()
     except Exception as error:
         # Some stores do not allow it; `mlflow gc` removes such files.
-        print(f"warning: {location}: its files could not be removed: {error}", file=sys.stderr, flush=True)
+        log.warning(f"{location}: its files could not be removed: {error}")
     client.delete_logged_model(model_id)
 
 

@@ -12,10 +12,10 @@ repeated import gives the same run and the same version.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import pickle
 import re
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -38,6 +38,8 @@ from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.track.registry import model_files, registry
 from pvt.convert import from_any
 from pvt.create import create_model
+
+log = logging.getLogger(__name__)
 
 EXPERIMENT = "import"
 _MAX_NAMED = 5
@@ -294,11 +296,7 @@ def _announce(weights: Weights, file: Path, image_size: int, num_classes: int) -
     entry = f" of its entry {weights.entry} (--weights takes another)" if weights.entry else ""
     head = f"a head of {num_classes} classes" if num_classes else "no head"
     skipped = f"; skipped: {_list_some(weights.skipped)}" if weights.skipped else ""
-    print(
-        f"{file}: {len(weights.tensors)} tensors{entry}, {head}, {image_size} px{skipped}",
-        file=sys.stderr,
-        flush=True,
-    )
+    log.info(f"{file}: {len(weights.tensors)} tensors{entry}, {head}, {image_size} px{skipped}")
 
 
 def _find_file(source: Path) -> Path:

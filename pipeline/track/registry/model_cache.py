@@ -10,9 +10,9 @@ read-only, so that nothing is added to it by mistake. Copies may be removed when
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from pipeline import files
 from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
 from pipeline.track.registry.model_files import FileMismatch, mismatches
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "PVT_MODEL_CACHE"
 
@@ -49,6 +51,7 @@ def obtain(
     copy = folder / fingerprint(dict(registered))
     with _explain_os_errors(folder):
         if copy.is_dir() and not mismatches(registered, copy, num_bytes):
+            log.debug(f"{copy}: already here, all {len(registered)} files are as registered")
             return copy
         _make_folder(folder)
         with files.locked(folder / f"{copy.name}.lock", mode=0o644):
@@ -56,7 +59,7 @@ def obtain(
                 # Another process may have made it while this one waited for the lock.
                 if not mismatches(registered, copy, num_bytes):
                     return copy
-                print(f"{copy}: this copy was damaged on the disk; it is made anew", file=sys.stderr, flush=True)
+                log.warning(f"{copy}: this copy was damaged on the disk; it is made anew")
             partial = folder / f"{copy.name}.partial"
             try:
                 _fill(partial, num_bytes, download)

@@ -7,11 +7,13 @@ system/node-K.jsonl   {"time", "node", …}              ──▶ system/node-K
 
 import hashlib
 import json
+import logging
 import math
-import sys
 from pathlib import Path
 
 from mlflow.entities import Metric
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -36,7 +38,7 @@ def parse_points(path: Path, number: int, line: bytes) -> list[Metric]:
         document = json.loads(line)
     except ValueError:
         # A power cut can leave such a line.
-        print(f"{path}: line {number + 1} is no JSON and is skipped", file=sys.stderr, flush=True)
+        log.warning(f"{path}: line {number + 1} is no JSON and is skipped")
         return []
     time_ms = round(document.pop("time") * 1000)
     if path.name == METRICS:

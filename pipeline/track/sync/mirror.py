@@ -15,7 +15,7 @@ former copy.
 
 import contextlib
 import hashlib
-import sys
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +47,8 @@ from pipeline.track.sync.outbox import Outbox
 from pipeline.track.sync.record import MAIN_METRIC, PARENT, Record
 from pipeline.track.sync.run_facts import make_input, make_params, make_tags
 from pipeline.track.sync.server_state import NOTE, FilePosition, ServerState
+
+log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 60.0
 """Least time between two searches for changed files while the run goes on."""
@@ -390,7 +392,7 @@ class Mirror:
         return path.relative_to(self.folder).as_posix()
 
     def _report(self, message: str) -> None:
-        print(f"{self.folder}: {message}", file=sys.stderr, flush=True)
+        log.warning(f"{self.folder}: {message}")
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -10,11 +10,12 @@ import importlib
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 FIRST_AFTER_S = 1.0
 """Seconds to the first reading, so that short runs have one, too."""
@@ -92,7 +93,7 @@ class SystemLoad:
     def _report_once(self, message: str) -> None:
         if message not in self._reported:
             self._reported.add(message)
-            print(f"system load of node {self._node}: {message}", file=sys.stderr, flush=True)
+            log.warning(f"system load of node {self._node}: {message}")
 
 
 def _monitors() -> list[Any]:

@@ -7,10 +7,9 @@ does not import MLflow, which takes seconds: the thread does.
 """
 
 import importlib.metadata
-import sys
+import logging
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,8 @@ from pipeline.track.sync.record import RECORD, Record, Status
 
 if TYPE_CHECKING:
     from pipeline.track.sync.mirror import Mirror
+
+log = logging.getLogger(__name__)
 
 PACE_S = 1.0
 IDLE_S = 5.0
@@ -93,7 +94,7 @@ class Tracker:
         self._over = True
         self._news.set()
         if not complete:
-            _report(f"not everything is sent; python launch/registry.py sync {self._folder} sends the rest")
+            log.warning(f"MLflow: not everything is sent; python launch/registry.py sync {self._folder} sends the rest")
         return complete
 
     def _work(self) -> None:
@@ -108,17 +109,17 @@ class Tracker:
                 self._sync()
             except ExternalError as error:
                 if not troubled and not self._over:
-                    _report(f"{error}; nothing is lost: {self._folder} has it all, and it is sent later")
+                    log.warning(f"MLflow: {error}; nothing is lost: {self._folder} has it all, and it is sent later")
                 retry_s = min(max(FIRST_RETRY_S, 2 * retry_s), LAST_RETRY_S)
                 troubled = True
             except Exception:
                 if not troubled:
-                    _report(f"{traceback.format_exc()}training goes on, and {self._folder} has all that is not sent")
+                    log.exception(f"MLflow: training goes on, and {self._folder} has all that is not sent")
                 retry_s = LAST_RETRY_S
                 troubled = failed = True
             else:
                 if troubled:
-                    _report("connection restored; the backlog is sent")
+                    log.info("MLflow: connection restored; the backlog is sent")
                 troubled = False
                 retry_s = 0.0
             with self._turn:
@@ -133,7 +134,9 @@ class Tracker:
         from pipeline.track.sync.mirror import Mirror
 
         self._mirror = self._mirror or Mirror(self._folder)
+        begin_s = time.monotonic()
         self._mirror.sync()
+        log.debug(f"MLflow: synced {self._folder} in {time.monotonic() - begin_s:.1f} s")
 
     def _rest(self, retry_s: float, asked: int) -> None:
         """Waits until there is something to do. A flush ends the pause early."""
@@ -164,16 +167,12 @@ def record_failure(folder: Path, patience_s: float = 10.0) -> None:
             else:
                 tracker.flush()
     except BlockingIOError:
-        _report(f"{folder}: a job is at work in it: not noted as failed")
+        log.warning(f"MLflow: {folder}: a job is at work in it: not noted as failed")
     except (InputError, OSError) as error:
-        _report(f"{folder}: not noted as failed: {error}")
+        log.warning(f"MLflow: {folder}: not noted as failed: {error}")
 
 
 def list_packages() -> str:
     """Returns the installed packages, one name==version a line, sorted."""
     installed = {f"{package.name}=={package.version}\n" for package in importlib.metadata.distributions()}
     return "".join(sorted(installed, key=str.lower))
-
-
-def _report(message: str) -> None:
-    print(f"MLflow: {message}", file=sys.stderr, flush=True)
