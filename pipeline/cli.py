@@ -1,12 +1,17 @@
-"""The frame of all commands: exit codes, one JSON line at the end of standard output, errors without tracebacks."""
+"""The frame of all commands: exit codes, results for programs and for people, errors without tracebacks.
+
+main() ──result──▶ a JSON line on standard output, where that is no terminal or with --json
+   └──show(text)──▶ standard error; a result of which nothing was shown is listed there, on a terminal
+"""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
@@ -22,6 +27,17 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+@dataclasses.dataclass
+class _Output:
+    """How this process reports its result."""
+
+    wants_json: bool = False
+    has_shown: bool = False
+
+
+_output = _Output()
+
+
 class Subcommand(NamedTuple):
     help: str
     add_arguments: Callable[[ArgumentParser], None]
@@ -31,8 +47,23 @@ class Subcommand(NamedTuple):
 def make_parser(prog: str, description: str, epilog: str | None = None) -> ArgumentParser:
     """Returns a parser of a command's arguments that has the options of all commands."""
     parser = ArgumentParser(prog=prog, description=description, epilog=epilog)
-    log.add_options(parser)
+    _add_common_options(parser)
     return parser
+
+
+def _add_common_options(parser: ArgumentParser) -> None:
+    log.add_options(parser)
+    parser.add_argument("--json", action=_WantJson, help="print the result as JSON, also on a terminal")
+
+
+class _WantJson(Action):
+    """An option without a value."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(nargs=0, default=SUPPRESS, **others)
+
+    def __call__(self, *_: object) -> None:
+        _output.wants_json = True
 
 
 def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -> dict[str, Any]:
@@ -41,7 +72,7 @@ def choose(prog: str, description: str, subcommands: Mapping[str, Subcommand]) -
     parsers = parser.add_subparsers(dest="subcommand", required=True)
     for name, entry in subcommands.items():
         subparser = parsers.add_parser(name, help=entry.help, description=entry.help)
-        log.add_options(subparser)
+        _add_common_options(subparser)
         entry.add_arguments(subparser)
     arguments = parser.parse_args()
     return subcommands[arguments.subcommand].run(arguments)
@@ -71,11 +102,30 @@ def _run_and_exit(main: Callable[[], dict[str, Any] | None]) -> NoReturn:
     except Exception as error:
         _fail(FAILED, _describe_shortage(error) or traceback.format_exc())
     if result is not None:
-        print(json.dumps(result, allow_nan=False), flush=True)
+        _report(result)
     if result and result.get("requeue"):
         sys.exit(REQUEUE)
     is_ok = result is None or result.get("ok", True)
     sys.exit(DONE if is_ok else FAILED)
+
+
+def _report(result: dict[str, Any]) -> None:
+    if _output.wants_json or not sys.stdout.isatty():
+        print(json.dumps(result, allow_nan=False), flush=True)
+    elif not _output.has_shown:
+        show(_list_contents(result))
+
+
+def _list_contents(result: dict[str, Any]) -> str:
+    """Returns a line for each entry of a result. Those that hold many values are counted."""
+    lines = []
+    for name, value in result.items():
+        if isinstance(value, dict | list) and value:
+            value = f"{len(value)} entries, which --json shows"
+        elif value in (None, {}, []):
+            value = "none"
+        lines.append(f"{name.replace('_', ' ')}: {value}")
+    return "\n".join(lines)
 
 
 _THREAD_LIMIT_TEXTS = ("can't start new thread", "Resource temporarily unavailable")
@@ -135,7 +185,8 @@ def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
 
 
 def show(text: str) -> None:
-    """Prints what a command found, such as a table, on standard error: for people, so not with --quiet."""
+    """Prints what a command has found or done on standard error: for people, so not with --quiet."""
+    _output.has_shown = True
     if not log.is_quiet():
         print(text, file=sys.stderr, flush=True)
 

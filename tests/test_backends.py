@@ -241,6 +241,7 @@ def experiment_of(client: MlflowClient, name: str, backend: Backend) -> str:
     return client.create_experiment(name, artifact_location=beside)
 
 
+@pytest.mark.slow
 def test_eight_jobs_register_versions_at_once(
     backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], make_config: Callable[..., Config]
 ) -> None:
@@ -387,6 +388,7 @@ def assert_no_password(backend: Backend, folder: Path) -> None:
     assert PASSWORD not in str(run.data.params) + str(run.data.tags)
 
 
+@pytest.mark.slow
 @only_server
 def test_a_server_that_is_killed_for_the_middle_third_of_a_run_misses_nothing(
     backend: Backend, team: Team, digits: Path, tmp_path: Path

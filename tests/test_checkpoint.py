@@ -29,8 +29,15 @@ IDENTITY = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
+@pytest.mark.parametrize(
+    ("ranks", "precision"),
+    [
+        (2, "fp32"),
+        pytest.param(1, "fp32", marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param(1, "fp16", marks=[pytest.mark.gpu, pytest.mark.slow]),
+        pytest.param(2, "fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, ranks: int, precision: str) -> None:
     path = write_config(digits, tmp_path)
     tree = yaml.safe_load(path.read_text())

@@ -55,6 +55,7 @@ def gradients(network: nn.Module, tokens: Tensor, precision: torch.dtype) -> dic
     return {"output": output.detach().float(), **dict(zip(names, found, strict=True))}
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_compiled_blocks_compute_the_same() -> None:
     plain, compiled = Blocks(), Blocks()

@@ -87,6 +87,7 @@ def trained(scenes: Path, root: Path) -> Job:
     return finished(scenes, root, "mask_rcnn", "mask", tracking={"log_samples": True})
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "mask_rcnn", "killed"), "killed", ranks=2, target=TARGET)
     with killed.start() as attempt:
@@ -111,6 +112,7 @@ def test_another_world_sees_the_same_samples_boxes_and_masks(scenes: Path, root:
     assert seen_by(single) == seen_by(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mask_rcnn", "detr"])
 def test_zero_3_trains_the_same(scenes: Path, root: Path, task: str) -> None:
     still: Any = {"train": {"length": "3 steps", "ema_decay": None}}

@@ -85,6 +85,7 @@ def processes_of(claim: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_while_handing_off_has_one_child(jobs: Path, tmp_path: Path) -> None:
     """Kill whoever hands off, and what it has started, at three moments; start the parent again each time."""
     parent, folder = jobs / "parent.yaml", jobs / "runs" / "tiny"

@@ -39,6 +39,7 @@ def last(folder: Path) -> Path:
     return max((folder / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_bad_batches_are_skipped_and_divergence_is_rolled_back_at_every_stage(path: Path) -> None:
     faults = {20: "nan", 25: "labels", 33: "lr"}
     jobs = [f"run.name=s{stage},engine.zero_stage={stage}" for stage in range(4)]
@@ -77,6 +78,7 @@ def test_when_a_step_is_read_changes_nothing(path: Path) -> None:
     assert skipped == 5
 
 
+@pytest.mark.slow
 def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None:
     def train(name: str, **faults: str) -> None:
         steps = {33: "lr", **{int(step[1:]): fault for step, fault in faults.items()}}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline import cli
+from pipeline.commands.endings import describe_evaluation
 from pipeline.config import ClassificationConfig
 from pipeline.errors import InputError
 from pipeline.redact import printable
@@ -78,6 +79,8 @@ def main() -> dict[str, Any] | None:
         result = score(opened, here)
         if result and arguments.draw:
             result["drawing"] = str(_draw_predictions(opened, arguments.draw, arguments.out, arguments.log))
+        if result:
+            cli.show(describe_evaluation(result))
     world.stop()
     return result
 

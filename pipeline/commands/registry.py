@@ -111,6 +111,7 @@ def _fetch(arguments: Namespace) -> dict[str, Any]:
 
     _connect(arguments)
     version = resolve(arguments.uri)
+    cli.show(f"{version.uri} is in {version.folder.parent}, as registered")
     return {"model": version.uri, "path": str(version.folder.parent)}
 
 
@@ -162,9 +163,18 @@ def _promote(arguments: Namespace) -> dict[str, Any]:
         world.stop()
     for row in result["gates"]:
         cli.show(_format_gate(row))
-    if "note" in result:
-        cli.show(f"{result['model']}: {result['note']}")
+    cli.show(_describe_promotion(result))
     return result
+
+
+def _describe_promotion(result: dict[str, Any]) -> str:
+    model = result["model"]
+    if "note" in result:
+        return f"{model}: {result['note']}"
+    previous = result["previous"] or "no version"
+    if result["ok"]:
+        return f"{model} is the champion now; {previous} was before"
+    return f"{model} was not promoted: {previous} stays the champion"
 
 
 def _format_gate(row: dict[str, Any]) -> str:
@@ -188,7 +198,10 @@ def _rollback(arguments: Namespace) -> dict[str, Any]:
     from pipeline.track.registry.promote import rollback
 
     _connect(arguments)
-    return rollback(arguments.name, why=arguments.why)
+    result = rollback(arguments.name, why=arguments.why)
+    champion = result["champion"] or "no version"
+    cli.show(f"{champion} is the champion again; {result['previous']} was before")
+    return result
 
 
 def _import_arguments(parser: ArgumentParser) -> None:

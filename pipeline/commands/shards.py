@@ -86,7 +86,9 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         skip_bad=arguments.skip_bad,
         workers=arguments.workers,
     )
-    return {"data": str(arguments.out), **_count_contents(manifest), **_summarise_skipped(read_skipped(arguments.out))}
+    skipped = read_skipped(arguments.out)
+    cli.show(_describe_contents(arguments.out, manifest, len(skipped)))
+    return {"data": str(arguments.out), **_count_contents(manifest), **_summarise_skipped(skipped)}
 
 
 def _find_source(arguments: Namespace, classes: list[str] | None) -> str | ImageListing:
@@ -217,6 +219,14 @@ def _count_contents(manifest: Manifest) -> dict[str, Any]:
         "classes": len(manifest.classes),
         "digest": manifest.digest,
     }
+
+
+def _describe_contents(data: Path | str, manifest: Manifest, num_skipped: int) -> str:
+    skipped = f", {num_skipped:,} skipped" if num_skipped else ""
+    return (
+        f"{data}: {manifest.samples:,} samples of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards"
+        f"{skipped}\nlook at them: python launch/shards.py show {data}"
+    )
 
 
 def _summarise_skipped(faults: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cli
+from pipeline.commands.endings import describe_training
 from pipeline.config import Config, load_config
 from pipeline.errors import REQUEUE, InputError
 from pipeline.job import handoff
@@ -40,6 +41,8 @@ def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] |
     # All ranks end with the same code, and rank 0 with its result.
     if stopped and result is None:
         sys.exit(REQUEUE)
+    if result:
+        cli.show(describe_training(result, config))
     if result and result.get("model") and config.handoff and not arguments.no_handoff:
         handoff.start_handoffs(config.run.folder, here.local_size)
     return result

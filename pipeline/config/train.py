@@ -71,8 +71,8 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Maximum micro-batch size per rank; a rank that has more samples of a step accumulates gradients. None: all of a
     rank's samples in one micro-batch."""
-    log_every: LengthField = Length(50, "steps")
-    """Interval between log lines and metrics."""
+    log_every: LengthField | None = None
+    """Interval between log lines and metrics. None: 50 steps, or a tenth of a run of fewer than 500."""
     eval_every: LengthField | None = None
     """Interval between evaluations. None: only at the end of the run."""
     save_every: LengthField | None = None

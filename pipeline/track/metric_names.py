@@ -3,6 +3,11 @@
 COCO's average precision and recall exist for boxes and, where the network predicts them, masks: box_ap, mask_ap50, …
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+Score = TypeVar("Score", float, float | None)
+
 _KINDS = ("box", "mask")
 _BY_OVERLAP = ("ap", "ap50", "ap75")
 _BY_SIZE = ("ap_small", "ap_medium", "ap_large")
@@ -31,6 +36,31 @@ _LABELS = {
     "macc": "mAcc",
     "aacc": "aAcc",
 }
+
+
+_MAIN = ("top1", "miou", "box_ap", "mask_ap")
+"""The metrics by which the versions of each task are ranked."""
+BAD_SAMPLES = "bad_samples"
+
+
+def for_display(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Returns scores with the main metric first, and without a number of damaged samples that is zero."""
+    main = {name: scores[name] for name in _MAIN if name in scores}
+    shown = {**main, **scores}
+    if not shown.get(BAD_SAMPLES):
+        shown.pop(BAD_SAMPLES, None)
+    return shown
+
+
+def format_score(name: str, score: float | None) -> str:
+    """Returns a score with its label, such as "top1 93.3 %"; None stands for one that is not finite."""
+    if score is None:
+        value = "not finite"
+    elif is_fraction(name):
+        value = f"{100 * score:.1f} %"
+    else:
+        value = f"{score:.4g}"
+    return f"{label_of(name)} {value}"
 
 
 def is_fraction(metric: str) -> bool:

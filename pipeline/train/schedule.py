@@ -52,7 +52,7 @@ class Schedule:
             total=total,
             warmup=warmup,
             milestones=tuple(period(milestone) for milestone in config.optim.milestones),
-            log_every=period(config.train.log_every),
+            log_every=period(config.train.log_every) or max(1, min(50, total // 10)),
             eval_every=period(config.train.eval_every),
             save_every=period(config.train.save_every),
             keep_every=period(config.checkpoint.keep_every),

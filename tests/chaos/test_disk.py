@@ -91,6 +91,7 @@ def test_a_run_outlives_a_disk_that_is_mended_and_stops_at_one_that_is_not(job: 
     assert again.result()["steps"] == job.newest_step() == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_walks_back_past_damaged_checkpoints_and_writes_them_again(digits: Path, tmp_path: Path) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=2, steps=12, save_every=3)
     job = Job(config, "damaged", ranks=2, overrides=("checkpoint.keep_last=9",))

@@ -61,6 +61,7 @@ def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: i
         assert "exchange" in (job.folder / "stacks" / f"rank-{1 - rank}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_signals_in_evaluations_and_at_the_end_change_nothing(digits: Path, tmp_path: Path) -> None:
     """A small sample of `python -m tests.chaos.signals`."""
     blows = [

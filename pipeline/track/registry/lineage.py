@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import InputError
-from pipeline.track.metric_names import is_detail
+from pipeline.track.metric_names import for_display, format_score, is_detail
 from pipeline.track.registry import registry
 from pipeline.track.registry.registry import metric_of
 from pipeline.track.registry.version_tags import CHILD, METRIC, uri_of
@@ -269,11 +269,9 @@ def _run_node(run: Run | None, uuid: str) -> Node:
 def _version_node(version: ModelVersion) -> Node:
     aliases = " ".join(f"@{alias}" for alias in sorted(version.aliases))
     details = [aliases, f"step {version.tags.get('step', '?')}"]
-    for tag in version.tags:
-        name = tag.removeprefix(METRIC)
-        if tag.startswith(METRIC) and not is_detail(name):
-            value = metric_of(version, name)
-            details.append(f"{name} not finite" if value is None else f"{name} {value:.4g}")
+    names = [tag.removeprefix(METRIC) for tag in version.tags if tag.startswith(METRIC)]
+    scores = {name: metric_of(version, name) for name in names if not is_detail(name)}
+    details += [format_score(name, score) for name, score in for_display(scores).items()]
     return _node("version", uri_of(version), *details)
 
 

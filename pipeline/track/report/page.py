@@ -6,7 +6,7 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from pipeline.track.metric_names import CHARTS, is_detail, is_fraction, label_of
+from pipeline.track.metric_names import CHARTS, for_display, is_detail, is_fraction, label_of
 from pipeline.track.report.examination import Examination, class_rows, confused_pairs, confusion_cells
 from pipeline.track.report.plots import Chart, Line, draw_chart
 from pipeline.track.report.render import Share, code, duration, moment, number, render, shares, short
@@ -110,8 +110,11 @@ def _summarise(run: RunFiles) -> str:
 
 
 def _version_table(run: RunFiles) -> tuple[list[str], list[list[str | Markup]]]:
-    names = dict.fromkeys(name for version in run.versions for name in version.metrics)
-    shown = [name for name in names if name != "bad_samples" and not is_detail(name)]
+    largest: dict[str, float] = {}
+    for version in run.versions:
+        for name, score in version.metrics.items():
+            largest[name] = max(score, largest.get(name, 0.0))
+    shown = [name for name in for_display(largest) if not is_detail(name)]
     rows: list[list[str | Markup]] = []
     for version in reversed(run.versions):
         scores = [number(version.metrics.get(name), percent=is_fraction(name)) for name in shown]
