@@ -14,26 +14,28 @@ DALI ?= cuda13          # or cuda12: the driver's major version; without a GPU e
 BIN := .venv/bin
 # A rank for each GPU, up to the four lanes of the scenes; on CPUs two.
 RANKS ?= $(shell $(BIN)/python -c "from pipeline import world; print(min(4, world.default_ranks()))")
+# The launcher's own lines, a page at each start, are turned down; those of the ranks stay.
+LAUNCH = $(BIN)/deepspeed --log_level warning --num_gpus $(RANKS)
 DATA := runs/data
 
 .PHONY: demo scenes boxes check test test-slow test-slurm lint setup peers
 
 demo: setup $(foreach set,digits new-digits,$(DATA)/$(set)/train/manifest.json $(DATA)/$(set)/val/manifest.json)
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/pretrain/demo.yaml
+	$(LAUNCH) launch/pretrain.py --config configs/pretrain/demo.yaml
 	$(BIN)/python launch/handoff.py runs/demo --ranks $(RANKS)
 	$(BIN)/python launch/evaluate.py --model models:/pvt-demo@candidate --data $(DATA)/digits/val
 	$(BIN)/python launch/registry.py lineage pvt-demo
 
 scenes: setup $(foreach split,train val,$(DATA)/scene-digits/$(split)/manifest.json)
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scene-digits.yaml \
+	$(LAUNCH) launch/finetune.py --config configs/finetune/scene-digits.yaml \
 		--set init.model=models:/pvt-demo@candidate
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scenes.yaml \
+	$(LAUNCH) launch/finetune.py --config configs/finetune/scenes.yaml \
 		--set init.model=models:/scene-digits@candidate
 	$(BIN)/python launch/evaluate.py --model models:/scenes@candidate \
 		--data $(DATA)/scenes/ade20k/annotations/validation --draw 8 --out runs/scenes.png
 
 boxes: setup
-	$(BIN)/deepspeed --num_gpus $(RANKS) launch/finetune.py --config configs/finetune/scenes-mask-rcnn.yaml \
+	$(LAUNCH) launch/finetune.py --config configs/finetune/scenes-mask-rcnn.yaml \
 		--set init.model=models:/scene-digits@candidate
 	$(BIN)/python launch/evaluate.py --model models:/scenes-mask-rcnn@candidate \
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
