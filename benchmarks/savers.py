@@ -76,7 +76,7 @@ class Ours:
 
     def done(self) -> bool:
         progress = torch.tensor(self._saver.progress(), device=self._world.device)
-        return self._saver.settle(*self._world.sum(progress).tolist()) == self.newest
+        return self._saver.advance(*self._world.sum(progress).tolist()) == self.newest
 
     def wait(self) -> None:
         if self._saver.finish() != self.newest:

@@ -20,7 +20,7 @@ from pipeline.keys import Stream
 
 def cut(micro_batch_size: int | None, *, pairs: bool = False) -> Config:
     """As much of a Config as `partition` reads."""
-    train, mix = SimpleNamespace(micro_batch_size=micro_batch_size), SimpleNamespace(active=pairs)
+    train, mix = SimpleNamespace(micro_batch_size=micro_batch_size), SimpleNamespace(is_active=pairs)
     return cast(Config, SimpleNamespace(train=train, mix=mix))
 
 
@@ -104,7 +104,7 @@ def test_every_world_deals_out_the_same_global_batch(
         return
     parts = [partition(order, rank, world, cut(micro, pairs=pairs)) for rank in range(world)]
     assert len({(part.accumulation, part.micro_batch_size) for part in parts}) == 1
-    assert all(part.samples <= part.accumulation * part.micro_batch_size for part in parts)
+    assert all(part.num_samples <= part.accumulation * part.micro_batch_size for part in parts)
     assert parts[0].micro_batch_size <= micro + (pairs and micro % 2)
     assert not (pairs and parts[0].micro_batch_size % 2)
     dealt = np.concatenate([order.samples(step, part.lanes).id for part in parts])

@@ -109,7 +109,7 @@ def _show(arguments: Namespace) -> dict[str, Any]:
     folders = _find_checkpoints(arguments.run, arguments.step)
     # The newest one first. Damaged ones are reported and skipped.
     newest_first = reversed(folders)
-    folder = next(filter(checkpoint_files.is_whole, newest_first), None)
+    folder = next(filter(checkpoint_files.verify_checkpoint, newest_first), None)
     if folder is None:
         steps = _format_steps(map(step_of, folders))
         raise InputError(f"{arguments.run}: no whole checkpoint to show, of {steps}")

@@ -114,7 +114,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs_can_be_mixed(self) -> "Config":
-        if not self.mix.active:
+        if not self.mix.is_active:
             return self
         batch = self.train.global_batch_size
         lanes = self.data.lanes

@@ -135,5 +135,5 @@ class MixConfig(Section):
     """Probability mass that is spread evenly over all classes."""
 
     @property
-    def active(self) -> bool:
+    def is_active(self) -> bool:
         return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)

@@ -46,7 +46,7 @@ class OptimConfig(Section):
     """Maximum global gradient norm; larger gradients are scaled down to it. None: no clipping."""
 
     @property
-    def tells_layers_apart(self) -> bool:
+    def has_layer_rates(self) -> bool:
         """Whether layers have learning rates of their own."""
         return self.layer_decay is not None or self.backbone_lr != 1.0
 

@@ -147,12 +147,12 @@ class TrainFeed:
             self._prefetch_shards(step)
         in_batch = np.arange(size)
         indices = micro * size + in_batch
-        is_sample = indices < rank_slice.samples
+        is_sample = indices < rank_slice.num_samples
         # Fillers repeat the rank's first samples: something that decodes, and even in number for mixing.
         indices = np.where(
             is_sample,
             indices,
-            in_batch % rank_slice.samples,
+            in_batch % rank_slice.num_samples,
         )
         weights = is_sample.astype(np.float32)
         samples = self.order.samples(step, rank_slice.lanes).take(indices)
@@ -217,7 +217,7 @@ class TrainFeed:
             self._shards.prefetch(self.order.shards_ahead(step, self.rank_slice.lanes))
 
     def _draw_blends(self, step: int, samples: Samples) -> mixup.Blends | None:
-        if not self._config.mix.active:
+        if not self._config.mix.is_active:
             return None
         lane = samples.position // self.order.share
         lanes, of_sample = np.unique(lane, return_inverse=True)

@@ -345,7 +345,7 @@ class RankSlice:
 
     lanes: slice
     # The number of samples of a global batch that count, fillers excepted.
-    samples: int
+    num_samples: int
     micro_batch_size: int
     # The number of micro-batches in a step.
     accumulation: int
@@ -371,7 +371,7 @@ def partition(
     largest = config.train.micro_batch_size or most_samples
     accumulation = -(-most_samples // largest)
     micro_batch_size = -(-most_samples // accumulation)
-    if config.mix.active:
+    if config.mix.is_active:
         # Samples are mixed in pairs, which must not be cut.
         micro_batch_size += micro_batch_size % 2
     return RankSlice(

@@ -108,7 +108,7 @@ def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
         chosen = _choose_of_many_classes(fed)
         plan = _plan_objects if shards.annotations == "objects" else _plan_labelled
         grid = plan(config, shards, chosen)
-    if config.mix.active and not shards.annotations:
+    if config.mix.is_active and not shards.annotations:
         grid = _add_mixed(config, shards, grid, fed)
     sheet = Sheet(
         name,

@@ -29,14 +29,14 @@ from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.tasks import segment
 from pipeline.tasks.build import build_trained
 from pipeline.tasks.detect import DetectionMetric
-from pipeline.tasks.draw_predictions import drawn
+from pipeline.tasks.draw_predictions import draw_objects
 from pipeline.tasks.segment import SegmentationMetric
 from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.track.registry.model_files import sha256
 from pipeline.track.report import Examination, Picture
 from pipeline.track.report.examination import Counts, Map, scores_of_classes
 from pipeline.track.sync.record import Record
-from pipeline.train.checkpoint_files import EMA, MODEL, is_whole
+from pipeline.train.checkpoint_files import EMA, MODEL, verify_checkpoint
 from pipeline.world import World
 from pvt.dense import DenseNetwork
 from pvt.detector import Detections
@@ -260,7 +260,7 @@ class _DetectionExaminer(_Examiner):
         if samples:
             image = decode(self._shards.read(int(batch.samples.shard[0]), int(batch.samples.row[0])))
             for name, objects in (("truth", wanted), ("found", found)):
-                images[name] = drawn(image, objects, self._shards.classes, _OBJECTS_PX)
+                images[name] = draw_objects(image, objects, self._shards.classes, _OBJECTS_PX)
         return f"{len(wanted)} objects", f"; found with a score of {MIN_SCORE:g} or more: {len(found)}", images
 
     def class_scores(self) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def _find_weights(folder: Path) -> tuple[str, Path]:
     The moving average comes first, where one is kept."""
     for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
         with contextlib.suppress(OSError, InputError):  # removed this instant, or of a newer format
-            if is_whole(checkpoint):
+            if verify_checkpoint(checkpoint):
                 average = checkpoint / EMA
                 if average.exists():
                     return f"checkpoint {checkpoint.name}, moving average", average

@@ -174,19 +174,19 @@ def _detection_tiles(
     objects.sort(key=lambda annotation: annotation["area"])
     return [
         (
-            drawn(original, objects, classes, _BOX_TILE_PX),
+            draw_objects(original, objects, classes, _BOX_TILE_PX),
             key,
             f"truth: {len(objects)} objects",
         ),
         (
-            drawn(original, good, classes, _BOX_TILE_PX),
+            draw_objects(original, good, classes, _BOX_TILE_PX),
             "prediction",
             f"{len(good)} with scores from {_MIN_SCORE:.0%} on",
         ),
     ]
 
 
-def drawn(
+def draw_objects(
     original: Image.Image,
     found: list[dict[str, Any]],
     classes: list[str],

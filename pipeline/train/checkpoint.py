@@ -36,12 +36,12 @@ from pipeline.train.checkpoint_files import (
     MODEL,
     STATE,
     damage,
-    is_whole,
     json_bytes,
     parse_range,
     read_document,
     score_of,
     step_of,
+    verify_checkpoint,
 )
 from pipeline.train.ema import Ema
 from pipeline.train.engine import Engine
@@ -198,7 +198,7 @@ class Checkpoints:
         own = sorted(self.folder.glob("step-*"), reverse=True)
         if source == "never" and own:
             raise InputError(f"{self.folder} holds checkpoints but resume.source is never: choose another run.name")
-        folder = next(filter(is_whole, own), None)
+        folder = next(filter(verify_checkpoint, own), None)
         if own and folder is None:
             newest = own[0]
             raise InputError(
@@ -215,7 +215,7 @@ class Checkpoints:
     def set_aside(self) -> None:
         """Renames the folder of checkpoints if none of those in it can be used, so that the run starts over."""
         own = sorted(self.folder.glob("step-*"), reverse=True)
-        if own and not any(map(is_whole, own)):
+        if own and not any(map(verify_checkpoint, own)):
             now = time.strftime("%Y%m%dT%H%M%S")
             aside = self.folder.with_name(f"{self.folder.name}-{now}")
             self.folder.rename(aside)
@@ -226,7 +226,7 @@ class Checkpoints:
         """Returns the newest whole checkpoint on the regular grid at or before `safe_step`. It reads every byte, so one
         rank calls it."""
         for step in reversed(self.steps()):
-            if retention.is_regular(step) and step <= safe_step and is_whole(self.path(step)):
+            if retention.is_regular(step) and step <= safe_step and verify_checkpoint(self.path(step)):
                 return self.path(step)
         return None
 

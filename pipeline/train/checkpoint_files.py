@@ -133,7 +133,7 @@ def format_of(folder: Path) -> int:
     return found if isinstance(found, int) else 0
 
 
-def is_whole(folder: Path) -> bool:
+def verify_checkpoint(folder: Path) -> bool:
     """Whether a run can resume from the checkpoint. A damaged one is reported and skipped: the run repeats the steps
     since the one before."""
     fault = damage(folder)

@@ -43,5 +43,5 @@ class Ema:
     def load(self, weights: dict[str, Tensor], steps: int) -> None:
         """Puts back what `weights` gave."""
         for name, average in self._average.items():
-            average.copy_(self._engine.part_of(name, weights[name]))
+            average.copy_(self._engine.partition_of(name, weights[name]))
         self.steps = steps

@@ -30,7 +30,7 @@ from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.device_timer import DeviceTimer
 from pipeline.train.import_deepspeed import deepspeed, prepare_deepspeed
 from pipeline.train.loss_scale import LossScale
-from pipeline.train.moments import Fragment, Moments, ReadMoment, partition_of
+from pipeline.train.moments import Fragment, Moments, ReadMoment, local_partition
 from pipeline.train.objective import Objective, ReplicaGradients, ReplicaOutputs
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.outcome import Outcome
@@ -80,7 +80,7 @@ class Engine:
                 deterministic=config.train.deterministic,
             )
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None
-        depths = task.depths if config.optim.tells_layers_apart else None
+        depths = task.depths if config.optim.has_layer_rates else None
         # The learning rate is set before each update. `_clip` needs the fused implementation.
         self._optimizer = torch.optim.AdamW(
             parameter_groups(self._model, config.optim, depths),
@@ -253,7 +253,7 @@ class Engine:
         reduction. Collective at stage 3; changes nothing."""
         # Clones, because batch norms update their buffers in place.
         state = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        weights = self.whole(self.local_weights())
+        weights = self.gather_full(self.local_weights())
         for name, tensor in weights.items():
             state[name] = tensor.detach().requires_grad_()
         network = ReplicaGradients(self._objective, self._skeleton.train(), list(weights))
@@ -289,7 +289,7 @@ class Engine:
         """
         if local is None:
             local = self.local_weights()
-        return {**self._untrained_state(), **self.whole(local)}
+        return {**self._untrained_state(), **self.gather_full(local)}
 
     def _untrained_state(self) -> Tensors:
         """Returns buffers and frozen parameters."""
@@ -314,14 +314,14 @@ class Engine:
     @functools.cached_property
     def _partitions(self) -> Tensors:
         # Kept, because DeepSpeed waits for the device whenever it is asked for one.
-        return {name: partition_of(parameter) for name, parameter in self._parameters.items()}
+        return {name: local_partition(parameter) for name, parameter in self._parameters.items()}
 
     @property
     def keeps_copies(self) -> bool:
         """Whether every rank holds all parameters."""
         return self.stage < 3
 
-    def whole(self, local: Tensors) -> Tensors:
+    def gather_full(self, local: Tensors) -> Tensors:
         """Returns the full tensors of what `local_weights` gives. Collective at stage 3."""
         if self.stage != 3:
             return local
@@ -331,7 +331,7 @@ class Engine:
             weights[name] = gather(self._parameters[name], partition)
         return weights
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
+    def partition_of(self, name: str, whole: Tensor) -> Tensor:
         """Returns what `local_weights` would hold on this rank if the parameter `name` had the value `whole`."""
         if self.stage != 3:
             return whole
@@ -379,7 +379,7 @@ class Engine:
             if name in weights:
                 buffer.copy_(weights[name])
         for name, parameter in self._parameters.items():
-            partition_of(parameter).copy_(self.part_of(name, weights[name]))
+            local_partition(parameter).copy_(self.partition_of(name, weights[name]))
 
     def _ensure_moments(self) -> None:
         if self._has_moments:

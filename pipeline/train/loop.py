@@ -380,7 +380,7 @@ class Trainer:
 
     def _follow_save(self, progress: list[float]) -> None:
         """Takes the save under way a stage further, if all ranks have finished theirs."""
-        saved = self.saver.settle(*progress)
+        saved = self.saver.advance(*progress)
         if saved:
             self._report_checkpoint(saved)
 

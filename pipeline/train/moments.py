@@ -133,7 +133,7 @@ class Moments:
         for name, parameter in self._parameters.items():
             numel = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue] - DeepSpeed's
             for moment in MOMENTS:
-                values = partition_of(parameter, moment)
+                values = local_partition(parameter, moment)
                 start = self._world.rank * values.numel()
                 if start < numel:
                     unpadded = values[: numel - start]
@@ -141,6 +141,6 @@ class Moments:
         return fragments
 
 
-def partition_of(parameter: Any, moment: str | None = None) -> Tensor:
+def local_partition(parameter: Any, moment: str | None = None) -> Tensor:
     """Returns this rank's partition of a parameter or of one of its moments at stage 3: fp32, flat, padded."""
     return parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, moment)[0].detach()

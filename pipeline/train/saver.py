@@ -1,11 +1,11 @@
 """Saves behind training: it waits while its state is copied to host memory, and for nothing else.
 
-    main thread      save ─ copy ┐            settle ┐              settle: it counts
+    main thread      save ─ copy ┐           advance ┐              advance: it counts
     every rank's thread          └ write files       │
     rank 0's thread                                  └ commit, remove old ones
 
 What the threads have done is sent to the other ranks with the reduction that every step makes anyway (`progress`, then
-`settle`), so that no thread but the main one takes part in a collective. One save is under way at a time; when the
+`advance`), so that no thread but the main one takes part in a collective. One save is under way at a time; when the
 next is due before it has ended, training waits.
 """
 
@@ -169,9 +169,11 @@ class Saver:
         committed = _has_succeeded(self._committing)
         return [float(written), float(failed), float(committed)]
 
-    def settle(self, written: float, failed: float, committed: float) -> Path | None:
-        """Goes on by what all ranks know, the sums of `progress`. Returns the folder of a checkpoint that has just
-        become whole. Raises SaveError after the third failure in a row."""
+    def advance(self, written: float, failed: float, committed: float) -> Path | None:
+        """Takes the save under way further, by what all ranks know, the sums of `progress`.
+
+        Returns the folder of a checkpoint that has just become whole. Raises SaveError after the third failure in a
+        row."""
         folder = self._folder
         if folder is None:
             return None
@@ -197,11 +199,11 @@ class Saver:
         whole = None
         while self._folder:
             for work in (self._writing, self._committing):
-                # Waits for it. `settle` acts on its error.
+                # Waits for it. `advance` acts on its error.
                 if work:
                     work.exception()
             progress = torch.tensor(self.progress(), device=self._world.device)
-            whole = self.settle(*self._world.sum(progress).tolist())
+            whole = self.advance(*self._world.sum(progress).tolist())
         return whole
 
     def _fault(self) -> str | None:

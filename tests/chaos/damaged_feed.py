@@ -169,7 +169,7 @@ class Rule:
             planned = self._order.samples(step)
             for place in range(len(planned.id)):
                 partner = None
-                if self._config.mix.active:
+                if self._config.mix.is_active:
                     partner = int(planned.id[place + 1]) if place % 2 == 0 else found[step, place - 1]
                 found[step, place] = next(self._usable(step, place, partner))
         return found
