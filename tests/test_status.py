@@ -199,7 +199,8 @@ def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
     began = json.loads((run.folder / EVENTS).read_text())["time"]
     # 1 s a step before, an hour in which nothing ran, and then 2 s a step.
     times = {80: began - 3610, 90: began - 3600, 100: began + 30, 110: began + 50, 120: began + 70}
-    lines = [{"step": step, "time": at, "images_per_second": 96.0, "step_s": 1.0} for step, at in times.items()]
+    reading = {"loss": 1.5, "images_per_second": 96.0, "step_s": 1.0}
+    lines = [{"step": step, "time": at, **reading} for step, at in times.items()]
     run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     assert read_status(run.folder).left_s == pytest.approx((300 - 120) * 2.0)
 
@@ -373,7 +374,7 @@ def test_what_cannot_be_read_is_named(run: Run, squeue: Slurm):
         "goodput.json",
         "run.json",
     ]
-    assert "line 2 is no JSON" in known.faults[0]
+    assert "2 lines cannot be read, the first is line 2" in known.faults[0]
     assert all(fault in format_status(known) for fault in known.faults)
 
 

@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.run_folder import SLURM, read_lines
+
 log = logging.getLogger(__name__)
 
-SLURM = "slurm"
 EVENTS = f"{SLURM}/events.jsonl"
 """The journal's path, relative to the run's folder."""
 FAILURES = ("crash", "no progress")
@@ -33,17 +34,8 @@ class Journal:
 
     def of_this_job(self) -> list[Event]:
         """Returns the events that this job has written, also before SLURM restarted it."""
-        if not self._path.exists():
-            return []
-        events = []
-        for line in self._path.read_text().splitlines():
-            # A full disk may have cut a line short.
-            if not line.endswith("}"):
-                continue
-            event = json.loads(line)
-            if event["job"] == self._job:
-                events.append(event)
-        return events
+        # A full disk may have cut lines short.
+        return [event for event in read_lines(self._path) if event["job"] == self._job]
 
 
 def _format_value(value: Any) -> str:

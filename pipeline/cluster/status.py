@@ -9,23 +9,30 @@ A file that is missing leaves its values out; one that cannot be read is also na
 line, which is being written, is no fault.
 """
 
+import contextlib
 import dataclasses
-import json
-import math
 import time
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from pipeline.cluster import slurm
-from pipeline.cluster.journal import FAILURES
-from pipeline.config import Length
+from pipeline.cluster.journal import EVENTS, FAILURES
 from pipeline.errors import ExternalError, InputError
+from pipeline.run_folder import (
+    COMMIT,
+    CONFIG,
+    GOODPUT,
+    RECORD,
+    RESULT,
+    SLURM,
+    Document,
+    RunFolder,
+    as_mapping,
+    as_number,
+)
 
-Document = dict[str, Any]
 Phase = Literal["not started", "waiting", "running", "stopped", "finished", "failed", "lost", "unknown"]
 
 _NUM_RECENT = 50
@@ -119,66 +126,68 @@ class Status:
 
 def read_status(folder: Path) -> Status:
     """Returns the status of the run in a folder. Raises InputError for a folder that holds no run."""
-    if not any((folder / name).exists() for name in ("slurm", "run.json", "config.yaml")):
+    if not any((folder / name).exists() for name in (SLURM, RECORD, CONFIG)):
         found = "holds neither slurm/ nor run.json" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {found}: give the folder of a run, such as runs/NAME")
-    faults: list[str] = []
-    submitted = _read_document(folder / "slurm" / "jobs.json", faults)
+    run = RunFolder(folder)
+    submitted = run.document(f"{SLURM}/jobs.json")
     job = submitted.get("job")
     sweep = submitted.get("sweep") or []
     own_id = str(job) if job and not sweep else None
     # All these runs are in the same run.root, which need not be below the folder that this process was started in.
     handoff_ids = {}
-    for name, job_id in _as_mapping(submitted.get("handoffs")).items():
-        handoff_ids[folder.parent / Path(name).name] = str(job_id)
+    for name, job_id in as_mapping(submitted.get("handoffs")).items():
+        handoff_ids[RunFolder(folder.parent / Path(name).name)] = str(job_id)
     sweep_ids = {}
     for number, name in enumerate(sweep):
-        sweep_ids[folder.parent / Path(name).name] = f"{job}_{number}"
+        sweep_ids[RunFolder(folder.parent / Path(name).name)] = f"{job}_{number}"
     ids = [*handoff_ids.values(), *sweep_ids.values()]
     if own_id:
         ids.insert(0, own_id)
     jobs = _ask_slurm(ids)
-    own = _read_run(folder, jobs[own_id] if own_id else None, faults)
-    children = tuple(_read_run(path, jobs[job_id], faults) for path, job_id in sweep_ids.items())
-    handoffs = tuple(_read_run(path, jobs[job_id], faults) for path, job_id in handoff_ids.items())
+    own = _read_run(run, jobs[own_id] if own_id else None)
+    children = tuple(_read_run(child, jobs[job_id]) for child, job_id in sweep_ids.items())
+    handoffs = tuple(_read_run(child, jobs[job_id]) for child, job_id in handoff_ids.items())
     phases = {child.phase for child in children} or {own.phase}
     phase = next(phase for phase in _SWEEP_PHASES if phase in phases)
+    faults = []
+    for each in (run, *sweep_ids, *handoff_ids):
+        faults += [f"{each.path}/{fault}" for fault in each.faults]
     return dataclasses.replace(own, phase=phase, handoffs=handoffs, children=children, faults=tuple(faults))
 
 
-def _read_run(folder: Path, job: SlurmJob | None, faults: list[str]) -> Status:
+def _read_run(run: RunFolder, job: SlurmJob | None) -> Status:
     """Returns the status of one run, without the runs that belong to it."""
-    events = _read_lines(folder / "slurm" / "events.jsonl", faults)
-    lines = [line for line in _read_lines(folder / "metrics.jsonl", faults) if _has_step_and_time(line)]
-    readings = [line for line in lines if "images_per_second" in line]
-    evaluations = [line for line in lines if "images_per_second" not in line]
-    goodput = _read_document(folder / "goodput.json", faults)
-    result = _read_document(folder / "result.json", faults)
+    events = run.lines(EVENTS)
+    readings, evaluations = run.metrics()
+    readings = [line for line in readings if as_number(line.get("time")) is not None]
+    goodput = run.document(GOODPUT)
+    result = run.document(RESULT)
     last = readings[-1] if readings else {}
     scored = evaluations[-1] if evaluations else {}
-    scores = {name: _as_number(value) for name, value in scored.items() if name not in ("step", "time")}
-    step = _as_number(last.get("step", goodput.get("step")))
-    total_steps = _total_steps(folder, faults)
-    checkpoint_step, checkpoint_time = _newest_checkpoint(folder) or (None, None)
-    starts = [event["time"] for event in events if event.get("event") == "start" and _as_number(event.get("time"))]
+    scores = {name: as_number(value) for name, value in scored.items() if name not in ("step", "time")}
+    step = as_number(last.get("step", goodput.get("step")))
+    total_steps = run.total_steps()
+    checkpoint_step, checkpoint_time = _newest_checkpoint(run) or (None, None)
+    starts = [event["time"] for event in events if event.get("event") == "start" and as_number(event.get("time"))]
     has_started = bool(starts or readings) or checkpoint_step is not None
     step_s = _recent_step_s(readings, since=max(starts, default=0.0))
     left_s = None
     if total_steps and step is not None and step_s:
         left_s = max(0.0, (total_steps - step) * step_s)
     return Status(
-        run=str(folder),
+        run=str(run.path),
         phase=_phase(job, events, result, has_started=has_started),
         job=job,
         step=None if step is None else int(step),
         total_steps=total_steps,
-        epoch=_as_number(last.get("epoch")),
-        images_per_second=_as_number(last.get("images_per_second")),
-        loss=_as_number(last.get("loss")),
+        epoch=as_number(last.get("epoch")),
+        images_per_second=as_number(last.get("images_per_second")),
+        loss=as_number(last.get("loss")),
         scores=scores,
         scored_step=scored.get("step"),
         left_s=left_s,
-        ettr=_as_number(result.get("ettr", last.get("ettr"))),
+        ettr=as_number(result.get("ettr", last.get("ettr"))),
         # The journal comes first: a process that ends before its first reading is missing in goodput.json.
         restarts=len(starts) - 1 if starts else goodput.get("restarts"),
         restarts_without_progress=_restarts_without_progress(events, checkpoint_step),
@@ -207,51 +216,22 @@ def _phase(job: SlurmJob | None, events: list[Document], result: Document, *, ha
     return "unknown" if job is None or job.state == "unknown" else "lost"
 
 
-def _total_steps(folder: Path, faults: list[str]) -> int | None:
-    """Returns train.length in steps. A length in epochs is known once the run has recorded the size of its data."""
-    train: Document = {}
-    for path in (folder / "config.yaml", folder / "slurm" / "config.yaml"):
-        if path.exists():
-            train = _as_mapping(_read_document(path, faults).get("train"))
-            break
-    batch_size = _as_number(train.get("global_batch_size"))
-    samples = 0.0
-    for data in _read_document(folder / "run.json", faults).get("inputs") or []:
-        if data.get("context") == "training":
-            samples += _as_number(data.get("samples")) or 0
-    try:
-        length = Length.parse(train.get("length"))
-    except ValueError:
-        return None
-    if not batch_size or (length.unit == "epochs" and not samples):
-        return None
-    return length.steps(steps_per_epoch=int(samples // batch_size), global_batch_size=int(batch_size))
-
-
-def _has_step_and_time(line: Document) -> bool:
-    return _as_number(line.get("step")) is not None and _as_number(line.get("time")) is not None
-
-
 def _recent_step_s(readings: list[Document], *, since: float) -> float | None:
     """Returns the mean duration of a step in the current attempt, evaluations and saves included."""
     recent = [line for line in readings[-_NUM_RECENT:] if line["time"] >= since]
     if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
-        return _as_number(readings[-1].get("step_s")) if readings else None
+        return as_number(readings[-1].get("step_s")) if readings else None
     first, last = recent[0], recent[-1]
     return (last["time"] - first["time"]) / (last["step"] - first["step"])
 
 
-def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
-    """Returns the step of the newest checkpoint and the time of its commit. Its bytes are not compared."""
-    checkpoints = []
-    for commit in (folder / "checkpoints").glob("step-*/COMMIT.json"):
-        try:
-            step = int(commit.parent.name.removeprefix("step-"))
-            checkpoints.append((step, commit.stat().st_mtime))
-        except (ValueError, OSError):
-            # Retention removes checkpoints at any moment.
-            continue
-    return max(checkpoints, default=None)
+def _newest_checkpoint(run: RunFolder) -> tuple[int, float] | None:
+    """Returns the step of the newest checkpoint and the time of its commit."""
+    for step, checkpoint in reversed(run.checkpoints().items()):
+        # Retention removes checkpoints at any moment.
+        with contextlib.suppress(OSError):
+            return step, (checkpoint / COMMIT).stat().st_mtime
+    return None
 
 
 def _restarts_without_progress(events: list[Document], checkpoint_step: int | None) -> int:
@@ -266,7 +246,7 @@ def _last_error(events: list[Document]) -> RankError | None:
     for event in reversed(events):
         message = event.get("error") or event.get("why")
         if event.get("event") in _ERRORS and message:
-            return RankError(_as_number(event.get("time")) or 0.0, event["event"], str(message))
+            return RankError(as_number(event.get("time")) or 0.0, event["event"], str(message))
     return None
 
 
@@ -325,49 +305,3 @@ def _parse_time(text: str) -> float | None:
     except ValueError:
         # N/A
         return None
-
-
-def _read_document(path: Path, faults: list[str]) -> Document:
-    """Returns the mapping in a JSON or YAML file; an empty one where there is no file."""
-    try:
-        text = path.read_text()
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        faults.append(f"{path}: {error}")
-        return {}
-    if not isinstance(document, dict):
-        faults.append(f"{path}: a mapping was expected, not {type(document).__name__}")
-    return _as_mapping(document)
-
-
-def _read_lines(path: Path, faults: list[str]) -> list[Document]:
-    """Returns the JSON objects in a file, one a line, without a last line that is incomplete."""
-    try:
-        complete = path.read_text(errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        faults.append(f"{path}: {error.strerror}")
-        return []
-    documents = []
-    for number, line in enumerate(complete, 1):
-        try:
-            document = _as_mapping(json.loads(line))
-        except ValueError:
-            faults.append(f"{path}: line {number} is no JSON")
-            continue
-        if document:
-            documents.append(document)
-    return documents
-
-
-def _as_mapping(value: Any) -> Document:
-    return value if isinstance(value, dict) else {}
-
-
-def _as_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if math.isfinite(value) else None

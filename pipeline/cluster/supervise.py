@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.cluster.job_step import copy_environment, python_command, srun_command, step_environment
-from pipeline.cluster.journal import FAILURES, SLURM, Journal
+from pipeline.cluster.journal import FAILURES, Journal
 from pipeline.cluster.slurm import Allocation, ask, node_name
 from pipeline.config import ClusterConfig, Config
 from pipeline.errors import DONE, FAILED, REQUEUE, STOPPING, USAGE, ExternalError
+from pipeline.run_folder import CHECKPOINTS, RESULT, SLURM, committed_checkpoints, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -248,11 +249,11 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 self._end_step()
             self._step = None
-            lines: list[str] = []
+            answers: list[dict[str, Any]] = []
             for path in sorted(Path(folder).iterdir()):
-                lines += path.read_text().splitlines(True)
-        # A line without its end is that of a task that was killed.
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+                # A line that is cut short is that of a task that was killed.
+                answers += read_lines(path)
+            return answers
 
     def _end_step(self) -> int:
         assert self._step
@@ -268,7 +269,7 @@ class Supervisor:
 
     def _run_ranks(self, nodes: list[str]) -> Ending:
         cluster = self._cluster
-        result_path = self._program.folder / "result.json"
+        result_path = self._program.folder / RESULT
         result_before = _file_identity(result_path)
         ranks = len(nodes) * cluster.ranks
         self._appoint_deputy(nodes)
@@ -370,8 +371,7 @@ class Supervisor:
     # After training
 
     def _newest_step(self) -> int:
-        commits = (self._program.folder / "checkpoints").glob("step-*/COMMIT.json")
-        return max((int(commit.parent.name.removeprefix("step-")) for commit in commits), default=0)
+        return max(committed_checkpoints(self._program.folder / CHECKPOINTS), default=0)
 
     def _check_progress(self) -> int | None:
         """Counts a stretch that its time limit ended without a newer checkpoint. Returns the exit code where there have

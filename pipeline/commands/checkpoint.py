@@ -24,8 +24,9 @@ from pipeline import cli
 from pipeline.cli import Subcommand
 from pipeline.commands.text_table import align_columns, format_scores, list_values
 from pipeline.errors import InputError
+from pipeline.run_folder import CHECKPOINTS, COMMIT
 from pipeline.train import checkpoint_files
-from pipeline.train.checkpoint_files import COMMIT, FORMAT, step_of
+from pipeline.train.checkpoint_files import FORMAT, step_of
 from pipeline.train.meters import finite_or_none
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _find_checkpoints(run: Path, step: int | None = None) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{run}: no such folder; give a run's folder, runs/NAME, or one checkpoint's")
     # A run's folder, the folder of its checkpoints, or one of these.
-    parent = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    parent = folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder
     candidates = [folder] if _is_checkpoint(folder) else parent.iterdir()
     checkpoints = sorted(filter(_is_checkpoint, candidates), key=step_of)
     if not checkpoints:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 from pipeline import cli, files, yaml_text
 from pipeline.cluster import run_log, script, slurm
-from pipeline.cluster.journal import SLURM
 from pipeline.cluster.script import quoted
 from pipeline.cluster.status import read_status
 from pipeline.cluster.supervise import LOG, STOP
@@ -32,6 +31,7 @@ from pipeline.config import Config, HandoffConfig, dump_config, load_config, rea
 from pipeline.errors import ExternalError, InputError
 from pipeline.job import handoff
 from pipeline.redact import redact
+from pipeline.run_folder import SLURM
 from pipeline.track.code_version import snapshot
 from pipeline.track.sync.record import new_uuid
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import files
 from pipeline.errors import ExternalError
+from pipeline.run_folder import read_lines
 from pipeline.shards.index import ShardSet
 
 log = logging.getLogger(__name__)
@@ -85,18 +86,11 @@ class Quarantine:
 
     def _read_lines(self) -> dict[tuple[int, int], dict[str, Any]]:
         """Returns the file's lines about this data set, by shard and row."""
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return {}
-        lines = {}
-        for text in self._path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                # A process ended while it was writing the line.
-                continue
-            if isinstance(line, dict) and line.get("data") == self._shards.digest:
-                lines[line["shard"], line["row"]] = line
-        return lines
+        # A process may have ended while it was writing a line.
+        of_this_set = [line for line in read_lines(self._path) if line.get("data") == self._shards.digest]
+        return {(line["shard"], line["row"]): line for line in of_this_set}
 
     def _format_report(self) -> str:
         bad_samples = list(self._bad_samples.values())

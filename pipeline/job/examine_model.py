@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import EvalFeed, MicroBatch
 from pipeline.pictures.palette import colourise, palette
+from pipeline.run_folder import CHECKPOINTS, CONFIG
 from pipeline.shards.cache import CacheOptions
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
@@ -55,7 +56,7 @@ def examine_model(folder: Path, *, samples: bool, cache: CacheOptions) -> Examin
     """Returns what the run's network does with its validation data. `samples`: with images of the data set. `cache`
     comes before the run's data.cache and data.cache_gb. Raises InputError, ExternalError or OSError where it cannot
     be known."""
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / CONFIG)
     data = config.data
     if data.val is None:
         raise InputError("the run has no validation data: data.val is not set")
@@ -290,7 +291,7 @@ def _list_objects(truth: Truth) -> list[dict[str, Any]]:
 def _find_weights(folder: Path) -> tuple[str, Path]:
     """Returns name and file of the newest whole checkpoint's weights, or of a version's that waits to be registered.
     The moving average comes first, where one is kept."""
-    for checkpoint in sorted((folder / "checkpoints").glob("step-*"), reverse=True):
+    for checkpoint in sorted((folder / CHECKPOINTS).glob("step-*"), reverse=True):
         with contextlib.suppress(OSError, InputError):  # removed this instant, or of a newer format
             if verify_checkpoint(checkpoint):
                 average = checkpoint / EMA

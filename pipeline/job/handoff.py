@@ -26,6 +26,7 @@ from pipeline import files
 from pipeline.config import ClusterConfig, Config, HandoffConfig, fingerprint, load_config, read_json, read_yaml
 from pipeline.errors import ExternalError, InputError
 from pipeline.lease import LOCK
+from pipeline.run_folder import CONFIG, finished_result
 from pipeline.track.model_card import ModelCard
 from pipeline.track.sync.outbox import Outbox, faults_of, is_given_up
 from pipeline.track.sync.record import MAIN_METRIC, Record, new_uuid
@@ -89,14 +90,11 @@ class Claim(BaseModel):
 
     def result(self) -> dict[str, Any] | None:
         """Returns the child's result if it has finished, otherwise None."""
-        path = self.folder / "result.json"
-        if not path.exists():
-            return None
+        result = finished_result(self.folder)
         # The folder may belong to another run of the same name.
-        if Record.read(self.folder).uuid != self.uuid:
+        if result is None or Record.read(self.folder).uuid != self.uuid:
             return None
-        result = read_json(dict[str, Any], path)
-        return None if result.get("requeue") else result
+        return result
 
 
 def start_handoffs(folder: Path, ranks: int) -> None:
@@ -141,7 +139,8 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
     Raises InputError for a run that has not ended, and ExternalError where its versions are not registered yet.
     """
     config = load_run_config(folder)
-    _require_finished(folder)
+    if finished_result(folder) is None:
+        raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
     children = []
     refused = []
     (folder / "handoff").mkdir(exist_ok=True)
@@ -160,7 +159,7 @@ def hand_off(folder: Path, ranks: int) -> dict[str, Any]:
 
 def load_run_config(folder: Path) -> Config:
     """Returns the configuration of the run in `folder`, with an absolute run.root, which its children share."""
-    return with_root(load_config(folder / "config.yaml"), folder.resolve().parent)
+    return with_root(load_config(folder / CONFIG), folder.resolve().parent)
 
 
 def with_root(config: Config, root: Path) -> Config:
@@ -201,13 +200,6 @@ def decide(folder: Path, config: Config, entry: HandoffConfig) -> tuple[Claim | 
         set=entry.set,
     )
     return claim.make(path), ""
-
-
-def _require_finished(folder: Path) -> None:
-    path = folder / "result.json"
-    result = read_json(dict[str, Any], path) if path.exists() else {"requeue": True}
-    if result.get("requeue"):
-        raise InputError(f"{folder}: the run has not ended; start it again, and it hands off by itself")
 
 
 def _choose_version(folder: Path, entry: HandoffConfig, keep_best: int) -> tuple[str | None, str]:

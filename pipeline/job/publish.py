@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.feed.preview import preview
 from pipeline.job import report_page
 from pipeline.redact import redact
+from pipeline.run_folder import CONFIG, RESULT
 from pipeline.shards.index import Manifest, ShardSet
 from pipeline.tasks import draw_predictions
 from pipeline.tasks.build import build_trained
@@ -34,7 +35,6 @@ from pipeline.train.meters import finite_or_none
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
 NUM_PREDICTIONS = 8
 HURRY_S = 10.0
 """The time that the server has when a job is stopped or has failed: the next start sends what remains."""
@@ -60,7 +60,7 @@ class Publisher:
         self.folder = config.run.folder
         # The result of an attempt that was stopped would be taken for this one's.
         (self.folder / RESULT).unlink(missing_ok=True)
-        files.write(self.folder / "config.yaml", dump_config(config).encode(), private=True)
+        files.write(self.folder / CONFIG, dump_config(config).encode(), private=True)
         files.write(self.folder / "packages.txt", list_packages().encode())
         if config.tracking.log_diff:
             files.write(self.folder / "diff.patch", read_uncommitted().encode(), private=True)

@@ -15,7 +15,7 @@ import torch
 
 from pipeline import files, network
 from pipeline.cluster import slurm
-from pipeline.config import Config, DetectionConfig, read_json
+from pipeline.config import Config, DetectionConfig
 from pipeline.errors import REQUEUE, ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
@@ -23,13 +23,14 @@ from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.job import handoff, start_checks
 from pipeline.job.handoff import Claim
 from pipeline.job.initial_weights import load_initial_weights
-from pipeline.job.publish import RESULT, Publisher, read_parent
+from pipeline.job.publish import Publisher, read_parent
 from pipeline.lease import Lease, hold
 from pipeline.redact import redact
+from pipeline.run_folder import CHECKPOINTS, GOODPUT, METRICS, RECORD, finished_result
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_training, open_validation
 from pipeline.tasks.build import AnyTask, build_task
-from pipeline.track.sync.record import RECORD, Record
+from pipeline.track.sync.record import Record
 from pipeline.track.sync.system_load import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
 from pipeline.train.ema import Ema
@@ -72,7 +73,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
             make_deterministic()
         task = world.first_then_all(lambda: _build_task(config, training.classes))
         # A run that has been started before continues from its checkpoints and needs no initial weights.
-        was_started = world.from_first(any((folder / "checkpoints").glob("step-*")))
+        was_started = world.from_first(any((folder / CHECKPOINTS).glob("step-*")))
         parent = None if was_started else load_initial_weights(config, world, task, training.classes)
 
         # The lease: nothing is written before this, and there is little left that can be refused after it.
@@ -87,7 +88,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
 
         # The newest whole checkpoint, which must belong to the same training: its step decides where the feed begins.
         identity = {**config.identity(), "num_classes": len(training.classes), "data": training.digest}
-        checkpoints = Checkpoints(folder / "checkpoints", world, identity)
+        checkpoints = Checkpoints(folder / CHECKPOINTS, world, identity)
         checkpoint = _find_checkpoint(checkpoints, config, world)
         state = checkpoint.state if checkpoint else State()
         feed = resources.enter_context(contextlib.closing(_open_feed(config, world, training, task, state)))
@@ -147,7 +148,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
             utilisation=utilisation,
         )
         if publisher:
-            trainer.listeners = [MetricsFile(folder / "metrics.jsonl", state.step), Progress(schedule.total), publisher]
+            trainer.listeners = [MetricsFile(folder / METRICS, state.step), Progress(schedule.total), publisher]
             trainer.on_rollback = publisher.outbox.give_up
             trainer.anomalies = Anomalies(folder / "anomalies.jsonl", state.step)
             if schedule.profile_at is not None:
@@ -227,7 +228,7 @@ def _retention(config: Config, schedule: Schedule, task: AnyTask) -> Retention:
 
 def _open_goodput(folder: Path, world: World, state: State) -> Goodput:
     return Goodput(
-        folder / "goodput.json" if world.is_first else None,
+        folder / GOODPUT if world.is_first else None,
         resumed_step=state.step,
         process_start=psutil.Process().create_time(),
     )
@@ -321,10 +322,11 @@ def _find_checkpoint(checkpoints: Checkpoints, config: Config, world: World) -> 
 def _finished_result(folder: Path, schedule: Schedule, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
     """Returns the result of a run that has ended, also where its checkpoints have been deleted since. One whose last
     checkpoints are damaged continues from an older one, and writes them again."""
-    path = folder / RESULT
-    result = read_json(dict[str, Any], path) if path.exists() else {"requeue": True}
+    result = finished_result(folder)
+    if result is None:
+        return None
     step = checkpoint.state.step if checkpoint else result.get("steps", 0)
-    if result.get("requeue") or step < schedule.total:
+    if step < schedule.total:
         return None
     log.info(f"{folder}: finished before, at step {step}; nothing to do")
     return result

@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline import files
 from pipeline.config import validated
 from pipeline.errors import InputError
+from pipeline.run_folder import committed_checkpoints
 from pipeline.train.checkpoint_files import (
     COMMIT,
     EMA,
@@ -120,8 +121,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the committed checkpoints, in order. They may yet prove damaged."""
-        committed = sorted(self.folder.glob(f"step-*/{COMMIT}"))
-        return [step_of(path.parent) for path in committed]
+        return list(committed_checkpoints(self.folder))
 
     def make(self, step: int) -> None:
         """Makes an empty folder, whatever a killed save, another trajectory or a bad disk left there. On rank 0.

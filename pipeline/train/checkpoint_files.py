@@ -27,10 +27,11 @@ from pipeline.config import read_json, validated
 from pipeline.config.fields import text_matching
 from pipeline.errors import InputError
 from pipeline.files import open_regular
+from pipeline.run_folder import COMMIT
 
 log = logging.getLogger(__name__)
 
-COMMIT, MODEL, EMA, STATE = "COMMIT.json", "model.safetensors", "ema.safetensors", "state.json"
+MODEL, EMA, STATE = "model.safetensors", "ema.safetensors", "state.json"
 FORMAT = 2
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

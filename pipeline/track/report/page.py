@@ -6,11 +6,12 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
+from pipeline.run_folder import as_mapping
 from pipeline.track.metric_names import CHARTS, for_display, is_detail, is_fraction, label_of
 from pipeline.track.report.examination import Examination, class_rows, confused_pairs, confusion_cells
 from pipeline.track.report.plots import Chart, Line, draw_chart
 from pipeline.track.report.render import Share, code, duration, moment, number, render, shares, short
-from pipeline.track.report.run_files import RunFiles, as_mapping, as_number
+from pipeline.track.report.run_files import RunFiles, as_number
 from pipeline.track.report.timeline import list_events
 
 STATUS = {

@@ -11,22 +11,32 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from pipeline import run_folder
 from pipeline.errors import InputError
 from pipeline.redact import redact
+from pipeline.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    GOODPUT,
+    METRICS,
+    RECORD,
+    RESULT,
+    Document,
+    RunFolder,
+    as_mapping,
+    as_mappings,
+)
 from pipeline.track.sync.outbox import is_given_up
 
 Array = npt.NDArray[np.float64]
-Document = dict[str, Any]
 
-_MARKERS = ("run.json", "config.yaml", "metrics.jsonl", "checkpoints")
+_MARKERS = (RECORD, CONFIG, METRICS, CHECKPOINTS)
 """A folder that has none of these holds no run."""
 
 
@@ -70,22 +80,23 @@ class RunFiles:
     def __init__(self, folder: Path) -> None:
         """Raises InputError for a folder that holds no run."""
         self.folder = folder
-        self.faults: list[str] = []
+        self._files = RunFolder(folder)
+        self.faults = self._files.faults
         if not any((folder / name).exists() for name in _MARKERS):
             found = f"holds none of {', '.join(_MARKERS)}" if folder.is_dir() else "no such folder"
             raise InputError(f"{folder}: {found}: give the folder of a run, such as runs/NAME")
-        self.record = self._read_json("run.json")
-        self.result = self._read_json("result.json")
-        self.goodput = self._read_json("goodput.json")
-        self.profile = self._read_json("profile/profile.json")
-        self.config = self._read_mapping("config.yaml", yaml.safe_load, "is not a mapping in YAML")
-        self.texts = {name: redact(self._read_text(name)) for name in ("deepspeed.json", "packages.txt")}
-        self.training, self.validation = self._read_metrics()
-        self.anomalies = [redact(_count_samples(line)) for line in self._read_lines("anomalies.jsonl")]
-        self.quarantine = [redact(line) for line in self._read_lines("quarantine.jsonl")]
-        self.checkpoints = self._find_checkpoints()
+        self.record = self._read(RECORD)
+        self.result = self._read(RESULT)
+        self.goodput = self._read(GOODPUT)
+        self.profile = self._read("profile/profile.json")
+        self.config = self._read(CONFIG)
+        self.texts = {name: redact(self._files.text(name)) for name in ("deepspeed.json", "packages.txt")}
+        self.training, self.validation = map(_curves, self._files.metrics())
+        self.anomalies = [redact(_count_samples(line)) for line in self._files.lines("anomalies.jsonl")]
+        self.quarantine = [redact(line) for line in self._files.lines("quarantine.jsonl")]
+        self.checkpoints = self._files.checkpoints()
         self.versions = self._read_versions()
-        self.children = [self._read_json(f"handoff/{path.name}") for path in self._glob("handoff/*.json")]
+        self.children = [self._read(f"handoff/{path.name}") for path in sorted(folder.glob("handoff/*.json"))]
         self.read_at = time.time()
 
     @property
@@ -113,8 +124,7 @@ class RunFiles:
 
     @property
     def inputs(self) -> list[Document]:
-        inputs = self.record.get("inputs")
-        return [each for each in inputs if isinstance(each, dict)] if isinstance(inputs, list) else []
+        return as_mappings(self.record.get("inputs"))
 
     @functools.cached_property
     def rollbacks(self) -> list[int]:
@@ -164,76 +174,16 @@ class RunFiles:
         times = times[np.isfinite(times)]
         return [*times[:1], *times[-1:]]
 
-    def _report(self, name: str, fault: str) -> None:
-        self.faults.append(f"{name}: {fault}")
-
-    def _read_text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            self._report(name, f"cannot be read: {error.strerror}")
-            return ""
-
-    def _read_json(self, name: str) -> Document:
-        return self._read_mapping(name, json.loads, "is not a JSON object")
-
-    def _read_mapping(self, name: str, parse: Callable[[str], Any], fault: str) -> Document:
-        text = self._read_text(name)
-        try:
-            tree = parse(text) if text else {}
-        except (ValueError, yaml.YAMLError, RecursionError):
-            tree = None
-        if not isinstance(tree, dict):
-            self._report(name, fault)
-            return {}
-        return redact(tree)
-
-    def _read_lines(self, name: str) -> Iterator[Document]:
-        """Yields the JSON objects of a file. A last line without its end is still being written and is no fault."""
-        num_bad = 0
-        *lines, last = self._read_text(name).split("\n")
-        for line in [*lines, last]:
-            try:
-                document = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                document = None
-            if isinstance(document, dict):
-                yield document
-            elif line.strip() and line is not last:
-                num_bad += 1
-        if num_bad:
-            self._report(name, f"{num_bad} line{'s' if num_bad > 1 else ''} cannot be read")
-
-    def _read_metrics(self) -> tuple[dict[str, Curve], dict[str, Curve]]:
-        """Returns the curves of training and of evaluations."""
-        readings, evaluations = [], []
-        for line in self._read_lines("metrics.jsonl"):
-            if 0 <= as_number(line.get("step")) < 1e15:
-                (readings if "loss" in line else evaluations).append(line)
-        return _curves(readings), _curves(evaluations)
-
-    def _glob(self, pattern: str) -> list[Path]:
-        try:
-            return sorted(self.folder.glob(pattern))
-        except OSError as error:
-            self._report(pattern, f"cannot be read: {error.strerror}")
-            return []
-
-    def _find_checkpoints(self) -> dict[int, Path]:
-        """Returns the committed checkpoints by their step, in order."""
-        folders = [path.parent for path in self._glob("checkpoints/step-*/COMMIT.json")]
-        steps = [as_number(folder.name.removeprefix("step-")) for folder in folders]
-        return {int(step): folder for step, folder in zip(steps, folders, strict=True) if math.isfinite(step)}
+    def _read(self, name: str) -> Document:
+        return redact(self._files.document(name))
 
     def _read_versions(self) -> list[RunVersion]:
         versions = []
-        for path in self._glob("versions/step-*/model.json"):
+        for path in sorted(self.folder.glob("versions/step-*/model.json")):
             folder = path.parent.relative_to(self.folder)
-            card, registered = self._read_json(f"{folder}/model.json"), self._read_json(f"{folder}/registered.json")
-            step = as_number(path.parent.name.split("-")[1])
-            if not math.isfinite(step) or is_given_up(path.parent):
+            card, registered = self._read(f"{folder}/model.json"), self._read(f"{folder}/registered.json")
+            step = path.parent.name.split("-")[1]
+            if not step.isdecimal() or is_given_up(path.parent):
                 continue
             metrics = {key: as_number(value) for key, value in as_mapping(card.get("metrics")).items()}
             uri = registered.get("uri")
@@ -243,20 +193,9 @@ class RunFiles:
 
 
 def as_number(value: Any) -> float:
-    """Returns a finite number, also one written as decimal digits; nan for anything else."""
-    if isinstance(value, str):
-        value = int(value) if value.isdecimal() and len(value) < 16 else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-def as_mapping(value: Any) -> Document:
-    """Returns `value` if it is a mapping, and an empty one otherwise."""
-    return value if isinstance(value, dict) else {}
+    """Returns a finite number; nan for anything else."""
+    number = run_folder.as_number(value)
+    return math.nan if number is None else float(number)
 
 
 def _curves(lines: list[Document]) -> dict[str, Curve]:

@@ -6,9 +6,8 @@ from pathlib import Path
 import yaml
 
 from pipeline.redact import redact, redact_urls
-from pipeline.track.sync.line_files import METRICS
+from pipeline.run_folder import CONFIG, GOODPUT, METRICS
 
-CONFIG = "config.yaml"
 TREES = (CONFIG, "deepspeed.json")
 """Files in which values are redacted by their keys; in others, URLs are redacted."""
 FILES = (
@@ -20,7 +19,7 @@ FILES = (
     "report.html",
     "anomalies.jsonl",
     "quarantine.jsonl",
-    "goodput.json",
+    GOODPUT,
     METRICS,
 )
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mlflow.entities import Metric
 
-log = logging.getLogger(__name__)
+from pipeline.run_folder import METRICS, is_reading
 
-METRICS = "metrics.jsonl"
+log = logging.getLogger(__name__)
 
 
 def list_line_files(folder: Path) -> list[Path]:
@@ -43,7 +43,7 @@ def parse_points(path: Path, number: int, line: bytes) -> list[Metric]:
     time_ms = round(document.pop("time") * 1000)
     if path.name == METRICS:
         step = document.pop("step")
-        prefix = "train/" if "loss" in document else "val/"
+        prefix = "train/" if is_reading(document) else "val/"
     else:
         # MLflow's own monitor counts its samples in the same way.
         step = number

@@ -31,11 +31,11 @@ from pipeline import files
 from pipeline.config import fingerprint, load_config
 from pipeline.errors import InputError
 from pipeline.redact import redact
+from pipeline.run_folder import CONFIG, METRICS
 from pipeline.track import tracking_server
 from pipeline.track.model_card import ModelCard
-from pipeline.track.sync.artifacts import CONFIG, FILES, read_redacted
+from pipeline.track.sync.artifacts import FILES, read_redacted
 from pipeline.track.sync.line_files import (
-    METRICS,
     count_unsent_bytes,
     digest_before,
     identity,

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline import files
+from pipeline.run_folder import CHECKPOINTS
 from pipeline.track.model_card import CARD, WEIGHTS, ModelCard
 
 REGISTERED = "registered.json"
@@ -138,7 +139,7 @@ class Outbox:
         These are its checkpoint's, and those that a lost database has left among the artifacts beside it.
         """
         run = self.folder.parent
-        folders = [run / "checkpoints" / entry.name.rpartition("-")[0]]
+        folders = [run / CHECKPOINTS / entry.name.rpartition("-")[0]]
         card = (entry / CARD).read_bytes()
         for stored in run.parent.glob(f"artifacts/*/models/*/artifacts/artifacts/{CARD}"):
             if stored.read_bytes() == card:

@@ -20,8 +20,8 @@ from pipeline import files
 from pipeline.config import read_json
 from pipeline.errors import InputError
 from pipeline.redact import redact
+from pipeline.run_folder import RECORD
 
-RECORD = "run.json"
 SWEEP = "slurm/sweep.json"
 MAIN_METRIC = "main_metric"
 PARENT = "parent.version"

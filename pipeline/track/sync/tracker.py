@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pipeline import lease
 from pipeline.errors import ExternalError, InputError
-from pipeline.track.sync.record import RECORD, Record, Status
+from pipeline.run_folder import RECORD
+from pipeline.track.sync.record import Record, Status
 
 if TYPE_CHECKING:
     from pipeline.track.sync.mirror import Mirror
