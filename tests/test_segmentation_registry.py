@@ -37,6 +37,7 @@ from pipeline import cli
 from pipeline.commands import registry as launch_registry
 from pipeline.config import Bound, Gates, ImageConfig, ModelConfig, SemanticFpnConfig, load_section
 from pipeline.errors import InputError
+from pipeline.evaluation_view import whole_size
 from pipeline.feed.augment import whole_views
 from pipeline.feed.loader import EvalFeed
 from pipeline.shards import ade20k
@@ -50,7 +51,6 @@ from pipeline.track.export.source import ExportSource
 from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.track.registry import model_files, promote, registry
 from pipeline.track.serve.segmenter import class_map
-from pipeline.track.serve.whole_images import fit
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn, backbone
 from tests.model_server import ModelServer, serving
@@ -338,7 +338,7 @@ def test_an_error_of_ours_says_nothing_of_this_machine() -> None:
 def test_maps_of_many_classes_and_odd_sizes_are_those_of_all_classes_at_once() -> None:
     logits = torch.randn(150, 8, 24, generator=torch.Generator().manual_seed(0))
     for size in ((33, 95), (1, 7), (400, 300)):
-        found = class_map(logits, (32, 96), (31, 94), size)
+        found = class_map(logits, (31, 94), size)
         on_canvas = interpolate(logits[None], (32, 96), mode="bilinear")[..., :31, :94]
         at_full_size = interpolate(on_canvas, size, mode="bilinear")[0]
         # Where two classes tie but for rounding, either is right.
@@ -347,11 +347,13 @@ def test_maps_of_many_classes_and_odd_sizes_are_those_of_all_classes_at_once() -
 
 
 @pytest.mark.parametrize("hw", [(480, 640), (640, 480), (50, 51), (1, 4000), (300, 97), (64, 64), (64, 65), (2, 3)])
-def test_sizes_are_those_of_the_feed(hw: tuple[int, int]) -> None:
-    card = registry.resolve(URI).card
+def test_sizes_follow_the_rule_that_exports_state(hw: tuple[int, int]) -> None:
     for task in (TASK, SemanticFpnConfig(), SemanticFpnConfig(short_side=33)):
-        views = whole_views(task, IMAGE, np.array([hw]))
-        assert fit(card.model_copy(update={"task": task}), *hw) == tuple(views.resized[0].tolist())
+        short, long = task.sides(IMAGE)
+        factor = min(short / min(hw), long / max(hw))
+        expected = tuple(max(1, round(side * factor)) for side in hw)
+        assert whole_size(task, IMAGE, *hw) == expected
+        assert tuple(whole_views(task, IMAGE, np.array([hw])).resized[0].tolist()) == expected
 
 
 # Exported

@@ -12,17 +12,21 @@ Shapes: n images, P layers of operations, A other anchors.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline import keys
 from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, SemanticFpnConfig
+from pipeline.evaluation_view import (
+    CANVAS_DIVISOR,
+    Array,
+    central_corners,
+    resize_factors,
+    scaled_sizes,
+    short_side_before_crop,
+    short_side_sizes,
+)
 from pipeline.feed.random_ops import ATTEMPTS, draw_erased_boxes, draw_operations
-from pvt.model import STRIDES
-
-Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +129,8 @@ def training_views(
 def evaluation_views(image: ImageConfig, size: int, hw: Array) -> Views:
     """Returns views with the short side resized to size / crop_pct and the centre cropped, as torchvision's Resize and
     CenterCrop do."""
-    view = _short_side_views(size, int(size / image.crop_pct), hw)
-    corner = np.rint((view.resized - size) / 2)
-    return dataclasses.replace(view, corner=corner.astype(np.int32))
+    view = _short_side_views(size, short_side_before_crop(image, size), hw)
+    return dataclasses.replace(view, corner=central_corners(view.resized, size))
 
 
 def whole_views(
@@ -137,7 +140,7 @@ def whole_views(
 ) -> Views:
     """Returns views of whole images, resized as the task says."""
     short, long = task.sides(image)
-    factor = _compute_factor(short, long, hw)
+    factor = resize_factors(short, long, hw)
     return _padded_views(np.zeros_like(hw), hw, factor)
 
 
@@ -157,7 +160,7 @@ def detection_views(
     window = np.where(is_cropped, window, hw)
     short, long = task.sides(image)
     sides = task.train_short_sides or (short,)
-    factor = _compute_factor(_choose(sides, draws[:, 2:3]), long, window)
+    factor = resize_factors(_choose(sides, draws[:, 2:3]), long, window)
     view = _padded_views(anchor, window, factor)
     return _add_operations(view, config, draws[:, 0], key)
 
@@ -177,8 +180,8 @@ def scaled_crops(
     short, long = task.sides(image)
     low, high = task.scale
     scale = low + (high - low) * draws[:, 1:2]
-    factor = _compute_factor(short, long, hw) * scale
-    scaled = np.maximum(1, np.rint(hw * factor))
+    factor = resize_factors(short, long, hw) * scale
+    scaled = scaled_sizes(hw, factor)
     window = np.clip(np.rint(image.size / factor), 1, hw)
     window = np.where(scaled <= image.size, hw, window)
     # One anchor for each attempt: the label map decides which of them is taken.
@@ -209,14 +212,6 @@ def _add_operations(
     return dataclasses.replace(view, flip=flip, ops=ops, args=args)
 
 
-def _compute_factor(short: int | Array, long: int, hw: Array) -> Array:
-    """Returns the factor, [n, 1], that brings the short side to `short`, or the long one to `long` if it would be
-    longer."""
-    for_short_side = short / hw.min(axis=1, keepdims=True)
-    for_long_side = long / hw.max(axis=1, keepdims=True)
-    return np.minimum(for_short_side, for_long_side)
-
-
 def _choose(options: tuple[int, ...], draws: Array) -> Array:
     """Returns one of the options for each uniform draw."""
     number = draws * len(options)
@@ -236,7 +231,7 @@ def _draw_sized_window(
     """
     short_side = _choose(task.crop_short_sides, draws[:, :1])
     factor = short_side / hw.min(axis=1, keepdims=True)
-    resized = np.maximum(1, np.rint(hw * factor))
+    resized = scaled_sizes(hw, factor)
     shortest, longest = task.crop_sides
     low = np.minimum(shortest, resized)
     high = np.minimum(longest, resized)
@@ -251,18 +246,15 @@ def _draw_sized_window(
 
 def _padded_views(anchor: Array, shape: Array, factor: Array) -> Views:
     """Returns views of windows resized by `factor`, on the smallest canvas that holds them all."""
-    resized = np.maximum(1, np.rint(shape * factor)).astype(np.int64)
-    # The network takes whole tokens of its coarsest stage.
-    stride = STRIDES[-1]
-    num_tokens = -(-resized.max(axis=0) // stride)
-    height, width = (num_tokens * stride).tolist()
+    resized = scaled_sizes(shape, factor)
+    largest = resized.max(axis=0)
+    height, width = (largest + -largest % CANVAS_DIVISOR).tolist()
     return _plain_views((height, width), anchor, shape, resized)
 
 
 def _short_side_views(size: int, short_side: int, hw: Array) -> Views:
     """Returns views of whole images, resized to a short side, of which the upper left [size, size] is cropped."""
-    hw = hw.astype(np.int64)
-    resized = short_side * hw // hw.min(axis=1, keepdims=True)
+    resized = short_side_sizes(short_side, hw)
     view = _plain_views((size, size), np.zeros_like(hw), hw, resized)
     extent = np.full_like(view.extent, size)
     return dataclasses.replace(view, extent=extent)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, MaskRcnnConfig, SemanticFpnConfig, TaskConfig
 from pipeline.errors import InputError
+from pipeline.evaluation_view import Size
 from pipeline.feed import augment, mixup
 from pipeline.feed.augment import Views
 from pipeline.feed.box_transforms import BoxTransform, require_masks
@@ -113,7 +114,13 @@ class MaskTarget:
     # [h, w] uint8: classes from 0, or IGNORED.
     labels: Tensor
     # Height and width in pixels of the canvas that the image fills, from the upper left.
-    extent: tuple[int, int]
+    extent: Size
+
+    @property
+    def size(self) -> Size:
+        """The image's own height and width."""
+        height, width = self.labels.shape
+        return height, width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import InputError
+from pipeline.evaluation_view import resize_to_canvas, resize_to_image
 from pipeline.feed.loader import MicroBatch
 from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.images import IGNORED
@@ -18,7 +19,6 @@ from pipeline.tasks.classify import drop_path_of
 from pipeline.tasks.layer_groups import layers
 from pipeline.world import World
 from pvt.dense import PREFIX
-from pvt.model import STRIDES
 from pvt.semantic_fpn import SemanticFpn
 
 
@@ -43,7 +43,7 @@ class SegmentationTask:
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns the loss of each image, [N], for images [N, 3, H, W] with targets [N, H, W]. See `pixel_loss`."""
         height, width = batch.targets.shape[-2:]
-        logits = _to_canvas(self.outputs(model, batch))
+        logits = resize_to_canvas(self.outputs(model, batch))
         # The canvas is padded to a multiple of the network's stride.
         return pixel_loss(logits[..., :height, :width], batch.targets)
 
@@ -78,7 +78,7 @@ class SegmentationMetric:
         for logits, target, weight in zip(outputs, targets, weights.tolist(), strict=True):
             if not weight:
                 continue
-            scores = _to_image(logits, target)
+            scores = resize_to_image(logits, target.extent, target.size)
             truth = target.labels.to(scores.device).long()
             loss = pixel_loss(scores[None], truth[None])[0]
             self._sums += torch.stack([torch.ones(()), loss.cpu()])
@@ -128,7 +128,7 @@ def class_ious(confusion: Tensor) -> Tensor:
 
 def predict(logits: Tensor, target: MaskTarget) -> Tensor:
     """Returns the classes [h, w] int64 of one image's logits [K, H/4, W/4], at the size of the target's labels."""
-    return _to_image(logits, target).argmax(dim=0)
+    return resize_to_image(logits, target.extent, target.size).argmax(dim=0)
 
 
 def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -146,26 +146,3 @@ def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
         reduction="none",
     )
     return losses.view(targets.shape[0], -1).mean(dim=1)
-
-
-def _to_canvas(logits: Tensor) -> Tensor:
-    """Upsamples logits [N, K, H/4, W/4] to [N, K, H, W] float32."""
-    return functional.interpolate(
-        logits.float(),
-        scale_factor=STRIDES[0],
-        mode="bilinear",
-        align_corners=False,
-    )
-
-
-def _to_image(logits: Tensor, target: MaskTarget) -> Tensor:
-    """Resizes one image's logits [K, H/4, W/4] to [K, h, w] float32, without the canvas around it."""
-    height, width = target.extent
-    seen = _to_canvas(logits[None])[..., :height, :width]
-    resized = functional.interpolate(
-        seen,
-        size=target.labels.shape,
-        mode="bilinear",
-        align_corners=False,
-    )
-    return resized[0]

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pipeline import evaluation_view
 from pipeline.config import ClassificationConfig, MaskRcnnConfig
 from pipeline.errors import InputError
+from pipeline.evaluation_view import CANVAS_DIVISOR
 from pipeline.track.export import graphs
 from pipeline.track.export.graphs import BOXES, EXTENT, IMAGE, LOGITS, Graph
 from pipeline.track.registry.registry import Version
-from pipeline.track.serve import load_network, whole_images
-from pipeline.track.serve.whole_images import CANVAS_DIVISOR
+from pipeline.track.serve import load_network
 from pvt import PyramidVisionTransformer
 from pvt.dense import DenseNetwork
 
@@ -87,25 +87,18 @@ class ExportSource:
     @property
     def short_side(self) -> int:
         """The short side to which evaluation resizes an image before it crops the centre, in pixels."""
-        return int(self.card.image.size / self.card.image.crop_pct)
+        return evaluation_view.short_side_before_crop(self.card.image, self.card.image.size)
 
     def pixels(self, image: Image.Image, size: int | None = None) -> Tensor:
         """Prepares an RGB image as evaluation does.
 
         Returns its centre, [3, size, size], by default in the size of training; or the whole image, [3, H, W].
         """
-        if self.sees_whole:
-            return whole_images.pixels(self.card, whole_images.shown(self.card, image))
         config = self.card.image
-        size = size or config.size
-        transform: Any = create_transform(
-            (3, size, size),
-            interpolation=config.interpolation,
-            mean=config.mean,
-            std=config.std,
-            crop_pct=config.crop_pct,
-        )
-        return transform(image)
+        if self.sees_whole:
+            resized = evaluation_view.resize_whole(image, self.card.task, config)
+            return evaluation_view.pad_to_canvas(evaluation_view.normalise(resized, config))
+        return evaluation_view.normalise(evaluation_view.crop_centre(image, config, size or config.size), config)
 
     def inputs(self, images: Sequence[Image.Image]) -> tuple[Tensor, ...]:
         """Returns the graph's inputs for these images.
@@ -128,7 +121,9 @@ class ExportSource:
         batch = torch.stack(padded)
         if EXTENT not in self.graph().inputs:
             return (batch,)
-        extents = [whole_images.fit(self.card, image.height, image.width) for image in images]
+        extents = [
+            evaluation_view.whole_size(self.card.task, self.card.image, image.height, image.width) for image in images
+        ]
         return batch, torch.tensor(extents)
 
     def describe(self, varying: dict[str, str]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mlflow.exceptions import MlflowException
-from PIL import Image
 from torch import Tensor
 
+from pipeline.evaluation_view import crop_centre, short_side_before_crop, short_side_sizes
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
 from pipeline.track.serve import load_network
@@ -31,12 +31,8 @@ class ServedClassifier:
     def __init__(self, card: ModelCard, weights: Path) -> None:
         """Raises InputError for a backbone without a head."""
         card.require_head(card.model.name)
-        image = card.image
         self._classes = card.classes
-        self._size = image.size
-        # timm rounds down, too.
-        self._short_side = int(image.size / image.crop_pct)
-        self._resampling = Image.Resampling[image.interpolation.upper()]
+        self._image = image = card.image
         # Pixels stay in 0 … 255, so the statistics are scaled instead: one operation less for each image.
         self._mean = 255 * torch.tensor(image.mean)[:, None, None]
         self._scale = 1 / (255 * torch.tensor(image.std)[:, None, None])
@@ -50,24 +46,13 @@ class ServedClassifier:
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Returns the height and width that an image is resized to before its centre is cropped."""
-        short = min(height, width)
-        return self._short_side * height // short, self._short_side * width // short
+        short = short_side_before_crop(self._image, self._image.size)
+        height, width = short_side_sizes(short, np.array([[height, width]]))[0].tolist()
+        return height, width
 
     def view(self, data: bytes) -> View:
         """Returns what evaluation shows the network, [S, S, 3]: the centre of the image with its short side resized."""
-        image = images.decode(data)
-        height, width = self.resized(image.height, image.width)
-        # torchvision's CenterCrop rounds in the same way.
-        top = round((height - self._size) / 2)
-        left = round((width - self._size) / 2)
-        image = image.resize((width, height), self._resampling)
-        box = (
-            left,
-            top,
-            left + self._size,
-            top + self._size,
-        )
-        return np.asarray(image.crop(box))
+        return np.asarray(crop_centre(images.decode(data), self._image, self._image.size))
 
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each image: its best label and score, and the best `top_k` of them."""

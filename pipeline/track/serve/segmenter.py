@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
+from pipeline.evaluation_view import Size, resize_to_image
 from pipeline.pictures.palette import palette
-from pipeline.track.serve.whole_images import ServedOnWholeImages, Size, View
+from pipeline.track.serve.whole_images import ServedOnWholeImages, View
 
 
 class ServedSegmenter(ServedOnWholeImages):
@@ -32,7 +32,7 @@ class ServedSegmenter(ServedOnWholeImages):
         logits = self._network(canvas[None])[0]
         if not logits.isfinite().all():
             raise RuntimeError("the network's logits are not finite")
-        labels = class_map(logits, (canvas.shape[1], canvas.shape[2]), view.extent, view.size).numpy()
+        labels = class_map(logits, view.extent, view.size).numpy()
         classes = self._card.classes
         counts = np.bincount(labels.ravel(), minlength=len(classes))
         # The classes with the most pixels come first; a stable sort orders equal ones by their number.
@@ -46,25 +46,19 @@ class ServedSegmenter(ServedOnWholeImages):
         }
 
 
-def class_map(logits: Tensor, canvas: Size, extent: Size, size: Size) -> Tensor:
-    """Returns the best class of each pixel of an image, [height, width] uint8, from logits [K, h, w].
+def class_map(logits: Tensor, extent: Size, size: Size) -> Tensor:
+    """Returns the best class of each pixel of an image, [height, width] uint8, from logits [K, H / 4, W / 4].
 
-    `canvas`: height and width of the network's input, of which the image filled the upper left `extent`. `size`: the
-    image's own height and width.
+    `extent` and `size` are those of evaluation_view.resize_to_image.
     """
     labels = torch.zeros(size, dtype=torch.uint8)
     best = torch.full(size, -torch.inf)
     # One class is resized at a time: at full size all of them at once could need gigabytes.
     for number, plane in enumerate(logits):
-        on_canvas = _resize(plane[None, None], canvas)[..., : extent[0], : extent[1]]
-        at_full_size = _resize(on_canvas, size)[0, 0]
-        labels.masked_fill_(at_full_size > best, number)
-        torch.maximum(best, at_full_size, out=best)
+        (scores,) = resize_to_image(plane[None], extent, size)
+        labels.masked_fill_(scores > best, number)
+        torch.maximum(best, scores, out=best)
     return labels
-
-
-def _resize(planes: Tensor, size: Size) -> Tensor:
-    return functional.interpolate(planes, size, mode="bilinear", align_corners=False)
 
 
 def _encode_png(values: npt.NDArray[np.uint8]) -> bytes:

@@ -1,8 +1,6 @@
-"""What networks for whole images are shown of one, when they are served and when exports are compared.
+"""A served network that sees whole images: each is resized, and put on a canvas of its own.
 
-encoded image ──fit──▶ the short side resized ──normalise, pad──▶ canvas [3, H, W], of which the image fills the extent
-
-Images are prepared as in evaluation, one at a time.
+encoded image ──view──▶ resized image ──normalise, pad──▶ canvas [3, H, W], of which the image fills the extent
 """
 
 from abc import ABC, abstractmethod
@@ -10,24 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from mlflow.exceptions import MlflowException
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
-from pipeline.config import ClassificationConfig
+from pipeline.evaluation_view import Size, normalise, pad_to_canvas, resize_whole, whole_size
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
 from pipeline.track.serve import load_network
-from pvt.model import STRIDES
-
-CANVAS_DIVISOR = STRIDES[-1]
-"""Sides of the network's input are multiples of this, in pixels."""
-
-Size = tuple[int, int]
-"""Height and width."""
 
 
 class View(NamedTuple):
@@ -66,48 +54,21 @@ class ServedOnWholeImages(ABC):
 
     def resized(self, height: int, width: int) -> Size:
         """Returns the height and width that an image is resized to."""
-        return fit(self._card, height, width)
+        return whole_size(self._card.task, self._card.image, height, width)
 
     def view(self, data: bytes) -> View:
         """Decodes and resizes an image. Raises BadImageError."""
         image = images.decode(data)
-        return View(shown(self._card, image), (image.height, image.width))
+        resized = resize_whole(image, self._card.task, self._card.image)
+        return View(resized, (image.height, image.width))
 
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each image. Raises RuntimeError where the network's outputs are not finite."""
-        return [self._answer(view, pixels(self._card, view.image), params) for view in views]
+        answers = []
+        for view in views:
+            canvas = pad_to_canvas(normalise(view.image, self._card.image))
+            answers.append(self._answer(view, canvas, params))
+        return answers
 
     @abstractmethod
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]: ...
-
-
-def fit(card: ModelCard, height: int, width: int) -> Size:
-    """Returns the height and width to which evaluation resizes an image.
-
-    The short side becomes the task's short side, unless the long one would exceed the task's long side.
-    """
-    assert not isinstance(card.task, ClassificationConfig)
-    short, long = card.task.sides(card.image)
-    factor = min(
-        short / min(height, width),
-        long / max(height, width),
-    )
-    # A very long image could otherwise lose its short side to rounding.
-    return max(1, round(height * factor)), max(1, round(width * factor))
-
-
-def shown(card: ModelCard, image: Image.Image) -> Image.Image:
-    """Resizes an RGB image as evaluation does."""
-    height, width = fit(card, image.height, image.width)
-    return image.resize((width, height), Image.Resampling[card.image.interpolation.upper()])
-
-
-def pixels(card: ModelCard, image: Image.Image) -> Tensor:
-    """Returns the network's input, [3, H, W], of a resized image: normalised, with zeros below it and at its right."""
-    mean = torch.tensor(card.image.mean)[:, None, None]
-    std = torch.tensor(card.image.std)[:, None, None]
-    values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-    # -side % divisor is what a side lacks to the next multiple.
-    below = -image.height % CANVAS_DIVISOR
-    right = -image.width % CANVAS_DIVISOR
-    return functional.pad((values / 255 - mean) / std, (0, right, 0, below))
