@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def open_regular(path: str | Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's contents in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
+    """Returns the SHA-256 of a file's contents in hexadecimal. Raises OSError as `open_regular` does."""
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -78,7 +79,7 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
 
     The mode is what the umask allows, or 0600 for a `private` file, which may hold a secret.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     # A private file is created anew, because others may be allowed to read what an interrupted call has left.
     if private:
         partial.unlink(missing_ok=True)
@@ -89,6 +90,42 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
         os.fsync(file.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def partial_of(path: Path) -> Path:
+    """Returns the path at which a file or folder is made before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file so that others never read half of it, without the wait of `write`: a power cut may lose it."""
+    partial = partial_of(path)
+    partial.write_text(text)
+    partial.rename(path)
+
+
+@contextlib.contextmanager
+def output(out: Path) -> Iterator[Path]:
+    """Yields where to write a file that a command was asked for. It gets the name `out` at the end of the block.
+
+    The path is of this call alone, because two commands may write the same file at once. Raises InputError where the
+    file cannot be written.
+    """
+    partial = out.with_name(f".{out.stem}.{uuid.uuid4().hex[:12]}{out.suffix}")
+    try:
+        yield partial
+        partial.replace(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def require_empty(out: Path) -> None:
+    """Raises InputError where a command's output would be put to something that is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
 
 
 def sync_folder(path: Path) -> None:

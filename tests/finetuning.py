@@ -7,11 +7,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from pipeline import files
 from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.tasks import classify
 from pipeline.track import tracking_server
 from pipeline.track.model_card import WEIGHTS, ModelCard
-from pipeline.track.registry import model_files, registry
+from pipeline.track.registry import registry
 from tests.chaos.runs import Job
 from tests.ranks import PATIENCE_S, start
 
@@ -32,7 +33,7 @@ def register_classifier(folder: Path) -> None:
         eval_batch_size=8,
         classes=[str(digit) for digit in range(10)],
         metrics={},
-        sha256={WEIGHTS: model_files.sha256(entry / WEIGHTS)},
+        sha256={WEIGHTS: files.sha256(entry / WEIGHTS)},
         lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
     ).write(entry)
     experiment = tracking_server.find_experiment(client, "pretrain")

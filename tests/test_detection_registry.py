@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import batched_nms
 
+from pipeline import files
 from pipeline import network as networks
 from pipeline.coco_results import as_results
 from pipeline.config import (
@@ -118,8 +119,8 @@ def card(weights: Path, task: Any, metrics: dict[str, float | None], model: Mode
         eval_batch_size=1,
         classes=CLASSES,
         metrics=metrics,
-        sha256={WEIGHTS: model_files.sha256(weights)},
-        lineage={"run": model_files.sha256(weights)[:32], "step": "8", "data": "d" * 64},
+        sha256={WEIGHTS: files.sha256(weights)},
+        lineage={"run": files.sha256(weights)[:32], "step": "8", "data": "d" * 64},
     )
 
 

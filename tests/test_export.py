@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PvtForImageClassification
 
 import pvt  # noqa: F401 - registers its models with timm
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.commands import registry as launch_registry
 from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.errors import ExternalError, InputError
@@ -44,7 +44,7 @@ from pipeline.track import export, tracking_server
 from pipeline.track.export import compare_outputs, to_timm, to_transformers
 from pipeline.track.export.source import ExportSource
 from pipeline.track.model_card import RAW, WEIGHTS, ModelCard
-from pipeline.track.registry import model_cache, model_files, registry
+from pipeline.track.registry import model_cache, registry
 from tests.ranks import ROOT
 
 # MLflow's, about its use of pandas.
@@ -75,7 +75,7 @@ class Models:
             classes=CLASSES,
             averaged=averaged,
             metrics={},
-            sha256={file: model_files.sha256(entry / file) for file in weight_files},
+            sha256={file: files.sha256(entry / file) for file in weight_files},
             lineage={"run": hashlib.sha256(name.encode()).hexdigest()[:32], "step": "1"},
         ).write(entry)
         return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=None)
@@ -204,13 +204,13 @@ def test_every_target_computes_the_same(to: str, exported: Exported, digits: Pat
     assert result["images"] == result["same_top1"] == 256
     assert result["logit_difference"] < 1e-4
     assert str(folder) in result["open"]
-    files = {path.name: path for path in folder.iterdir()}
+    written = {path.name: path for path in folder.iterdir()}
     assert {each["file"]: each["sha256"] for each in result["files"]} == {
-        name: model_files.sha256(path) for name, path in files.items()
+        name: files.sha256(path) for name, path in written.items()
     }
     probe = tmp_path / "probe"
     probe.touch()
-    assert {path.stat().st_mode for path in files.values()} == {probe.stat().st_mode}
+    assert {path.stat().st_mode for path in written.values()} == {probe.stat().st_mode}
     assert not list(folder.parent.glob(".*"))
 
 
@@ -218,7 +218,7 @@ def test_safetensors_are_the_registered_files(tmp_path: Path) -> None:
     result = export.export(PICO, "safetensors", tmp_path / "out")
     version = registry.resolve(PICO)
     assert {each["file"]: each["sha256"] for each in result["files"]} == {
-        name: model_files.sha256(version.folder / name) for name in ("model.json", WEIGHTS, RAW)
+        name: files.sha256(version.folder / name) for name in ("model.json", WEIGHTS, RAW)
     }
 
 

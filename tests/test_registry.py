@@ -48,7 +48,7 @@ from timm.models import load_state_dict
 from transformers import PvtConfig, PvtForImageClassification
 
 import pvt
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.commands import evaluate
 from pipeline.commands import registry as launch_registry
 from pipeline.config import (
@@ -115,7 +115,7 @@ class Registry:
             averaged=True,
             metrics=metrics,
             scored=ScoredData(path="val", digest=metrics.pop("scored", "v" * 64), samples=10),
-            sha256={name: model_files.sha256(entry / name) for name in (WEIGHTS, RAW)},
+            sha256={name: files.sha256(entry / name) for name in (WEIGHTS, RAW)},
             lineage={"run": run, "step": str(step), "data": data, **({"parent": parent} if parent else {})},
         ).write(entry)
         return entry
@@ -173,7 +173,7 @@ def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
     version = registry.resolve(f"{uri.rpartition('/')[0]}@candidate")
     assert version.uri == uri == "models:/tiny/1"
     assert version.card == ModelCard.read(entry)
-    assert {name: model_files.sha256(version.folder / name) for name in (WEIGHTS, RAW)} == version.card.sha256
+    assert {name: files.sha256(version.folder / name) for name in (WEIGHTS, RAW)} == version.card.sha256
     assert version.weights == version.folder / WEIGHTS
     expected = {
         "run": "a" * 32,
@@ -216,7 +216,7 @@ def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
 
 def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
     entry = tiny.entry(1)
-    key = fingerprint(["tiny", "a" * 32, "1", model_files.sha256(entry / WEIGHTS)])
+    key = fingerprint(["tiny", "a" * 32, "1", files.sha256(entry / WEIGHTS)])
     half = tiny.client.create_logged_model(tiny.experiment_id, name="model", tags={"entry": key})
     (tiny.folder / "half").mkdir()
     (tiny.folder / "half" / WEIGHTS).write_bytes(b"half")
@@ -235,11 +235,9 @@ def test_the_candidate_is_the_newest_good_version(tiny: Registry) -> None:
 
 def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
     entry = tiny.entry()
-    expected = model_files.sha256(entry / RAW)
+    expected = files.sha256(entry / RAW)
     edit(entry / RAW)
-    with pytest.raises(
-        InputError, match=rf"{entry / RAW}: SHA-256 {model_files.sha256(entry / RAW)}, but .* {expected}"
-    ):
+    with pytest.raises(InputError, match=rf"{entry / RAW}: SHA-256 {files.sha256(entry / RAW)}, but .* {expected}"):
         tiny.register(entry)
     assert not registry.list_versions(tiny.client, "tiny")
 
@@ -307,9 +305,9 @@ def test_a_changed_file_is_refused_by_name_and_digests(tiny: Registry) -> None:
     registry.resolve(uri)  # a good copy does not hide that the store is damaged
     for name in FILES:
         file = tiny.stored(uri) / name
-        before = model_files.sha256(file)
+        before = files.sha256(file)
         edit(file)
-        told = f"{name} has SHA-256 {model_files.sha256(file)}, but {before} was registered"
+        told = f"{name} has SHA-256 {files.sha256(file)}, but {before} was registered"
         with pytest.raises(InputError, match=f"^{uri}: {told}"):
             registry.resolve(uri)
         result = registry.verify(uri)
@@ -518,7 +516,7 @@ def stored_anew(tiny: Registry, name: str, data: bytes) -> str:
     """A version whose file was replaced, and its digest with it, as who may edit the registry can."""
     uri = tiny.add()
     (tiny.stored(uri) / name).write_bytes(data)
-    tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", model_files.sha256(tiny.stored(uri) / name))
+    tiny.client.set_model_version_tag("tiny", "1", f"sha256.{name}", files.sha256(tiny.stored(uri) / name))
     tiny.client.set_model_version_tag("tiny", "1", "bytes", str(model_files.size(tiny.stored(uri))))
     return uri
 
@@ -623,7 +621,7 @@ def test_a_damaged_copy_is_made_anew(tiny: Registry, capfd: pytest.CaptureFixtur
     edit(version.weights)
     (version.folder / "more").touch()
     (version.folder / RAW).unlink()
-    assert model_files.sha256(registry.resolve(uri).weights) == version.card.sha256[WEIGHTS]
+    assert files.sha256(registry.resolve(uri).weights) == version.card.sha256[WEIGHTS]
     assert sorted(path.name for path in version.folder.iterdir()) == ["model.json", WEIGHTS, RAW]
     assert "this copy was damaged on the disk; it is made anew" in capfd.readouterr().err
 
@@ -811,7 +809,7 @@ def test_a_damaged_and_a_broken_model_are_not_promoted(tiny: Registry) -> None:
         entry = tiny.entry(step)
         safetensors.torch.save_file(state, entry / WEIGHTS)
         card = ModelCard.read(entry)
-        card.model_copy(update={"sha256": {WEIGHTS: model_files.sha256(entry / WEIGHTS)}}).write(entry)
+        card.model_copy(update={"sha256": {WEIGHTS: files.sha256(entry / WEIGHTS)}}).write(entry)
         result = promote.promote(tiny.register(entry), gates())
         assert [(row["gate"], row["passed"]) for row in result["gates"]] == [("digests", True), ("loads", False)]
     assert tiny.alias("champion") is None
@@ -865,8 +863,8 @@ def test_published_weights_become_a_version(tiny: Registry, published: dict[str,
         run = tiny.client.get_run(str(registry.find_version(tiny.client, uri).run_id))
         file = source / "model.safetensors" if source.is_dir() else source
         assert run.info.status == "FINISHED"
-        assert run.data.tags["source.sha256"] == model_files.sha256(file)
-        assert version.tags["source"] == f"{file.name} sha256:{model_files.sha256(file)}"
+        assert run.data.tags["source.sha256"] == files.sha256(file)
+        assert version.tags["source"] == f"{file.name} sha256:{files.sha256(file)}"
         assert run.data.tags["run.uuid"] == version.tags["run"]
     assert tiny.alias("candidate", "pub") == "models:/pub/4"
     assert promote.promote("models:/pub/4", gates())["ok"]
@@ -1080,7 +1078,7 @@ def test_the_digest_that_was_published_is_compared(
     tiny: Registry, published: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = published["ours"]
-    digest = model_files.sha256(file)
+    digest = files.sha256(file)
 
     def bring(sha256: str) -> str:
         line = ["import", str(file), "--name", "pub", "--model", "pvt_pico", "--image-size", "32", "--sha256", sha256]

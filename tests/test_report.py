@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from pipeline import files
 from pipeline.config import dump_config, load_config
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
@@ -36,7 +37,6 @@ from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.tasks.classify import build_model
 from pipeline.tasks.segment import predict
 from pipeline.track.model_card import WEIGHTS, ModelCard
-from pipeline.track.registry import model_files
 from pipeline.track.report import Examination, Picture, RunFiles, examination, page, plots
 from pipeline.track.sync.outbox import Outbox
 from pipeline.world import World
@@ -628,7 +628,7 @@ class SegmentationRun:
             eval_batch_size=2,
             classes=self.shards.classes,
             metrics={"miou": 0.1234, "macc": 0.2, "aacc": 0.3, "val_loss": 1.0},
-            sha256={WEIGHTS: model_files.sha256(folder / WEIGHTS)},
+            sha256={WEIGHTS: files.sha256(folder / WEIGHTS)},
             lineage={"run": "a" * 32, "step": "8"},
         )
         Outbox(self.folder).put({WEIGHTS: folder / WEIGHTS}, card)

@@ -33,7 +33,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.commands import registry as launch_registry
 from pipeline.config import Bound, Gates, ImageConfig, ModelConfig, SemanticFpnConfig, load_section
 from pipeline.errors import InputError
@@ -83,8 +83,8 @@ class Registry:
             "eval_batch_size": 1,
             "classes": CLASSES,
             "metrics": metrics,
-            "sha256": {WEIGHTS: model_files.sha256(entry / WEIGHTS)},
-            "lineage": {"run": model_files.sha256(entry / WEIGHTS)[:32], "step": "1", "data": "d" * 64},
+            "sha256": {WEIGHTS: files.sha256(entry / WEIGHTS)},
+            "lineage": {"run": files.sha256(entry / WEIGHTS)[:32], "step": "1", "data": "d" * 64},
         }
         ModelCard(**{**fields, **changes}).write(entry)
         return registry.register(self.client, name, entry, experiment_id=self.experiment_id, run_id=None)

@@ -35,6 +35,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import pvt  # noqa: F401 - registers its models with timm
+from pipeline import files
 from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
@@ -169,7 +170,7 @@ def registered(folder: Path, network: torch.nn.Module) -> Path:
         eval_batch_size=8,
         classes=CLASSES,
         metrics={"top1": 0.5},
-        sha256={WEIGHTS: model_files.sha256(entry / WEIGHTS)},
+        sha256={WEIGHTS: files.sha256(entry / WEIGHTS)},
         lineage={"run": "a" * 32, "step": "1", "data": "d" * 64},
     ).write(entry)
     client = tracking_server.connect(f"sqlite:///{folder}/mlflow.db", create=True)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.commands.digits import digit_range
 from pipeline.errors import InputError, needing
 
@@ -43,8 +43,7 @@ def main() -> dict[str, Any]:
     classes = digit_range(arguments.classes)
     out: Path = arguments.out
     sides = _parse_sides(arguments.sides)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
+    files.require_empty(out)
     # These take seconds to import, which --help and wrong usage do without.
     from tqdm import tqdm
 
@@ -53,7 +52,7 @@ def main() -> dict[str, Any]:
 
     counts: dict[Split, int] = {"train": arguments.train, "val": arguments.val}
     # A command that was interrupted must not leave a folder that looks complete.
-    partial = out.resolve().with_name(f".{out.resolve().name}.partial")
+    partial = files.partial_of(out.resolve())
     with tqdm(total=sum(counts.values()), desc="composing", unit="img", file=sys.stderr, disable=None) as bar:
         shutil.rmtree(partial, ignore_errors=True)
         instances = write_dataset.write_dataset(partial, counts, arguments.seed, sides, classes, bar.update)

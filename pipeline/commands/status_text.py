@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.cluster.status import SlurmJob, Status
 from pipeline.commands.text_table import align_columns, format_scores
+from pipeline.value_text import format_duration
 
 _BAR_CHARACTERS = 20
 
@@ -47,7 +48,7 @@ def _detail_rows(status: Status) -> list[tuple[str, str]]:
     if status.scores:
         rows.append(("evaluation", f"{format_scores(status.scores)}  (step {status.scored_step})"))
     if status.checkpoint_step is not None and status.checkpoint_age_s is not None:
-        age = _format_duration(status.checkpoint_age_s)
+        age = format_duration(status.checkpoint_age_s)
         rows.append(("checkpoint", f"step {status.checkpoint_step:,}, {age} ago"))
     if status.restarts or status.restarts_without_progress:
         restarts = str(status.restarts or 0)
@@ -59,7 +60,7 @@ def _detail_rows(status: Status) -> list[tuple[str, str]]:
     for node, why in status.excluded.items():
         rows.append(("excluded", f"{node}: {_shorten(why)}"))
     if error := status.last_error:
-        age = _format_duration(now - error.time)
+        age = format_duration(now - error.time)
         rows.append(("last error", f"{age} ago, {error.event}: {_shorten(error.message)}"))
     return rows
 
@@ -73,7 +74,7 @@ def _format_training(status: Status) -> str:
     if status.images_per_second is not None:
         values.append(f"{status.images_per_second:,.0f} images/s")
     if status.left_s is not None and status.phase != "finished":
-        values.append(f"{_format_duration(status.left_s)} left")
+        values.append(f"{format_duration(status.left_s)} left")
     return "  ".join(values)
 
 
@@ -82,9 +83,9 @@ def _format_job(job: SlurmJob, now: float) -> str:
     if job.nodes:
         values.append(f"on {job.nodes}")
     if job.left_s is not None:
-        values.append(f"{_format_duration(job.left_s)} to its time limit")
+        values.append(f"{format_duration(job.left_s)} to its time limit")
     if job.start is not None:
-        values.append(f"expected to start in {_format_duration(job.start - now)}")
+        values.append(f"expected to start in {format_duration(job.start - now)}")
     return "  ".join(values)
 
 
@@ -106,14 +107,3 @@ def _shorten(message: str, longest: int = 300) -> str:
     text = " ".join(message.split())
     # The end of a traceback says most.
     return text if len(text) <= longest else f"…{text[-longest:]}"
-
-
-def _format_duration(seconds: float) -> str:
-    total = max(0, round(seconds))
-    if total >= 86400:
-        return f"{total // 86400} d {total % 86400 // 3600} h"
-    if total >= 3600:
-        return f"{total // 3600} h {total % 3600 // 60} min"
-    if total >= 60:
-        return f"{total // 60} min {total % 60} s"
-    return f"{total} s"

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline import files
 from pipeline.coco_results import as_results
 from pipeline.config import ClassificationConfig, Config, SemanticFpnConfig, TaskConfig, load_config
 from pipeline.errors import InputError
@@ -33,7 +34,6 @@ from pipeline.tasks.detect import DetectionMetric
 from pipeline.tasks.draw_predictions import draw_objects
 from pipeline.tasks.segment import SegmentationMetric
 from pipeline.track.model_card import WEIGHTS, ModelCard
-from pipeline.track.registry.model_files import sha256
 from pipeline.track.report import Examination, Picture
 from pipeline.track.report.examination import Counts, Map, scores_of_classes
 from pipeline.track.sync.record import Record
@@ -300,7 +300,7 @@ def _find_weights(folder: Path) -> tuple[str, Path]:
                 return f"checkpoint {checkpoint.name}", checkpoint / MODEL
     for entry in sorted((folder / "versions").glob("step-*"), reverse=True):
         with contextlib.suppress(OSError, InputError):
-            if sha256(entry / WEIGHTS) == ModelCard.read(entry).sha256[WEIGHTS]:
+            if files.sha256(entry / WEIGHTS) == ModelCard.read(entry).sha256[WEIGHTS]:
                 return f"version {entry.name}", entry / WEIGHTS
     raise InputError(f"{folder}: no whole checkpoint is in checkpoints/, nor weights in versions/")
 

@@ -1,11 +1,10 @@
 """Writes a run's report, report.html, or one page for several runs."""
 
-import contextlib
 import logging
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import files
 from pipeline.errors import ExternalError, InputError
 from pipeline.redact import redact, redact_urls
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
@@ -49,15 +48,8 @@ def write_comparison(folders: list[Path], out: Path) -> Path:
 
 
 def _write(out: Path, text: str) -> Path:
-    # The page appears whole or not at all. Until then it has a name of its own, as two may draw the same page at once.
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
-    try:
+    with files.output(out) as partial:
         partial.write_text(redact_urls(text), encoding="utf-8", errors="replace")
-        partial.replace(out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise InputError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.errors import InputError
+from pipeline import files
 
 _GAP_PX = 14
 _MARGIN_PX = 28
@@ -98,10 +98,8 @@ class Sheet:
 
     def save(self, path: Path) -> None:
         """Writes a PNG. Raises InputError where that is not possible."""
-        try:
-            self._image.save(path, "PNG")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}; name another file with --out") from error
+        with files.output(path) as partial:
+            self._image.save(partial, "PNG")
 
     def _fit(self, text: str, font: ImageFont.FreeTypeFont) -> str:
         """Returns the text, shortened to the width of a tile."""

@@ -24,6 +24,7 @@ from pipeline.shards.class_folders import files_below
 from pipeline.shards.image_sources import ImageEntry, ImageListing, key_of, make_listing
 from pipeline.shards.manifest import MAX_CLASSES
 from pipeline.shards.object_annotations import Annotated, BadObjectsError, encode, num_pointless, packed_form
+from pipeline.value_text import list_first
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +166,8 @@ def _number_categories(
     classes = given or [names[number] for number in sorted(names)]
     unknown = [name for name in names.values() if name not in classes]
     if unknown:
-        shown = ", ".join(map(repr, unknown[:5]))
-        if len(unknown) > 5:
-            shown += " …"
         raise InputError(
-            f"{path}: categories {shown} are not among the {len(classes)} classes of --classes-from: "
+            f"{path}: categories {list_first(unknown)} are not among the {len(classes)} classes of --classes-from: "
             "data sets that are used together have the same classes"
         )
     labels = {number: classes.index(name) for number, name in names.items()}

@@ -33,6 +33,7 @@ from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import entries_of, files_below, is_folder, is_system, report_ignored
 from pipeline.shards.labels import are_several, check_first, is_number
 from pipeline.shards.manifest import Annotations
+from pipeline.value_text import list_first
 
 log = logging.getLogger(__name__)
 
@@ -290,11 +291,8 @@ def number_classes(
         positions = {label: number for label, number in numbers.items() if number < len(classes)}
     unknown = sorted(labels - positions.keys())
     if unknown:
-        names = ", ".join(map(repr, unknown[:5]))
-        if len(unknown) > 5:
-            names += " …"
         raise InputError(
-            f"{where}: labels {names} are not among the {len(classes)} classes of --classes-from; "
+            f"{where}: labels {list_first(unknown)} are not among the {len(classes)} classes of --classes-from; "
             "rename them or pack the split that has them first"
         )
     return classes, positions

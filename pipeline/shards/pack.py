@@ -91,7 +91,7 @@ def pack(
     it is long. After any other error the finished shards are kept for the next attempt.
     """
     out = out.resolve()
-    _check_empty(out)
+    files.require_empty(out)
     listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
     options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
     identity = [
@@ -141,11 +141,6 @@ def pack(
     return manifest
 
 
-def _check_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already holds something; give an empty or a new folder to --out")
-
-
 def _refused_path(out: Path) -> Path:
     """Returns the path of the list of all problems with the input, written where they are more than a message holds."""
     return out.with_name(f"{out.name}-refused.jsonl")
@@ -169,7 +164,7 @@ def _open_partial(out: Path, name: str) -> Iterator[Path]:
 
     It is removed at the end and after an InputError, with parents that were made for it, and kept otherwise.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    partial = files.partial_of(out)
     created = [parent for parent in out.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -177,7 +172,7 @@ def _open_partial(out: Path, name: str) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be created: {error.strerror}") from error
     with _lock(partial / "lock", out):
         # Another process may have finished between the first check and the lock.
-        _check_empty(out)
+        files.require_empty(out)
         # What was packed from other input or with other options is of no use any more.
         for other in partial.iterdir():
             if other.name not in (name, "lock"):

@@ -59,7 +59,7 @@ def snapshot(folder: Path, *, diff: bool = False) -> None:
 
     `diff`: also keep the uncommitted changes as a patch, for tracking.log_diff. They can hold secrets.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = files.partial_of(folder)
     old = folder.with_name(f".{folder.name}.old")
     # A process that was killed may have left either.
     shutil.rmtree(partial, ignore_errors=True)

@@ -109,7 +109,7 @@ def _create_database(database: Path) -> None:
 
     A process that ends in between would otherwise leave a database that nobody can open.
     """
-    partial = database.with_name(f".{database.name}.partial")
+    partial = files.partial_of(database)
     for leftover in database.parent.glob(f"{partial.name}*"):
         leftover.unlink()
     MlflowClient(f"{_SQLITE}{partial}").search_experiments(max_results=1)

@@ -9,11 +9,9 @@ This module imports neither torch nor DeepSpeed, so that commands that only look
 `checkpoint.py` describes what the files hold.
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,10 +21,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
+from pipeline import files
 from pipeline.config import read_json, validated
 from pipeline.config.fields import text_matching
 from pipeline.errors import InputError
-from pipeline.files import open_regular
 from pipeline.run_folder import COMMIT
 
 log = logging.getLogger(__name__)
@@ -115,8 +113,7 @@ def damage(folder: Path) -> str | None:
         return fault
     for name, entry in Commit.read(folder).files.items():
         try:
-            with os.fdopen(open_regular(folder / name), "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = files.sha256(folder / name)
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if digest != entry.sha256:

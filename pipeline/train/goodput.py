@@ -18,6 +18,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline import files
 from pipeline.config import read_json
 from pipeline.errors import InputError
 
@@ -126,11 +127,8 @@ class Goodput:
         if self._path is None:
             return
         # Not synced: a power cut can only cost the account of the time, and syncing a busy disk would stall the loop.
-        # Renamed, so that others never read half of it.
-        partial = self._path.with_name(f".{self._path.name}.partial")
         try:
-            partial.write_text(self._account.model_dump_json() + "\n")
-            partial.rename(self._path)
+            files.replace(self._path, self._account.model_dump_json() + "\n")
         except OSError as error:
             if not self._save_failed:
                 log.warning(f"{self._path} cannot be written: {error.strerror}")

@@ -24,6 +24,7 @@ from typing import NoReturn
 
 import torch
 
+from pipeline import files
 from pipeline.world import World
 
 log = logging.getLogger(__name__)
@@ -195,13 +196,10 @@ class HangWatch:
 
     def _write_heartbeat(self, hung: bool = False) -> Heartbeat:
         beat = self._heartbeat(hung)
-        path = self._heartbeat_path(self._rank)
         # A full disk is no hang.
         with contextlib.suppress(OSError):
-            # Renamed, so that others never read half of it; not synced, because it is void once this process ends.
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps(dataclasses.asdict(beat)))
-            partial.rename(path)
+            # Not synced, because it is void once this process ends.
+            files.replace(self._heartbeat_path(self._rank), json.dumps(dataclasses.asdict(beat)))
         return beat
 
     def _read_heartbeats(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:

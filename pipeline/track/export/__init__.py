@@ -21,7 +21,7 @@ from pipeline.errors import ExternalError, InputError, needing
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 from pipeline.track.export import compare_outputs
 from pipeline.track.export.source import ExportSource
-from pipeline.track.registry import model_files, registry
+from pipeline.track.registry import registry
 
 _MODULES = {
     "timm": "to_timm",
@@ -80,7 +80,7 @@ def export(
             {
                 "file": path.relative_to(folder).as_posix(),
                 "bytes": path.stat().st_size,
-                "sha256": model_files.sha256(path),
+                "sha256": files.sha256(path),
             }
             for path in sorted(folder.rglob("*"))
             if path.is_file()

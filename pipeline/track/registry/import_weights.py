@@ -29,13 +29,14 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor
 
+from pipeline import files
 from pipeline.config import ClassificationConfig, EvaluateConfig, ImageConfig, ModelConfig, fingerprint
 from pipeline.errors import InputError
 from pipeline.redact import redact
 from pipeline.track import tracking_server
 from pipeline.track.code_version import code_revision
 from pipeline.track.model_card import WEIGHTS, ModelCard
-from pipeline.track.registry import model_files, registry
+from pipeline.track.registry import registry
 from pvt.convert import from_any
 from pvt.create import create_model
 
@@ -106,7 +107,7 @@ def import_weights(
     """
     file = _find_file(source)
     # The digest is compared before the file is opened: nothing reads a file that is not the expected one.
-    digest = model_files.sha256(file)
+    digest = files.sha256(file)
     if sha256 and sha256.lower() != digest:
         raise InputError(f"--sha256 {sha256}: but {file} has {digest}: it is damaged, or another file: get it again")
     weights = read(file, entry, _head_of(model))
@@ -142,7 +143,7 @@ def import_weights(
             eval_batch_size=EvaluateConfig().batch_size,
             classes=classes,
             metrics={},
-            sha256={WEIGHTS: model_files.sha256(folder / WEIGHTS)},
+            sha256={WEIGHTS: files.sha256(folder / WEIGHTS)},
             lineage=lineage,
         )
         card.write(folder)

@@ -17,6 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline import files
 from pipeline.errors import InputError
 from pipeline.track.metric_names import for_display, format_score, is_detail
 from pipeline.track.registry import registry
@@ -133,10 +134,8 @@ def draw(tree: dict[str, Any], path: Path) -> None:
                 color=_FAINT,
                 zorder=0,
             )
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; name another file with --out") from error
+    with files.output(path) as partial:
+        figure.savefig(partial)
 
 
 class _Box(NamedTuple):

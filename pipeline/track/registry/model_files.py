@@ -8,7 +8,6 @@ The version is an MLflow model from code: nothing in it is a pickle. The digests
 __pycache__, where Python would make a folder, prevents that byte code is written beside the code or read there.
 """
 
-import hashlib
 import importlib.metadata
 import io
 import math
@@ -121,7 +120,7 @@ def check(entry: Path, card: ModelCard) -> None:
     """Raises InputError for weights that differ from those that training saved."""
     for name, expected in card.sha256.items():
         path = entry / name
-        found = sha256(path) if path.exists() else "missing"
+        found = files.sha256(path) if path.exists() else "missing"
         if found != expected:
             raise InputError(
                 f"{path}: SHA-256 {found}, but {CARD} beside it says {expected}: the file was damaged after "
@@ -147,7 +146,7 @@ def _compute_digest(path: Path, most_bytes: float) -> str:
     # A file with holes can be larger than any disk, and would take as long to read.
     if path.stat().st_size > most_bytes:
         return _TOO_LARGE
-    return sha256(path)
+    return files.sha256(path)
 
 
 def mismatches(registered: Mapping[str, str], folder: Path, num_bytes: int = 0) -> list[FileMismatch]:
@@ -161,12 +160,6 @@ def mismatches(registered: Mapping[str, str], folder: Path, num_bytes: int = 0) 
 def size(folder: Path) -> int:
     """Returns the size of a folder's files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def example(image_size: int) -> bytes:

@@ -10,9 +10,10 @@ from pipeline.run_folder import as_mapping
 from pipeline.track.metric_names import CHARTS, for_display, is_detail, is_fraction, label_of
 from pipeline.track.report.examination import Examination, class_rows, confused_pairs, confusion_cells
 from pipeline.track.report.plots import Chart, Line, draw_chart
-from pipeline.track.report.render import Share, code, duration, moment, number, render, shares, short
+from pipeline.track.report.render import Share, code, moment, number, render, shares, short
 from pipeline.track.report.run_files import RunFiles, as_number
 from pipeline.track.report.timeline import list_events
+from pipeline.value_text import format_duration
 
 STATUS = {
     "FINISHED": "finished",
@@ -104,9 +105,9 @@ def _summarise(run: RunFiles) -> str:
     parts.append(f"from {moment(run.began)}")
     if run.began is not None and run.last_sign is not None:
         end = "its end" if run.record.get("ended_ms") else "its last sign of life"
-        parts.append(f"{duration(run.last_sign - run.began)} until {end}")
+        parts.append(f"{format_duration(run.last_sign - run.began)} until {end}")
         if run.status == "RUNNING":
-            parts.append(f"{duration(max(0.0, run.read_at - run.last_sign))} before this page was made")
+            parts.append(f"{format_duration(max(0.0, run.read_at - run.last_sign))} before this page was made")
     return f"{', '.join(parts)}. {_ADVICE.get(run.status, '')}"
 
 
@@ -187,7 +188,7 @@ def _wall_time(run: RunFiles) -> tuple[str, list[Share]] | None:
     spent_s = sum(known.values())
     longest_first = sorted(known.items(), key=lambda item: -item[1])
     seconds = {name.replace("_", " "): value for name, value in longest_first}
-    return duration(max(wall_s, spent_s)), shares({**seconds, "other": max(0.0, wall_s - spent_s)})
+    return format_duration(max(wall_s, spent_s)), shares({**seconds, "other": max(0.0, wall_s - spent_s)})
 
 
 def _profile(run: RunFiles) -> tuple[str, list[tuple[str, list[Share]]]] | None:

@@ -15,11 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from pipeline.value_text import format_duration
+
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5568f", "#c98a00", "#3c9bd6", "#555b66", "#7a5cc9")
 """The colours of Okabe and Ito (2008), which people with any kind of colour blindness tell apart, without yellow, too
 faint on white. The style sheet has them as --s0, --s1, …, lighter on dark pages."""
-
-_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def render(template: str, **values: Any) -> str:
@@ -58,23 +58,6 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in two units at most: 3 d 4 h, 5 min 6 s, 7.8 s, 40 ms."""
-    if not math.isfinite(seconds):
-        return "–"
-    if 0 < seconds < 0.95:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    rest = round(seconds)
-    parts: list[str] = []
-    for unit, length in _UNITS:
-        amount, rest = divmod(rest, length)
-        if amount or parts:
-            parts.append(f"{amount} {unit}")
-    return " ".join(part for part in parts[:2] if not part.startswith("0 "))
-
-
 def moment(time_s: float | None) -> str:
     """Returns seconds since 1970 as a date, UTC."""
     try:
@@ -98,7 +81,7 @@ def shares(seconds: Mapping[str, float], *, in_ms: bool = False) -> list[Share]:
     whole = sum(seconds.values())
     found = []
     for index, (name, value) in enumerate(seconds.items()):
-        time = number(value, text=f"{1000 * value:,.2f} ms" if in_ms else duration(value))
+        time = number(value, text=f"{1000 * value:,.2f} ms" if in_ms else format_duration(value))
         colour = "var(--rule)" if index == len(seconds) - 1 else f"var(--s{index % len(SERIES)})"
         fraction = value / whole
         found.append(Share(name, time, number(fraction, percent=True), fraction, colour))

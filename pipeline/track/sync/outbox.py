@@ -10,7 +10,6 @@ gone is missing: the registry has lost it, and no other copy of its weights exis
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -92,11 +91,7 @@ class Outbox:
         Returns False if no copy of its weights exists: the entry is then missing.
         """
         wanted = ModelCard.read(entry).sha256
-        copies = {}
-        for path in self._find_copies(entry):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            copies[digest] = path
+        copies = {files.sha256(path): path for path in self._find_copies(entry)}
         # By digest, because names and folders say nothing about the content.
         complete = copies.keys() >= set(wanted.values())
         if complete:
