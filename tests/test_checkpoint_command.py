@@ -124,7 +124,7 @@ def test_list_says_what_there_is(run: Path) -> None:
     assert datetime.fromisoformat(row["saved"]).timestamp() == int((new / "COMMIT.json").stat().st_mtime)
     assert (row["scores"], row["skipped"]) == ({"top1": 0.5, "val_loss": None}, 1)
     assert (old_row["step"], old_row["scores"], old_row["skipped"]) == (2, None, 0)  # its scores are of another step
-    assert "top1 0.5, val_loss not finite" in told
+    assert "top1 50.0 %, val_loss not finite" in told
 
 
 def test_list_judges_by_sizes_alone(run: Path) -> None:
@@ -332,7 +332,7 @@ def test_show_says_what_is_in_it(run: Path) -> None:
         "step 4, of which 1 skipped",
         "rollbacks 1, at step 1",
         "guard's window mean loss 3 of 3 steps",
-        "scores top1 0.5 at step 2",
+        "scores top1 50.0 % at step 2",
         f"model {result['tensors']} tensors, {result['parameters']:,} parameters",
         "identity.model pvt_pico",
     ):

@@ -1298,11 +1298,11 @@ def test_lineage_goes_up_and_down_three_generations(tiny: Registry) -> None:
     assert lineage.text(lineage.lineage("models:/child/1")).splitlines() == [
         "data data set  (sha256 aaaaaaaaaaaa)",
         "└─ run run-base  (FINISHED, aaaaaaaaaaaa)",
-        "   └─ version models:/base/2  (@candidate, step 2, top1 0.5)",
+        "   └─ version models:/base/2  (@candidate, step 2, top1 50.0 %)",
         "      └─ run run-child  (FINISHED, bbbbbbbbbbbb)",
-        "         └─ version models:/child/1  (@candidate, step 3, top1 0.5)",
+        "         └─ version models:/child/1  (@candidate, step 3, top1 50.0 %)",
         "            └─ run run-grandchild  (FINISHED, cccccccccccc)",
-        "               └─ version models:/grandchild/1  (@candidate, step 4, top1 0.5)",
+        "               └─ version models:/grandchild/1  (@candidate, step 4, top1 50.0 %)",
     ]
     tiny.client.delete_model_version("base", "2")
     (root,) = lineage.lineage("models:/child/1")["roots"]
@@ -1362,7 +1362,7 @@ def test_the_command_tells_people_and_programs(
         ("models:/tiny/1", []),
         ("models:/tiny/2", ["candidate"]),
     ]
-    assert "top1 0.7  @candidate" in table
+    assert "top1 70.0 %  @candidate" in table
     result, told = said("show", "models:/tiny@candidate")
     assert result["tags"]["step"] == "2"
     assert "run" in told

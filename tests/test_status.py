@@ -166,7 +166,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
         "8.3 %",
         "n[1-2]",
         "1 d 2 h",
-        "top1 0.625",
+        "top1 62.5 %",
         "val_loss not finite",
         "n3: disk",
     ):

@@ -22,9 +22,10 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.cli import Subcommand
-from pipeline.commands.text_table import align_columns, format_scores, list_values
+from pipeline.commands.text_table import align_columns, list_values
 from pipeline.errors import InputError
 from pipeline.run_folder import CHECKPOINTS, COMMIT
+from pipeline.track.metric_names import format_scores
 from pipeline.train import checkpoint_files
 from pipeline.train.checkpoint_files import FORMAT, step_of
 from pipeline.train.meters import finite_or_none

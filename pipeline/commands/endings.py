@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.track.metric_names import for_display, format_score, is_detail
+from pipeline.track.metric_names import format_scores, is_detail
 
 _NO_SCORES = ("steps", "images_per_second", "ettr", "samples")
 REPORT = "report.html"
@@ -43,4 +43,4 @@ def _format_scores(result: Mapping[str, Any]) -> str:
     for name, value in result.items():
         if isinstance(value, int | float) and name not in _NO_SCORES and not is_detail(name):
             scores[name] = value
-    return ", ".join(format_score(name, score) for name, score in for_display(scores).items())
+    return format_scores(scores)

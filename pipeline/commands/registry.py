@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline import cli, lease
 from pipeline.cli import Subcommand
 from pipeline.cluster import slurm
-from pipeline.commands.text_table import align_columns, format_scores, list_values
+from pipeline.commands.text_table import align_columns, list_values
 from pipeline.errors import InputError
 from pipeline.redact import printable
+from pipeline.track.metric_names import format_scores, is_detail
 
 # MLflow takes a second to import, which --help and wrong usage do without.
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def _describe_version(version: "ModelVersion") -> dict[str, Any]:
 
 
 def _render_table(rows: list[dict[str, Any]]) -> str:
-    from pipeline.track.metric_names import is_detail
-
     cells = [("version", "model", "step", "created", "metrics, aliases")]
     for row in rows:
         scores = {name: value for name, value in row["metrics"].items() if not is_detail(name)}

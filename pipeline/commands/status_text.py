@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.cluster.status import SlurmJob, Status
-from pipeline.commands.text_table import align_columns, format_scores
+from pipeline.commands.text_table import align_columns
+from pipeline.track.metric_names import format_scores
 from pipeline.value_text import format_duration
 
 _BAR_CHARACTERS = 20

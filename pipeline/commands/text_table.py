@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from pipeline.track.metric_names import for_display
-
 
 def align_columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> list[str]:
     """Returns a line for each row, whose cells are padded to the width of their column, without columns that are empty.
@@ -24,12 +22,3 @@ def list_values(title: str, values: Mapping[str, object]) -> list[str]:
     """Returns a title and an indented line for each name and value."""
     rows = [(name, str(value)) for name, value in values.items()]
     return [title, *(f"  {line}" for line in align_columns(rows))]
-
-
-def format_scores(scores: Mapping[str, float | None]) -> str:
-    """Returns scores such as "top1 0.625, val_loss not finite"; None stands for one that is not finite."""
-    texts = []
-    for name, score in for_display(scores).items():
-        value = "not finite" if score is None else f"{score:.4g}"
-        texts.append(f"{name} {value}")
-    return ", ".join(texts)

@@ -63,6 +63,11 @@ def format_score(name: str, score: float | None) -> str:
     return f"{label_of(name)} {value}"
 
 
+def format_scores(scores: Mapping[str, float | None]) -> str:
+    """Returns the scores that are displayed, such as "top1 93.3 %, val_loss not finite"."""
+    return ", ".join(format_score(name, score) for name, score in for_display(scores).items())
+
+
 def is_fraction(metric: str) -> bool:
     """Whether a metric is a fraction of one, to be written as a percentage."""
     return any(metric in names for names in CHARTS.values())
