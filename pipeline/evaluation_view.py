@@ -85,10 +85,28 @@ def _resize(picture: Image.Image, image: ImageConfig, height: int, width: int) -
 
 def normalise(picture: Image.Image, image: ImageConfig) -> Tensor:
     """Returns an RGB image's normalised values, [3, H, W]."""
-    mean = torch.tensor(image.mean)[:, None, None]
-    std = torch.tensor(image.std)[:, None, None]
+    mean, std = _statistics(image)
     values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
     return (values / 255 - mean) / std
+
+
+def to_picture(values: Tensor, image: ImageConfig) -> Image.Image:
+    """Returns the picture whose normalised values, [3, H, W], these are."""
+    mean, std = _statistics(image)
+    pixels = 255 * (values * std + mean)
+    return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def scaled_statistics(image: ImageConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns what normalises pixels in 0 … 255, each [3, 1, 1]: a mean to subtract and a scale to multiply by."""
+    # The statistics are scaled instead of the pixels: one operation less for each image.
+    mean, std = _statistics(image).to(device)
+    return 255 * mean, 1 / (255 * std)
+
+
+def _statistics(image: ImageConfig) -> Tensor:
+    """Returns mean and standard deviation, [2, 3, 1, 1]."""
+    return torch.tensor([image.mean, image.std])[:, :, None, None]
 
 
 def pad_to_canvas(values: Tensor) -> Tensor:

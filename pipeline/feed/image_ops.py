@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import keys
 from pipeline.config import ImageConfig
+from pipeline.evaluation_view import scaled_statistics
 from pipeline.feed.augment import Views
 from pipeline.feed.random_ops import NOISE, Op
 from pipeline.feed.transfer import to_device
@@ -30,10 +31,7 @@ class Finisher:
         device: torch.device,
         noise: Tensor | None = None,
     ) -> None:
-        mean = torch.tensor(image.mean, device=device)[:, None, None]
-        std = torch.tensor(image.std, device=device)[:, None, None]
-        self._mean = 255 * mean
-        self._scale = 1 / (255 * std)
+        self._mean, self._scale = scaled_statistics(image, device)
         # What geometric operations bring in from outside is the mean colour, as timm rounds it.
         fill = [min(255, round(255 * value)) for value in image.mean]
         self._fill = torch.tensor(fill, dtype=torch.uint8, device=device)[:, None, None]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pipeline import keys
 from pipeline.config import Config
+from pipeline.evaluation_view import to_picture
 from pipeline.feed import image_ops, mixup
 from pipeline.feed.augment import Views
 from pipeline.feed.box_transforms import BoxTransform
@@ -179,22 +180,15 @@ def _plan_labelled(
     chosen: list[_FedSample],
 ) -> _Grid:
     """Returns a row for each sample: the original, then its views."""
-    transform = _make_transform(config, shards)
+    draw_views = functools.partial(_draw_views, config, shards, _make_transform(config, shards))
 
     def draw_row(sample: _FedSample) -> list[Tile]:
         original, key, size = _read_original(shards, sample)
         tiles: list[Tile] = [(original, key, f"class {shards.classes[sample.label]}", size)]
-        views, images = _draw_views(
-            config,
-            shards,
-            transform,
-            sample,
-            range(VIEWS),
-            config.image.size,
-        )
+        views, images = draw_views(sample, range(VIEWS), config.image.size)
         for epoch, image in enumerate(images):
             details = _describe_view(views[epoch : epoch + 1])
-            tiles.append((_make_picture(config, image), f"epoch {epoch}", *details))
+            tiles.append((to_picture(image, config.image), f"epoch {epoch}", *details))
         return tiles
 
     about = f"each row an image, then its views in epochs 0 to {VIEWS - 1}"
@@ -209,7 +203,7 @@ def _add_mixed(
     fed: list[_FedSample],
 ) -> _Grid:
     """Returns the grid with rows of two partners, before mixing and mixed."""
-    transform = _make_transform(config, shards)
+    draw_views = functools.partial(_draw_views, config, shards, _make_transform(config, shards))
     share = config.train.global_batch_size // config.data.lanes
 
     def draw_row(first: _FedSample, second: _FedSample) -> list[Tile]:
@@ -217,23 +211,16 @@ def _add_mixed(
         size = first.image.shape[-1]
         for sample in (first, second):
             epoch = int(sample.batch.samples.epoch[sample.number])
-            _, (image,) = _draw_views(
-                config,
-                shards,
-                transform,
-                sample,
-                [epoch],
-                size,
-            )
+            _, (image,) = draw_views(sample, [epoch], size)
             key = shards.key(sample.shard, sample.row)
             class_ = f"class {shards.classes[sample.label]}"
-            tiles.append((_make_picture(config, image), key, class_, "before mixing"))
+            tiles.append((to_picture(image, config.image), key, class_, "before mixing"))
         lane = first.position // share
         key = keys.key(config.run.seed, Stream.MIX, 0, np.array([lane]))
         blend = mixup.draw(config.mix, key, size, size)
         for sample, partner in ((first, second), (second, first)):
             details = _describe_mix(shards, blend, sample, partner)
-            tiles.append((_make_picture(config, sample.image), *details))
+            tiles.append((to_picture(sample.image, config.image), *details))
         return tiles
 
     pairs = []
@@ -291,7 +278,7 @@ def _plan_maps(
         for sample in samples:
             key = shards.key(sample.shard, sample.row)
             target = sample.target.byte().numpy()
-            tiles.append((_make_picture(config, sample.image), key))
+            tiles.append((to_picture(sample.image, config.image), key))
             tiles.append((colourise(target, len(shards.classes)), "target"))
         return tiles
 
@@ -310,6 +297,7 @@ def _plan_objects(
     """Returns a row for each sample: the original with its annotations, then its views with their targets."""
     transform = _make_transform(config, shards)
     assert isinstance(transform, BoxTransform)
+    draw_views = functools.partial(_draw_views, config, shards, transform)
 
     def draw_row(sample: _FedSample) -> list[Tile]:
         original, key, size = _read_original(shards, sample)
@@ -323,18 +311,11 @@ def _plan_objects(
         )
         count = f"{len(annotated.annotations)} annotations"
         tiles: list[Tile] = [(drawn, key, count, size)]
-        views, images = _draw_views(
-            config,
-            shards,
-            transform,
-            sample,
-            range(VIEWS),
-            config.image.size,
-        )
+        views, images = draw_views(sample, range(VIEWS), config.image.size)
         for epoch, image in enumerate(images):
             view, target = transform.training_target(stored, views[epoch : epoch + 1])
             height, width = view.extent[0].tolist()
-            picture = _make_picture(config, image[:, :height, :width])
+            picture = to_picture(image[:, :height, :width], config.image)
             drawn = _draw_objects(picture, target, shards.classes)
             count = f"{len(target)} objects on {width} × {height}"
             tiles.append((drawn, f"epoch {epoch}", count, *_describe_view(view)))
@@ -400,14 +381,6 @@ def _draw_views(
         finisher.finish_window(window, views[one], images[one])
     decoder.close()
     return views, images
-
-
-def _make_picture(config: Config, image: Tensor) -> Image.Image:
-    """Returns a picture of a normalised image, [3, h, w]."""
-    mean = torch.tensor(config.image.mean)[:, None, None]
-    std = torch.tensor(config.image.std)[:, None, None]
-    pixels = (255 * (image * std + mean)).clamp(0, 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _read_original(shards: ShardSet, sample: _FedSample) -> tuple[Image.Image, str, str]:

@@ -19,6 +19,7 @@ from pipeline import files
 from pipeline.coco_results import as_results
 from pipeline.config import ClassificationConfig, Config, SemanticFpnConfig, TaskConfig, load_config
 from pipeline.errors import InputError
+from pipeline.evaluation_view import to_picture
 from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import EvalFeed, MicroBatch
 from pipeline.pictures.palette import colourise, palette
@@ -164,10 +165,8 @@ class _Examiner(ABC):
 
     def _input(self, batch: MicroBatch, side_px: int) -> Image.Image:
         """Returns the network's input without padding."""
-        mean, std = (torch.tensor(each)[:, None, None] for each in (self._config.image.mean, self._config.image.std))
         height, width = batch.extents[0]
-        pixels = 255 * (batch.images[0, :, :height, :width].float().cpu() * std + mean)
-        image = Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        image = to_picture(batch.images[0, :, :height, :width].float().cpu(), self._config.image)
         image.thumbnail((side_px, side_px))
         return image
 

@@ -1,4 +1,4 @@
-"""Loads the registered weights that a run starts from.
+"""Initialises a run's network, and loads the registered weights that it starts from.
 
 init.model ──registry, on rank 0──▶ one version ──its folder──▶ every rank: network.read_weights ──▶ the task's model
 """
@@ -6,17 +6,28 @@ init.model ──registry, on rank 0──▶ one version ──its folder──
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipeline import network
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.job.publish import read_parent
-from pipeline.tasks.build import AnyTask, start_from
+from pipeline.tasks.build import AnyTask, build_task, start_from
 from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.world import World
+from pvt.model import set_optimised_kernels
 
 # MLflow takes more than a second to import, so only ranks that fetch a model from the registry import it.
 if TYPE_CHECKING:
     from pipeline.track.registry.registry import Version
+
+
+def build_initial_task(config: Config, classes: list[str]) -> AnyTask:
+    """Returns the run's task, whose network all ranks initialise with the same weights."""
+    torch.manual_seed(config.run.seed)
+    task = build_task(config.task, config.model, config.image, classes)
+    set_optimised_kernels(task.model, config.engine.optimised_kernels)
+    return task
 
 
 def load_initial_weights(config: Config, world: World, task: AnyTask, classes: list[str]) -> str | None:

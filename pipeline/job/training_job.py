@@ -22,14 +22,14 @@ from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.job import handoff, start_checks
 from pipeline.job.handoff import Claim
-from pipeline.job.initial_weights import load_initial_weights
+from pipeline.job.initial_weights import build_initial_task, load_initial_weights
 from pipeline.job.publish import Publisher, read_parent
 from pipeline.lease import Lease, hold
 from pipeline.redact import redact
 from pipeline.run_folder import CHECKPOINTS, GOODPUT, METRICS, RECORD, finished_result
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_training, open_validation
-from pipeline.tasks.build import AnyTask, build_task
+from pipeline.tasks.build import AnyTask
 from pipeline.track.sync.record import Record
 from pipeline.track.sync.system_load import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
@@ -47,7 +47,6 @@ from pipeline.train.schedule import Schedule
 from pipeline.train.stop_signal import StopSignal
 from pipeline.train.trace import Trace
 from pipeline.world import World
-from pvt.model import set_optimised_kernels
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
         training, validation = world.first_then_all(lambda: _open_checked_data(config, world))
         if config.train.deterministic:
             make_deterministic()
-        task = world.first_then_all(lambda: _build_task(config, training.classes))
+        task = world.first_then_all(lambda: build_initial_task(config, training.classes))
         # A run that has been started before continues from its checkpoints and needs no initial weights.
         was_started = world.from_first(any((folder / CHECKPOINTS).glob("step-*")))
         parent = None if was_started else load_initial_weights(config, world, task, training.classes)
@@ -180,14 +179,6 @@ def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[
     }
     publisher.end(result)
     return result
-
-
-def _build_task(config: Config, classes: list[str]) -> AnyTask:
-    # All ranks draw the same initial weights.
-    torch.manual_seed(config.run.seed)
-    task = build_task(config.task, config.model, config.image, classes)
-    set_optimised_kernels(task.model, config.engine.optimised_kernels)
-    return task
 
 
 def _open_feed(config: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:

@@ -27,7 +27,6 @@ from pipeline.shards.open_data import open_training
 
 # These take seconds to import, which --help and wrong usage do without.
 if TYPE_CHECKING:
-    from pipeline.tasks.build import AnyTask
     from pipeline.world import World
 
 WARM_UP = 2
@@ -69,6 +68,7 @@ def _measure(config: Config, arguments: argparse.Namespace, here: "World") -> di
     import torch
 
     from pipeline.feed.loader import TrainFeed
+    from pipeline.job.initial_weights import build_initial_task
     from pipeline.train.engine import Engine, make_deterministic
 
     start_checks.check_machine(config, here)
@@ -78,7 +78,7 @@ def _measure(config: Config, arguments: argparse.Namespace, here: "World") -> di
     order = Order.of(config, training.part_samples)
     rank_slice = partition(order, here.rank, here.size, config)
     small = shorten_step(arguments.config, arguments.set, config, rank_slice, here.size)
-    task = _build_task(small, training.classes)
+    task = build_initial_task(small, training.classes)
     with contextlib.closing(TrainFeed(small, training, here, drop_path_rates=task.drop_path_rates)) as feed:
         engine = Engine(small, task, here, feed.blank)
         batches = feed.next()
@@ -109,18 +109,6 @@ def shorten_step(path: str, overrides: list[str], config: Config, rank_slice: Ra
         settings["augment.size_schedule"] = f"{{0 steps: {max(config.image.size, *sizes)}}}"
     added = [f"{key}={value}" for key, value in settings.items()]
     return load_config(path, [*overrides, *added])
-
-
-def _build_task(config: Config, classes: list[str]) -> "AnyTask":
-    import torch
-
-    from pipeline.tasks.build import build_task
-    from pvt.model import set_optimised_kernels
-
-    torch.manual_seed(config.run.seed)
-    task = build_task(config.task, config.model, config.image, classes)
-    set_optimised_kernels(task.model, config.engine.optimised_kernels)
-    return task
 
 
 def _measure_step_s(step: Callable[[int], object], here: "World", seconds: float) -> float:

@@ -13,7 +13,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from torch import Tensor
 
-from pipeline.evaluation_view import crop_centre, short_side_before_crop, short_side_sizes
+from pipeline.evaluation_view import crop_centre, scaled_statistics, short_side_before_crop, short_side_sizes
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
 from pipeline.track.serve import load_network
@@ -32,10 +32,8 @@ class ServedClassifier:
         """Raises InputError for a backbone without a head."""
         card.require_head(card.model.name)
         self._classes = card.classes
-        self._image = image = card.image
-        # Pixels stay in 0 … 255, so the statistics are scaled instead: one operation less for each image.
-        self._mean = 255 * torch.tensor(image.mean)[:, None, None]
-        self._scale = 1 / (255 * torch.tensor(image.std)[:, None, None])
+        self._image = card.image
+        self._mean, self._scale = scaled_statistics(card.image, torch.device("cpu"))
         self._network = load_network.load_network(card, weights)
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
