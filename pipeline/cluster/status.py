@@ -17,21 +17,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from pipeline import run_folder
 from pipeline.cluster import slurm
 from pipeline.cluster.journal import EVENTS, FAILURES
 from pipeline.errors import ExternalError, InputError
-from pipeline.run_folder import (
-    COMMIT,
-    CONFIG,
-    GOODPUT,
-    RECORD,
-    RESULT,
-    SLURM,
-    Document,
-    RunFolder,
-    as_mapping,
-    as_number,
-)
+from pipeline.run_folder import Document, RunFolder, as_mapping, as_number
 
 Phase = Literal["not started", "waiting", "running", "stopped", "finished", "failed", "lost", "unknown"]
 
@@ -126,11 +116,11 @@ class Status:
 
 def read_status(folder: Path) -> Status:
     """Returns the status of the run in a folder. Raises InputError for a folder that holds no run."""
-    if not any((folder / name).exists() for name in (SLURM, RECORD, CONFIG)):
+    if not any((folder / name).exists() for name in (run_folder.SLURM, run_folder.RECORD, run_folder.CONFIG)):
         found = "holds neither slurm/ nor run.json" if folder.is_dir() else "no such folder"
         raise InputError(f"{folder}: {found}: give the folder of a run, such as runs/NAME")
     run = RunFolder(folder)
-    submitted = run.document(f"{SLURM}/jobs.json")
+    submitted = run.document(f"{run_folder.SLURM}/jobs.json")
     job = submitted.get("job")
     sweep = submitted.get("sweep") or []
     own_id = str(job) if job and not sweep else None
@@ -161,8 +151,8 @@ def _read_run(run: RunFolder, job: SlurmJob | None) -> Status:
     events = run.lines(EVENTS)
     readings, evaluations = run.metrics()
     readings = [line for line in readings if as_number(line.get("time")) is not None]
-    goodput = run.document(GOODPUT)
-    result = run.document(RESULT)
+    goodput = run.document(run_folder.GOODPUT)
+    result = run.document(run_folder.RESULT)
     last = readings[-1] if readings else {}
     scored = evaluations[-1] if evaluations else {}
     scores = {name: as_number(value) for name, value in scored.items() if name not in ("step", "time")}
@@ -230,7 +220,7 @@ def _newest_checkpoint(run: RunFolder) -> tuple[int, float] | None:
     for step, checkpoint in reversed(run.checkpoints().items()):
         # Retention removes checkpoints at any moment.
         with contextlib.suppress(OSError):
-            return step, (checkpoint / COMMIT).stat().st_mtime
+            return step, (checkpoint / run_folder.COMMIT).stat().st_mtime
     return None
 
 

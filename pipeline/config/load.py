@@ -51,7 +51,7 @@ def _apply_overrides(kind: type[Section], tree: dict[str, Any], overrides: list[
             raise InputError(f"--set {override!r}: expected KEY=VALUE, such as --set optim.lr=1e-3")
         # A former name in the file has been renamed, so an override of either name replaces it.
         key = present_key(kind, name.strip())
-        _put(tree, key.split("."), yaml_text.read(text, f"--set {override!r}"), override)
+        put_setting(tree, key.split("."), yaml_text.read(text, f"--set {override!r}"), override)
 
 
 def read_yaml(
@@ -129,7 +129,7 @@ def validated(kind: type[Value], tree: Any, source: object) -> Value:
         raise InputError(f"{source}: {describe_fault(detail, map(str, detail['loc']))}") from None
 
 
-def _put(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+def put_setting(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
     """Sets the value at `path` in a tree, and creates the sections on the way."""
     for name in path[:-1]:
         node = tree.setdefault(name, {})

@@ -17,6 +17,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 from pipeline import files, yaml_text
 from pipeline.cluster.slurm import node_name
 from pipeline.config import Config, load_config, present_key
+from pipeline.config.load import put_setting
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.order import Order, partition
 from pipeline.job.local_ranks import run_ranks
@@ -403,19 +405,13 @@ def fragment(out: Path, path: Path, overrides: list[str], config: Config, head: 
     tree: dict[str, Any] = {"extends": os.path.relpath(path.resolve(), out.parent.resolve())}
     resolved = config.model_dump(mode="json")
     for override in overrides:
-        key = override.partition("=")[0].strip()
-        _copy_setting(resolved, tree, present_key(Config, key).split("."))
+        path_of_key = present_key(Config, override.partition("=")[0].strip()).split(".")
+        value: Any = resolved
+        for name in path_of_key:
+            value = (value or {}).get(name)
+        put_setting(tree, path_of_key, value, override)
     comment = "".join(f"# {line}".rstrip() + "\n" for line in head)
     return f"{comment}\n{yaml_text.write(tree)}"
-
-
-def _copy_setting(source: Any, target: dict[str, Any], key: list[str]) -> None:
-    """Copies the value at a key from one tree of sections to another; None where the source has none."""
-    *sections, name = key
-    for section in sections:
-        source = (source or {}).get(section)
-        target = target.setdefault(section, {})
-    target[name] = (source or {}).get(name)
 
 
 def require_new(out: Path, path: Path, given: list[str], config: Config) -> None:
@@ -424,18 +420,16 @@ def require_new(out: Path, path: Path, given: list[str], config: Config) -> None
     # Checked before minutes are spent on the search.
     if out.exists():
         raise InputError(f"{out}: is there already; remove it, or name another file with --out")
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
     is_same = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        files.write(draft, fragment(out, path, given, config).encode(), private=True)
-        with contextlib.suppress(InputError):
-            is_same = load_config(draft) == config
+        with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.") as draft:
+            draft.write(fragment(out, path, given, config))
+            draft.flush()
+            with contextlib.suppress(InputError):
+                is_same = load_config(draft.name) == config
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
     if not is_same:
         raise InputError(
             "--set replaces a whole section, and a file that extends another cannot: put it into a file of its own, "

@@ -170,10 +170,8 @@ class Saver:
         return [float(written), float(failed), float(committed)]
 
     def advance(self, written: float, failed: float, committed: float) -> Path | None:
-        """Takes the save under way further, by what all ranks know, the sums of `progress`.
-
-        Returns the folder of a checkpoint that has just become whole. Raises SaveError after the third failure in a
-        row."""
+        """Takes the save under way further by what all ranks know, the sums of `progress`. Returns the folder of a
+        checkpoint that has just become whole. Raises SaveError after the third failure in a row."""
         folder = self._folder
         if folder is None:
             return None

@@ -20,23 +20,12 @@ import numpy.typing as npt
 from pipeline import run_folder
 from pipeline.errors import InputError
 from pipeline.redact import redact
-from pipeline.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    GOODPUT,
-    METRICS,
-    RECORD,
-    RESULT,
-    Document,
-    RunFolder,
-    as_mapping,
-    as_mappings,
-)
+from pipeline.run_folder import Document, RunFolder, as_mapping, as_mappings
 from pipeline.track.sync.outbox import is_given_up
 
 Array = npt.NDArray[np.float64]
 
-_MARKERS = (RECORD, CONFIG, METRICS, CHECKPOINTS)
+_MARKERS = (run_folder.RECORD, run_folder.CONFIG, run_folder.METRICS, run_folder.CHECKPOINTS)
 """A folder that has none of these holds no run."""
 
 
@@ -85,11 +74,11 @@ class RunFiles:
         if not any((folder / name).exists() for name in _MARKERS):
             found = f"holds none of {', '.join(_MARKERS)}" if folder.is_dir() else "no such folder"
             raise InputError(f"{folder}: {found}: give the folder of a run, such as runs/NAME")
-        self.record = self._read(RECORD)
-        self.result = self._read(RESULT)
-        self.goodput = self._read(GOODPUT)
+        self.record = self._read(run_folder.RECORD)
+        self.result = self._read(run_folder.RESULT)
+        self.goodput = self._read(run_folder.GOODPUT)
         self.profile = self._read("profile/profile.json")
-        self.config = self._read(CONFIG)
+        self.config = self._read(run_folder.CONFIG)
         self.texts = {name: redact(self._files.text(name)) for name in ("deepspeed.json", "packages.txt")}
         self.training, self.validation = map(_curves, self._files.metrics())
         self.anomalies = [redact(_count_samples(line)) for line in self._files.lines("anomalies.jsonl")]
