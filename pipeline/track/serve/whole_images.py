@@ -64,11 +64,8 @@ class ServedOnWholeImages(ABC):
 
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each image. Raises RuntimeError where the network's outputs are not finite."""
-        answers = []
-        for view in views:
-            canvas = pad_to_canvas(normalise(view.image, self._card.image))
-            answers.append(self._answer(view, canvas, params))
-        return answers
+        canvases = (pad_to_canvas(normalise(view.image, self._card.image)) for view in views)
+        return [self._answer(view, canvas, params) for view, canvas in zip(views, canvases, strict=True)]
 
     @abstractmethod
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]: ...
