@@ -102,7 +102,7 @@ def start_handoffs(folder: Path, ranks: int) -> None:
     # Otherwise the children would take themselves for ranks of this run.
     environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
     (folder / "handoff").mkdir(exist_ok=True)
-    with (folder / "handoff" / "log").open("ab") as log:
+    with (folder / "handoff" / "log").open("ab") as output:
         subprocess.Popen(
             [
                 sys.executable,
@@ -113,8 +113,8 @@ def start_handoffs(folder: Path, ranks: int) -> None:
             ],
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
     log.info(f"{folder}: hands off to {folder / 'handoff'}")
