@@ -1,6 +1,7 @@
 """Makes the network that a task and a model's settings describe. No other module does."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from pipeline import flops
 from pipeline.config import (
+    AnchorBasedConfig,
     ClassificationConfig,
     DetrConfig,
+    MaskRcnnConfig,
     ModelConfig,
     RetinaNetConfig,
     SemanticFpnConfig,
@@ -39,7 +42,7 @@ def build(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: in
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
         raise InputError(f"model.name {model.name!r} is no timm model; near: {', '.join(near) or 'none'}")
     try:
-        network = _build_network(task, model, image_size, num_classes)
+        network: Any = NETWORKS[task.name](task, model, image_size, num_classes)
     except TypeError as error:
         # The architecture does not take one of the settings.
         raise InputError(f"model.name {model.name!r} cannot be built here: {error}") from error
@@ -88,49 +91,75 @@ def training_flops(task: TaskConfig, model: ModelConfig, image_size: int, num_cl
     return flops.training_flops(lambda: build(task, model, image_size, num_classes), image_size)
 
 
-def _build_network(task: TaskConfig, model: ModelConfig, image_size: int, num_classes: int) -> Any:
-    if isinstance(task, ClassificationConfig):
-        return create_model(
-            model.name,
-            image_size,
-            num_classes=num_classes,
-            drop_rate=model.drop_rate,
-            drop_path_rate=model.drop_path_rate,
-        )
-    pyramid = backbone(model.name, model.image_size or image_size, model.drop_path_rate)
-    if isinstance(task, SemanticFpnConfig):
-        return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
-    if isinstance(task, DetrConfig):
-        with needing("detr", "task detr"):
-            # Imported here, because it imports transformers, which takes seconds.
-            from pvt.detr import Detr
+def _build_classifier(task: ClassificationConfig, model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    return create_model(
+        model.name,
+        image_size,
+        num_classes=num_classes,
+        drop_rate=model.drop_rate,
+        drop_path_rate=model.drop_path_rate,
+    )
 
-        return Detr(
-            pyramid,
-            num_classes,
-            queries=task.queries,
-            width=task.width,
-            heads=task.heads,
-            encoder_layers=task.encoder_layers,
-            decoder_layers=task.decoder_layers,
-            feedforward=task.feedforward,
-            dropout=task.dropout,
-            max_detections=task.max_detections,
-        )
-    anchor_based = {
+
+def _build_pyramid(model: ModelConfig, image_size: int) -> nn.Module:
+    """Returns the backbone of a dense network."""
+    return backbone(model.name, model.image_size or image_size, model.drop_path_rate)
+
+
+def _build_semantic_fpn(task: SemanticFpnConfig, model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    pyramid = _build_pyramid(model, image_size)
+    return SemanticFpn(pyramid, num_classes, task.channels, task.dropout, task.pyramid_channels)
+
+
+def _build_retinanet(task: RetinaNetConfig, model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    return RetinaNet(_build_pyramid(model, image_size), num_classes, **_anchor_settings(task))
+
+
+def _build_mask_rcnn(task: MaskRcnnConfig, model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    return MaskRcnn(
+        _build_pyramid(model, image_size),
+        num_classes,
+        **_anchor_settings(task),
+        box_width=task.box_width,
+        mask_width=task.mask_width,
+        sampled_boxes=task.sampled_boxes,
+    )
+
+
+def _anchor_settings(task: AnchorBasedConfig) -> dict[str, Any]:
+    return {
         "pyramid_channels": task.pyramid_channels,
         "smallest_anchor": task.smallest_anchor,
         "min_score": task.min_score,
         "max_overlap": task.max_overlap,
         "max_detections": task.max_detections,
     }
-    if isinstance(task, RetinaNetConfig):
-        return RetinaNet(pyramid, num_classes, **anchor_based)
-    return MaskRcnn(
-        pyramid,
+
+
+def _build_detr(task: DetrConfig, model: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+    with needing("detr", "task detr"):
+        # Imported here, because it imports transformers, which takes seconds.
+        from pvt.detr import Detr
+
+    return Detr(
+        _build_pyramid(model, image_size),
         num_classes,
-        **anchor_based,
-        box_width=task.box_width,
-        mask_width=task.mask_width,
-        sampled_boxes=task.sampled_boxes,
+        queries=task.queries,
+        width=task.width,
+        heads=task.heads,
+        encoder_layers=task.encoder_layers,
+        decoder_layers=task.decoder_layers,
+        feedforward=task.feedforward,
+        dropout=task.dropout,
+        max_detections=task.max_detections,
     )
+
+
+NETWORKS: dict[str, Callable[[Any, ModelConfig, int, int], nn.Module]] = {
+    "classification": _build_classifier,
+    "semantic_fpn": _build_semantic_fpn,
+    "retinanet": _build_retinanet,
+    "mask_rcnn": _build_mask_rcnn,
+    "detr": _build_detr,
+}
+"""What builds each task's network from the task's section, the model's, the image size and the number of classes."""

@@ -28,10 +28,9 @@ from pipeline import files, lease, nvidia_driver
 from pipeline.cluster import slurm
 from pipeline.config import Config, DataConfig, RunConfig
 from pipeline.errors import ExternalError, InputError
-from pipeline.shards.ade20k import is_ade20k
 from pipeline.shards.cache import CacheOptions
-from pipeline.shards.coco import is_coco
 from pipeline.shards.index import CorruptSampleError
+from pipeline.shards.public_datasets import is_public
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +198,7 @@ def shards(path: str, data: DataConfig) -> str:
 
     One in a public layout only has to exist, because the run packs it. Remote shards are not cached.
     """
-    if is_coco(path) or is_ade20k(path):
+    if is_public(path):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder on this node")
         return f"{path}: exists; the run packs it"

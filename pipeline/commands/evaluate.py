@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.tasks.build import AnyTask
-    from pipeline.tasks.classify import ClassificationTask
+    from pipeline.protocols import Task
     from pipeline.track.registry import registry
     from pipeline.world import World
 
@@ -39,7 +38,7 @@ class OpenedModel(NamedTuple):
     """The exact version."""
     data: str
     card: ModelCard
-    task: "AnyTask"
+    task: "Task"
     shards: ShardSet
 
 
@@ -189,9 +188,8 @@ def _compute_features(
     return features[is_sample], labels[is_sample], weights[is_sample]
 
 
-def _open_for_probe(arguments: argparse.Namespace) -> "tuple[str, ModelCard, ClassificationTask, ShardSet, ShardSet]":
+def _open_for_probe(arguments: argparse.Namespace) -> "tuple[str, ModelCard, Task, ShardSet, ShardSet]":
     from pipeline.feed.task_transforms import require_annotations
-    from pipeline.tasks.classify import ClassificationTask
     from pipeline.track import tracking_server
     from pipeline.track.registry import registry
 
@@ -209,7 +207,7 @@ def _open_for_probe(arguments: argparse.Namespace) -> "tuple[str, ModelCard, Cla
         )
     version = registry.resolve(arguments.model)
     task = _build_task(version)
-    if not isinstance(task, ClassificationTask):
+    if version.card.task.is_dense:
         raise InputError(f"--probe {version.uri}: is a {version.card.task.name}; features are those of a classifier")
     return version.uri, version.card, task, train_shards, shards
 
@@ -233,7 +231,7 @@ def _open_model(uri: str, data: str, tracking_uri: str | None, cache: CacheOptio
     return OpenedModel(version.uri, data, card, _build_task(version), shards)
 
 
-def _build_task(version: "registry.Version") -> "AnyTask":
+def _build_task(version: "registry.Version") -> "Task":
     from pipeline.tasks.build import build_trained
 
     card = version.card

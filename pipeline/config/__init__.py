@@ -23,7 +23,10 @@ from pipeline.config.messages import rule_of, setting_names
 from pipeline.config.model import InitConfig, ModelConfig
 from pipeline.config.section import present_key
 from pipeline.config.task import (
+    AnchorBasedConfig,
+    AnyTaskConfig,
     ClassificationConfig,
+    DenseConfig,
     DetectionConfig,
     DetrConfig,
     MaskRcnnConfig,
@@ -49,6 +52,8 @@ Classification = ClassificationConfig
 SemanticFpn = SemanticFpnConfig
 
 __all__ = [
+    "AnchorBasedConfig",
+    "AnyTaskConfig",
     "AugmentConfig",
     "Bound",
     "CheckpointConfig",
@@ -57,6 +62,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DebugConfig",
+    "DenseConfig",
     "DetectionConfig",
     "DetrConfig",
     "EngineConfig",

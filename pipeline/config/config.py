@@ -11,7 +11,7 @@ from pipeline.config.data import AugmentConfig, DataConfig, ImageConfig, MixConf
 from pipeline.config.fields import Folder, text_matching
 from pipeline.config.model import InitConfig, ModelConfig
 from pipeline.config.section import Section
-from pipeline.config.task import ClassificationConfig, TaskConfig, by_name
+from pipeline.config.task import TASKS, AnyTaskConfig, ClassificationConfig, by_name
 from pipeline.config.tracking import HandoffConfig, TrackingConfig
 from pipeline.config.train import (
     CheckpointConfig,
@@ -52,14 +52,14 @@ _SHARED_BY_TASKS = {
     "mix": set(),
     "data": DataConfig.model_fields.keys() - {"copies"},
 }
-"""Settings of these sections that other tasks than classification use, too."""
+"""Settings of these sections that dense tasks use, too."""
 
 
 class Config(Section):
     """All settings of a run."""
 
     run: RunConfig
-    task: TaskConfig = ClassificationConfig()
+    task: AnyTaskConfig = ClassificationConfig()
     model: ModelConfig
     image: ImageConfig = ImageConfig()
     data: DataConfig
@@ -84,11 +84,12 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _evaluate_whole_images_singly(cls, tree: Any) -> Any:
-        """Sets evaluate.batch_size to 1 for dense tasks, unless the section `evaluate` is there."""
+        """Sets evaluate.batch_size to 1 for whole images, unless the section `evaluate` is there."""
         if not isinstance(tree, dict) or "evaluate" in tree:
             return tree
         task = by_name(tree.get("task"))
-        if not isinstance(task, dict) or task.get("name") == "classification":
+        section = TASKS.get(str(task.get("name"))) if isinstance(task, dict) else None
+        if section is None or not section.sees_whole_images:
             return tree
         # A section that is there may be a run's dumped one, whose batch size must not change.
         return {**tree, "evaluate": {"batch_size": 1}}
@@ -148,10 +149,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_task(self) -> "Config":
-        if isinstance(self.task, ClassificationConfig):
-            self._require_classifier_settings()
-        else:
+        if self.task.is_dense:
             self._require_dense_settings()
+        else:
+            self._require_classifier_settings()
         return self
 
     def _require_classifier_settings(self) -> None:
@@ -192,7 +193,8 @@ class Config(Section):
             "model": self.model.name,
             "image_size": self.image.size,
         }
-        if not isinstance(self.task, ClassificationConfig):
+        # Checkpoints of classification have neither: there were no other tasks at first.
+        if self.task.name != "classification":
             identity["task"] = self.task.name
             identity["model_image_size"] = self.model.image_size
         return identity

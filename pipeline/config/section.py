@@ -23,6 +23,11 @@ class Section(BaseModel):
     renamed: ClassVar[dict[str, str]] = {}
     """Former names of settings, each with the present name. Both are accepted, the former one with a warning."""
 
+    @classmethod
+    def choices(cls) -> "list[type[Section]]":
+        """Returns the sections of which one stands where this one is asked for: itself, unless a name chooses."""
+        return [cls]
+
     @model_validator(mode="before")
     @classmethod
     def _accept_former_names(cls, value: Any) -> Any:
@@ -66,8 +71,9 @@ def types_in(annotation: Any) -> list[Any]:
 
 
 def sections_in(annotation: Any) -> "list[type[Section]]":
-    """Returns those types in an annotation that are sections."""
-    return [kind for kind in types_in(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    """Returns those types in an annotation that are sections, and of tasks all."""
+    sections = [kind for kind in types_in(annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+    return [choice for section in sections for choice in section.choices()]
 
 
 def present_key(kind: type[Section], key: str) -> str:

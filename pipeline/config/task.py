@@ -1,66 +1,131 @@
-"""The tasks, and the settings of their heads, training views and predictions."""
+"""The tasks: the settings of their heads, training views and predictions, and the facts that other packages read.
 
-from typing import Annotated, Any, Literal
+docs/extending.md says how to add one.
+"""
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+import functools
+import operator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    Tag,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.config.data import ImageConfig
 from pipeline.config.fields import BelowOne, Fraction, Positive
 from pipeline.config.section import Section
 
 
-class ClassificationConfig(Section):
+class TaskConfig(Section):
+    """What the sections of all tasks have: a name, and facts, which are no settings."""
+
+    name: str
+
+    annotations: ClassVar[Literal["semantic", "objects"] | None] = None
+    """What a data set holds of each image: a label map, its objects or, None, one class."""
+    needs_masks: ClassVar[bool] = False
+    """Whether every object of an image needs a mask beside its box."""
+    is_dense: ClassVar[bool] = False
+    """Whether the network is a head on the maps of a backbone, a pvt.dense.DenseNetwork. Otherwise it is a timm model
+    with a head of its own."""
+    sees_whole_images: ClassVar[bool] = False
+    """Whether evaluation shows the network whole images, of sizes of their own. Otherwise it shows the centres, of
+    image.size."""
+    trains_on_one_size: ClassVar[bool] = True
+    """Whether all images of a training batch have one size that is known in advance, so that a step's operations can be
+    counted."""
+    has_fixed_graph: ClassVar[bool] = True
+    """Whether the network's operations are the same for all images of a size, so that a graph can hold them."""
+    uses_roi_align: ClassVar[bool] = False
+    """Whether the network uses torchvision's RoIAlign."""
+    extra_packages: ClassVar[tuple[str, ...]] = ()
+    """Packages that a registered version needs beside those that all versions need."""
+
+    @classmethod
+    def choices(cls) -> list[type[Section]]:
+        return [*TASKS.values()] if cls is TaskConfig else [cls]
+
+    def sides(self, image: ImageConfig) -> tuple[int, int]:
+        """Returns the short side that whole images are resized to and the maximum long side, in pixels.
+
+        Only tasks that see whole images have it.
+        """
+        raise NotImplementedError(f"task {self.name} does not see whole images")
+
+
+class ClassificationConfig(TaskConfig):
     """Image classification: one class for each image."""
 
-    name: Literal["classification"] = "classification"
+    name: str = "classification"
 
 
-class SemanticFpnConfig(Section):
+class DenseConfig(TaskConfig):
+    """What tasks share that predict something at every position of an image. They see whole images, resized."""
+
+    is_dense = True
+    sees_whole_images = True
+    default_elongation: ClassVar[float]
+    """The maximum long side over the short side where `long_side` is None."""
+
+    short_side: int | None = Field(default=None, gt=0)
+    """Short side, in pixels, that images are resized to: for evaluation, and in training before a random scaling and
+    crop. None: image.size."""
+    long_side: int | None = Field(default=None, gt=0)
+    """Maximum long side, in pixels, of a resized image; an image that would exceed it gets a smaller short side. None:
+    four times the short side with semantic_fpn, five thirds of it with detectors."""
+
+    def sides(self, image: ImageConfig) -> tuple[int, int]:
+        """Returns the short side that whole images are resized to and the maximum long side, in pixels."""
+        short = self.short_side or image.size
+        return short, self.long_side or round(self.default_elongation * short)
+
+    @field_validator("scale", "crop_sides", check_fields=False)
+    @classmethod
+    def _is_range(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"{info.field_name} is [low, high] with low <= high")
+        return value
+
+
+class SemanticFpnConfig(DenseConfig):
     """Semantic segmentation with Semantic FPN (Kirillov et al., "Panoptic Feature Pyramid Networks", 2019).
 
     Training takes crops of image.size, evaluation whole images.
     """
 
-    name: Literal["semantic_fpn"] = "semantic_fpn"
+    annotations = "semantic"
+    default_elongation = 4.0
+
+    name: str = "semantic_fpn"
     channels: int = Field(default=128, gt=0, multiple_of=32)
     """Width of the head, in channels."""
     pyramid_channels: int = Field(default=256, gt=0)
     """Width of the feature pyramid, in channels."""
     dropout: BelowOne = 0.1
     """Probability with which a channel is dropped before the head's last layer."""
-    short_side: int | None = Field(default=None, gt=0)
-    """Short side, in pixels, that images are resized to: for evaluation, and before the random scaling and the crop of
-    training. None: image.size."""
-    long_side: int | None = Field(default=None, gt=0)
-    """Maximum long side, in pixels, of a resized image; an image that would exceed it gets a smaller short side. None:
-    four times the short side."""
     scale: tuple[Positive, Positive] = (0.5, 2.0)
     """Range of the random factor, [low, high], by which training images are scaled."""
     max_class_fraction: float = Field(default=0.75, gt=0.0, le=1.0)
     """Maximum fraction of a crop's labelled pixels that one class may have. Other crops are drawn again, up to ten
     times."""
 
-    def sides(self, image: "ImageConfig") -> tuple[int, int]:
-        """Returns the short side that whole images are resized to and the maximum long side, in pixels."""
-        short = self.short_side or image.size
-        return short, self.long_side or 4 * short
 
-    @field_validator("scale")
-    @classmethod
-    def _is_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError("scale is [low, high] with low <= high")
-        return value
+class DetectionConfig(DenseConfig):
+    """The settings that all detectors share."""
 
+    annotations = "objects"
+    trains_on_one_size = False
+    # 800 x 1333 px, the sizes of COCO's papers, have this ratio.
+    default_elongation = 5 / 3
 
-class DetectionConfig(Section):
-    """The settings that all detectors share. They take whole images, resized."""
-
-    short_side: int | None = Field(default=None, gt=0)
-    """Short side, in pixels, that images are resized to. None: image.size."""
-    long_side: int | None = Field(default=None, gt=0)
-    """Maximum long side, in pixels, of a resized image; an image that would exceed it gets a smaller short side. None:
-    five thirds of the short side."""
     train_short_sides: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Short sides, in pixels, of which training draws one for each image. Empty: short_side."""
     crop_prob: Fraction = 0.0
@@ -72,19 +137,6 @@ class DetectionConfig(Section):
     """Range of a crop's height and width, [low, high], in pixels."""
     max_detections: int = Field(default=100, gt=0)
     """Maximum number of detections in an image: those with the highest scores."""
-
-    # 800 x 1333 px, the sizes of COCO's papers, have this ratio.
-    def sides(self, image: "ImageConfig") -> tuple[int, int]:
-        """Returns the short side that evaluated images are resized to and the maximum long side, in pixels."""
-        short = self.short_side or image.size
-        return short, self.long_side or round(5 / 3 * short)
-
-    @field_validator("crop_sides")
-    @classmethod
-    def _is_range(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if value[0] > value[1]:
-            raise ValueError("crop_sides is [low, high] with low <= high")
-        return value
 
 
 class AnchorBasedConfig(DetectionConfig):
@@ -104,13 +156,18 @@ class AnchorBasedConfig(DetectionConfig):
 class RetinaNetConfig(AnchorBasedConfig):
     """RetinaNet (Lin et al., "Focal Loss for Dense Object Detection", 2017)."""
 
-    name: Literal["retinanet"] = "retinanet"
+    name: str = "retinanet"
 
 
 class MaskRcnnConfig(AnchorBasedConfig):
     """Mask R-CNN (He et al., 2017): a box and a mask for each object."""
 
-    name: Literal["mask_rcnn"] = "mask_rcnn"
+    needs_masks = True
+    # The second stage looks at as many regions as the first one has found.
+    has_fixed_graph = False
+    uses_roi_align = True
+
+    name: str = "mask_rcnn"
     box_width: int = Field(default=1024, gt=0)
     """Width of the box head's hidden layers."""
     mask_width: int = Field(default=256, gt=0)
@@ -122,7 +179,9 @@ class MaskRcnnConfig(AnchorBasedConfig):
 class DetrConfig(DetectionConfig):
     """DETR (Carion et al., "End-to-End Object Detection with Transformers", 2020)."""
 
-    name: Literal["detr"] = "detr"
+    extra_packages = ("scipy", "transformers")
+
+    name: str = "detr"
     queries: int = Field(default=100, gt=0)
     """Number of object queries, and so the maximum number of detections in an image."""
     width: int = Field(default=256, gt=0)
@@ -151,28 +210,35 @@ def by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _name_of(task: Any) -> Any:
-    """Returns the name that decides which kind of task pydantic validates, of a mapping or of a task."""
-    if isinstance(task, dict):
-        return task.get("name")
-    return getattr(task, "name", None)
-
-
-TASKS: dict[str, type[Section]] = {
+TASKS: dict[str, type[TaskConfig]] = {
     "classification": ClassificationConfig,
     "semantic_fpn": SemanticFpnConfig,
     "retinanet": RetinaNetConfig,
     "mask_rcnn": MaskRcnnConfig,
     "detr": DetrConfig,
 }
+"""The section of each task, by its name."""
 
-TaskConfig = Annotated[
-    Annotated[ClassificationConfig, Tag("classification")]
-    | Annotated[SemanticFpnConfig, Tag("semantic_fpn")]
-    | Annotated[RetinaNetConfig, Tag("retinanet")]
-    | Annotated[MaskRcnnConfig, Tag("mask_rcnn")]
-    | Annotated[DetrConfig, Tag("detr")],
-    Discriminator(_name_of),
-    BeforeValidator(by_name),
-]
-"""A task with its settings. A name alone stands for the task with its defaults."""
+
+def _read_task(value: Any) -> TaskConfig:
+    """Returns the section for a mapping with a task's name and settings, or for a name alone, with the defaults."""
+    return _task_reader(tuple(TASKS.items())).validate_python(by_name(value))
+
+
+@functools.cache
+def _task_reader(tasks: tuple[tuple[str, type[TaskConfig]], ...]) -> TypeAdapter[Any]:
+    tagged: list[Any] = [Annotated[section, Tag(name)] for name, section in tasks]
+    union: Any = functools.reduce(operator.or_, tagged)
+    by_tag: Any = Annotated[union, Discriminator(_name_of)]
+    return TypeAdapter(by_tag)
+
+
+def _name_of(task: Any) -> Any:
+    """Returns the name that decides which section pydantic validates, of a mapping or of a section."""
+    if isinstance(task, dict):
+        return task.get("name")
+    return getattr(task, "name", None)
+
+
+AnyTaskConfig = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_read_task)]
+"""One of TASKS with its settings. A name alone stands for the task with its defaults."""

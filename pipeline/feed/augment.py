@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline import keys
-from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, SemanticFpnConfig
+from pipeline.config import AugmentConfig, DenseConfig, DetectionConfig, ImageConfig, SemanticFpnConfig
 from pipeline.evaluation_view import (
     CANVAS_DIVISOR,
     Array,
@@ -134,7 +134,7 @@ def evaluation_views(image: ImageConfig, size: int, hw: Array) -> Views:
 
 
 def whole_views(
-    task: SemanticFpnConfig | DetectionConfig,
+    task: DenseConfig,
     image: ImageConfig,
     hw: Array,
 ) -> Views:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import keys
-from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, MaskRcnnConfig
+from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig
 from pipeline.errors import InputError
 from pipeline.feed import augment
 from pipeline.feed.augment import Views
@@ -51,10 +51,8 @@ class BoxTransform:
     image: ImageConfig
     num_classes: int
     config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-
-    @property
-    def _with_masks(self) -> bool:
-        return isinstance(self.task, MaskRcnnConfig)
+    label_smoothing: float = 0.0
+    """Always 0: the configuration refuses mix.label_smoothing with a dense task."""
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
         return augment.detection_views(
@@ -77,7 +75,7 @@ class BoxTransform:
         boxes = _transform_boxes(stored.reshape(-1, 4), view)
         is_shown = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
         masks = None
-        if self._with_masks:
+        if self.task.needs_masks:
             if reason := without_mask(annotated):
                 raise CorruptSampleError(reason)
             shown = np.flatnonzero(is_shown)
@@ -103,7 +101,7 @@ class BoxTransform:
         size = annotated.height, annotated.width
         if view.shape[0].tolist() != list(size):
             raise CorruptSampleError(f"its objects are of {size[1]} × {size[0]} pixels, but it is not")
-        if self._with_masks and (reason := without_mask(annotated, crowds=True)):
+        if self.task.needs_masks and (reason := without_mask(annotated, crowds=True)):
             raise CorruptSampleError(reason)
         height, width = view.extent[0].tolist()
         truth = Truth(
@@ -119,7 +117,7 @@ class BoxTransform:
         boxes = to_device([target.boxes.numpy() for target in targets], device)
         labels = to_device([target.labels.numpy() for target in targets], device)
         masks: list[Any] = [None] * len(targets)
-        if self._with_masks:
+        if self.task.needs_masks:
             arrays = [target.masks.numpy() for target in targets if target.masks is not None]
             masks = to_device(arrays, device)
         return [Objects(*columns) for columns in zip(boxes, labels, masks, strict=True)]
@@ -134,7 +132,7 @@ class BoxTransform:
         device: torch.device,
     ) -> list[Objects]:
         masks = None
-        if self._with_masks:
+        if self.task.needs_masks:
             masks = torch.zeros(
                 0,
                 size,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline import keys
-from pipeline.config import AugmentConfig, DetectionConfig, ImageConfig, MaskRcnnConfig, SemanticFpnConfig, TaskConfig
+from pipeline.config import AugmentConfig, ImageConfig, SemanticFpnConfig, TaskConfig
 from pipeline.errors import InputError
 from pipeline.evaluation_view import Size
 from pipeline.feed import augment, mixup
@@ -67,6 +67,7 @@ class LabelTransform:
     training_target = None
     evaluation_target = None
 
+    task: TaskConfig
     image: ImageConfig
     num_classes: int
     config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -134,6 +135,8 @@ class MaskTransform:
     image: ImageConfig
     num_classes: int
     config: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    label_smoothing: float = 0.0
+    """Always 0: the configuration refuses mix.label_smoothing with a dense task."""
 
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views:
         return augment.scaled_crops(
@@ -212,6 +215,17 @@ class MaskTransform:
         return bool(counts.max() <= limit)
 
 
+TRANSFORMS: dict[str, Callable[[Any, ImageConfig, int, AugmentConfig, float], TaskTransform]] = {
+    "classification": LabelTransform,
+    "semantic_fpn": MaskTransform,
+    "retinanet": BoxTransform,
+    "mask_rcnn": BoxTransform,
+    "detr": BoxTransform,
+}
+"""What makes each task's transform from the task's section, the image's, the number of classes, the section `augment`
+and mix.label_smoothing."""
+
+
 def task_transform(
     task: TaskConfig,
     image: ImageConfig,
@@ -220,22 +234,12 @@ def task_transform(
     label_smoothing: float = 0.0,
 ) -> TaskTransform:
     """Returns the transform of a task. Evaluation does without the last two parameters."""
-    config = config or AugmentConfig()
-    if isinstance(task, SemanticFpnConfig):
-        return MaskTransform(task, image, num_classes, config)
-    if isinstance(task, DetectionConfig):
-        return BoxTransform(task, image, num_classes, config)
-    return LabelTransform(image, num_classes, config, label_smoothing)
+    return TRANSFORMS[task.name](task, image, num_classes, config or AugmentConfig(), label_smoothing)
 
 
 def require_annotations(task: TaskConfig, shards: ShardSet) -> None:
     """Raises InputError for data of another kind than the task's."""
-    needed = None
-    if isinstance(task, SemanticFpnConfig):
-        needed = "semantic"
-    elif isinstance(task, DetectionConfig):
-        needed = "objects"
-    if shards.annotations != needed:
+    if shards.annotations != task.annotations:
         kinds = {
             None: "labelled images",
             "semantic": "images with label maps",
@@ -243,7 +247,7 @@ def require_annotations(task: TaskConfig, shards: ShardSet) -> None:
         }
         raise InputError(
             f"{shards.url(0)}: its data set holds {kinds[shards.annotations]}, but task {task.name} needs "
-            f"{kinds[needed]}: set task, or name other data"
+            f"{kinds[task.annotations]}: set task, or name other data"
         )
-    if isinstance(task, MaskRcnnConfig):
+    if task.needs_masks:
         require_masks(shards)

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline import files
 from pipeline.coco_results import as_results
-from pipeline.config import ClassificationConfig, Config, SemanticFpnConfig, TaskConfig, load_config
+from pipeline.config import Config, TaskConfig, load_config
 from pipeline.errors import InputError
 from pipeline.evaluation_view import to_picture
 from pipeline.feed.box_transforms import Truth
@@ -30,17 +30,17 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_data
 from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.tasks import segment
-from pipeline.tasks.build import build_trained
-from pipeline.tasks.detect import DetectionMetric
+from pipeline.tasks.build import TASK_CLASSES, build_trained
+from pipeline.tasks.classify import ClassificationTask
+from pipeline.tasks.detect import DetectionMetric, DetectionTask
 from pipeline.tasks.draw_predictions import draw_objects
-from pipeline.tasks.segment import SegmentationMetric
+from pipeline.tasks.segment import SegmentationMetric, SegmentationTask
 from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.track.report import Examination, Picture
 from pipeline.track.report.examination import Counts, Map, scores_of_classes
 from pipeline.track.sync.record import Record
 from pipeline.train.checkpoint_files import EMA, MODEL, verify_checkpoint
 from pipeline.world import World
-from pvt.dense import DenseNetwork
 from pvt.detector import Detections
 
 MOST_SAMPLES = 20_000
@@ -99,7 +99,7 @@ class _Examiner(ABC):
         self._config, self._shards = config, shards
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
         self._task: Any = build_trained(config.task, config.model, config.image, shards.classes, weights)
-        self._network: nn.Module = self._task.model.to(self._device)
+        self._network: Any = self._task.model.to(self._device)
         self._metric: Any = self._task.metric()
         self.num_examined = 0
         self.confusion: Counts = np.zeros((0, 0), np.int64)
@@ -172,7 +172,7 @@ class _Examiner(ABC):
 
     def _maps(self, batch: MicroBatch) -> dict[str, Map]:
         """Returns the length of each location's features, of four stages or of four layers as far apart as can be."""
-        backbone: Any = self._network.backbone if isinstance(self._network, DenseNetwork) else self._network
+        backbone: Any = self._network.backbone if self._config.task.is_dense else self._network
         if not hasattr(backbone, "forward_intermediates"):
             return {}
         stages: Any = backbone.forward_intermediates(batch.images, intermediates_only=True)
@@ -276,10 +276,19 @@ class _DetectionExaminer(_Examiner):
 _CPU = torch.device("cpu")
 
 
+EXAMINERS: dict[Any, type[_Examiner]] = {
+    ClassificationTask: _ClassificationExaminer,
+    SegmentationTask: _SegmentationExaminer,
+    DetectionTask: _DetectionExaminer,
+}
+"""What examines a network, by the class of its task."""
+
+
 def _examiner_of(task: TaskConfig) -> type[_Examiner]:
-    if isinstance(task, ClassificationConfig):
-        return _ClassificationExaminer
-    return _SegmentationExaminer if isinstance(task, SemanticFpnConfig) else _DetectionExaminer
+    examiner = EXAMINERS.get(TASK_CLASSES[task.name])
+    if examiner is None:
+        raise InputError(f"networks of task {task.name} are not examined")
+    return examiner
 
 
 def _list_objects(truth: Truth) -> list[dict[str, Any]]:

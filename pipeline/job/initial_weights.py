@@ -12,7 +12,8 @@ from pipeline import network
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.job.publish import read_parent
-from pipeline.tasks.build import AnyTask, build_task, start_from
+from pipeline.protocols import Task
+from pipeline.tasks.build import build_task, start_from
 from pipeline.track.model_card import WEIGHTS, ModelCard
 from pipeline.world import World
 from pvt.model import set_optimised_kernels
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.track.registry.registry import Version
 
 
-def build_initial_task(config: Config, classes: list[str]) -> AnyTask:
+def build_initial_task(config: Config, classes: list[str]) -> Task:
     """Returns the run's task, whose network all ranks initialise with the same weights."""
     torch.manual_seed(config.run.seed)
     task = build_task(config.task, config.model, config.image, classes)
@@ -30,7 +31,7 @@ def build_initial_task(config: Config, classes: list[str]) -> AnyTask:
     return task
 
 
-def load_initial_weights(config: Config, world: World, task: AnyTask, classes: list[str]) -> str | None:
+def load_initial_weights(config: Config, world: World, task: Task, classes: list[str]) -> str | None:
     """Loads the weights that init.model names, if it names any; returns the exact version.
 
     Rank 0 fetches and checks them; the others read its copy, or their node's own where disks are not shared.

@@ -9,7 +9,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config, DetectionConfig, MaskRcnnConfig
+from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.feed.order import Order, padding_waste, partition
 from pipeline.job import handoff
@@ -63,8 +63,8 @@ def check_machine(config: Config, world: "World") -> None:
         require_compiler(world.device.type, "engine.compile")
     # torchvision's kernel of roi_align is not deterministic on a GPU, so it compiles another with Triton.
     is_deterministic_gpu = config.train.deterministic and world.device.type == "cuda"
-    if is_deterministic_gpu and isinstance(config.task, MaskRcnnConfig):
-        require_compiler(world.device.type, "train.deterministic of a mask_rcnn")
+    if is_deterministic_gpu and config.task.uses_roi_align:
+        require_compiler(world.device.type, f"train.deterministic of a {config.task.name}")
 
 
 def forecast(config: Config, ranks: int) -> str:
@@ -115,7 +115,7 @@ def _check_build(config: Config, classes: list[str]) -> None:
 
 
 def _estimate_hours(config: Config, steps: int, ranks: int, num_classes: int) -> str:
-    if isinstance(config.task, DetectionConfig):
+    if not config.task.trains_on_one_size:
         return "hours depend on the sizes of whole images and are not computed"
     from pipeline import flops, network
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline import files, network
 from pipeline.cluster import slurm
-from pipeline.config import Config, DetectionConfig
+from pipeline.config import Config
 from pipeline.errors import REQUEUE, ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
@@ -25,11 +25,11 @@ from pipeline.job.handoff import Claim
 from pipeline.job.initial_weights import build_initial_task, load_initial_weights
 from pipeline.job.publish import Publisher, read_parent
 from pipeline.lease import Lease, hold
+from pipeline.protocols import Task
 from pipeline.redact import redact
 from pipeline.run_folder import CHECKPOINTS, GOODPUT, METRICS, RECORD, finished_result
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_training, open_validation
-from pipeline.tasks.build import AnyTask
 from pipeline.track.sync.record import Record
 from pipeline.track.sync.system_load import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
@@ -181,7 +181,7 @@ def _conclude(publisher: Publisher, trainer: Trainer, summary: Summary) -> dict[
     return result
 
 
-def _open_feed(config: Config, world: World, training: ShardSet, task: AnyTask, state: State) -> TrainFeed:
+def _open_feed(config: Config, world: World, training: ShardSet, task: Task, state: State) -> TrainFeed:
     return TrainFeed(
         config,
         training,
@@ -207,7 +207,7 @@ def _explain_out_of_memory(micro_batch_size: int, world: World) -> Iterator[None
         ) from error
 
 
-def _retention(config: Config, schedule: Schedule, task: AnyTask) -> Retention:
+def _retention(config: Config, schedule: Schedule, task: Task) -> Retention:
     return Retention(
         last=config.checkpoint.keep_last,
         best=config.checkpoint.keep_best,
@@ -229,7 +229,7 @@ def _make_evaluation(
     config: Config,
     world: World,
     validation: ShardSet | None,
-    task: AnyTask,
+    task: Task,
     engine: Engine,
     ema: Ema | None,
 ) -> Callable[[Callable[[], bool]], dict[str, float] | None] | None:
@@ -264,7 +264,7 @@ def _count_utilisation(config: Config, world: World, num_classes: int) -> Utilis
     """
     rank_flop_s = matrix_flop_s(world.device, DTYPES[config.engine.precision])
     total = world.sum(torch.tensor(rank_flop_s, dtype=torch.float64, device=world.device)).item()
-    if not world.is_first or isinstance(config.task, DetectionConfig) or config.model.frozen_stages:
+    if not (world.is_first and config.task.trains_on_one_size) or config.model.frozen_stages:
         return None
 
     @functools.cache
@@ -358,7 +358,7 @@ def _publish(
     world: World,
     training: ShardSet,
     validation: ShardSet | None,
-    task: AnyTask,
+    task: Task,
     claim: Claim | None,
     parent: str | None,
 ) -> Iterator[Publisher | None]:

@@ -22,18 +22,23 @@ from pipeline.shards.process_pool import cores
 log = logging.getLogger(__name__)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
+    """A form in which data sets are distributed."""
+
     name: str
     is_meant: Callable[[str | Path], bool]
+    """Returns whether a path is a data set of this layout, by its name: it is asked of every path and URL."""
     digest: Callable[[str | Path], str]
     """Returns the digest of what `find` would list, which changes with any file."""
     find: Callable[[str | Path], ImageListing]
+    """Returns the images with their labels or annotations. Raises InputError."""
 
 
-_LAYOUTS = (
-    _Layout("coco", coco.is_coco, coco.digest, coco.find),
-    _Layout("ade20k", ade20k.is_ade20k, lambda path: ade20k.find(path).digest, ade20k.find),
-)
+LAYOUTS = [
+    Layout("coco", coco.is_coco, coco.digest, coco.find),
+    Layout("ade20k", ade20k.is_ade20k, lambda path: ade20k.find(path).digest, ade20k.find),
+]
+"""The first one counts that a path is meant by."""
 
 
 def root_of(path: str | Path, cache: str | None = None) -> str | Path:
@@ -68,8 +73,8 @@ def is_public(path: str | Path) -> bool:
     return _find_layout(path) is not None
 
 
-def _find_layout(path: str | Path) -> _Layout | None:
-    for layout in _LAYOUTS:
+def _find_layout(path: str | Path) -> Layout | None:
+    for layout in LAYOUTS:
         if layout.is_meant(path):
             return layout
     return None

@@ -4,7 +4,7 @@ task, model, image, classes ──network.build──▶ network ──freeze─
                                                                    SegmentationTask, DetectionTask (dense)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline import network
-from pipeline.config import ClassificationConfig, ImageConfig, ModelConfig, SemanticFpnConfig, TaskConfig
+from pipeline.config import ImageConfig, ModelConfig, TaskConfig
 from pipeline.errors import InputError
+from pipeline.protocols import Task
 from pipeline.tasks.classify import ClassificationTask
 from pipeline.tasks.detect import DetectionTask
 from pipeline.tasks.layer_groups import freeze
@@ -22,7 +23,14 @@ from pipeline.tasks.segment import SegmentationTask
 from pvt.dense import DenseNetwork
 from pvt.model import STRIDES
 
-AnyTask = ClassificationTask | SegmentationTask | DetectionTask
+TASK_CLASSES: dict[str, Callable[[Any, list[str]], Task]] = {
+    "classification": ClassificationTask,
+    "semantic_fpn": SegmentationTask,
+    "retinanet": DetectionTask,
+    "mask_rcnn": DetectionTask,
+    "detr": DetectionTask,
+}
+"""The class that trains and scores each task's network. It is made of the network and the names of the classes."""
 
 
 def build_task(
@@ -30,36 +38,29 @@ def build_task(
     model: ModelConfig,
     image: ImageConfig,
     classes: list[str],
-) -> AnyTask:
+) -> Task:
     """Returns a task whose network is freshly initialised from torch's current seed.
 
     Raises InputError for a network that cannot be built.
     """
-    if isinstance(task, ClassificationConfig):
-        classifier = network.build(task, model, image.size, len(classes))
-        freeze(
-            classifier,
-            model.frozen_stages,
-            statistics=model.frozen_statistics,
-        )
-        return ClassificationTask(classifier, len(classes))
-    dense = _build_dense(task, model, image.size, len(classes))
+    if task.is_dense:
+        _check_dense(task, model, image.size, len(classes))
+    built = network.build(task, model, image.size, len(classes))
     freeze(
-        dense.backbone,
+        built.backbone if task.is_dense else built,
         model.frozen_stages,
         statistics=model.frozen_statistics,
     )
-    if isinstance(task, SemanticFpnConfig):
-        return SegmentationTask(dense, classes)
-    return DetectionTask(dense, classes)
+    return TASK_CLASSES[task.name](built, classes)
 
 
-def _build_dense(
+def _check_dense(
     task: TaskConfig,
     model: ModelConfig,
     image_size: int,
     num_classes: int,
-) -> Any:
+) -> None:
+    """Raises InputError for a setting that dense networks do not have, and for a network of one image size."""
     if model.drop_rate:
         raise InputError(
             f"model.drop_rate {model.drop_rate} is of a classifier's head, which task {task.name} does not have: "
@@ -69,7 +70,6 @@ def _build_dense(
     with torch.device("meta"), torch.inference_mode():
         dense = network.build(task, model, image_size, num_classes)
         _check_canvases(dense.eval(), model.name, image_size)
-    return network.build(task, model, image_size, num_classes)
 
 
 def _check_canvases(dense: DenseNetwork, name: str, image_size: int) -> None:
@@ -92,7 +92,7 @@ def build_trained(
     image: ImageConfig,
     classes: list[str],
     weights: Path,
-) -> AnyTask:
+) -> Task:
     """Returns a task in evaluation mode with the weights of a safetensors file.
 
     Raises InputError for weights of another network.
@@ -104,7 +104,7 @@ def build_trained(
 
 
 def start_from(
-    task: AnyTask,
+    task: Task,
     config: TaskConfig,
     model: ModelConfig,
     classes: list[str],
@@ -118,12 +118,14 @@ def start_from(
 
     Raises InputError, which names `source`, for weights that do not fit and for a task that they cannot be used for.
     """
-    if source_task.name == config.name:
-        has_same_classes = source_classes == classes
-        load_pretrained(task.model, weights, source, keep_head=has_same_classes)
+    is_same_task = source_task.name == config.name
+    if is_same_task or not (config.is_dense or source_task.is_dense):
+        keep_head = is_same_task and source_classes == classes
+        load_pretrained(task.model, weights, source, keep_head=keep_head)
         return
-    if isinstance(task.model, DenseNetwork):
-        load_backbone(task.model, model.name, weights, source)
+    if config.is_dense:
+        dense: Any = task.model
+        load_backbone(dense, model.name, weights, source)
         return
     # A dense network's backbone is pruned behind its last map.
     raise InputError(

@@ -1,7 +1,7 @@
 """Image classification: the task of pretraining, and one of the fine-tuning tasks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,11 +53,11 @@ class ClassificationTask:
 
     main_metric = "top1"
 
-    def __init__(self, model: nn.Module, num_classes: int | None = None) -> None:
-        """Without `num_classes` the guard cannot tell a collapse to guessing from learning."""
+    def __init__(self, model: nn.Module, classes: Sequence[str] = ()) -> None:
+        """Without `classes` the guard cannot tell a collapse to guessing from learning."""
         self.model = model
         # Uniform guesses over K classes have a cross-entropy of ln K.
-        self.chance_loss = math.log(num_classes) if num_classes and num_classes > 1 else None
+        self.chance_loss = math.log(len(classes)) if len(classes) > 1 else None
         self.drop_path_rates: tuple[float, ...] = getattr(model, "drop_path_rates", ())
 
     @property

@@ -20,10 +20,9 @@ from pipeline.coco_results import as_results
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import MicroBatch
-from pipeline.tasks.layer_groups import layers
+from pipeline.tasks.dense import DenseTask
 from pipeline.world import World
-from pvt.dense import PREFIX
-from pvt.detector import Detections, Detector, Extent
+from pvt.detector import Detections, Extent
 
 _SCORES = (
     "ap",
@@ -39,23 +38,10 @@ _SCORES = (
 """Names of the scores in the order of COCO's summary."""
 
 
-class DetectionTask:
+class DetectionTask(DenseTask):
     """The sum of the network's losses; COCO's average precision of boxes, and of masks, as metrics."""
 
     main_metric = "box_ap"
-    # A detector that guesses has no typical loss.
-    chance_loss = None
-
-    def __init__(self, model: Detector, classes: list[str]) -> None:
-        assert model.num_classes == len(classes)
-        self.model = model
-        self.classes = classes
-        self.drop_path_rates = model.drop_path_rates
-
-    @property
-    def depths(self) -> dict[str, int]:
-        """The layer of each of the backbone's parameters, by name."""
-        return layers(self.model.backbone, PREFIX)
 
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns the loss of each image, [N] float32."""

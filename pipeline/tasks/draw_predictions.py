@@ -3,8 +3,9 @@
 every n-th sample ──network──▶ outputs ──▶ a row of tiles ──▶ contact sheet (PNG)
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -19,21 +20,18 @@ from pipeline.feed.task_transforms import MaskTarget
 from pipeline.pictures.boxes import draw_boxes
 from pipeline.pictures.contact_sheet import Sheet
 from pipeline.pictures.palette import colourise
+from pipeline.protocols import Task
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
 from pipeline.shards.object_annotations import mask
 from pipeline.tasks import segment
-from pipeline.tasks.build import AnyTask
+from pipeline.tasks.classify import ClassificationTask
 from pipeline.tasks.detect import DetectionTask
 from pipeline.tasks.segment import SegmentationTask
 from pipeline.world import World
 from pvt.detector import Detections
 
-_COLUMNS = 6
-_TILE_PX = 200
-
 # Boxes and labels of objects need larger tiles.
-_BOX_COLUMNS = 4
 _BOX_TILE_PX = 300
 
 _MIN_SCORE = 0.5
@@ -54,7 +52,7 @@ class TaskAndImage(Protocol):
 
 
 def draw_predictions(
-    task: AnyTask,
+    task: Task,
     shards: ShardSet,
     config: TaskAndImage,
     count: int,
@@ -66,6 +64,9 @@ def draw_predictions(
     A segmenter's samples have an image, the truth and the prediction, a detector's the truth and the prediction. Raises
     InputError where no sample can be read or the file cannot be written.
     """
+    drawing = DRAWINGS.get(type(task))
+    if drawing is None:
+        raise InputError(f"predictions of task {config.task.name} cannot be drawn: do without --draw")
     rows: list[list[Tile]] = []
     device = next(task.model.parameters()).device
     # Rank 0 of n ranks evaluates every n-th sample.
@@ -90,27 +91,18 @@ def draw_predictions(
             key = shards.key(shard, row)
             output: Any = task.outputs(task.model, batch)[0]
             target = batch.targets[0]
-            if isinstance(task, DetectionTask):
-                tiles = _detection_tiles(original, key, output, target, shards.classes)
-            elif isinstance(task, SegmentationTask):
-                tiles = _segmentation_tiles(original, key, output.float(), target, shards.classes)
-            else:
-                tiles = _classification_tiles(original, key, output.float(), int(target), shards.classes)
-            rows.append(tiles)
+            rows.append(drawing.make_tiles(original, key, output, target, shards.classes))
     if not rows:
         raise InputError(f"{shards.url(0)}: has no sample that can be read and drawn")
-    most, tile_px = _COLUMNS, _TILE_PX
-    if isinstance(task, DetectionTask):
-        most, tile_px = _BOX_COLUMNS, _BOX_TILE_PX
     tiles = [tile for row in rows for tile in row]
     sheet = Sheet(
         title,
         f"{len(rows)} of {len(shards)} samples",
         # One or two samples of several tiles get a line of the sheet each.
-        columns=most if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0]),
+        columns=drawing.columns if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0]),
         count=len(tiles),
         num_details=1,
-        tile_px=tile_px,
+        tile_px=drawing.tile_px,
         note=shards.attribution,
     )
     for picture, caption, detail in tiles:
@@ -122,11 +114,11 @@ def _classification_tiles(
     original: Image.Image,
     key: str,
     logits: Tensor,
-    label: int,
+    label: Tensor,
     classes: list[str],
 ) -> list[Tile]:
-    probability, best = logits.softmax(dim=0).max(dim=0)
-    verdict = "right" if best == label else f"is {classes[label]}"
+    probability, best = logits.float().softmax(dim=0).max(dim=0)
+    verdict = "right" if best == label else f"is {classes[int(label)]}"
     return [(original, f"{classes[int(best)]} {probability:.0%}, {verdict}", key)]
 
 
@@ -138,7 +130,7 @@ def _segmentation_tiles(
     classes: list[str],
 ) -> list[Tile]:
     truth = target.labels.cpu()
-    predicted = segment.predict(logits, target).byte().cpu()
+    predicted = segment.predict(logits.float(), target).byte().cpu()
     labelled = truth != IGNORED
     right = (truth == predicted)[labelled].double().mean().item()
     return [
@@ -184,6 +176,23 @@ def _detection_tiles(
             f"{len(good)} with scores from {_MIN_SCORE:.0%} on",
         ),
     ]
+
+
+class _Drawing(NamedTuple):
+    """How the predictions of a task are drawn."""
+
+    make_tiles: Callable[[Image.Image, str, Any, Any, list[str]], list[Tile]]
+    """Makes the tiles of a sample from its stored image and key, the network's output, the target and the classes."""
+    columns: int = 6
+    tile_px: int = 200
+
+
+DRAWINGS: dict[type[Task], _Drawing] = {
+    ClassificationTask: _Drawing(_classification_tiles),
+    SegmentationTask: _Drawing(_segmentation_tiles),
+    DetectionTask: _Drawing(_detection_tiles, columns=4, tile_px=_BOX_TILE_PX),
+}
+"""How predictions are drawn, by the class of the task."""
 
 
 def draw_objects(

@@ -16,29 +16,14 @@ from pipeline.feed.loader import MicroBatch
 from pipeline.feed.task_transforms import MaskTarget
 from pipeline.shards.images import IGNORED
 from pipeline.tasks.classify import drop_path_of
-from pipeline.tasks.layer_groups import layers
+from pipeline.tasks.dense import DenseTask
 from pipeline.world import World
-from pvt.dense import PREFIX
-from pvt.semantic_fpn import SemanticFpn
 
 
-class SegmentationTask:
+class SegmentationTask(DenseTask):
     """Cross-entropy of each pixel as the loss; mIoU, mAcc, aAcc and the loss as metrics."""
 
     main_metric = "miou"
-    # The loss of guessing depends on how many pixels are labelled.
-    chance_loss = None
-
-    def __init__(self, model: SemanticFpn, classes: list[str]) -> None:
-        assert model.num_classes == len(classes)
-        self.model = model
-        self.classes = classes
-        self.drop_path_rates = model.drop_path_rates
-
-    @property
-    def depths(self) -> dict[str, int]:
-        """The layer of each of the backbone's parameters, by name."""
-        return layers(self.model.backbone, PREFIX)
 
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns the loss of each image, [N], for images [N, 3, H, W] with targets [N, H, W]. See `pixel_loss`."""

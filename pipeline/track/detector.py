@@ -1,5 +1,5 @@
-"""This module stays for versions registered earlier, whose code imports it. Use pipeline/track/serve/detector.py."""
+"""This module stays for versions registered earlier, whose code imports it for all detectors."""
 
-from pipeline.track.serve.detector import ServedDetector as Detector
+from pipeline.track.serve.served_model import served_network as Detector
 
 __all__ = ["Detector"]

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import files
-from pipeline.config import ImageConfig, ModelConfig, TaskConfig, read_json
+from pipeline.config import AnyTaskConfig, ImageConfig, ModelConfig, read_json
 from pipeline.errors import InputError
 
 CARD = "model.json"
@@ -31,7 +31,7 @@ class ModelCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    task: TaskConfig
+    task: AnyTaskConfig
     model: ModelConfig
     image: ImageConfig
     eval_batch_size: int

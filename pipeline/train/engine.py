@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from pipeline import keys
-from pipeline.config import ClassificationConfig, Config
+from pipeline.config import Config
 from pipeline.feed.loader import MicroBatch
 from pipeline.keys import Stream
+from pipeline.protocols import Task
 from pipeline.train.compile import compile_blocks
 from pipeline.train.deepspeed_config import deepspeed_config
 from pipeline.train.device_timer import DeviceTimer
@@ -34,7 +35,6 @@ from pipeline.train.moments import Fragment, Moments, ReadMoment, local_partitio
 from pipeline.train.objective import Objective, ReplicaGradients, ReplicaOutputs
 from pipeline.train.optim import parameter_groups, trainable
 from pipeline.train.outcome import Outcome
-from pipeline.train.protocols import Task
 from pipeline.world import World
 
 Evaluator = Callable[[MicroBatch], Any]
@@ -76,7 +76,7 @@ class Engine:
         if config.engine.compile:
             compile_blocks(
                 getattr(self._model, "backbone", self._model),
-                sizes_vary=not isinstance(config.task, ClassificationConfig),
+                sizes_vary=config.task.sees_whole_images,
                 deterministic=config.train.deterministic,
             )
         self.loss_scale = LossScale() if config.engine.precision == "fp16" else None

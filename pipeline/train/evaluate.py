@@ -7,7 +7,7 @@ import torch
 
 from pipeline.errors import ExternalError
 from pipeline.feed.loader import EvalFeed, MicroBatch
-from pipeline.train.protocols import Metric
+from pipeline.protocols import Metric
 from pipeline.world import World
 
 

@@ -20,6 +20,7 @@ from torch.profiler import record_function
 from pipeline.config import Config
 from pipeline.errors import ExternalError
 from pipeline.feed.loader import MicroBatch, TrainFeed
+from pipeline.protocols import Listener
 from pipeline.train import sdc_check
 from pipeline.train.checkpoint import State
 from pipeline.train.checkpoint_files import step_of
@@ -31,7 +32,6 @@ from pipeline.train.hang_watch import HangWatch, Stragglers
 from pipeline.train.meters import Anomalies, Meters, Utilisation
 from pipeline.train.outcome import Outcome
 from pipeline.train.profile import Profiler
-from pipeline.train.protocols import Listener
 from pipeline.train.rollback import roll_back
 from pipeline.train.saver import SaveError, Saver
 from pipeline.train.schedule import Schedule

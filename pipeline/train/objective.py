@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.feed.loader import MicroBatch
-from pipeline.train.protocols import Task
+from pipeline.protocols import Task
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -48,7 +48,8 @@ def build_engine(here: world.World) -> Engine:
     images, targets = torch.zeros(2, 3, SIZE_PX, SIZE_PX), torch.zeros(2, NUM_CLASSES)
     batch = batch_of(images, targets, weights=torch.zeros(2))
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE_PX**2, NUM_CLASSES))
-    engine = Engine(config, ClassificationTask(network, NUM_CLASSES), here, lambda step: [batch])
+    task = ClassificationTask(network, [str(label) for label in range(NUM_CLASSES)])
+    engine = Engine(config, task, here, lambda step: [batch])
     assert list(engine.fragments())
     return engine
 

@@ -31,9 +31,10 @@ from pipeline.feed import image_stream
 from pipeline.feed.box_transforms import Truth
 from pipeline.feed.loader import MicroBatch, TrainFeed
 from pipeline.feed.task_transforms import MaskTarget
+from pipeline.protocols import Task
 from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
-from pipeline.tasks.build import AnyTask, build_task
+from pipeline.tasks.build import build_task
 from pipeline.train.checkpoint import Checkpoints, Retention, State
 from pipeline.train.engine import Engine
 from pipeline.train.evaluate import evaluate
@@ -70,14 +71,14 @@ def configuration(task: str = "classification", model: str = "pvt_pico", stage: 
     return Config.model_validate(tree)
 
 
-def fresh_engine(config: Config, here: World, num_classes: int) -> tuple[Engine, AnyTask, list[MicroBatch]]:
+def fresh_engine(config: Config, here: World, num_classes: int) -> tuple[Engine, Task, list[MicroBatch]]:
     """With a batch to train it on."""
     task = build_task(config.task, config.model, config.image, [str(label) for label in range(num_classes)])
     batches = [training_batch(config, here, task, num_classes)]
     return Engine(config, task, here, lambda step: batches), task, batches
 
 
-def training_batch(config: Config, here: World, task: AnyTask, num_classes: int) -> MicroBatch:
+def training_batch(config: Config, here: World, task: Task, num_classes: int) -> MicroBatch:
     n, size, device = config.train.global_batch_size // here.size, config.image.size, here.device
     targets: Any
     if isinstance(config.task, ClassificationConfig):

@@ -23,14 +23,14 @@ from pipeline.track.export import compare_outputs
 from pipeline.track.export.source import ExportSource
 from pipeline.track.registry import registry
 
-_MODULES = {
+MODULES = {
     "timm": "to_timm",
     "transformers": "to_transformers",
     "safetensors": "to_safetensors",
     "onnx": "to_onnx",
     "torch-export": "to_torch_export",
 }
-TARGETS = tuple(_MODULES)
+"""The module of each target."""
 
 
 class ExportTarget(Protocol):
@@ -60,7 +60,7 @@ def export(
     cache: Path | None = None,
     shards_cache: CacheOptions = DEFAULT_CACHE,
 ) -> dict[str, Any]:
-    """Writes models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of TARGETS.
+    """Writes models:/NAME/VERSION or models:/NAME@ALIAS to the folder `out` for the program `to`, one of MODULES.
 
     The export is compared with the model itself on images of the packed data set `data`, or on photographs that
     scikit-learn ships. `cache` is for copies of models, `shards_cache` for remote shards. Returns a report: the files,
@@ -97,11 +97,11 @@ def export(
 
 
 def _import_target(name: str) -> ExportTarget:
-    if name not in _MODULES:
-        raise InputError(f"--to {name}: models are exported to {', '.join(TARGETS)}")
+    if name not in MODULES:
+        raise InputError(f"--to {name}: models are exported to {', '.join(MODULES)}")
     # A target imports its library when it is used, so that no other target's library need be installed.
     with needing("export", f"--to {name}"):
-        return cast(ExportTarget, importlib.import_module(f"{__name__}.{_MODULES[name]}"))
+        return cast(ExportTarget, importlib.import_module(f"{__name__}.{MODULES[name]}"))
 
 
 @contextlib.contextmanager

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from pipeline.config import DetrConfig, MaskRcnnConfig, RetinaNetConfig, TaskConfig
 from pvt import retinanet
-from pvt.dense import DenseNetwork
 from pvt.model import STRIDES
 
 IMAGE = "image"
@@ -158,17 +156,14 @@ class FoundGraph(_BoxGraph):
 _TO_IMAGE = "multiply x by the image's own width / the extent's width, and y likewise, to have pixels of the image"
 
 
-def make_graph(task: TaskConfig, network: Any) -> Graph:
-    """Wraps a registered model's network as a graph."""
-    if isinstance(task, RetinaNetConfig):
-        return AnchorGraph(network)
-    if isinstance(task, DetrConfig):
-        return QueryGraph(network)
-    if isinstance(task, MaskRcnnConfig):
-        return FoundGraph(network)
-    if isinstance(network, DenseNetwork):
-        return MapGraph(network)
-    return ClassGraph(network)
+GRAPHS: dict[str, type[Graph]] = {
+    "classification": ClassGraph,
+    "semantic_fpn": MapGraph,
+    "retinanet": AnchorGraph,
+    "mask_rcnn": FoundGraph,
+    "detr": QueryGraph,
+}
+"""The graph of each task's networks."""
 
 
 def _width_height_twice(extent: Tensor) -> Tensor:

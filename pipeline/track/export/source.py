@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pipeline import evaluation_view
-from pipeline.config import ClassificationConfig, MaskRcnnConfig
 from pipeline.errors import InputError
 from pipeline.evaluation_view import CANVAS_DIVISOR
 from pipeline.track.export import graphs
 from pipeline.track.export.graphs import BOXES, EXTENT, IMAGE, LOGITS, Graph
 from pipeline.track.registry.registry import Version
 from pipeline.track.serve import load_network
-from pvt import PyramidVisionTransformer
-from pvt.dense import DenseNetwork
 
 PREPROCESSING = "preprocessing.json"
 """The file beside a graph that holds what `describe` returns."""
@@ -42,24 +39,25 @@ class ExportSource:
 
     def graph(self, network: nn.Module | None = None) -> Graph:
         """Wraps this network, or another of its kind, as the graph that is exported and compared."""
-        return graphs.make_graph(self.card.task, network or self.network)
+        return graphs.GRAPHS[self.card.task.name](network or self.network)
 
     @property
     def sees_whole(self) -> bool:
         """Whether the network is shown whole images, and not their centres."""
-        return not isinstance(self.card.task, ClassificationConfig)
+        return self.card.task.sees_whole_images
 
     def require_classifier(self, to: str) -> None:
         """Raises InputError for a model of another task, which the format cannot hold."""
-        if self.sees_whole:
-            others = "" if isinstance(self.card.task, MaskRcnnConfig) else "onnx, torch-export or "
+        task = self.card.task
+        if task.name != "classification":
+            others = "onnx, torch-export or " if task.has_fixed_graph else ""
             raise InputError(
-                f"--to {to}: cannot hold {self.card.task.name}, which {self.uri} is: export it to {others}safetensors"
+                f"--to {to}: cannot hold {task.name}, which {self.uri} is: export it to {others}safetensors"
             )
 
     def require_graph(self, to: str) -> None:
         """Raises InputError for a network whose operations depend on its input."""
-        if isinstance(self.card.task, MaskRcnnConfig):
+        if not self.card.task.has_fixed_graph:
             raise InputError(
                 f"--to {to}: {self.uri} is a mask_rcnn, whose second stage looks at as many regions as the first one "
                 "has found, and a graph has operations of fixed shapes: serve it with mlflow (docs/serving.md), or "
@@ -69,9 +67,8 @@ class ExportSource:
     @property
     def size_divisor(self) -> int | None:
         """The divisor, in pixels, of the heights and widths that the network takes; None if it takes one size only."""
-        if isinstance(self.network, PyramidVisionTransformer | DenseNetwork):
-            return self.network.size_divisor
-        return None
+        # Those of timm do not say.
+        return getattr(self.network, "size_divisor", None)
 
     @property
     def varying(self) -> dict[str, str]:
@@ -181,7 +178,6 @@ class ExportSource:
         }
 
     def _describe_padding(self) -> dict[str, Any]:
-        assert not isinstance(self.card.task, ClassificationConfig)
         short, long = self.card.task.sides(self.card.image)
         steps: dict[str, Any] = {
             "resize_short_side_px": short,

@@ -15,18 +15,16 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array, Object, Property
+from mlflow.types import ColSpec, ParamSchema, Schema
 from PIL import Image
 
 from pipeline import files
-from pipeline.config import ClassificationConfig, DetrConfig, MaskRcnnConfig, SemanticFpnConfig, TaskConfig
+from pipeline.config import TaskConfig
 from pipeline.errors import InputError
 from pipeline.track.model_card import CARD, ModelCard
-from pipeline.track.serve.defaults import MIN_SCORE, TOP_K
 
 ARTIFACTS = "artifacts"
 
@@ -35,25 +33,6 @@ _MLMODEL = "MLmodel"
 _BYTE_CODE = "__pycache__"
 _NO_FILE = "is a link, or something else that is no file"
 _TOO_LARGE = "is larger than the whole version"
-_CLASSES = {
-    "label": "string",
-    "score": "double",
-    "labels": Array("string"),
-    "scores": Array("double"),
-}
-_MAPS = {
-    # Base64, because MLflow's server would write bytes as base64 in lines of 76 letters.
-    "mask": "string",
-    "labels": Array("string"),
-    "values": Array("long"),
-    "shares": Array("double"),
-}
-_BOXES = {
-    "boxes": Array(Array("double")),
-    "labels": Array("string"),
-    "scores": Array("double"),
-}
-_RUN_LENGTHS = Object([Property("size", Array("long")), Property("counts", "string")])
 
 
 class FileMismatch(NamedTuple):
@@ -181,23 +160,13 @@ def _list_entries(folder: Path) -> Iterator[Path]:
 
 def _make_signature(task: TaskConfig) -> ModelSignature:
     """Returns the signature of what the served model takes and answers."""
-    columns: dict[str, Any]
-    params = []
-    if isinstance(task, ClassificationConfig):
-        columns = _CLASSES
-        params.append(ParamSpec("top_k", "long", TOP_K))
-    elif isinstance(task, SemanticFpnConfig):
-        columns = _MAPS
-    else:
-        columns = _BOXES
-        params.append(ParamSpec("min_score", "double", MIN_SCORE))
-        if isinstance(task, MaskRcnnConfig):
-            columns = {**_BOXES, "segmentations": Array(_RUN_LENGTHS)}
-    outputs = Schema([ColSpec(kind, name) for name, kind in columns.items()])
-    images = Schema([ColSpec("binary", "image")])
-    if not params:
-        return ModelSignature(images, outputs)
-    return ModelSignature(images, outputs, ParamSchema(params))
+    # MLflow runs the served code to save a model, so it is imported anyway; commands that only read do not need it.
+    from pipeline.track.serve.served_model import SERVED
+
+    served = SERVED[task.name]
+    outputs = Schema([ColSpec(kind, name) for name, kind in served.columns.items()])
+    params = ParamSchema(list(served.params)) if served.params else None
+    return ModelSignature(Schema([ColSpec("binary", "image")]), outputs, params)
 
 
 def _list_requirements(task: TaskConfig) -> list[str]:
@@ -218,6 +187,5 @@ def _list_requirements(task: TaskConfig) -> list[str]:
         "torch",
         "torchvision",
     ]
-    if isinstance(task, DetrConfig):
-        packages += ["scipy", "transformers"]
+    packages += task.extra_packages
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]

@@ -228,15 +228,7 @@ def _answer_example(version: Version) -> tuple[str, float]:
     with torch.inference_mode():
         model = served_network(version.card, version.weights)
         (answer,) = model.answers([model.view(example)], {})
-    if "boxes" in answer:
-        return f"{len(answer['boxes'])} boxes", sum(answer["scores"])
-    if "scores" in answer:
-        number = answer["scores"][0]
-        kind = "probability"
-    else:
-        number = answer["shares"][0]
-        kind = "share of the pixels"
-    return f"{answer['labels'][0]} with a {kind} of {number:.4g}", number
+        return model.describe(answer)
 
 
 def _measure(version: ModelVersion, gates: Gates, score: Scorer | None) -> Metrics:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mlflow.exceptions import MlflowException
+from mlflow.types import ParamSpec
+from mlflow.types.schema import Array
 from torch import Tensor
 
 from pipeline.evaluation_view import crop_centre, scaled_statistics, short_side_before_crop, short_side_sizes
@@ -26,7 +28,13 @@ class ServedClassifier:
     """Answers with the most probable labels of each image, see served_model.ServedNetwork."""
 
     batch_size: int = 32
-    columns: Sequence[str] = ("label", "score", "labels", "scores")
+    columns: Mapping[str, Any] = {
+        "label": "string",
+        "score": "double",
+        "labels": Array("string"),
+        "scores": Array("double"),
+    }
+    params: Sequence[ParamSpec] = (ParamSpec("top_k", "long", TOP_K),)
 
     def __init__(self, card: ModelCard, weights: Path) -> None:
         """Raises InputError for a backbone without a head."""
@@ -55,7 +63,7 @@ class ServedClassifier:
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each image: its best label and score, and the best `top_k` of them."""
         top_k = min(params.get("top_k", TOP_K), len(self._classes))
-        best = self._probabilities(views).topk(top_k)
+        best = self._logits(views).softmax(dim=1).topk(top_k)
         rows = []
         for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             labels = [self._classes[index] for index in indices]
@@ -69,7 +77,11 @@ class ServedClassifier:
             )
         return rows
 
-    def _probabilities(self, views: Sequence[View]) -> Tensor:
-        """Maps n images [S, S, 3] to probabilities [n, K]."""
+    def describe(self, answer: Mapping[str, Any]) -> tuple[str, float]:
+        """Returns the best label with its probability, in words and as a number."""
+        return f"{answer['label']} with a probability of {answer['score']:.4g}", answer["score"]
+
+    def _logits(self, views: Sequence[View]) -> Tensor:
+        """Maps n images [S, S, 3] to logits [n, K]."""
         pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous().float()
-        return self._network((pixels - self._mean) * self._scale).softmax(dim=1)
+        return self._network((pixels - self._mean) * self._scale)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
+from mlflow.types import ParamSpec
+from mlflow.types.schema import Array, Object, Property
 from torch import Tensor
 
 from pipeline.coco_results import as_results
-from pipeline.config import MaskRcnnConfig
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
 from pipeline.track.serve.defaults import MIN_SCORE
@@ -21,7 +22,12 @@ from pipeline.track.serve.whole_images import ServedOnWholeImages, View
 class ServedDetector(ServedOnWholeImages):
     """Answers with the boxes, labels and scores of the objects in each image, see served_model.ServedNetwork."""
 
-    columns: Sequence[str] = ("boxes", "labels", "scores")
+    columns: Mapping[str, Any] = {
+        "boxes": Array(Array("double")),
+        "labels": Array("string"),
+        "scores": Array("double"),
+    }
+    params: Sequence[ParamSpec] = (ParamSpec("min_score", "double", MIN_SCORE),)
 
     def __init__(self, card: ModelCard, weights: Path) -> None:
         """Raises RuntimeError for weights that are not finite."""
@@ -30,8 +36,6 @@ class ServedDetector(ServedOnWholeImages):
         for tensor in self._network.state_dict().values():
             if not tensor.isfinite().all():
                 raise RuntimeError("the network's weights are not finite")
-        if isinstance(card.task, MaskRcnnConfig):
-            self.columns = (*self.columns, "segmentations")
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
         """Raises MlflowException for too many pixels, and where `min_score` is not within 0 and 1."""
@@ -39,6 +43,10 @@ class ServedDetector(ServedOnWholeImages):
         min_score = _read_min_score(params)
         if not 0 <= min_score <= 1:
             raise MlflowException.invalid_parameter_value(f"min_score is {min_score}; 0 to 1 was expected")
+
+    def describe(self, answer: Mapping[str, Any]) -> tuple[str, float]:
+        """Returns the number of boxes in words, and the sum of their scores."""
+        return f"{len(answer['boxes'])} boxes", sum(answer["scores"])
 
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         (detections,) = self._network(canvas[None], [view.extent])
@@ -54,6 +62,15 @@ class ServedDetector(ServedOnWholeImages):
         }
         # Only networks with masks answer segmentations.
         return {name: answer[name] for name in self.columns}
+
+
+class ServedMaskDetector(ServedDetector):
+    """Answers with a mask for each object, too."""
+
+    columns: Mapping[str, Any] = {
+        **ServedDetector.columns,
+        "segmentations": Array(Object([Property("size", Array("long")), Property("counts", "string")])),
+    }
 
 
 def _read_min_score(params: Mapping[str, Any]) -> float:

@@ -9,12 +9,13 @@ Stored maps have the values of ADE20K's: c + 1 is class c; 0, no class, is never
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from mlflow.types.schema import Array
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +27,18 @@ from pipeline.track.serve.whole_images import ServedOnWholeImages, View
 class ServedSegmenter(ServedOnWholeImages):
     """Answers with the map of each image and the classes in it, see served_model.ServedNetwork."""
 
-    columns: Sequence[str] = ("mask", "labels", "values", "shares")
+    columns: Mapping[str, Any] = {
+        # Base64, because MLflow's server would write bytes as base64 in lines of 76 letters.
+        "mask": "string",
+        "labels": Array("string"),
+        "values": Array("long"),
+        "shares": Array("double"),
+    }
+
+    def describe(self, answer: Mapping[str, Any]) -> tuple[str, float]:
+        """Returns the class of the most pixels with its share of them, in words and as a number."""
+        share = answer["shares"][0]
+        return f"{answer['labels'][0]} with a share of the pixels of {share:.4g}", share
 
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         logits = self._network(canvas[None])[0]

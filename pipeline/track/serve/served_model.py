@@ -22,14 +22,14 @@ import pandas
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from mlflow.types import ParamSpec
 
-from pipeline.config import ClassificationConfig, SemanticFpnConfig
 from pipeline.errors import InputError
 from pipeline.shards import images
 from pipeline.shards.images import BadImageError
 from pipeline.track.model_card import CARD, WEIGHTS, ModelCard
 from pipeline.track.serve.classifier import ServedClassifier
-from pipeline.track.serve.detector import ServedDetector
+from pipeline.track.serve.detector import ServedDetector, ServedMaskDetector
 from pipeline.track.serve.segmenter import ServedSegmenter
 
 _MAX_REPORTED = 5
@@ -48,8 +48,14 @@ class ServedNetwork(Protocol):
 
     batch_size: int
     """Number of a request's images that are in memory at once, and that `answers` takes at once."""
-    columns: Sequence[str]
-    """Columns of an answer."""
+    columns: Mapping[str, Any]
+    """The columns of an answer, each with MLflow's type."""
+    params: Sequence[ParamSpec]
+    """The parameters of a request."""
+
+    def __init__(self, card: ModelCard, weights: Path) -> None:
+        """Raises InputError for weights that are not the card's network's."""
+        ...
 
     def check(self, headers: Sequence[images.Header], params: Mapping[str, Any], max_pixels: int) -> None:
         """Raises MlflowException for a request that must be refused. None of its images exceeds `max_pixels`."""
@@ -65,6 +71,10 @@ class ServedNetwork(Protocol):
 
     def answers(self, views: Sequence[Any], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each view."""
+        ...
+
+    def describe(self, answer: Mapping[str, Any]) -> tuple[str, float]:
+        """Returns an answer in words, and a number in it that is not finite where the weights are bad."""
         ...
 
 
@@ -139,17 +149,23 @@ class ServedModel(PythonModel):
         return header
 
 
+SERVED: dict[str, type[ServedNetwork]] = {
+    "classification": ServedClassifier,
+    "semantic_fpn": ServedSegmenter,
+    "retinanet": ServedDetector,
+    "mask_rcnn": ServedMaskDetector,
+    "detr": ServedDetector,
+}
+"""The class that serves each task's networks."""
+
+
 def served_network(card: ModelCard, weights: Path) -> ServedNetwork:
     """Builds the network of the card's task.
 
     Raises InputError for weights that are not the card's network's, and RuntimeError for a detector's that are not
     finite.
     """
-    if isinstance(card.task, ClassificationConfig):
-        return ServedClassifier(card, weights)
-    if isinstance(card.task, SemanticFpnConfig):
-        return ServedSegmenter(card, weights)
-    return ServedDetector(card, weights)
+    return SERVED[card.task.name](card, weights)
 
 
 def _read_bytes(value: object) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
+from mlflow.types import ParamSpec
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +38,8 @@ class ServedOnWholeImages(ABC):
 
     # Images have different sizes. A common canvas would change what the network sees of each.
     batch_size: int = 1
-    columns: Sequence[str]
+    columns: Mapping[str, Any]
+    params: Sequence[ParamSpec] = ()
 
     def __init__(self, card: ModelCard, weights: Path) -> None:
         self._card = card

@@ -1,6 +1,6 @@
 """The interfaces that the loop needs: a task to train, its metric, and listeners to which it reports.
 
-This package imports neither a task nor MLflow; `pipeline.job` joins them through these protocols.
+`pipeline.train` imports neither a task nor MLflow; `pipeline.job` joins them through these protocols.
 """
 
 from collections.abc import Mapping
