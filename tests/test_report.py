@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
-from sklearn.metrics import confusion_matrix, jaccard_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from pipeline import files
 from pipeline.config import dump_config, load_config
@@ -45,6 +45,15 @@ from tests.conftest import run_ranks, write_config
 from tests.ranks import ROOT
 
 HOSTILE = """<script>alert(1)</script> &amp; "'水母"""
+NAMED = {
+    "top1": "top1",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "majority": "majority class",
+    "top5": "top5",
+    "val_loss": "val_loss",
+}
+"""What the page calls the metrics of a classifier, in its order."""
 SECTIONS = ["model-versions", "curves", "time", "events", "quarantine", "classes", "inside-the-network", "provenance"]
 
 
@@ -130,6 +139,12 @@ def tiles(page: Node) -> dict[str, float]:
     return {tile.all("span")[0].text: tile.value for tile in page.all("div", "tile")}
 
 
+def counts_of(row: Node) -> list[int]:
+    """The samples of a row of the confusion matrix, from its cells' titles."""
+    titles = [cell.attributes["title"] or "" for cell in row.all("td")]
+    return [int(title.rpartition(": ")[2].partition(" of ")[0].replace(",", "")) for title in titles]
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -196,6 +211,9 @@ def test_the_head_says_what_the_files_say(runs: Runs) -> None:
         "steps": 24,
         "best top1": max(line["top1"] for line in scores),
         "last top1": scores[-1]["top1"],
+        "balanced accuracy": scores[-1]["balanced_accuracy"],
+        "macro F1": scores[-1]["macro_f1"],
+        "majority class": scores[-1]["majority"],
         "training loss": readings[-1]["loss"],
         "gradient norm": readings[-1]["grad_norm"],
         "validation loss": scores[-1]["val_loss"],
@@ -213,7 +231,9 @@ def test_the_head_says_what_the_files_say(runs: Runs) -> None:
 def test_versions_come_with_commands_that_name_the_best(runs: Runs) -> None:
     section = runs.page.section("model-versions")
     header, *rows = section.table()
-    assert header == ["version", "step", "top1", "top5", "val_loss", "SHA-256"]
+    # One validation sample is damaged.
+    top1, *others = NAMED.values()
+    assert header == ["version", "step", top1, "bad_samples", *others, "SHA-256"]
     entries = sorted((runs.finished / "versions").iterdir(), reverse=True)
     cards = [json.loads((entry / "model.json").read_text()) for entry in entries]
     uris = [json.loads((entry / "registered.json").read_text())["uri"] for entry in entries]
@@ -283,13 +303,15 @@ def test_the_matrix_is_scikit_learns_and_the_scores_are_the_runs(runs: Runs) -> 
     expected = confusion_matrix(truth, guesses, labels=range(10))
     section = runs.page.section("classes")
     rows = section.all("table", "matrix")[0].all("tbody")[0].all("tr")
-    assert [[int(cell.text) for cell in row.all("td")] for row in rows] == expected.tolist()
+    assert [counts_of(row) for row in rows] == expected.tolist()
+    per_cent = 100 * expected / expected.sum(axis=1, keepdims=True)
+    told = [[float(cell.text.replace("<1", "0.3")) for cell in row.all("td")] for row in rows]
+    np.testing.assert_allclose(told, per_cent, atol=0.5)
     assert sum(map(sum, expected)) == len(shards) - 1  # one is damaged
     last = [line for line in lines(runs.finished / "metrics.jsonl") if "top1" in line][-1]
     scores = {row.all("dt")[0].text: row.all("dd")[0] for row in section.all("dl")[0].all("div")}
-    assert {name: scores[name].value for name in ("top1", "top5", "val_loss")} == {
-        name: last[name] for name in ("top1", "top5", "val_loss")
-    }
+    assert {name: scores[label].value for name, label in NAMED.items()} == {name: last[name] for name in NAMED}
+    assert scores["balanced accuracy"].value == pytest.approx(balanced_accuracy_score(truth, guesses))
     shares = expected.diagonal() / expected.sum(axis=1)
     worst_first = section.all("table", "classes")[0].all("tbody")[0].all("tr")
     assert [int(row.all("td")[0].text) for row in worst_first] == np.argsort(shares, kind="stable").tolist()
@@ -335,7 +357,7 @@ def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> No
 def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine_model, "MOST_SAMPLES", 100)
     section = parse(report_page.write_report(runs.finished, tmp_path / "page.html")).section("classes")
-    cells = [[int(cell.text) for cell in row.all("td")] for row in section.all("table", "matrix")[0].all("tr")[1:]]
+    cells = [counts_of(row) for row in section.all("table", "matrix")[0].all("tr")[1:]]
     assert 64 <= sum(map(sum, cells)) <= 100
     assert "of 360 samples, spread over the set" in section.text
 

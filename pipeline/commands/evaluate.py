@@ -159,8 +159,8 @@ def probe_features(arguments: argparse.Namespace, here: "World") -> dict[str, An
         "data": arguments.data,
         "digest": shards.digest,
         "samples": len(shards),
-        "top1": scores["top1"],
-        "top5": scores["top5"],
+        # Votes and scores are no logits, so their loss says nothing.
+        **{name: score for name, score in scores.items() if name != "val_loss"},
         "bad_samples": len(shards) - int(weights.sum()),
     }
 

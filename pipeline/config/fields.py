@@ -5,7 +5,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator
 
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -114,6 +114,22 @@ def _read_values(parts: list[str]) -> dict[str, Any] | None:
 
 
 RandAugmentField = Annotated[RandAugment, PlainValidator(RandAugment.parse), PlainSerializer(str)]
+
+
+def _check_weights(value: Any) -> Any:
+    """Returns the value if it is class weights. Raises ValueError, which names what is wrong with it."""
+    if value == "balanced":
+        return value
+    weights = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(weights, list | tuple) or not weights:
+        raise ValueError("expected balanced, a list of a number for each class, or a mapping of classes to numbers")
+    wrong = [weight for weight in weights if not isinstance(weight, int | float) or not 0 <= weight < math.inf]
+    if wrong or not any(weights):
+        raise ValueError(f"class weights are finite numbers from 0, not all of them 0: change {wrong or 'one of them'}")
+    return value
+
+
+ClassWeights = Annotated[Literal["balanced"] | tuple[float, ...] | dict[str, float], BeforeValidator(_check_weights)]
 
 
 def text_matching(pattern: str, rule: str) -> AfterValidator:

@@ -66,6 +66,9 @@ def explain(kind: type[Section], detail: ErrorDetails) -> str:
         del path[1]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
+        owners = [name for name, task in TASKS.items() if path[:-1] == ["task"] and path[-1] in task.model_fields]
+        if owners:
+            return f"{key}: no such setting of this task, only of {', '.join(owners)}: remove it, or set task.name"
         near = " or ".join(_suggest(kind, path, names))
         if near:
             return f"{key}: no such setting; did you mean {near}?"

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from pipeline.config.data import ImageConfig
-from pipeline.config.fields import BelowOne, Fraction, Positive
+from pipeline.config.fields import BelowOne, ClassWeights, Fraction, Positive
 from pipeline.config.section import Section
 
 
@@ -65,6 +65,10 @@ class ClassificationConfig(TaskConfig):
     """Image classification: one class for each image."""
 
     name: str = "classification"
+    # Left out where it is not set: configurations and cards of before it keep their text, and so their fingerprint.
+    class_weights: ClassWeights | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Weights of the classes in the loss: balanced, the inverse of the classes' shares; a list in the order of the
+    classes; or a mapping of their names. They are scaled to a mean of 1 over the training samples. None: all are 1."""
 
 
 class DenseConfig(TaskConfig):
@@ -206,7 +210,9 @@ class DetrConfig(DetectionConfig):
 
 
 def by_name(value: Any) -> Any:
-    """Returns {name: value} for a task's name alone, and anything else as it is."""
+    """Returns {name: value} for a task's name alone, and anything else as it is; class weights are classification's."""
+    if isinstance(value, dict) and "class_weights" in value:
+        return {"name": "classification", **value}
     return {"name": value} if isinstance(value, str) else value
 
 

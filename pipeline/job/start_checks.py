@@ -9,7 +9,8 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config import ClassificationConfig, Config
+from pipeline.config.fields import ClassWeights
 from pipeline.errors import InputError
 from pipeline.feed.order import Order, padding_waste, partition
 from pipeline.job import handoff
@@ -30,11 +31,27 @@ def check_data(config: Config, training: ShardSet, validation: ShardSet | None, 
             f"{config.data.val} and {config.data.train_paths[0]} have different classes, so their labels mean "
             "different things: pack the validation split again with --classes-from"
         )
+    if isinstance(config.task, ClassificationConfig):
+        _check_class_weights(config.task.class_weights, training.classes)
     order = Order.of(config, training.part_samples)
     # Both are computed for their errors.
     partition(order, 0, ranks, config)
     Schedule.of(config, order.steps_per_epoch)
     return order
+
+
+def _check_class_weights(setting: ClassWeights | None, classes: list[str]) -> None:
+    """Raises InputError for weights that are not one for each class."""
+    found = ""
+    if isinstance(setting, tuple) and len(setting) != len(classes):
+        found = f"{len(setting)} numbers"
+    if isinstance(setting, dict) and setting.keys() != set(classes):
+        unknown = [name for name in setting if name not in classes]
+        missing = [name for name in classes if name not in setting]
+        found = f"unknown classes {unknown[:10]} and none for {missing[:10]}"
+    if found:
+        wanted = f"a weight for each of the {len(classes)} classes {classes[:10]}"
+        raise InputError(f"task.class_weights: expected {wanted}, found {found}; 1 leaves a class as it is")
 
 
 def check_network(

@@ -30,6 +30,7 @@ from pipeline.redact import redact
 from pipeline.run_folder import CHECKPOINTS, GOODPUT, METRICS, RECORD, finished_result
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_training, open_validation
+from pipeline.tasks.class_weights import weigh_classes
 from pipeline.track.sync.record import Record
 from pipeline.track.sync.system_load import SystemLoad
 from pipeline.train.checkpoint import Checkpoint, Checkpoints, Retention, State
@@ -71,6 +72,7 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
         if config.train.deterministic:
             make_deterministic()
         task = world.first_then_all(lambda: build_initial_task(config, training.classes))
+        weigh_classes(config, training, task, world)
         # A run that has been started before continues from its checkpoints and needs no initial weights.
         was_started = world.from_first(any((folder / CHECKPOINTS).glob("step-*")))
         parent = None if was_started else load_initial_weights(config, world, task, training.classes)

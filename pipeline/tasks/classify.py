@@ -49,13 +49,15 @@ def drop_path_of(batch: MicroBatch) -> dict[str, Tensor]:
 
 
 class ClassificationTask:
-    """Soft-target cross-entropy as the loss; top-1, top-5 and the loss as metrics."""
+    """Soft-target cross-entropy as the loss, by class weights if set; `ClassificationMetric` has the metrics."""
 
     main_metric = "top1"
 
     def __init__(self, model: nn.Module, classes: Sequence[str] = ()) -> None:
         """Without `classes` the guard cannot tell a collapse to guessing from learning."""
         self.model = model
+        self.class_weights: Tensor | None = None
+        """[K], see class_weights.py; None: all classes weigh the same."""
         # Uniform guesses over K classes have a cross-entropy of ln K.
         self.chance_loss = math.log(len(classes)) if len(classes) > 1 else None
         self.drop_path_rates: tuple[float, ...] = getattr(model, "drop_path_rates", ())
@@ -66,10 +68,13 @@ class ClassificationTask:
         return layers(self.model)
 
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """Returns the loss of each image, [N] float32."""
+        """Returns the loss of each image, [N] float32: -Σ w[c] t[c] log p[c] over classes c of weight w[c]."""
         logits = self.outputs(model, batch)
         log_probabilities = functional.log_softmax(logits.float(), dim=-1)
-        return -(batch.targets * log_probabilities).sum(dim=-1)
+        targets = batch.targets
+        if self.class_weights is not None:
+            targets = targets * self.class_weights
+        return -(targets * log_probabilities).sum(dim=-1)
 
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns logits [N, K]."""
@@ -86,6 +91,8 @@ class ClassificationMetric:
     def __init__(self) -> None:
         # [4]: number of samples, correct at first, correct among five, sum of losses.
         self._sums: Any = 0.0
+        # [3, K]: samples of each class, those predicted to be of it, those of it that were predicted correctly.
+        self._class_counts: Any = 0
 
     def update(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Counts a batch: logits [N, K], classes [N] and weights [N]."""
@@ -102,12 +109,24 @@ class ClassificationMetric:
         weighted = torch.stack(counts).double() * weights.double()
         # On the device, so that nothing waits for it before the end.
         self._sums = self._sums + weighted.sum(dim=1)
+        is_sample = weights.long()
+        class_counts = is_sample.new_zeros(3, logits.shape[1])
+        class_counts[0].index_add_(0, targets, is_sample)
+        class_counts[1].index_add_(0, best[:, 0], is_sample)
+        class_counts[2].index_add_(0, targets, is_sample * is_correct[:, 0])
+        self._class_counts = self._class_counts + class_counts
 
     def result(self, world: World) -> dict[str, float]:
         """Returns the metrics over the batches of all ranks. Collective."""
         samples, first, five, loss = world.sum(self._sums).tolist()
+        # float64 holds the counts exactly, and not every backend sums integers.
+        of_class, predicted, correct = world.sum(self._class_counts.double())
+        # As scikit-learn does, nanmean leaves out classes without samples, and for F1 without predictions as well.
         return {
             "top1": first / samples,
             "top5": five / samples,
+            "balanced_accuracy": (correct / of_class).nanmean().item(),
+            "macro_f1": (2 * correct / (of_class + predicted)).nanmean().item(),
+            "majority": of_class.max().item() / samples,
             "val_loss": loss / samples,
         }

@@ -25,13 +25,16 @@ def _build_charts(kind: str, plural: str) -> dict[str, tuple[str, ...]]:
 
 
 CHARTS = {
-    "Accuracy": ("top1", "top5"),
+    "Accuracy": ("top1", "top5", "balanced_accuracy", "macro_f1", "majority"),
     "Overlap and accuracy": ("miou", "macc", "aacc"),
     **_build_charts("box", "boxes"),
     **_build_charts("mask", "masks"),
 }
 """Metrics by the title of the chart that they share. All of them are fractions, which pages write as per cents."""
 _LABELS = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "majority": "majority class",
     "miou": "mIoU",
     "macc": "mAcc",
     "aacc": "aAcc",

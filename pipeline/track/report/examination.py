@@ -111,15 +111,13 @@ def class_rows(examined: Examination) -> list[Row]:
 
 
 def confusion_cells(examined: Examination) -> list[tuple[str, list[Cell]]]:
-    """Returns the confusion matrix as rows with their class: counts of samples, or per cents of a class's pixels."""
+    """Returns the confusion matrix as rows with their class: per cents of the class's samples or pixels."""
     rows = []
     for name, counts in zip(examined.classes, examined.confusion.tolist(), strict=True):
         total = max(1, sum(counts))
         cells = []
         for predicted, value in zip(examined.classes, counts, strict=True):
-            text = str(value)
-            if examined.counted == "pixels" and value:
-                text = f"{100 * value / total:.0f}" if value / total >= 0.005 else "<1"
+            text = f"{100 * value / total:.0f}" if value / total >= 0.005 or not value else "<1"
             cells.append(Cell(text, f"{name} predicted as {predicted}: {value:,} of {total:,}", value / total))
         rows.append((name, cells))
     return rows

@@ -76,12 +76,15 @@ def list_tiles(run: RunFiles) -> list[Tile]:
         tiles.append(Tile(f"best {label_of(metric)}", number(best[0], percent=percent), f"at step {best[1]:,.0f}"))
         tiles.append(Tile(f"last {label_of(metric)}", number(run.last(metric), percent=percent), "last evaluation"))
     for name, title, note in (
+        ("balanced_accuracy", label_of("balanced_accuracy"), "mean recall of classes"),
+        ("macro_f1", label_of("macro_f1"), "mean over classes"),
+        ("majority", label_of("majority"), "top1 of always answering it"),
         ("loss", "training loss", "last reading"),
         ("grad_norm", "gradient norm", "last reading"),
         ("val_loss", "validation loss", "last evaluation"),
     ):
         if run.curve(name):
-            tiles.append(Tile(title, number(run.last(name)), note))
+            tiles.append(Tile(title, number(run.last(name), percent=is_fraction(name)), note))
     rate, ettr = as_number(run.result.get("images_per_second")), as_number(run.result.get("ettr"))
     if "images_per_second" in run.training:
         is_known = bool(np.isfinite(rate))
@@ -237,7 +240,7 @@ def _describe(examined: Examination) -> dict[str, Any]:
         "about": f"Computed for this page: {examined.source} on {part} of {examined.data}.",
         "facts": facts,
         "cells": confusion_cells(examined) if has_table else [],
-        "has_long_names": any(len(name) > 3 for name in examined.classes),
+        "has_long_names": any(len(name) > 4 for name in examined.classes),
         "pairs": confused_pairs(examined),
         "classes": class_rows(examined),
     }
