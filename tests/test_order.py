@@ -21,7 +21,7 @@ from pipeline.keys import Stream
 def cut(micro_batch_size: int | None, *, pairs: bool = False) -> Config:
     """As much of a Config as `partition` reads."""
     train, mix = SimpleNamespace(micro_batch_size=micro_batch_size), SimpleNamespace(is_active=pairs)
-    return cast(Config, SimpleNamespace(train=train, mix=mix))
+    return cast(Config, SimpleNamespace(train=train, mix=mix, describe_more_lanes=lambda ranks: f"lanes for {ranks}"))
 
 
 def near_powers_of_two() -> list[int]:

@@ -115,8 +115,9 @@ def check_batch_script(config: Config) -> None:
     world_size = cluster.nodes * cluster.ranks
     if world_size > config.data.lanes:
         raise InputError(
-            f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {world_size} ranks, but "
-            f"data.lanes is {config.data.lanes}, the most that a run can use: raise data.lanes or take fewer nodes"
+            f"cluster.nodes {cluster.nodes} of {cluster.ranks} ranks are {world_size} ranks, but data.lanes is "
+            f"{config.data.lanes}, the most that a run can use: {config.describe_more_lanes(world_size)} or take fewer "
+            "nodes"
         )
     if cluster.grace_s <= config.train.preempt_deadline_s:
         raise InputError(

@@ -47,6 +47,9 @@ class RunConfig(Section):
         return Path(self.root) / self.name
 
 
+MAX_CHOSEN_LANES = 64
+"""The most lanes that a run has whose configuration does not set them."""
+
 _SHARED_BY_TASKS = {
     "augment": {"hflip", "color_jitter"},
     "mix": set(),
@@ -99,6 +102,21 @@ class Config(Section):
         if self.train.length.unit == "%":
             raise ValueError("train.length is what percentages are of: give it in steps, epochs or images")
         return self
+
+    @model_validator(mode="after")
+    def _choose_lanes(self) -> "Config":
+        """Replaces the default of data.lanes where it does not fit, by a function of the configuration alone."""
+        batch = self.train.global_batch_size
+        possible = self.possible_lanes()
+        # Copies restrict the lanes where samples are mixed; elsewhere the default stays if it divides the batch.
+        default_fits = self.data.lanes in possible or not (batch % self.data.lanes or self.mix.is_active)
+        if "lanes" in self.data.model_fields_set or default_fits:
+            return self
+        if not possible:
+            rule = f"more than data.copies {self.data.copies}, and even where mix pairs samples"
+            raise ValueError(f"train.global_batch_size {batch} fits no data.lanes: it has to be {rule}")
+        chosen = max(lanes for lanes in possible if lanes <= MAX_CHOSEN_LANES)
+        return self.model_copy(update={"data": self.data.model_copy(update={"lanes": chosen})})
 
     @model_validator(mode="after")
     def _batches_fit_lanes(self) -> "Config":
@@ -176,6 +194,21 @@ class Config(Section):
                         f"{section}.{field} has no effect with task {self.task.name}, only with classification: remove "
                         f"it; the task's own settings are {', '.join(type(self.task).model_fields)}"
                     )
+
+    def possible_lanes(self) -> list[int]:
+        """Returns the values of data.lanes, ascending, that mixing and repeated augmentation allow with this batch."""
+        possible = []
+        for lanes in divisors(self.train.global_batch_size):
+            share = self.train.global_batch_size // lanes
+            has_pairs = not self.mix.is_active or share % 2 == 0
+            if has_pairs and (self.data.copies == 1 or share > self.data.copies):
+                possible.append(lanes)
+        return possible
+
+    def describe_more_lanes(self, ranks: int) -> str:
+        """Returns what to set so that a run can use as many ranks."""
+        enough = [lanes for lanes in self.possible_lanes() if lanes >= ranks]
+        return f"set data.lanes={enough[0]}" if enough else "raise train.global_batch_size and data.lanes"
 
     def identity(self) -> dict[str, Any]:
         """Returns what decides which samples make up which batch, and the shapes of the weights.

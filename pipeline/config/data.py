@@ -44,14 +44,20 @@ class DataConfig(Section):
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_one_source), Field(min_length=1)]
     """Training data: a folder or URL (s3://, https://, …) with a manifest.json, made by launch/shards.py; or a list of
     them, each {path: …, weight: …}, that are mixed. A URL that ends with ?$NAME takes its query from the environment
-    variable NAME."""
+    variable NAME. Class folders (also with train/ and val/ around them), a CSV or JSONL list and Parquet files are
+    packed into data.cache first."""
     val: str | None = None
-    """Validation data: a folder or URL. None: the run is not evaluated."""
+    """Validation data, as data.train. None: the folder val/ inside data.train, or else what val_fraction says."""
+    # Where it is not set, dumps leave it out, so that fingerprints of older configurations stay.
+    val_fraction: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=lambda value: value is None)
+    """Fraction of each class's images, at least one, that become the validation data where there are none otherwise.
+    data.train then names images that the run packs. None: without data.val the run is not evaluated."""
     copies: int = Field(default=1, gt=0)
     """Repeated augmentation: number of differently augmented copies of a sample in a batch."""
     lanes: int = Field(default=48, gt=0)
     """Number of parallel read positions in an epoch, which are partitioned over the ranks: the maximum number of ranks
-    that a run can use."""
+    that a run can use. Where the default does not fit the batch, the largest number up to 64 that does takes its
+    place."""
     shuffle_window: int = Field(default=4096, gt=0)
     """Number of samples that are shuffled together inside a lane."""
     num_threads: int = Field(default=0, ge=0)

@@ -361,7 +361,7 @@ def partition(
     if world_size > order.lanes:
         raise InputError(
             f"{world_size} ranks, but data.lanes is {order.lanes}: a rank needs at least one lane; "
-            f"start at most {order.lanes} ranks or raise data.lanes to a divisor of {order.global_batch_size}"
+            f"start at most {order.lanes} ranks or {config.describe_more_lanes(world_size)}"
         )
     first = rank * order.lanes // world_size
     last = (rank + 1) * order.lanes // world_size
