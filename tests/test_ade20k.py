@@ -426,7 +426,8 @@ def test_an_index_that_contradicts_itself_is_found(tmp_path: Path) -> None:
 
 def pack_in_background(ade: Path, cache: Path) -> subprocess.Popen[str]:
     script = (
-        "import sys; from pathlib import Path; from pipeline.shards.public_datasets import packed; "
+        "import sys; from pathlib import Path; from pipeline import log; "
+        "from pipeline.shards.public_datasets import packed; log.configure(); "
         "print(packed(sys.argv[1], Path(sys.argv[2])))"
     )
     arguments = [sys.executable, "-c", script, str(maps(ade)), str(cache)]

@@ -21,7 +21,7 @@ from pipeline.config import ModelConfig, TaskConfig
 from pipeline.feed.loader import MicroBatch
 from pipeline.feed.task_transforms import LabelTransform
 from pipeline.shards.image_sources import ImageEntry, ImageListing, make_listing
-from pipeline.shards.public_datasets import Layout
+from pipeline.shards.public_datasets import Layout, Located
 from pipeline.tasks.classify import ClassificationTask
 from pipeline.track.export.compare_outputs import OpenedExport
 from pipeline.track.export.source import ExportSource
@@ -168,7 +168,12 @@ def find_named(path: str | Path) -> ImageListing:
     return make_listing(classes, entries)
 
 
-NAMED = Layout("named", lambda path: str(path).endswith(".named"), lambda path: find_named(path).digest, find_named)
+def locate_named(path: str | Path, classes: list[str] | None) -> Located:
+    listing = find_named(path)
+    return Located(listing.digest, lambda: listing)
+
+
+NAMED = Layout("named", lambda path: str(path).endswith(".named"), locate_named)
 
 
 # The export.

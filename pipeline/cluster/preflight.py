@@ -30,7 +30,8 @@ from pipeline.config import Config, DataConfig, RunConfig
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.cache import CacheOptions
 from pipeline.shards.index import CorruptSampleError
-from pipeline.shards.public_datasets import is_public
+from pipeline.shards.own_images import data_paths
+from pipeline.shards.public_datasets import is_unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -106,10 +107,10 @@ def check_run(config: Config) -> Iterator[Check]:
     yield run_disk(config.run)
     # Compilers and loaders write temporary files, whether or not shards are kept among them.
     yield disk(os.path.expandvars(config.data.cache or tempfile.gettempdir()))
-    paths = list(config.data.train_paths)
-    if config.data.val:
-        paths.append(config.data.val)
-    for path in dict.fromkeys(paths):
+    training, validation = data_paths(config.data)
+    for path in dict.fromkeys([*training, validation]):
+        if path is None:
+            continue
         yield shards(path, config.data)
 
 
@@ -196,9 +197,9 @@ def _write_and_read(folder: str | Path) -> None:
 def shards(path: str, data: DataConfig) -> str:
     """Opens a data set of `data`, reads one sample and compares its checksum.
 
-    One in a public layout only has to exist, because the run packs it. Remote shards are not cached.
+    One that is not packed only has to exist, because the run packs it. Remote shards are not cached.
     """
-    if is_public(path):
+    if is_unpacked(path):
         if not Path(path).exists():
             raise InputError(f"{path}: no such file or folder on this node")
         return f"{path}: exists; the run packs it"

@@ -21,7 +21,7 @@ from pipeline.cli import Subcommand
 from pipeline.config import load_config
 from pipeline.errors import InputError
 from pipeline.redact import redact
-from pipeline.shards import ade20k, coco
+from pipeline.shards import ade20k, coco, own_images
 from pipeline.shards.bad_samples import SampleFault, first_few, read_skipped
 from pipeline.shards.filesystems import split_query
 from pipeline.shards.image_sources import ImageListing
@@ -55,6 +55,7 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--coco", metavar="FILE.json", help="ROOT/annotations/instances_SPLIT.json: boxes and masks")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
+    parser.add_argument("--val-fraction", type=float, metavar="F", help="make DIR/train and DIR/val, F of each class")
     parser.add_argument("--max-side", type=positive_number, metavar="PX", help="scale images with a longer side down")
     parser.add_argument(
         "--quality", type=number_within(1, 100), metavar="Q", help="quality of JPEGs made by packing (default 90)"
@@ -78,6 +79,7 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         _find_source(arguments, classes),
         arguments.out,
         classes=classes,
+        val_fraction=arguments.val_fraction,
         max_side=arguments.max_side,
         quality=arguments.quality,
         bits_stored=arguments.bits_stored,
@@ -87,12 +89,19 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
         workers=arguments.workers,
     )
     skipped = read_skipped(arguments.out)
-    cli.show(_describe_contents(arguments.out, manifest, len(skipped)))
-    return {"data": str(arguments.out), **_count_contents(manifest), **_summarise_skipped(skipped)}
+    data = arguments.out
+    result = {"data": str(data), **_count_contents(manifest)}
+    if arguments.val_fraction is not None:
+        result["val"] = _count_contents(read_manifest(data / own_images.VALIDATION))
+        data /= own_images.TRAINING
+    cli.show(_describe_contents(data, manifest, len(skipped)))
+    return {**result, **_summarise_skipped(skipped)}
 
 
 def _find_source(arguments: Namespace, classes: list[str] | None) -> str | ImageListing:
     """Returns the source of the images. Raises InputError where the options name none or several."""
+    if arguments.val_fraction is not None and (arguments.ade20k or arguments.coco):
+        raise InputError("pack: --val-fraction splits images with a class each: pack the SPLITs of these data sets")
     if arguments.ade20k and arguments.coco:
         raise InputError("pack: --ade20k and --coco name data sets of different kinds: give one of them")
     if arguments.ade20k:

@@ -27,7 +27,7 @@ from pipeline.run_folder import CHECKPOINTS, CONFIG
 from pipeline.shards.cache import CacheOptions
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
-from pipeline.shards.open_data import open_data
+from pipeline.shards.open_data import open_validation
 from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.tasks import segment
 from pipeline.tasks.build import TASK_CLASSES, build_trained
@@ -59,21 +59,23 @@ def examine_model(folder: Path, *, samples: bool, cache: CacheOptions) -> Examin
     be known."""
     config = load_config(folder / CONFIG)
     data = config.data
-    if data.val is None:
-        raise InputError("the run has no validation data: data.val is not set")
     source, weights = _find_weights(folder)
-    shards = open_data(data.val, cache=CacheOptions(cache.folder or data.cache, cache.gb or data.cache_gb))
+    cached = {"cache": cache.folder or data.cache, "cache_gb": cache.gb or data.cache_gb}
+    shards = open_validation(data.model_copy(update=cached))
+    if shards is None:
+        raise InputError("the run has no validation data: data.val is not set")
+    path = data.val or shards.root
     try:
-        _require_same_data(folder, shards, data.val)
+        _require_same_data(folder, shards, path)
         examiner = _examiner_of(config.task)(config, shards, weights)
         with torch.inference_mode():
             pictures = examiner.draw_pictures(samples)
             most = min(MOST_SAMPLES, max(32, int(BUDGET_S / examiner.measure_sample())))
             scores = examiner.score(most)
-        no_credits = f"{data.val}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before sharing it."
+        no_credits = f"{path}. No {ATTRIBUTION} is beside its manifest.json: look up its licence before sharing it."
         return Examination(
             source=source,
-            data=data.val,
+            data=path,
             num_samples=len(shards),
             num_examined=examiner.num_examined,
             is_whole=most >= len(shards),

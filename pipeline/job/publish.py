@@ -149,7 +149,7 @@ class Publisher:
             lineage["parent"] = tags[PARENT]
         scored = None
         if self._validation is not None:
-            path = redact(str(config.data.val))
+            path = redact(config.data.val or self._validation.root)
             scored = ScoredData(path=path, digest=self._validation.digest, samples=len(self._validation))
         card = ModelCard(
             task=config.task,
@@ -194,7 +194,8 @@ class Publisher:
         for path, manifest in zip(self._config.data.train_paths, self._training.manifests, strict=True):
             sources.append(("training", path, manifest))
         if self._validation:
-            sources.append(("validation", str(self._config.data.val), self._validation.manifests[0]))
+            path = self._config.data.val or self._validation.root
+            sources.append(("validation", path, self._validation.manifests[0]))
         inputs = []
         (self.folder / "data").mkdir(exist_ok=True)
         for number, (context, path, manifest) in enumerate(sources):

@@ -47,8 +47,9 @@ _NO_IMAGES = (
     "no images; a class folder holds at least one file that ends in "
     f"{', '.join(f'.{extension}' for extension in EXTENSIONS)}"
 )
-_SPLIT_NAMES = "train|training|trainval|val|valid|validation|dev|eval|evaluation|test|testing"
-_SPLIT = re.compile(rf"({_SPLIT_NAMES})[-_]?\d*", re.IGNORECASE)
+VALIDATION_NAMES = "val|valid|validation|dev|eval|evaluation"
+_SPLIT_NAMES = f"train|training|trainval|{VALIDATION_NAMES}|test|testing"
+SPLIT = re.compile(rf"({_SPLIT_NAMES})[-_]?\d*", re.IGNORECASE)
 _TABLE_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet")
 
 
@@ -89,9 +90,8 @@ def find(images: str | Path, classes: list[str] | None = None) -> ImageListing:
     Raises InputError for what cannot be listed, and for a class that is not in `classes`.
     """
     path = Path(images)
-    is_pattern = any(character in str(images) for character in "*?[")
     # A folder may have such a character in its name.
-    if is_pattern and not path.exists():
+    if is_pattern(images) and not path.exists():
         # Path.glob takes no absolute pattern.
         matching = glob.glob(str(images), recursive=True)  # noqa: PTH207
         return _list_tables(sorted(map(Path, matching)), images, classes)
@@ -113,13 +113,19 @@ def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing
     ignored = []
     folders = []
     skipped = []
+    stray = []
     for entry in entries_of(str(images), ignored):
         if is_folder(entry):
             folders.append(entry.name)
+        elif is_picture(entry.path):
+            stray.append(BadSource(entry.path, entry.name, "lies beside the class folders: move it into one of them"))
         else:
             skipped.append(entry.path)
     if not folders:
-        raise InputError(f"{images}: no class folders; expected {images}/CLASS/IMAGE.jpg")
+        raise InputError(
+            f"{images}: no class folders, and {len(stray)} images without a class; expected {images}/CLASS/IMAGE.jpg: "
+            "sort the images into folders, or list path and label in a .csv"
+        )
     # Undecodable bytes of a file name are lone surrogates, which are not printable.
     unreadable = [name for name in folders if not name.isprintable()]
     if unreadable:
@@ -131,8 +137,7 @@ def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing
     for name in folders:
         pictures[name] = []
         for path in files_below(str(images / name), ignored):
-            _, _, extension = path.rpartition(".")
-            if extension.lower() in EXTENSIONS:
+            if is_picture(path):
                 pictures[name].append(path)
             else:
                 skipped.append(path)
@@ -154,12 +159,23 @@ def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing
         for path in pictures[name]:
             key = key_of(name + path.removeprefix(folder))
             entries.append(ImageEntry(key, path, labels[name]))
-    return make_listing(classes, entries, empty)
+    return make_listing(classes, entries, [*stray, *empty])
+
+
+def is_picture(path: str) -> bool:
+    """Returns whether a file's name ends as an image's does."""
+    _, _, extension = path.rpartition(".")
+    return extension.lower() in EXTENSIONS
+
+
+def is_pattern(path: str | Path) -> bool:
+    """Returns whether a path may stand for several files."""
+    return any(character in str(path) for character in "*?[")
 
 
 def _refuse_splits(images: Path, folders: list[str]) -> None:
     """Raises InputError for a folder of splits with class folders: the splits would become the classes."""
-    if not all(map(_SPLIT.fullmatch, folders)):
+    if not all(map(SPLIT.fullmatch, folders)):
         return
     splits = [name for name in folders if any(map(is_folder, entries_of(str(images / name), [])))]
     if not splits:

@@ -106,7 +106,7 @@ class ShardSet:
 
     def _check_equal_classes(self) -> None:
         # A store's own name for its root holds no credentials.
-        first = self._stores[0].root
+        first = self.root
         for store, manifest in zip(self._stores, self.manifests, strict=True):
             if manifest.classes != self.classes:
                 raise InputError(
@@ -128,6 +128,11 @@ class ShardSet:
         """The sample counts of the shards of each source data set, [shards] each."""
         ends = np.cumsum([len(manifest.shards) for manifest in self.manifests])
         return np.split(self.shard_samples, ends[:-1])
+
+    @property
+    def root(self) -> str:
+        """The folder or URL of the first data set, without credentials."""
+        return self._stores[0].root
 
     @property
     def is_remote(self) -> bool:

@@ -13,6 +13,9 @@ then everything is in .OUT.partial beside it, where the same command finds its f
         data/                    becomes OUT
         done/shard-000000.json   what the worker recorded once its shard was whole
         spill/                   images of Parquet files, sorted for the shards: see parquet.py
+
+A split into training and validation is two data sets in one folder: OUT/train and OUT/val, likewise in data/, done/ and
+spill/.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ import PIL
 from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards import image_sources, images, object_annotations, parquet, picture_credits
+from pipeline.shards import image_sources, images, object_annotations, own_images, parquet, picture_credits
 from pipeline.shards.bad_samples import SHOWN, BadSource, first_few, write_faults, write_skipped
 from pipeline.shards.image_sources import ImageEntry, ImageListing, Table
 from pipeline.shards.images import BadImageError
@@ -70,6 +73,7 @@ def pack(
     out: Path,
     *,
     classes: list[str] | None = None,
+    val_fraction: float | None = None,
     max_side: int | None = None,
     quality: int | None = None,
     bits_stored: int | None = None,
@@ -84,7 +88,8 @@ def pack(
     split takes the training split's. Images with a side longer than `max_side` pixels are scaled down and become JPEGs
     of `quality`; with either argument, formats and kinds that DALI does not decode as Pillow does are converted too.
     `bits_stored` scales 16-bit values, see images.prepare. `skip_bad` skips images that cannot be used and lists them
-    in skipped.jsonl. The images' ATTRIBUTION.txt is copied.
+    in skipped.jsonl. The images' ATTRIBUTION.txt is copied. With `val_fraction`, OUT/train and OUT/val become data sets
+    that `own_images.split` makes of the source, and the manifest returned is that of training.
 
     Raises InputError for anything wrong with the input: first for everything that was found while listing, then for
     all images of all shards. In this case it leaves nothing behind but OUT-refused.jsonl, the list of the problems if
@@ -93,51 +98,72 @@ def pack(
     out = out.resolve()
     files.require_empty(out)
     listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
+    splits = {"": listing} if val_fraction is None else own_images.split(listing, val_fraction)
     options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
     identity = [
         _VERSION,
         PIL.__version__,
-        listing.digest,
+        *[part.digest for part in splits.values()],
         dataclasses.asdict(options),
     ]
     with _open_partial(out, fingerprint(identity)[:16]) as folder:
         bad = list(listing.bad)
         # Before any image is decoded, which may take hours.
         _check_bad(bad, out, skip_bad)
-        # Neighbours in a tar are read together, so they should not be of one class.
-        order = keys.permutation(keys.key(seed, keys.Stream.PACK), len(listing.entries))
-        spilled = _spill(listing, order, folder / "spill", workers)
-        tasks = _plan(listing, order, folder, spilled, options)
-        shards = []
-        num_images = len(listing.entries)
-        num_shards = -(-num_images // samples_per_shard)
-        results = map_tasks(
-            _pack_shard,
-            tasks,
-            workers=min(workers, num_shards),
-            total=num_images,
-            name="packing",
-        )
-        for done in results:
-            bad += done.bad
-            if done.shard:
-                shards.append(done.shard)
+        packed = {}
+        for name, part in splits.items():
+            packed[name], more = _pack_shards(part, folder, name, options, workers)
+            bad += more
         _check_bad(bad, out, skip_bad)
-        if not shards:
-            raise InputError(f"{out}: not one image can be packed:\n{first_few(bad)}")
+        for name, shards in packed.items():
+            if not shards:
+                raise InputError(f"{out / name}: not one image can be packed:\n{first_few(bad)}")
         data = folder / "data"
         write_skipped(data, bad)
-        source_path = listing.tables[0].path if listing.tables else listing.entries[0].place
-        attribution = picture_credits.find_attribution(source_path)
-        if attribution:
-            files.write(data / picture_credits.ATTRIBUTION, f"{attribution}\n".encode())
-        manifest = Manifest.of(listing.classes, shards, annotations=listing.annotations)
-        # The manifest comes last: what has one is whole.
-        files.write(data / MANIFEST, manifest.encode())
+        manifests = [_write_manifest(splits[name], shards, data / name) for name, shards in packed.items()]
         # rename(2) replaces an empty folder and fails on one that was filled meanwhile.
         data.rename(out)
     # The list of an earlier attempt's problems is out of date.
     _refused_path(out).unlink(missing_ok=True)
+    return manifests[0]
+
+
+def _pack_shards(
+    listing: ImageListing, folder: Path, split: str, options: _Options, workers: int
+) -> tuple[list[Shard], list[BadSource]]:
+    """Returns the shards of a split, or of everything where its name is empty, and the images that cannot be packed."""
+    for child in ("data", "done", "spill"):
+        (folder / child / split).mkdir(parents=True, exist_ok=True)
+    # Neighbours in a tar are read together, so they should not be of one class.
+    order = keys.permutation(keys.key(options.seed, keys.Stream.PACK), len(listing.entries))
+    spilled = _spill(listing, order, folder / "spill" / split, workers)
+    tasks = _plan(listing, order, folder, split, spilled, options)
+    num_images = len(listing.entries)
+    num_shards = -(-num_images // options.samples_per_shard)
+    results = map_tasks(
+        _pack_shard,
+        tasks,
+        workers=min(workers, num_shards),
+        total=num_images,
+        name="packing",
+    )
+    shards = []
+    bad = []
+    for done in results:
+        bad += done.bad
+        if done.shard:
+            shards.append(done.shard)
+    return shards, bad
+
+
+def _write_manifest(listing: ImageListing, shards: list[Shard], data: Path) -> Manifest:
+    """Writes the credits of the images and, last, the manifest: what has one is whole."""
+    source_path = listing.tables[0].path if listing.tables else listing.entries[0].place
+    attribution = picture_credits.find_attribution(source_path)
+    if attribution:
+        files.write(data / picture_credits.ATTRIBUTION, f"{attribution}\n".encode())
+    manifest = Manifest.of(listing.classes, shards, annotations=listing.annotations)
+    files.write(data / MANIFEST, manifest.encode())
     return manifest
 
 
@@ -154,7 +180,7 @@ def _check_bad(bad: list[BadSource], out: Path, skip_bad: bool) -> None:
         path = _refused_path(out)
         write_faults(path, bad)
         lines.append(f"all {len(bad)} are listed in {path}")
-    lines.append("repair or remove them; --skip-bad skips such images")
+    lines.append("repair or remove them; launch/shards.py pack with --skip-bad skips such images")
     raise InputError("\n".join(lines))
 
 
@@ -179,8 +205,6 @@ def _open_partial(out: Path, name: str) -> Iterator[Path]:
                 shutil.rmtree(other, ignore_errors=True)
         folder = partial / name
         try:
-            for child in ("data", "done", "spill"):
-                (folder / child).mkdir(parents=True, exist_ok=True)
             yield folder
         except InputError:
             shutil.rmtree(partial, ignore_errors=True)
@@ -211,6 +235,7 @@ class _Task:
     """One shard to write."""
 
     folder: Path
+    split: str
     number: int
     entries: list[ImageEntry]
     first: int
@@ -263,6 +288,7 @@ def _plan(
     listing: ImageListing,
     order: Int64Array,
     folder: Path,
+    split: str,
     spilled: list[Path],
     options: _Options,
 ) -> Iterator[_Task]:
@@ -270,6 +296,7 @@ def _plan(
         chosen = order[first : first + options.samples_per_shard]
         yield _Task(
             folder=folder,
+            split=split,
             number=number,
             entries=[listing.entries[index] for index in chosen],
             first=first,
@@ -282,7 +309,7 @@ def _plan(
 
 def _pack_shard(task: _Task) -> _Done:
     """Writes one shard, unless an earlier attempt did so and its bytes still match what was recorded."""
-    record = task.folder / "done" / f"{task.name}.json"
+    record = task.folder / "done" / task.split / f"{task.name}.json"
     done = _read_done(task, record)
     if done:
         advance(len(task.entries))
@@ -312,7 +339,7 @@ def _pack_shard(task: _Task) -> _Done:
 
 
 def _shard_paths(task: _Task) -> tuple[Path, Path]:
-    data = task.folder / "data"
+    data = task.folder / "data" / task.split
     return data / f"{task.name}.tar", data / f"{task.name}.index.npy"
 
 

@@ -37,7 +37,7 @@ def add_task() -> None:
 def main() -> None:
     path, out = sys.argv[1:]
     add_task()
-    public_datasets.LAYOUTS.append(toys.NAMED)
+    public_datasets.LAYOUTS.insert(0, toys.NAMED)
     export.MODULES["npz"] = "to_npz"
     sys.modules["pipeline.track.export.to_npz"] = toys.TO_NPZ  # pyright: ignore[reportArgumentType]
     sys.argv = ["train", "--config", path]
