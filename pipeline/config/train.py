@@ -66,6 +66,10 @@ class TrainConfig(Section):
 
     length: LengthField
     """Length of the run, in steps, epochs or images."""
+    # Left out of dumps as data.val_fraction is.
+    recipe_steps: int | None = Field(default=None, gt=0, exclude_if=lambda value: value is None)
+    """Number of optimiser steps that the configuration's learning rate and augmentation were chosen for. A run of less
+    than a tenth of it begins with a warning. None: no warning."""
     global_batch_size: int = Field(gt=0)
     """Number of samples in an optimiser step, over all ranks."""
     micro_batch_size: int | None = Field(default=None, gt=0)

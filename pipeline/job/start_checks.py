@@ -1,6 +1,6 @@
 """The checks of a run before it starts: the same for pretrain.py, doctor.py --config and submit.py --dry-run.
 
-    load_config ──▶ check_data, without torch ──▶ check_network ──▶ steps, padding and hours of the run, in one line
+    load_config ──▶ check_data, without torch ──▶ check_network ──describe_run──▶ what the run will do, in one line
 
 The fast checks come first; libraries that take seconds to import are imported behind them.
 """
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from pipeline.config import ClassificationConfig, Config
 from pipeline.config.fields import ClassWeights
 from pipeline.errors import InputError
-from pipeline.feed.order import Order, padding_waste, partition
+from pipeline.feed.order import Order, partition
 from pipeline.job import handoff
-from pipeline.shards import public_datasets
+from pipeline.shards import own_images, public_datasets
 from pipeline.shards.index import ShardSet
 from pipeline.shards.open_data import open_manifests
 from pipeline.train.schedule import Schedule
@@ -28,8 +28,8 @@ def check_data(config: Config, training: ShardSet, validation: ShardSet | None, 
     ranks."""
     if validation and validation.classes != training.classes:
         raise InputError(
-            f"{config.data.val} and {config.data.train_paths[0]} have different classes, so their labels mean "
-            "different things: pack the validation split again with --classes-from"
+            f"{config.data.val or validation.root} and {config.data.train_paths[0]} have different classes, so their "
+            "labels mean different things: pack the validation split again with --classes-from"
         )
     if isinstance(config.task, ClassificationConfig):
         _check_class_weights(config.task.class_weights, training.classes)
@@ -85,50 +85,38 @@ def check_machine(config: Config, world: "World") -> None:
 
 
 def forecast(config: Config, ranks: int) -> str:
-    """Returns a line with the length of a run on `ranks` GPUs, after all checks. Raises InputError as the run would.
+    """Returns the description of a run on `ranks` GPUs, after all checks. Raises InputError as the run would.
 
-    A data set in a public layout is packed by the run, so without its manifest only the network is checked.
+    Data that are not packed are packed by the run, so of those only the network is checked.
     """
     handoff.check_handoffs(config)
-    paths = list(config.data.train_paths)
-    if config.data.val:
-        paths.append(config.data.val)
-    if any(public_datasets.is_public(path) for path in paths):
+    paths, validation_path = own_images.data_paths(config.data)
+    if any(map(public_datasets.is_unpacked, [*paths, validation_path or paths[0]])):
         # Any classes do for building a network.
         _check_build(config, ["of", "unpacked", "data"])
         return "steps are known once the run has packed its data"
     training, validation = open_manifests(config.data)
     order = check_data(config, training, validation, ranks)
+    from pipeline.job.describe_run import describe_run
     from pipeline.world import World
 
     # DeepSpeed prints its device, and standard output is for a command's result.
     with contextlib.redirect_stdout(sys.stderr):
         check_network(config, training, validation, order, World(size=ranks))
-    _check_build(config, training.classes)
+    num_parameters = _check_build(config, training.classes)
+    description = describe_run(config, training, validation, order, ranks, num_parameters)
     steps = Schedule.of(config, order.steps_per_epoch).total
-    plural = "s" if ranks > 1 else ""
-    length = f"{steps:,} steps ({order.steps_per_epoch:,} an epoch) with {ranks} rank{plural}"
     hours = _estimate_hours(config, steps, ranks, len(training.classes))
-    return "; ".join([length, padding(order, ranks, config) or "no padding", hours])
+    return "; ".join([*description.values(), hours])
 
 
-def padding(order: Order, ranks: int, config: Config) -> str:
-    """Returns the share of work that is padding, and the numbers of ranks that have none; empty where there is none."""
-    waste = padding_waste(order, ranks, config)
-    if not waste:
-        return ""
-    # A rank needs at least one lane.
-    largest = min(2 * ranks, order.lanes)
-    better = [str(size) for size in range(1, largest + 1) if not padding_waste(order, size, config)]
-    sizes = ", ".join(better) or "none up to double"
-    return f"{waste:.1%} of the work is padding; ranks without any: {sizes}"
-
-
-def _check_build(config: Config, classes: list[str]) -> None:
-    """Raises InputError for a network that cannot be built."""
+def _check_build(config: Config, classes: list[str]) -> int:
+    """Returns the number of the network's trainable parameters. Raises InputError for one that cannot be built."""
     from pipeline.tasks.build import build_task
+    from pipeline.train.optim import trainable
 
-    build_task(config.task, config.model, config.image, classes)
+    task = build_task(config.task, config.model, config.image, classes)
+    return sum(parameter.numel() for _, parameter in trainable(task.model))
 
 
 def _estimate_hours(config: Config, steps: int, ranks: int, num_classes: int) -> str:

@@ -21,6 +21,7 @@ from pipeline.feed.loader import EvalFeed, TrainFeed
 from pipeline.feed.quarantine import Quarantine
 from pipeline.flops import DTYPES, matrix_flop_s
 from pipeline.job import handoff, start_checks
+from pipeline.job.describe_run import describe_run
 from pipeline.job.handoff import Claim
 from pipeline.job.initial_weights import build_initial_task, load_initial_weights
 from pipeline.job.publish import Publisher, read_parent
@@ -69,6 +70,8 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
         # Checks, from the cheap ones to those that need the network. Rank 0 goes first, so that a mistake is reported
         # once and not by every rank.
         training, validation = world.first_then_all(lambda: _open_checked_data(config, world))
+        if world.from_first(training.digest) != training.digest:
+            raise InputError("data.train: its files changed while the ranks opened them: start the run again")
         if config.train.deterministic:
             make_deterministic()
         task = world.first_then_all(lambda: build_initial_task(config, training.classes))
@@ -130,6 +133,9 @@ def run_job(config: Config, world: World, claim: Claim | None = None) -> dict[st
             state.run_id = publisher.record.uuid
             files.write(folder / "deepspeed.json", json.dumps(redact(engine.deepspeed_config), indent=1).encode())
             _log_start(config, world, feed, schedule, state, engine.stage)
+            description = describe_run(config, training, validation, feed.order, world.size, engine.num_parameters)
+            for subject, text in description.items():
+                log.info(f"  {subject:9}{text}")
 
         # Training. Goodput is created last: it books the time since the process began as start-up.
         trainer = Trainer(
@@ -391,5 +397,3 @@ def _log_start(
     batch = f"{world.size} ranks × {rank_slice.accumulation} × {rank_slice.micro_batch_size} samples"
     engine = f"ZeRO-{zero_stage} {config.engine.precision}"
     log.info(f"{config.run.folder}: {config.model.name}, {steps}, {batch} on {world.device.type}, {engine}")
-    if padding := start_checks.padding(feed.order, world.size, config):
-        log.info(padding)

@@ -69,8 +69,8 @@ class Engine:
         self._parameters = dict(trainable(self._model))
         self._buffers = dict(self._model.named_buffers())
         self._batch_statistics = _find_batch_statistics(self._model)
-        num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
-        self.stage = config.engine.stage(num_parameters)
+        self.num_parameters = sum(parameter.numel() for parameter in self._parameters.values())
+        self.stage = config.engine.stage(self.num_parameters)
         # A copy without memory, to be run with other weights. Made before the blocks are compiled, so it is not.
         self._skeleton = copy.deepcopy(task.model).to("meta")
         if config.engine.compile:
@@ -90,7 +90,7 @@ class Engine:
             fused=True,
         )
         self._objective = Objective(task, config.engine.precision, world.device.type)
-        self.deepspeed_config = deepspeed_config(config, world, self._accumulation, num_parameters)
+        self.deepspeed_config = deepspeed_config(config, world, self._accumulation, self.num_parameters)
         # Any, because DeepSpeed's annotations name every optimiser it might hold.
         self._engine: Any = deepspeed.initialize(
             model=self._objective,
