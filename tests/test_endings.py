@@ -118,3 +118,8 @@ def test_stopped_training_says_that_it_goes_on(tmp_path: Path) -> None:
 def test_an_evaluation_ends_with_its_scores() -> None:
     ending = describe_evaluation({"model": "models:/tiny/1", "data": "val", "samples": 1797, "top1": 1.0})
     assert ending == "models:/tiny/1 on 1,797 samples of val: top1 100.0 %"
+
+
+def test_a_hand_off_that_is_at_work_elsewhere_has_no_scores(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, tmp_path), [])
+    assert "at work" in describe_training({"run": "runs/tiny", "at_work": True}, config)

@@ -14,6 +14,8 @@ REPORT = "report.html"
 def describe_training(result: Mapping[str, Any], config: Config) -> str:
     """Returns the ending of a training run: its scores, where its report lies, and the next commands."""
     folder = config.run.folder
+    if result.get("at_work"):
+        return f"{folder}: another process is at work on this hand-off"
     if result.get("requeue"):
         return f"{folder}: stopped early and saved in {result['checkpoint']}: the same command goes on from there"
     lines = [f"{folder}: {config.model.name} after {result['steps']:,} steps: {_format_scores(result)}"]
