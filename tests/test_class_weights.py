@@ -81,7 +81,7 @@ def test_a_class_without_samples_gets_no_weight() -> None:
 
 
 def test_the_weighted_loss_is_torchs() -> None:
-    model, task = torch.nn.Linear(8, 3), ClassificationTask(torch.nn.Identity(), 3)
+    model, task = torch.nn.Linear(8, 3), ClassificationTask(torch.nn.Identity(), NAMES)
     images, targets, weights = torch.randn(6, 8), torch.rand(6, 3).softmax(dim=1), torch.tensor([0.5, 1.25, 4.0])
     task.class_weights = weights
     found = task.losses(model, batch_of(images, targets))
@@ -107,7 +107,7 @@ def test_the_chance_loss_is_the_least_of_constant_predictions(smoothing: float) 
 
 
 def test_the_guard_knows_the_weighted_chance(imbalanced: Path, make_config: Make) -> None:
-    training, task = ShardSet(imbalanced / "train"), ClassificationTask(torch.nn.Identity(), 10)
+    training, task = ShardSet(imbalanced / "train"), ClassificationTask(torch.nn.Identity(), list("0123456789"))
     weigh_classes(make_config("task.class_weights=balanced", "mix={}"), training, task, World())
     assert task.chance_loss == pytest.approx(math.log(10))
     smoothed = make_config("task.class_weights=balanced", "mix={label_smoothing: 0.1}")
@@ -145,7 +145,7 @@ def test_unset_class_weights_leave_no_trace(make_config: Make) -> None:
     assert config == make_config()
     assert config.model_dump(mode="json")["task"] == {"name": "classification"}
     assert "class_weights:" not in dump_config(config)
-    task = ClassificationTask(torch.nn.Identity(), 10)
+    task = ClassificationTask(torch.nn.Identity(), list("0123456789"))
     before = dict(vars(task))
     weigh_classes(config, SimpleNamespace(), task, World())  # pyright: ignore[reportArgumentType] - nothing is read
     assert vars(task) == before
