@@ -61,7 +61,8 @@ from pipeline.track.export import compare_outputs
 from pipeline.track.export.source import ExportSource
 from pipeline.track.metric_names import label_of
 from pipeline.track.model_card import WEIGHTS, ModelCard
-from pipeline.track.registry import model_files, promote, registry
+from pipeline.track.registry import promote, registry
+from pipeline.track.serve.defaults import MIN_SCORE
 from pipeline.track.sync.outbox import Outbox
 from pipeline.world import World
 from pvt.detector import Detector
@@ -236,7 +237,7 @@ def test_low_scores_are_left_out_unless_asked_for(scenes: dict[str, ShardSet]) -
     (every,) = answers_of(model, [data], min_score=0.0)
     scores = every["scores"]
     assert len(scores) == 9 > sum(score >= scores[3] for score in scores)
-    cases: list[tuple[dict[str, float], float]] = [({}, model_files.MIN_SCORE), ({"min_score": scores[3]}, scores[3])]
+    cases: list[tuple[dict[str, float], float]] = [({}, MIN_SCORE), ({"min_score": scores[3]}, scores[3])]
     for params, least in cases:
         (answer,) = answers_of(model, [data], **params)
         count = sum(score >= least for score in scores)
@@ -253,7 +254,7 @@ def test_a_version_says_what_it_is(name: str) -> None:
     masks = ["segmentations"] if name == "mask_rcnn" else []
     assert signature.outputs.input_names() == ["boxes", "labels", "scores", *masks]
     (parameter,) = signature.params.params
-    assert (parameter.name, parameter.default) == ("min_score", model_files.MIN_SCORE)
+    assert (parameter.name, parameter.default) == ("min_score", MIN_SCORE)
     needed = (version.folder.parent / "requirements.txt").read_text()
     assert "pycocotools==" in needed
     assert ("transformers==" in needed) == (name == "detr")

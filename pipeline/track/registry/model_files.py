@@ -166,7 +166,8 @@ def _make_signature(task: TaskConfig) -> ModelSignature:
     served = SERVED[task.name]
     outputs = Schema([ColSpec(kind, name) for name, kind in served.columns.items()])
     params = ParamSchema(list(served.params)) if served.params else None
-    return ModelSignature(Schema([ColSpec("binary", "image")]), outputs, params)
+    # MLflow declares no default of None, and has one.
+    return ModelSignature(Schema([ColSpec("binary", "image")]), outputs, params)  # pyright: ignore[reportArgumentType]
 
 
 def _list_requirements(task: TaskConfig) -> list[str]:
