@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.feed import augment
 from pipeline.feed.augment import Views
 from pipeline.feed.transfer import to_device
-from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index import CorruptSampleError, SampleSource
 from pipeline.shards.object_annotations import Annotated, BadObjectsError, decode, mask
 from pipeline.shards.store import StoreError
 from pvt.detector import Objects
@@ -172,7 +172,7 @@ def without_mask(annotated: Annotated, *, crowds: bool = False) -> str | None:
     return None
 
 
-def require_masks(shards: ShardSet) -> None:
+def require_masks(shards: SampleSource) -> None:
     """Raises InputError for a data set of boxes alone, as far as its first samples tell."""
     num_checked = min(int(shards.shard_samples[0]), _NUM_CHECKED)
     for row in range(num_checked):

@@ -45,15 +45,24 @@ class Finisher:
         out: Tensor,
     ) -> None:
         """Resizes, crops and finishes a decoded window [h, w, 3] uint8 into `out` [1, 3, H, W], as `view` says."""
-        top, left = view.corner[0].tolist()
-        height, width = view.extent[0].tolist()
-        image = resize(
-            window,
-            view.resized[0].tolist(),
-            self._interpolation,
-        )
-        crop = image[top : top + height, left : left + width]
-        self.finish(crop[None], view, out)
+        self.finish_windows([window], view, out)
+
+    def finish_windows(
+        self,
+        windows: Sequence[Tensor],
+        views: Views,
+        out: Tensor,
+    ) -> None:
+        """Resizes, crops and finishes n decoded windows [h, w, 3] uint8 into `out` [n, 3, H, W], as `views` say, whose
+        extents are equal."""
+        height, width = views.extent[0].tolist()
+        crops = []
+        for window, size, (top, left) in zip(windows, views.resized.tolist(), views.corner.tolist(), strict=True):
+            image = resize(window, size, self._interpolation)
+            crops.append(image[top : top + height, left : left + width])
+        # A single one needs no copy.
+        images = crops[0][None] if len(crops) == 1 else torch.stack(crops)
+        self.finish(images, views, out)
 
     def finish(self, images: Tensor, views: Views, out: Tensor) -> None:
         """Flips, augments, normalises and erases `images` [n, h, w, 3] uint8 into the upper left of `out` [n, 3, H, W]

@@ -34,7 +34,7 @@ from pipeline.feed.dali import Decoder, EncodedBatch, Probe
 from pipeline.feed.plan import Candidate, Plan
 from pipeline.feed.quarantine import Quarantine, TooManyBadSamplesError
 from pipeline.feed.task_transforms import Target
-from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index import CorruptSampleError, SampleSource
 from pipeline.world import World
 
 Array = npt.NDArray[Any]
@@ -68,7 +68,7 @@ class ImageStream(Generic[Batch]):
     def __init__(
         self,
         first: int,
-        shards: ShardSet,
+        shards: SampleSource,
         quarantine: Quarantine,
         world: World,
         image: ImageConfig,
@@ -206,13 +206,14 @@ class ImageStream(Generic[Batch]):
         images: Tensor,
         chunk: range,
     ) -> None:
+        if len(views.ops) == 0 and (views.extent == views.extent[0]).all():
+            # Few calls for many images, where no operation differs among them.
+            whole = slice(chunk.start, chunk.stop)
+            self._finisher.finish_windows(windows[whole], views[whole], images[whole])
+            return
         for i in chunk:
             one = slice(i, i + 1)
-            self._finisher.finish_window(
-                windows[i],
-                views[one],
-                images[one],
-            )
+            self._finisher.finish_window(windows[i], views[one], images[one])
 
     def _decode(self) -> Tensor | list[Tensor]:
         while True:

@@ -23,10 +23,10 @@ from pipeline.feed.image_stream import ImageStream
 from pipeline.feed.order import Order, Samples, partition
 from pipeline.feed.plan import Candidate, Plan
 from pipeline.feed.quarantine import Quarantine
-from pipeline.feed.task_transforms import require_annotations, task_transform
+from pipeline.feed.task_transforms import EvaluationTransform, require_annotations, task_transform
 from pipeline.feed.transfer import to_device
 from pipeline.keys import Stream
-from pipeline.shards.index import ShardSet
+from pipeline.shards.index import SampleSource, ShardSet
 from pipeline.world import World
 
 Array = npt.NDArray[Any]
@@ -295,31 +295,40 @@ class EvalFeed:
     """Every sample of a data set exactly once, over all ranks, as `task` (None: classification) sees it. Damaged
     samples have no weight.
 
-    The data set is cut into batches in its stored order and rank r takes batches r, r + W, …; short and missing ones
-    are filled up with weightless samples. The samples of a batch do not depend on the world size, nor do its results.
+    The data set is cut into batches in its stored order and rank r takes batches r, r + W, …, or those of `batches`;
+    short and missing ones are filled up with weightless samples. With `transform`, the data set needs no annotations
+    but those that it takes. The samples of a batch do not depend on the world size, nor do its results.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: SampleSource,
         world: World,
         image: ImageConfig,
         *,
         task: TaskConfig | None = None,
+        transform: EvaluationTransform | None = None,
+        batches: Sequence[int] | None = None,
         batch_size: int,
         num_threads: int = 0,
         prefetch: int = 2,
         quarantine: Quarantine | None = None,
     ) -> None:
-        task = task or ClassificationConfig()
-        require_annotations(task, shards)
+        if transform is None:
+            task = task or ClassificationConfig()
+            require_annotations(task, shards)
+            transform = task_transform(task, image, len(shards.classes))
         self._shards = shards
         self._world = world
         self._image = image
-        self._transform = task_transform(task, image, len(shards.classes))
+        self._transform = transform
         self.num_samples = len(shards)
         self._batch_size = min(batch_size, self.num_samples)
-        self.num_batches = -(-self.num_samples // (self._batch_size * world.size))
+        if batches is None:
+            num_rounds = -(-self.num_samples // (self._batch_size * world.size))
+            batches = range(world.rank, num_rounds * world.size, world.size)
+        self._batches = batches
+        self.num_batches = len(batches)
         self._first_id = np.cumsum(shards.shard_samples) - shards.shard_samples
         # Each evaluation starts a stream of its own.
         self._start_stream = functools.partial(
@@ -373,10 +382,12 @@ class EvalFeed:
         )
 
     def plan(self, number: int) -> Plan:
-        """Returns the plan of this rank's batch `number`. Reading ahead may ask for batches beyond the last, which hold
-        nothing but fillers."""
-        batch = number * self._world.size + self._world.rank
-        position = batch * self._batch_size + np.arange(self._batch_size)
+        """Returns the plan of this rank's batch `number`. Reading ahead asks for batches beyond the last, which nobody
+        takes: they hold a single filler."""
+        if number < self.num_batches:
+            position = self._batches[number] * self._batch_size + np.arange(self._batch_size)
+        else:
+            position = np.array([self.num_samples])
         weights = (position < self.num_samples).astype(np.float32)
         sample_id = np.minimum(position, self.num_samples - 1)
         samples = self._make_samples(sample_id, position)

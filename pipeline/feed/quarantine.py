@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import files
 from pipeline.errors import ExternalError
 from pipeline.run_folder import read_lines
-from pipeline.shards.index import ShardSet
+from pipeline.shards.index import SampleSource
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Quarantine:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: SampleSource,
         path: Path | None = None,
         max_fraction: float = 1.0,
     ) -> None:
@@ -44,6 +44,11 @@ class Quarantine:
     def holds(self, shard: int, row: int) -> bool:
         """Returns whether a sample has been found damaged before."""
         return (shard, row) in self._bad_samples
+
+    def reason(self, shard: int, row: int) -> str | None:
+        """Returns why a sample cannot be used; None for one that was not found damaged."""
+        line = self._bad_samples.get((shard, row))
+        return line and line["reason"]
 
     def add(self, shard: int, row: int, reason: str) -> None:
         """Records a damaged sample, once.

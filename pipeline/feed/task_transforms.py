@@ -23,7 +23,7 @@ from pipeline.feed.augment import Views
 from pipeline.feed.box_transforms import BoxTransform, require_masks
 from pipeline.feed.transfer import to_device
 from pipeline.shards.images import IGNORED, BadImageError, decode_map, wrong_labels
-from pipeline.shards.index import CorruptSampleError, ShardSet
+from pipeline.shards.index import CorruptSampleError, SampleSource
 
 Array = npt.NDArray[Any]
 
@@ -32,27 +32,33 @@ Target = Callable[[bytes, Views], tuple[Views, Any]]
 annotation may have changed, and the target for it. It raises CorruptSampleError."""
 
 
-class TaskTransform(Protocol):
-    """How a task sees n samples with heights and widths `hw` [n, 2]."""
+class EvaluationTransform(Protocol):
+    """How a task sees n samples with heights and widths `hw` [n, 2] in evaluation."""
+
+    @property
+    def evaluation_target(self) -> Target | None:
+        """None where samples have class labels and no annotations."""
+        ...
+
+    def evaluation_views(self, hw: Array) -> Views: ...
+
+    def evaluation_batch(self, targets: Any, device: torch.device) -> Any:
+        """Returns a batch's targets for the metric, from those of `evaluation_target` or from class labels [n]."""
+        ...
+
+
+class TaskTransform(EvaluationTransform, Protocol):
+    """How a task sees samples in training, too."""
 
     @property
     def training_target(self) -> Target | None:
         """None where samples have class labels and no annotations."""
         ...
 
-    @property
-    def evaluation_target(self) -> Target | None: ...
-
     def training_views(self, size: int, key: keys.Key, hw: Array) -> Views: ...
-
-    def evaluation_views(self, hw: Array) -> Views: ...
 
     def training_batch(self, targets: Any, device: torch.device) -> Any:
         """Returns a batch's targets for the loss, from those of `training_target` or from class labels [n]."""
-        ...
-
-    def evaluation_batch(self, targets: Any, device: torch.device) -> Any:
-        """Returns a batch's targets for the metric, from those of `evaluation_target` or from class labels [n]."""
         ...
 
     def blank_batch(self, n: int, size: int, device: torch.device) -> Any:
@@ -215,6 +221,21 @@ class MaskTransform:
         return bool(counts.max() <= limit)
 
 
+@dataclasses.dataclass(frozen=True)
+class WithoutTargets:
+    """What evaluation shows the network of images, of which nobody has said what is in them."""
+
+    evaluation_target = None
+
+    transform: TaskTransform
+
+    def evaluation_views(self, hw: Array) -> Views:
+        return self.transform.evaluation_views(hw)
+
+    def evaluation_batch(self, targets: Array, device: torch.device) -> None:
+        """Returns nothing in place of the labels."""
+
+
 TRANSFORMS: dict[str, Callable[[Any, ImageConfig, int, AugmentConfig, float], TaskTransform]] = {
     "classification": LabelTransform,
     "semantic_fpn": MaskTransform,
@@ -237,7 +258,7 @@ def task_transform(
     return TRANSFORMS[task.name](task, image, num_classes, config or AugmentConfig(), label_smoothing)
 
 
-def require_annotations(task: TaskConfig, shards: ShardSet) -> None:
+def require_annotations(task: TaskConfig, shards: SampleSource) -> None:
     """Raises InputError for data of another kind than the task's."""
     if shards.annotations != task.annotations:
         kinds = {

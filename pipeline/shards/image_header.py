@@ -116,6 +116,17 @@ def damage(data: bytes) -> str | None:
     return None
 
 
+def is_cut_short(data: bytes) -> bool:
+    """Returns whether a JPEG ends without an end marker behind its first scan."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return False
+    for marker, _, end in _segments(data):
+        if marker == _START_OF_SCAN:
+            # From the end, where it stands in all but a few.
+            return data.rfind(bytes([0xFF, _END]), end) < 0
+    return True
+
+
 def _lacks_scans(data: bytes) -> bool:
     """Returns whether a JPEG lacks some bits of a coefficient of a component (ITU-T T.81, annex G).
 

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pipeline.shards.image_header import damage, excess, read_size
+from pipeline.shards.image_header import damage, excess, is_cut_short, read_size
 from pipeline.shards.index import MAX_BYTES, MAX_PIXELS
 
 MAX_SIDE_PX = 65535
@@ -107,6 +107,22 @@ def decode_map(data: bytes) -> LabelMap:
                 f"of {depth} bits in PIL's mode {image.mode}"
             )
         return np.array(image)
+
+
+def as_fed(data: bytes) -> bytes:
+    """Returns the image itself where the feed decodes it as Pillow does, and else a PNG of what Pillow decodes.
+
+    Raises BadImageError for an image that is damaged, as far as can be seen without decoding, or that Pillow refuses.
+    """
+    is_deep = data.startswith(b"\x89PNG") and data[_DEPTH : _DEPTH + 1] == b"\x10"
+    if read_size(data) is None or is_deep:
+        with _open_checked(data) as image:
+            return _encode(_load(image, data).convert("RGB"), "PNG", compress_level=1)
+    _check_bytes(data, MAX_BYTES)
+    _check_undamaged(data)
+    if is_cut_short(data):
+        raise BadImageError("damaged: cut short")
+    return data
 
 
 def prepare(

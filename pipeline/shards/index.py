@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +77,29 @@ Int64Array = npt.NDArray[np.int64]
 
 class CorruptSampleError(RuntimeError):
     """A sample's bytes are not those that were indexed, or cannot become an image."""
+
+
+class SampleSource(Protocol):
+    """What a feed reads samples from: a ShardSet, or images as they lie (loose_images.py)."""
+
+    classes: list[str]
+    annotations: Annotations | None
+    shard_samples: Int64Array
+
+    @property
+    def digest(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def records(self, shards: Int64Array, rows: Int64Array) -> Records: ...
+
+    def read(self, shard: int, row: int) -> bytes: ...
+
+    def read_annotation(self, shard: int, row: int) -> bytes: ...
+
+    def key(self, shard: int, row: int) -> str: ...
+
+    def url(self, shard: int) -> str: ...
 
 
 class ShardSet:

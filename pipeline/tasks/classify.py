@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline import network
+from pipeline.answers import AnswerOptions, Seen, classification_rows
 from pipeline.config import ClassificationConfig, ModelConfig
 from pipeline.errors import InputError
 from pipeline.feed.loader import MicroBatch
@@ -79,6 +80,16 @@ class ClassificationTask:
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns logits [N, K]."""
         return model(batch.images, **drop_path_of(batch))
+
+    def answers(
+        self,
+        outputs: Tensor,
+        seen: Sequence[Seen],
+        classes: Sequence[str],
+        options: AnswerOptions,
+    ) -> list[dict[str, Any]]:
+        """Returns what logits [N, K] say about each image, see answers.py."""
+        return classification_rows(outputs.float().softmax(dim=1), classes, options.top_k)
 
     def metric(self) -> "ClassificationMetric":
         """Returns a metric that has counted nothing yet."""

@@ -7,6 +7,7 @@ images [N, 3, H, W] ──Detector──▶ losses by name, [N] each ──sum�
 import contextlib
 import io
 import itertools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from pipeline.answers import AnswerOptions, Seen, detection_row
 from pipeline.coco_results import as_results
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.box_transforms import Truth
@@ -56,6 +58,19 @@ class DetectionTask(DenseTask):
     def outputs(self, model: nn.Module, batch: MicroBatch) -> list[Detections]:
         """Returns the detections of each image."""
         return model(batch.images, batch.extents)
+
+    def answers(
+        self,
+        outputs: list[Detections],
+        seen: Sequence[Seen],
+        classes: Sequence[str],
+        options: AnswerOptions,
+    ) -> list[dict[str, Any]]:
+        """Returns what the detections say about each image, see answers.py."""
+        rows = []
+        for detections, image in zip(outputs, seen, strict=True):
+            rows.append(detection_row(detections, image.size, image.extent, classes, options.min_score))
+        return rows
 
     def metric(self) -> "DetectionMetric":
         """Returns a metric that has collected nothing yet."""

@@ -1,6 +1,6 @@
 """Draws the predictions of a network for samples from all over a data set.
 
-every n-th sample ──network──▶ outputs ──▶ a row of tiles ──▶ contact sheet (PNG)
+every n-th sample ──network──▶ answers.py's row ──▶ a row of tiles ──▶ contact sheet (PNG)
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.coco_results import as_results
+from pipeline.answers import AnswerOptions, Seen, decode_mask
 from pipeline.config import ImageConfig, TaskConfig
 from pipeline.errors import InputError
 from pipeline.feed.box_transforms import Truth
@@ -24,17 +24,15 @@ from pipeline.protocols import Task
 from pipeline.shards.images import IGNORED, decode
 from pipeline.shards.index import ShardSet
 from pipeline.shards.object_annotations import mask
-from pipeline.tasks import segment
 from pipeline.tasks.classify import ClassificationTask
 from pipeline.tasks.detect import DetectionTask
 from pipeline.tasks.segment import SegmentationTask
 from pipeline.world import World
-from pvt.detector import Detections
 
 # Boxes and labels of objects need larger tiles.
 _BOX_TILE_PX = 300
 
-_MIN_SCORE = 0.5
+MIN_SCORE = 0.5
 """Detections with a lower score are not drawn."""
 
 Tile = tuple[Image.Image, str, str]
@@ -89,50 +87,85 @@ def draw_predictions(
             row = int(batch.samples.row[0])
             original = decode(shards.read(shard, row))
             key = shards.key(shard, row)
-            output: Any = task.outputs(task.model, batch)[0]
+            seen = Seen(batch.extents[0], (original.height, original.width))
+            outputs: Any = task.outputs(task.model, batch)
+            (answer,) = task.answers(outputs, [seen], shards.classes, AnswerOptions(1, MIN_SCORE))
             target = batch.targets[0]
-            rows.append(drawing.make_tiles(original, key, output, target, shards.classes))
+            rows.append(drawing.make_tiles(original, key, answer, target, shards.classes))
     if not rows:
         raise InputError(f"{shards.url(0)}: has no sample that can be read and drawn")
+    about = f"{len(rows)} of {len(shards)} samples"
+    draw_sheet(rows, drawing, path, title, about, note=shards.attribution)
+
+
+def draw_sheet(
+    rows: list[list[Tile]],
+    drawing: "_Drawing",
+    path: Path,
+    title: str,
+    about: str,
+    *,
+    note: str | None = None,
+) -> None:
+    """Draws a row of tiles for each sample into the PNG `path`. Raises InputError where it cannot be written."""
     tiles = [tile for row in rows for tile in row]
     sheet = Sheet(
         title,
-        f"{len(rows)} of {len(shards)} samples",
+        about,
         # One or two samples of several tiles get a line of the sheet each.
         columns=drawing.columns if len(rows) > 2 or len(rows[0]) == 1 else len(rows[0]),
         count=len(tiles),
         num_details=1,
         tile_px=drawing.tile_px,
-        note=shards.attribution,
+        note=note,
     )
     for picture, caption, detail in tiles:
         sheet.add(picture, caption, detail)
     sheet.save(path)
 
 
+def answer_tile(answer: dict[str, Any], original: Image.Image, name: str, classes: list[str]) -> Tile:
+    """Returns the tile of what a row of answers.py says about an image."""
+    if "mask" in answer:
+        return colourise(decode_mask(answer["mask"]), len(classes)), "prediction", ", ".join(answer["labels"])
+    if "boxes" not in answer:
+        return original, f"{answer['label']} {answer['score']:.0%}", name
+    found = []
+    columns = answer["labels"], answer["scores"], answer["boxes"]
+    for number, (label, score, bbox) in enumerate(zip(*columns, strict=True)):
+        each = {"label": classes.index(label), "score": score, "bbox": bbox}
+        if "segmentations" in answer:
+            each["segmentation"] = answer["segmentations"][number]
+        if score >= MIN_SCORE:
+            found.append(each)
+    picture = draw_objects(original, found, classes, _BOX_TILE_PX)
+    return picture, "prediction", f"{len(found)} with scores from {MIN_SCORE:.0%} on"
+
+
 def _classification_tiles(
     original: Image.Image,
     key: str,
-    logits: Tensor,
+    answer: dict[str, Any],
     label: Tensor,
     classes: list[str],
 ) -> list[Tile]:
-    probability, best = logits.float().softmax(dim=0).max(dim=0)
-    verdict = "right" if best == label else f"is {classes[int(label)]}"
-    return [(original, f"{classes[int(best)]} {probability:.0%}, {verdict}", key)]
+    picture, caption, detail = answer_tile(answer, original, key, classes)
+    verdict = "right" if answer["label"] == classes[int(label)] else f"is {classes[int(label)]}"
+    return [(picture, f"{caption}, {verdict}", detail)]
 
 
 def _segmentation_tiles(
     original: Image.Image,
     key: str,
-    logits: Tensor,
+    answer: dict[str, Any],
     target: MaskTarget,
     classes: list[str],
 ) -> list[Tile]:
     truth = target.labels.cpu()
-    predicted = segment.predict(logits.float(), target).byte().cpu()
+    predicted = torch.from_numpy(decode_mask(answer["mask"]))
     labelled = truth != IGNORED
     right = (truth == predicted)[labelled].double().mean().item()
+    picture, caption, detail = answer_tile(answer, original, key, classes)
     return [
         (
             original,
@@ -145,9 +178,9 @@ def _segmentation_tiles(
             _list_classes(truth, classes),
         ),
         (
-            colourise(predicted.numpy(), len(classes)),
-            f"prediction, {right:.1%} of pixels right",
-            _list_classes(predicted, classes),
+            picture,
+            f"{caption}, {right:.1%} of pixels right",
+            detail,
         ),
     ]
 
@@ -155,12 +188,10 @@ def _segmentation_tiles(
 def _detection_tiles(
     original: Image.Image,
     key: str,
-    detections: Detections,
+    answer: dict[str, Any],
     truth: Truth,
     classes: list[str],
 ) -> list[Tile]:
-    results = as_results(detections, truth.size, truth.extent)
-    good = [result for result in results if result["score"] >= _MIN_SCORE]
     objects = [annotation for annotation in truth.annotations if not annotation["iscrowd"]]
     # Small objects are drawn on top of large ones.
     objects.sort(key=lambda annotation: annotation["area"])
@@ -170,11 +201,7 @@ def _detection_tiles(
             key,
             f"truth: {len(objects)} objects",
         ),
-        (
-            draw_objects(original, good, classes, _BOX_TILE_PX),
-            "prediction",
-            f"{len(good)} with scores from {_MIN_SCORE:.0%} on",
-        ),
+        answer_tile(answer, original, key, classes),
     ]
 
 
@@ -182,7 +209,7 @@ class _Drawing(NamedTuple):
     """How the predictions of a task are drawn."""
 
     make_tiles: Callable[[Image.Image, str, Any, Any, list[str]], list[Tile]]
-    """Makes the tiles of a sample from its stored image and key, the network's output, the target and the classes."""
+    """Makes the tiles of a sample from its stored image and key, the answer, the target and the classes."""
     columns: int = 6
     tile_px: int = 200
 

@@ -6,10 +6,14 @@
 N images, K classes; the network's input is H x W, the canvas; an image's own size is h x w.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.answers import AnswerOptions, Seen, class_map, segmentation_row
 from pipeline.errors import InputError
 from pipeline.evaluation_view import resize_to_canvas, resize_to_image
 from pipeline.feed.loader import MicroBatch
@@ -35,6 +39,20 @@ class SegmentationTask(DenseTask):
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Returns logits [N, K, H/4, W/4]."""
         return model(batch.images, **drop_path_of(batch))
+
+    def answers(
+        self,
+        outputs: Tensor,
+        seen: Sequence[Seen],
+        classes: Sequence[str],
+        options: AnswerOptions,
+    ) -> list[dict[str, Any]]:
+        """Returns what logits [N, K, H/4, W/4] say about each image, see answers.py."""
+        rows = []
+        for logits, image in zip(outputs.float(), seen, strict=True):
+            labels = class_map(logits, image.extent, image.size)
+            rows.append(segmentation_row(labels.cpu().numpy(), classes))
+        return rows
 
     def metric(self) -> "SegmentationMetric":
         """Returns a metric that has counted nothing yet."""

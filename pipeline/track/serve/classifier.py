@@ -15,6 +15,7 @@ from mlflow.types import ParamSpec
 from mlflow.types.schema import Array
 from torch import Tensor
 
+from pipeline.answers import classification_rows
 from pipeline.evaluation_view import crop_centre, scaled_statistics, short_side_before_crop, short_side_sizes
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
@@ -62,20 +63,8 @@ class ServedClassifier:
 
     def answers(self, views: Sequence[View], params: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns a row for each image: its best label and score, and the best `top_k` of them."""
-        top_k = min(params.get("top_k", TOP_K), len(self._classes))
-        best = self._logits(views).softmax(dim=1).topk(top_k)
-        rows = []
-        for indices, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-            labels = [self._classes[index] for index in indices]
-            rows.append(
-                {
-                    "label": labels[0],
-                    "score": scores[0],
-                    "labels": labels,
-                    "scores": scores,
-                }
-            )
-        return rows
+        top_k = params.get("top_k", TOP_K)
+        return classification_rows(self._logits(views).softmax(dim=1), self._classes, top_k)
 
     def describe(self, answer: Mapping[str, Any]) -> tuple[str, float]:
         """Returns the best label with its probability, in words and as a number."""

@@ -1,6 +1,6 @@
 """A served detector: where objects are in an image, in the image's own pixels, for some networks with masks.
 
-view ──canvas [3, H, W], extent──network──▶ Detections ──as_results──▶ those with a good score ──▶ boxes, labels, scores
+view ──canvas [3, H, W], extent──network──▶ Detections ──answers.detection_row──▶ boxes, labels, scores
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from mlflow.types import ParamSpec
 from mlflow.types.schema import Array, Object, Property
 from torch import Tensor
 
-from pipeline.coco_results import as_results
+from pipeline.answers import detection_row
 from pipeline.shards import images
 from pipeline.track.model_card import ModelCard
 from pipeline.track.serve.defaults import MIN_SCORE
@@ -50,18 +50,13 @@ class ServedDetector(ServedOnWholeImages):
 
     def _answer(self, view: View, canvas: Tensor, params: Mapping[str, Any]) -> dict[str, Any]:
         (detections,) = self._network(canvas[None], [view.extent])
-        if not (detections.scores.isfinite().all() and detections.boxes.isfinite().all()):
-            raise RuntimeError("the network's scores or boxes are not finite")
-        good = detections[detections.scores >= _read_min_score(params)]
-        results = as_results(good, view.size, view.extent)
-        answer = {
-            "boxes": [result["bbox"] for result in results],
-            "labels": [self._card.classes[result["label"]] for result in results],
-            "scores": [result["score"] for result in results],
-            "segmentations": [result.get("segmentation") for result in results],
-        }
-        # Only networks with masks answer segmentations.
-        return {name: answer[name] for name in self.columns}
+        return detection_row(
+            detections,
+            view.size,
+            view.extent,
+            self._card.classes,
+            _read_min_score(params),
+        )
 
 
 class ServedMaskDetector(ServedDetector):

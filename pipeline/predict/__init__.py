@@ -1,0 +1,1 @@
+"""What a registered model says about images that nobody has labelled."""
