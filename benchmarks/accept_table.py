@@ -35,35 +35,39 @@ ROWS = (
     Row(
         "model against Transformers' PVT",
         (
-            "tests/test_pvt_model.py::test_logits_and_maps_match_transformers",
+            "tests/test_pvt_model.py::test_logits_and_feature_maps_match_transformers",
             "tests/test_pvt_model.py::test_gradients_match_transformers",
         ),
     ),
-    Row("crops and RandAugment's 15 operations", ("tests/test_augment.py::test_operations_against_timm",)),
+    Row("crops and RandAugment's 15 operations", ("tests/test_augment.py::test_rand_augment_ops_match_timm",)),
     Row(
         "ZeRO 0–3 on 1, 2 and 3 ranks against plain AdamW",
-        ("tests/test_engine.py::test_fp32_is_single_process_adamw",),
+        ("tests/test_engine.py::test_fp32_matches_single_process_adamw",),
         note="one rank",
     ),
-    Row("ZeRO 0–3 in bf16 and fp16", ("tests/test_engine.py::test_low_precision_agrees_over_stages",), note="one rank"),
-    Row("restart on the same world", ("tests/test_checkpoint.py::test_restarting_changes_no_bit",), note="one rank"),
+    Row(
+        "ZeRO 0–3 in bf16 and fp16",
+        ("tests/test_engine.py::test_low_precision_losses_match_across_zero_stages",),
+        note="one rank",
+    ),
+    Row("restart on the same world", ("tests/test_checkpoint.py::test_resume_is_bit_exact",), note="one rank"),
     Row("50 SIGKILLs at random", stage="kill and resume", say=_killed),
     Row(
         "Semantic FPN's decoder",
-        ("tests/test_semantic_fpn.py::test_the_decoder_is_that_of_segmentation_models_pytorch",),
+        ("tests/test_semantic_fpn.py::test_decoder_matches_segmentation_models_pytorch",),
         note="the decoder",
     ),
     Row("PVT-Large + Mask R-CNN", stage="memory", say=_peaks),
     Row(
         "reference, optimised and compiled kernels",
         (
-            "tests/test_pvt_model.py::test_optimised_kernels_compute_the_same",
-            "tests/test_compile.py::test_compiled_blocks_compute_the_same",
+            "tests/test_pvt_model.py::test_optimised_kernels_match_plain_operators",
+            "tests/test_compile.py::test_compiled_blocks_match_eager",
         ),
     ),
     Row(
         "training with and without a profile",
-        ("tests/test_profile.py::test_training_goes_on_as_if_it_was_not_there",),
+        ("tests/test_profile.py::test_profiling_does_not_change_training",),
         note="plain blocks, one rank",
     ),
 )

@@ -35,7 +35,7 @@ def run(stage: Stage, limit_s: float, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_it_runs_through_on_a_cpu(tmp_path: Path) -> None:
+def test_accept_runs_all_quick_stages_on_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accept", "--device", "cpu", "--quick", "--budget", "1800"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -59,21 +59,21 @@ def test_it_runs_through_on_a_cpu(tmp_path: Path) -> None:
     assert "done after" not in again.stderr
 
 
-def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+def test_timed_out_stage_is_killed_with_its_children(tmp_path: Path) -> None:
     line = run(STUCK, 5.0, tmp_path)
     assert (line["outcome"], line["reason"]) == ("ended", "it took longer than 5 s")
     assert line["seconds"] < 5 + 2 * accept.GRACE_S + 2
     assert not is_alive(line["result"]["child"])
 
 
-def test_what_fails_says_why(tmp_path: Path) -> None:
+def test_failed_stage_reports_reason(tmp_path: Path) -> None:
     line = run(Stage("fails", "benchmarks.order --no-such-option", 1), 300.0, tmp_path)
     assert line["outcome"] == "failed"
     assert line["reason"].startswith("exit code 2: ")
     assert "unrecognized arguments: --no-such-option" in line["reason"]
 
 
-def test_what_cannot_be_run_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_stage_that_cannot_run_is_skipped_with_reason(tmp_path: Path) -> None:
     missing = run(HELP._replace(needs=("json", "no_such.package")), 60.0, tmp_path)
     assert (missing["outcome"], missing["reason"]) == ("skipped", "needs no_such.package, which is not installed")
     late = run(HELP, 0.5, tmp_path)
@@ -105,7 +105,7 @@ accept.cli.run(accept.main)
 
 
 @pytest.mark.parametrize("stopped", [signal.SIGTERM, signal.SIGKILL], indirect=True)
-def test_lines_survive_its_end(stopped: tuple[Path, int, int]) -> None:
+def test_finished_stages_are_kept_when_accept_is_killed(stopped: tuple[Path, int, int]) -> None:
     folder, child, code = stopped
     (line,) = accept.read(folder / "accept.jsonl")
     assert (line["stage"], line["outcome"]) == ("help", "done")
@@ -115,14 +115,14 @@ def test_lines_survive_its_end(stopped: tuple[Path, int, int]) -> None:
         assert not is_alive(child)
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_truncated_result_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "accept.jsonl"
     assert accept.read(path) == []
     path.write_text('{"stage": "versions"}\n{"stage": "deco')
     assert accept.read(path) == [{"stage": "versions"}]
 
 
-def test_outcomes_of_tests_are_read_while_they_run(tmp_path: Path) -> None:
+def test_pytest_outcomes_are_read_from_partial_output(tmp_path: Path) -> None:
     path = tmp_path / "tests.out"
     path.write_text("""
 tests/test_a.py::test_one[fp32-a b] PASSED [ 25%]
@@ -145,7 +145,7 @@ def line(stage: str, result: Any, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "result": result, **empty, **more}
 
 
-def test_a_row_says_what_was_found() -> None:
+def test_readme_row_reports_stage_outcome() -> None:
     passes = {test: {"passed": 2} for test in accept_table.ROWS[0].tests}
     begins = f"| {accept_table.ROWS[0].begins}"
 
@@ -165,7 +165,7 @@ def test_a_row_says_what_was_found() -> None:
 
 
 @pytest.mark.parametrize("row", accept_table.ROWS, ids=lambda row: row.begins)
-def test_rows_stand_in_the_readme_and_what_speaks_for_them_exists(row: accept_table.Row) -> None:
+def test_table_rows_match_readme_and_existing_tests(row: accept_table.Row) -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(re.findall(rf"^\| {re.escape(row.begins)}", readme, re.MULTILINE)) == 1
     assert bool(row.tests) != bool(row.stage)
@@ -175,7 +175,7 @@ def test_rows_stand_in_the_readme_and_what_speaks_for_them_exists(row: accept_ta
         assert f"def {name}(" in (ROOT / path).read_text()
 
 
-def test_a_machine_without_a_gpu_is_refused_at_once(tmp_path: Path) -> None:
+def test_accept_without_gpu_is_rejected(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accept", "--out", tmp_path / "out"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)

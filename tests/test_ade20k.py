@@ -94,7 +94,7 @@ def samples(shards: ShardSet) -> dict[str, tuple[bytes, bytes]]:
 # At rest
 
 
-def test_image_and_map_are_packed_as_they_are(ade: Path, tmp_path: Path) -> None:
+def test_images_and_label_maps_are_packed_unchanged(ade: Path, tmp_path: Path) -> None:
     manifest = pack(ade20k.find(maps(ade)), tmp_path / "out", samples_per_shard=4)
     assert manifest.annotations == "semantic"
     assert manifest.classes == CLASSES
@@ -112,7 +112,7 @@ def test_image_and_map_are_packed_as_they_are(ade: Path, tmp_path: Path) -> None
 
 # webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_tar_and_webdataset_read_them(ade: Path, tmp_path: Path) -> None:
+def test_shards_are_readable_by_tarfile_and_webdataset(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     tar = tmp_path / "out/shard-000000.tar"
     with tarfile.open(tar) as members:
@@ -124,7 +124,7 @@ def test_tar_and_webdataset_read_them(ade: Path, tmp_path: Path) -> None:
     assert found == samples(ShardSet(tmp_path / "out"))
 
 
-def test_workers_do_not_change_the_bytes(ade: Path, tmp_path: Path) -> None:
+def test_packed_bytes_are_independent_of_worker_count(ade: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         out = tmp_path / str(workers)
         pack(ade20k.find(maps(ade)), out, samples_per_shard=2, max_side=48, workers=workers)
@@ -132,7 +132,7 @@ def test_workers_do_not_change_the_bytes(ade: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "1").glob("*.tar"))) == 3
 
 
-def test_the_digest_covers_the_kind_of_annotation() -> None:
+def test_manifest_digest_covers_annotation_kind() -> None:
     shards = [Shard("shard-000000", 1, 2, "3" * 64, 4, "5" * 64)]
     plain, annotated = Manifest.of(["a"], shards), Manifest.of(["a"], shards, annotations="semantic")
     assert annotated.digest != plain.digest
@@ -142,7 +142,7 @@ def test_the_digest_covers_the_kind_of_annotation() -> None:
     assert json.loads(annotated.encode())["annotations"] == "semantic"
 
 
-def test_a_manifest_whose_annotations_were_edited_is_refused(ade: Path, tmp_path: Path) -> None:
+def test_manifest_with_edited_annotations_is_rejected(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     path = tmp_path / "out/manifest.json"
     path.write_text(path.read_text().replace('"semantic"', "null"))
@@ -150,7 +150,7 @@ def test_a_manifest_whose_annotations_were_edited_is_refused(ade: Path, tmp_path
         read_manifest(tmp_path / "out")
 
 
-def test_labelled_and_annotated_images_are_not_mixed(ade: Path, digits: Path, tmp_path: Path) -> None:
+def test_mixing_labelled_and_annotated_shards_is_rejected(ade: Path, digits: Path, tmp_path: Path) -> None:
     classes = read_manifest(digits / "val").classes
     (ade / "objectInfo150.txt").unlink()
     pack(ade20k.find(maps(ade), classes=classes), tmp_path / "out")
@@ -158,7 +158,7 @@ def test_labelled_and_annotated_images_are_not_mixed(ade: Path, digits: Path, tm
         ShardSet(tmp_path / "out", digits / "val")
 
 
-def test_scaled_maps_keep_to_their_images(tmp_path: Path) -> None:
+def test_scaled_label_maps_stay_aligned_with_images(tmp_path: Path) -> None:
     """A picture whose colour says its class; both are scaled by a factor that is no whole number."""
     root = tmp_path / "ade"
     picture, labels = paths(root, 0)
@@ -178,7 +178,7 @@ def test_scaled_maps_keep_to_their_images(tmp_path: Path) -> None:
     assert ((seen > 127) == (small == 3))[decided].all()
 
 
-def test_the_cli_packs_verifies_and_shows(ade: Path, tmp_path: Path) -> None:
+def test_cli_packs_and_verifies_ade20k(ade: Path, tmp_path: Path) -> None:
     done = run("pack", "--ade20k", maps(ade), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -199,7 +199,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 # Maps
 
 
-def test_maps_are_read_as_pil_stores_them() -> None:
+def test_label_maps_decode_from_grey_and_palette_png() -> None:
     values = np.random.default_rng(0).integers(0, 256, (30, 50), np.uint8)
     assert (decode_map(encoded(values)) == values).all()
     for colours in (4, 256):  # which PNG stores as 2 and 8 bits
@@ -236,12 +236,12 @@ GREY_4_BITS = (
         (b"", "empty"),
     ],
 )
-def test_other_pictures_are_no_maps(data: bytes, reason: str) -> None:
+def test_invalid_label_map_is_rejected(data: bytes, reason: str) -> None:
     with pytest.raises(BadImageError, match=reason):
         decode_map(data)
 
 
-def test_every_class_has_a_colour_of_its_own() -> None:
+def test_palette_colours_are_distinct() -> None:
     colours = palette(150).astype(int)
     assert palette(150).dtype == np.uint8
     assert (palette(10) == colours[:10]).all()
@@ -281,7 +281,9 @@ def with_value(picture: Path, labels: Path) -> None:
         (lambda _, labels: (labels.unlink(), labels.symlink_to("nowhere")), True, "cannot be read: No such file"),
     ],
 )
-def test_bad_pairs_are_told_or_left_out(ade: Path, tmp_path: Path, damage: Damage, is_map: bool, reason: str) -> None:
+def test_bad_image_map_pairs_are_rejected_or_skipped(
+    ade: Path, tmp_path: Path, damage: Damage, is_map: bool, reason: str
+) -> None:
     damage(*paths(ade, 3))
     with pytest.raises(InputError, match=reason) as error:
         pack(ade20k.find(maps(ade)), tmp_path / "out")
@@ -308,7 +310,7 @@ def test_bad_pairs_are_told_or_left_out(ade: Path, tmp_path: Path, damage: Damag
         ("Idx\tName\n" + "".join(f"{n}\tclass {n}\n" for n in range(1, 256)), "255 classes; maps of 8 bits hold 254"),
     ],
 )
-def test_a_wrong_table_of_classes_is_told(ade: Path, text: str | None, reason: str) -> None:
+def test_invalid_class_table_is_rejected(ade: Path, text: str | None, reason: str) -> None:
     (ade / "objectInfo150.txt").unlink()
     if text is not None:
         (ade / "objectInfo150.txt").write_text(text)
@@ -316,7 +318,7 @@ def test_a_wrong_table_of_classes_is_told(ade: Path, text: str | None, reason: s
         ade20k.find(maps(ade))
 
 
-def test_254_classes_can_be_told_apart(ade: Path, tmp_path: Path) -> None:
+def test_label_maps_support_254_classes(ade: Path, tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(1, 255)]
     (ade / "objectInfo150.txt").unlink()
     height, width = decode_map(paths(ade, 0)[1].read_bytes()).shape
@@ -326,13 +328,13 @@ def test_254_classes_can_be_told_apart(ade: Path, tmp_path: Path) -> None:
     assert (decode_map(samples(ShardSet(tmp_path / "out"))["ADE_train_00000000"][1]) == values).all()
 
 
-def test_classes_that_disagree_are_refused(ade: Path) -> None:
+def test_mismatched_classes_are_rejected(ade: Path) -> None:
     with pytest.raises(InputError, match="3 classes, but --classes-from has 4, and value 2 means 'building, edifice'"):
         ade20k.find(maps(ade), classes=["wall", "door", "window", "sky"])
     assert ade20k.find(maps(ade), classes=CLASSES).classes == CLASSES
 
 
-def test_other_places(ade: Path, tmp_path: Path) -> None:
+def test_images_folder_is_required_outside_standard_layout(ade: Path, tmp_path: Path) -> None:
     (ade / "annotations").rename(tmp_path / "maps")
     with pytest.raises(InputError, match=r"expected ROOT/annotations/SPLIT; .* give --images"):
         ade20k.find(tmp_path / "maps/training")
@@ -350,7 +352,7 @@ def test_other_places(ade: Path, tmp_path: Path) -> None:
 # Damage to shards
 
 
-def test_a_damaged_map_is_not_read_and_is_found(ade: Path, tmp_path: Path) -> None:
+def test_damaged_label_map_is_rejected_on_read_and_found_by_verify(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     shards, tar = ShardSet(tmp_path / "out"), tmp_path / "out/shard-000000.tar"
     original, rng = tar.read_bytes(), np.random.default_rng(0)
@@ -404,7 +406,7 @@ PICTURE = encoded(np.zeros((20, 30, 3), np.uint8), "JPEG")
         (b"hello", "its annotation: not an image"),
     ],
 )
-def test_deep_verification_looks_into_maps(tmp_path: Path, annotation: bytes, reason: str | None) -> None:
+def test_deep_verify_checks_label_maps(tmp_path: Path, annotation: bytes, reason: str | None) -> None:
     data = write_set(tmp_path / "data", PICTURE, annotation)
     assert not verify(data)
     faults = verify(data, deep=True)
@@ -415,7 +417,7 @@ def test_deep_verification_looks_into_maps(tmp_path: Path, annotation: bytes, re
             ShardSet(data).read_annotation(0, 0)
 
 
-def test_an_index_that_contradicts_itself_is_found(tmp_path: Path) -> None:
+def test_verify_reports_overlapping_samples_in_index(tmp_path: Path) -> None:
     data = write_set(tmp_path / "data", PICTURE, encoded(np.ones((20, 30), np.uint8)), annotation_offset=600)
     (fault,) = verify(data)
     assert "its index is wrong: samples overlap" in fault.reason
@@ -434,7 +436,7 @@ def pack_in_background(ade: Path, cache: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_folder_is_packed_once(ade: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_pack_folder_once(ade: Path, tmp_path: Path) -> None:
     running = [pack_in_background(ade, tmp_path / "cache") for _ in range(3)]
     results = [process.communicate(timeout=PATIENCE_S) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], results
@@ -448,7 +450,7 @@ def test_a_folder_is_packed_once(ade: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["content", "name", "removed", "classes"])
-def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str) -> None:
+def test_changed_folder_is_packed_again(ade: Path, tmp_path: Path, change: str) -> None:
     first = public_datasets.packed(maps(ade), tmp_path / "cache")
     before = listing(first)
     picture, labels = paths(ade, 2)
@@ -468,7 +470,7 @@ def test_a_changed_folder_is_packed_anew(ade: Path, tmp_path: Path, change: str)
     assert listing(first) == before
 
 
-def test_a_killed_packing_is_taken_up(ade: Path, tmp_path: Path) -> None:
+def test_killed_packing_is_completed_by_next_call(ade: Path, tmp_path: Path) -> None:
     process = pack_in_background(ade, tmp_path / "cache")
     while process.poll() is None and not list((tmp_path / "cache").glob(".ade20k-*")):
         time.sleep(0.001)
@@ -479,7 +481,7 @@ def test_a_killed_packing_is_taken_up(ade: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob(".ade20k-*"))
 
 
-def test_a_bad_folder_is_refused_and_leaves_nothing(ade: Path, tmp_path: Path) -> None:
+def test_bad_folder_is_rejected_and_leaves_no_output(ade: Path, tmp_path: Path) -> None:
     with_value(*paths(ade, 3))
     for _ in range(2):
         with pytest.raises(InputError, match="the value 4 at x 9, y 7"):
@@ -487,14 +489,14 @@ def test_a_bad_folder_is_refused_and_leaves_nothing(ade: Path, tmp_path: Path) -
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-def test_the_default_cache_is_a_private_folder(ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_folder_is_private(ade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     root = public_datasets.packed(maps(ade))
     assert root.parent == tmp_path / f"pvt-shards-{os.getuid()}"
     assert root.parent.stat().st_mode & 0o077 == 0
 
 
-def test_what_is_an_ade20k_folder(ade: Path, tmp_path: Path) -> None:
+def test_is_ade20k_recognises_annotation_folders(ade: Path, tmp_path: Path) -> None:
     assert ade20k.is_ade20k(maps(ade))
     assert ade20k.is_ade20k(f"{maps(ade)}/")
     assert not ade20k.is_ade20k(ade)
@@ -506,7 +508,7 @@ def test_what_is_an_ade20k_folder(ade: Path, tmp_path: Path) -> None:
 # From afar
 
 
-def test_maps_come_through_the_cache(ade: Path, tmp_path: Path) -> None:
+def test_remote_label_maps_are_read_through_cache(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out", samples_per_shard=4)
     expected = samples(ShardSet(tmp_path / "out"))
     with FaultyServer(tmp_path / "out") as server:
@@ -528,7 +530,7 @@ def test_maps_come_through_the_cache(ade: Path, tmp_path: Path) -> None:
 # Shown
 
 
-def test_the_balance_of_pixels_is_shown(ade: Path, tmp_path: Path) -> None:
+def test_show_reports_pixel_share_of_each_class(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     summary = show_dataset(tmp_path / "out", tmp_path / "sheet.png")
     values = np.concatenate([np.asarray(Image.open(paths(ade, number)[1])).ravel() for number in range(6)])
@@ -545,7 +547,7 @@ def test_the_balance_of_pixels_is_shown(ade: Path, tmp_path: Path) -> None:
         assert (pixels == colour).all(axis=1).sum() > 1000
 
 
-def test_a_damaged_map_does_not_stop_the_show(ade: Path, tmp_path: Path) -> None:
+def test_show_skips_damaged_label_map(ade: Path, tmp_path: Path) -> None:
     pack(ade20k.find(maps(ade)), tmp_path / "out")
     record = ShardSet(tmp_path / "out").index(0)[1]
     with (tmp_path / "out/shard-000000.tar").open("r+b") as file:

@@ -99,7 +99,7 @@ def difference(ours: torch.Tensor | np.ndarray, reference: Image.Image) -> float
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", RAND_AUGMENT, ids=lambda op: op.name)
-def test_operations_against_timm(op: Op, squares: list[Image.Image], device: torch.device) -> None:
+def test_rand_augment_ops_match_timm(op: Op, squares: list[Image.Image], device: torch.device) -> None:
     worst = 0.0
     for argument in ARGUMENTS[op]:
         args = torch.full((len(squares),), float(argument)).to(device), torch.arange(len(squares)).to(device)
@@ -168,7 +168,7 @@ def draw(config: AugmentConfig, hw: np.ndarray, size: int = 224) -> Views:
 @pytest.mark.parametrize("in_graph", [False, True], ids=["torch", "DALI"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_training_views_show_what_pillow_shows(
+def test_training_views_match_pillow(
     format: str, interpolation: str, in_graph: bool, photographs: list[Image.Image]
 ) -> None:
     encoded = [encode(image, format) for image in photographs for _ in range(3)]
@@ -187,9 +187,7 @@ def test_training_views_show_what_pillow_shows(
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["torch", "DALI"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
-def test_evaluation_views_show_what_torchvision_shows(
-    crop_pct: float, in_graph: bool, photographs: list[Image.Image]
-) -> None:
+def test_evaluation_views_match_torchvision(crop_pct: float, in_graph: bool, photographs: list[Image.Image]) -> None:
     encoded = [encode(image) for image in photographs]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
     views = evaluation_views(ImageConfig(crop_pct=crop_pct), 112, sizes(pictures))
@@ -200,7 +198,7 @@ def test_evaluation_views_show_what_torchvision_shows(
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["torch", "DALI"])
-def test_a_plain_crop_is_a_window_of_the_resized_image(in_graph: bool, photographs: list[Image.Image]) -> None:
+def test_plain_crop_is_window_of_resized_image(in_graph: bool, photographs: list[Image.Image]) -> None:
     encoded = [encode(image) for image in photographs]
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
     views = draw(AugmentConfig(crop="plain", hflip=0), sizes(pictures), 112)
@@ -212,14 +210,14 @@ def test_a_plain_crop_is_a_window_of_the_resized_image(in_graph: bool, photograp
         assert difference(shown, resized.crop((left, top, left + 112, top + 112))) < GREY_LEVELS / 2
 
 
-def test_a_centre_crop_is_evaluations(photographs: list[Image.Image]) -> None:
+def test_center_crop_matches_evaluation_view(photographs: list[Image.Image]) -> None:
     hw = sizes(photographs)
     ours, theirs = draw(AugmentConfig(crop="center", hflip=0), hw), evaluation_views(IMAGE, 224, hw)
     for name in ("anchor", "shape", "resized", "corner", "flip"):
         assert (getattr(ours, name) == getattr(theirs, name)).all()
 
 
-def test_exif_orientation_is_ignored_as_by_torchvision(photographs: list[Image.Image]) -> None:
+def test_exif_orientation_is_ignored(photographs: list[Image.Image]) -> None:
     picture = photographs[0]
     exif = picture.getexif()
     exif[0x0112] = 6
@@ -228,7 +226,7 @@ def test_exif_orientation_is_ignored_as_by_torchvision(photographs: list[Image.I
     assert (show([turned], views, in_graph=False) == show([plain], views, in_graph=False)).all()
 
 
-def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
+def test_finisher_applies_steps_in_timm_order(squares: list[Image.Image]) -> None:
     # Flip, two operations, normalise, erase: composed here from the reference functions.
     ops = np.array([[Op.ROTATE, Op.EQUALIZE], [Op.SOLARIZE, Op.SHEAR_Y]])
     args = np.array([[20.0, 0], [100, 0.2]], np.float32)
@@ -256,7 +254,7 @@ def test_finishing_is_timms_order_of_steps(squares: list[Image.Image]) -> None:
         assert (batch[n] - expected).abs().mean() < GREY_LEVELS / 255 / 0.22
 
 
-def test_a_batch_is_finished_as_its_images_are(squares: list[Image.Image]) -> None:
+def test_finishing_batch_matches_finishing_single_images(squares: list[Image.Image]) -> None:
     # With operations that several images share and others that none has, in no order.
     n, rng = 24, np.random.default_rng(0)
     ops = rng.choice([Op.EQUALIZE, Op.ROTATE, Op.SOLARIZE, Op.IDENTITY], (2, n))
@@ -273,12 +271,12 @@ def test_a_batch_is_finished_as_its_images_are(squares: list[Image.Image]) -> No
     assert torch.equal(batch, single)
 
 
-def test_histograms_are_counted_on_a_gpu_as_bincount_counts() -> None:
+def test_gpu_histogram_matches_bincount() -> None:
     bins = torch.randint(0, 700, (5000,), dtype=torch.int32)
     assert torch.equal(image_ops._count_by_scattering(bins, minlength=768), torch.bincount(bins, minlength=768))
 
 
-def test_arrays_come_out_as_they_were_packed() -> None:
+def test_transfer_pack_and_unpack_round_trip() -> None:
     rng = np.random.default_rng(0)
     arrays = [
         rng.random(3) < 0.5,
@@ -295,7 +293,7 @@ def test_arrays_come_out_as_they_were_packed() -> None:
         np.testing.assert_array_equal(tensor.numpy(), array)
 
 
-def test_no_noise_erases_to_zero(squares: list[Image.Image]) -> None:
+def test_erasing_without_noise_fills_with_zero(squares: list[Image.Image]) -> None:
     nought, full, nowhere = np.zeros((1, 2), np.int32), np.full((1, 2), SIZE, np.int32), np.zeros((1, 0, 2), np.int32)
     box, none = np.array([[5, 9, 3, 30]]), np.zeros((0, 1), np.int64)
     still = np.array([False])
@@ -306,7 +304,7 @@ def test_no_noise_erases_to_zero(squares: list[Image.Image]) -> None:
     assert (out[0, :, 9:, :] != 0).any()
 
 
-def test_crop_windows_are_distributed_as_torchvisions() -> None:
+def test_crop_window_distribution_matches_torchvision() -> None:
     count, height, width = 4000, 375, 500
     ours = draw(AugmentConfig(), np.full((count, 2), (height, width)))
     torch.manual_seed(0)
@@ -321,7 +319,7 @@ def test_crop_windows_are_distributed_as_torchvisions() -> None:
     assert abs(ours.flip.mean() - 0.5) < 4 * 0.5 / np.sqrt(count)
 
 
-def test_an_image_too_narrow_for_any_window_gets_the_central_one() -> None:
+def test_too_narrow_image_gets_central_crop_window() -> None:
     views = draw(AugmentConfig(crop_scale=(0.9, 1.0)), np.full((4, 2), (10, 400)))
     assert (views.shape == [10, 13]).all()
     assert (views.anchor == [0, 193]).all()
@@ -359,7 +357,7 @@ def timm_draws(policy: str, images: int) -> list[tuple[Op, float]]:
 @pytest.mark.parametrize(
     "policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.8", "rand-m6-mstd101-inc1", "rand-m12-mmax15-mstd1"]
 )
-def test_rand_augments_draws_are_distributed_as_timms(policy: str) -> None:
+def test_rand_augment_distribution_matches_timm(policy: str) -> None:
     images = 6000
     theirs = timm_draws(policy, images)
     views = draw(AugmentConfig(rand_augment=RandAugment.parse(policy)), np.full((images, 2), 32))
@@ -375,13 +373,13 @@ def test_rand_augments_draws_are_distributed_as_timms(policy: str) -> None:
         assert same_distribution(args[ops == op], expected), op.name
 
 
-def test_posterizing_to_no_bits_is_black(squares: list[Image.Image]) -> None:
+def test_posterize_to_zero_bits_is_black(squares: list[Image.Image]) -> None:
     nought = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, 1)
     black = image_ops.apply(tensors(squares[:1]), np.array([Op.POSTERIZE]), *nought)
     assert not black.any()
 
 
-def test_color_jitter_is_distributed_as_torchvisions() -> None:
+def test_color_jitter_distribution_matches_torchvision() -> None:
     count = 3000
     views = draw(AugmentConfig(color_jitter=0.4), np.full((count, 2), 32))
     torch.manual_seed(0)
@@ -398,7 +396,7 @@ def test_color_jitter_is_distributed_as_torchvisions() -> None:
         assert same_distribution(views.args[views.ops == op], [factors[number] for _, *factors in theirs])
 
 
-def test_erased_boxes_are_distributed_as_timms() -> None:
+def test_random_erasing_distribution_matches_timm() -> None:
     count, size = 4000, 64
     views = draw(AugmentConfig(erase_prob=0.5), np.full((count, 2), 64), size)
     erasing = RandomErasing(probability=0.5, mode="const", device="cpu")

@@ -155,7 +155,7 @@ def run_id_of(folder: Path) -> str:
     return json.loads((folder / "mlflow.json").read_text())["run_id"]
 
 
-def test_a_run_is_mirrored(backend: Backend, run: Path) -> None:
+def test_run_is_mirrored_to_mlflow(backend: Backend, run: Path) -> None:
     Mirror(run).sync()
     client = backend.client
     assert_every_point_arrived(client, run)
@@ -176,7 +176,7 @@ def test_a_run_is_mirrored(backend: Backend, run: Path) -> None:
         assert parse(copy.read_text()) == parse((run / path).read_text()), path
 
 
-def test_a_copy_that_is_lost_is_made_anew(backend: Backend, run: Path) -> None:
+def test_deleted_mlflow_run_is_recreated(backend: Backend, run: Path) -> None:
     Mirror(run).sync()
     first = run_id_of(run)
     backend.client.delete_run(first)
@@ -188,7 +188,7 @@ def test_a_copy_that_is_lost_is_made_anew(backend: Backend, run: Path) -> None:
 
 
 @only_server
-def test_a_wrong_password_is_told_and_loses_nothing(backend: Backend, run: Path) -> None:
+def test_wrong_password_is_reported_and_loses_no_data(backend: Backend, run: Path) -> None:
     with credentials(USER, "not-the-password"), pytest.raises(tracking_server.Unreachable) as refused:
         Mirror(run).sync()
     assert backend.uri in str(refused.value)
@@ -242,7 +242,7 @@ def experiment_of(client: MlflowClient, name: str, backend: Backend) -> str:
 
 
 @pytest.mark.slow
-def test_eight_jobs_register_versions_at_once(
+def test_concurrent_jobs_register_distinct_versions(
     backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], make_config: Callable[..., Config]
 ) -> None:
     client = backend.client
@@ -296,7 +296,7 @@ def registered(
     return make
 
 
-def test_the_champion_changes_hands_and_back(
+def test_champion_promotion_and_rollback(
     backend: Backend, registered: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PVT_MODEL_CACHE", str(tmp_path / "cache"))
@@ -327,7 +327,7 @@ def test_the_champion_changes_hands_and_back(
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "model.json"])
-def test_a_tampered_artifact_is_refused(
+def test_tampered_artifact_is_rejected(
     backend: Backend, tmp_path: Path, registered: Callable[..., str], file: str
 ) -> None:
     name = f"tampered-{file.partition('.')[2]}"
@@ -390,9 +390,7 @@ def assert_no_password(backend: Backend, folder: Path) -> None:
 
 @pytest.mark.slow
 @only_server
-def test_a_server_that_is_killed_for_the_middle_third_of_a_run_misses_nothing(
-    backend: Backend, team: Team, digits: Path, tmp_path: Path
-) -> None:
+def test_server_outage_during_run_loses_no_data(backend: Backend, team: Team, digits: Path, tmp_path: Path) -> None:
     steps = 240
     folder, job = start_job(backend, digits, tmp_path / "work", f"train.length={steps} steps")
     try:
@@ -412,7 +410,7 @@ def test_a_server_that_is_killed_for_the_middle_third_of_a_run_misses_nothing(
 
 
 @only_server
-def test_a_server_that_is_down_from_the_start_gets_the_run_by_sync(
+def test_sync_uploads_run_whose_server_was_down_from_start(
     backend: Backend, team: Team, digits: Path, tmp_path: Path
 ) -> None:
     with team.server.away():

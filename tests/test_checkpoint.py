@@ -38,7 +38,7 @@ IDENTITY = {
         pytest.param(2, "fp16", marks=pytest.mark.slow),
     ],
 )
-def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, ranks: int, precision: str) -> None:
+def test_resume_is_bit_exact(digits: Path, tmp_path: Path, ranks: int, precision: str) -> None:
     path = write_config(digits, tmp_path)
     tree = yaml.safe_load(path.read_text())
     tree["train"]["micro_batch_size"] = 8  # three micro-batches a step
@@ -51,7 +51,7 @@ def test_restarting_changes_no_bit(digits: Path, tmp_path: Path, ranks: int, pre
         assert restarted["losses"] == {k: v for k, v in straight["losses"].items() if int(k) >= 3}
 
 
-def test_a_checkpoint_loads_at_any_stage_on_any_world(digits: Path, tmp_path: Path) -> None:
+def test_checkpoint_loads_at_any_zero_stage_and_world_size(digits: Path, tmp_path: Path) -> None:
     path = write_config(digits, tmp_path)
     folder = tmp_path / "checkpoints"
     legs = run_ranks(2, "legs", path, folder, "fp32", "run:2:2", "run:3:4", "run:0:6", "run:1:8")
@@ -78,7 +78,7 @@ def find(folder: Path, source: str = "auto", allow: list[str] | None = None, **c
     return Checkpoints(folder, World(), {**IDENTITY, **changes}).find(source, allow or [])
 
 
-def test_a_checkpoint_holds_what_the_documentation_lists(folder: Path) -> None:
+def test_checkpoint_holds_documented_files(folder: Path) -> None:
     newest = folder / "step-00000004"
     assert {path.name for path in newest.iterdir()} == {
         "COMMIT.json",
@@ -132,7 +132,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILS)
-def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> None:
+def test_damaged_checkpoint_is_skipped_for_older_whole_one(folder: Path, case: str) -> None:
     spoil, message = SPOILS[case]
     assert find(folder) == folder / "step-00000004"
     spoil(folder / "step-00000004")
@@ -142,14 +142,16 @@ def test_discovery_walks_back_to_a_whole_checkpoint(folder: Path, case: str) -> 
         find(folder / "empty", str(folder / "step-00000004"))
 
 
-def test_a_newer_format_is_refused_rather_than_walked_past(folder: Path) -> None:
+def test_newer_checkpoint_format_is_rejected_not_skipped(folder: Path) -> None:
     (folder / "step-00000004" / "COMMIT.json").write_text('{"format": 9, "files": []}')
     with pytest.raises(InputError, match="format 9, but this version reads format 2"):
         find(folder)
 
 
 @pytest.mark.parametrize("case", [case for case in SPOILS if case != "uncommitted"])
-def test_a_run_is_not_started_over_unless_told_so(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints_are_rejected_unless_starting_over(
+    folder: Path, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     spoil, message = SPOILS[case]
     for checkpoint in folder.iterdir():
         spoil(checkpoint)
@@ -168,7 +170,7 @@ def test_a_run_is_not_started_over_unless_told_so(folder: Path, case: str, capfd
     assert f"starting at step 0; {aside} holds" in capfd.readouterr().err
 
 
-def test_starting_over_leaves_a_whole_checkpoint_alone(folder: Path) -> None:
+def test_start_over_keeps_folder_with_whole_checkpoint(folder: Path) -> None:
     flip_bit(folder / "step-00000004" / "model.safetensors")
     checkpoints = Checkpoints(folder, World(), IDENTITY)
     checkpoints.set_aside()
@@ -179,7 +181,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_that_is_saved_again_is_kept_until_the_new_one_counts(folder: Path) -> None:
+def test_replaced_checkpoint_is_kept_until_new_one_is_committed(folder: Path) -> None:
     newest, checkpoints = folder / "step-00000004", Checkpoints(folder, World(), IDENTITY)
     before = contents(folder)
     for half_made in ("renamed", "begun"):
@@ -198,7 +200,7 @@ def test_a_checkpoint_that_is_saved_again_is_kept_until_the_new_one_counts(folde
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_damaged_later_checkpoints_take_no_place_from_new_ones(folder: Path) -> None:
+def test_retention_does_not_count_damaged_later_checkpoints(folder: Path) -> None:
     flip_bit(folder / "step-00000004" / "model.safetensors")
     shutil.copytree(folder / "step-00000002", folder / "step-00000003")
     Checkpoints(folder, World(), IDENTITY).retain(Retention(last=1, best=0), newest=3, safe_step=3)
@@ -206,7 +208,7 @@ def test_damaged_later_checkpoints_take_no_place_from_new_ones(folder: Path) -> 
     assert not (folder / "step-00000002").exists()
 
 
-def test_a_state_with_more_in_it_is_read(folder: Path) -> None:
+def test_unknown_state_fields_are_ignored(folder: Path) -> None:
     document = json.loads((folder / "step-00000004/state.json").read_text())
     document["state"]["bad_samples"] = 3
     (folder / "step-00000004/state.json").write_text(json.dumps(document))
@@ -222,19 +224,19 @@ def test_a_state_with_more_in_it_is_read(folder: Path) -> None:
         ('{"identity": {}, "state": {"scores": [1]}}', "scores: expected a mapping (found [1])"),
     ],
 )
-def test_a_damaged_state_is_one_line(folder: Path, document: str, message: str) -> None:
+def test_damaged_state_json_is_reported_in_one_line(folder: Path, document: str, message: str) -> None:
     (folder / "step-00000004" / "state.json").write_text(document)
     with pytest.raises(InputError) as error:
         Checkpoint(folder / "step-00000004")
     assert str(error.value) == f"{folder / 'step-00000004' / 'state.json'}: {message}"
 
 
-def test_a_source_that_does_not_exist_is_named(folder: Path) -> None:
+def test_missing_resume_source_is_reported(folder: Path) -> None:
     with pytest.raises(InputError, match=r"resume\.source .*step-9: no such folder"):
         find(folder / "empty", str(folder / "step-9"))
 
 
-def test_a_source_is_where_a_run_starts_and_not_where_it_goes_on(
+def test_resume_source_is_used_only_if_run_has_no_checkpoint(
     saved: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = str(saved / "step-00000002")
@@ -254,7 +256,7 @@ def test_a_source_is_where_a_run_starts_and_not_where_it_goes_on(
         find(folder, source)
 
 
-def test_a_damaged_step_is_written_again(digits: Path, folder: Path) -> None:
+def test_damaged_checkpoint_step_is_saved_again(digits: Path, folder: Path) -> None:
     flip_bit(folder / "step-00000004" / "model.safetensors")
     path = write_config(digits, folder.parent)
     run_ranks(1, "legs", path, folder.parent, "fp32", "checkpoints:0:4")
@@ -262,7 +264,7 @@ def test_a_damaged_step_is_written_again(digits: Path, folder: Path) -> None:
     assert find(folder) == folder / "step-00000004"
 
 
-def test_a_run_without_a_step_can_be_saved(digits: Path, tmp_path: Path) -> None:
+def test_checkpoint_at_step_zero_resumes_bit_exact(digits: Path, tmp_path: Path) -> None:
     path = write_config(digits, tmp_path)
     legs = [leg for stage in range(4) for leg in (f"s{stage}:{stage}:4", f"r{stage}:{stage}:0", f"r{stage}:{stage}:4")]
     reports = run_ranks(1, "legs", path, tmp_path / "checkpoints", "fp32", *legs)
@@ -271,7 +273,7 @@ def test_a_run_without_a_step_can_be_saved(digits: Path, tmp_path: Path) -> None
         assert restarted["digest"] == straight["digest"], stage
 
 
-def test_another_identity_is_refused_unless_allowed(folder: Path) -> None:
+def test_different_run_identity_is_rejected_unless_allowed(folder: Path) -> None:
     with pytest.raises(InputError, match="lanes is 12 in the checkpoint and 24 in this run"):
         find(folder, lanes=24)
     assert find(folder, allow=["lanes"], lanes=24)
@@ -282,7 +284,7 @@ def test_another_identity_is_refused_unless_allowed(folder: Path) -> None:
         find(folder, data="other")
 
 
-def test_never_refuses_a_used_folder(folder: Path) -> None:
+def test_resume_never_rejects_used_folder(folder: Path) -> None:
     with pytest.raises(InputError, match="choose another"):
         find(folder, "never")
     assert find(folder / "empty", "never") is None

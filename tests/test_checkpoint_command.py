@@ -104,7 +104,7 @@ def split_range(folder: Path) -> tuple[str, str, int, int]:
     raise AssertionError("no parameter is shared by two ranks")
 
 
-def test_it_starts_without_torch() -> None:
+def test_checkpoint_command_does_not_import_torch() -> None:
     code = (
         "import sys, pipeline.commands.checkpoint; print(sorted({'torch', 'deepspeed', 'numpy'} & sys.modules.keys()))"
     )
@@ -112,7 +112,7 @@ def test_it_starts_without_torch() -> None:
     assert process.stdout == "[]\n"
 
 
-def test_list_says_what_there_is(run: Path) -> None:
+def test_list_reports_checkpoints(run: Path) -> None:
     new = run / "checkpoints" / NEW
     set_state(new, scores={"top1": 0.5, "val_loss": math.nan}, scored_step=4, skipped=1)
     set_state(run / "checkpoints" / OLD, scores={"top1": 0.25}, scored_step=1)
@@ -127,7 +127,7 @@ def test_list_says_what_there_is(run: Path) -> None:
     assert "top1 50.0 %, val_loss not finite" in told
 
 
-def test_list_judges_by_sizes_alone(run: Path) -> None:
+def test_list_checks_file_sizes_only(run: Path) -> None:
     old, new = run / "checkpoints" / OLD, run / "checkpoints" / NEW
     flip_bit(new / "model.safetensors")
     (old / "model.safetensors").write_bytes(b"")
@@ -143,7 +143,7 @@ def test_list_judges_by_sizes_alone(run: Path) -> None:
     assert "verify compares their bytes" in told
 
 
-def test_verify_passes_what_was_saved(run: Path) -> None:
+def test_verify_passes_whole_checkpoints(run: Path) -> None:
     result, told = result_of("verify", run)
     assert result["ok"] is True
     rows = [(row["step"], row["state"], row["fault"], row["untrained"]) for row in result["checkpoints"]]
@@ -261,7 +261,7 @@ SPOILS = [
 
 
 @pytest.mark.parametrize("spoil", SPOILS, ids=lambda spoil: spoil.__name__)
-def test_verify_finds_what_is_wrong(run: Path, spoil: Callable[[Path], str]) -> None:
+def test_verify_reports_damage(run: Path, spoil: Callable[[Path], str]) -> None:
     new = run / "checkpoints" / NEW
     expected = spoil(new)
     # Where a digest differs, a run would not resume either; all else can only be seen from what the files say.
@@ -273,7 +273,7 @@ def test_verify_finds_what_is_wrong(run: Path, spoil: Callable[[Path], str]) -> 
     assert f"{NEW} damaged: {row['fault']}" in told
 
 
-def test_a_tensor_without_moments_is_told(run: Path) -> None:
+def test_verify_reports_tensor_without_moments(run: Path) -> None:
     new = run / "checkpoints" / NEW
     for path in new.glob("optimizer-*.safetensors"):
         change_tensors(
@@ -285,7 +285,7 @@ def test_a_tensor_without_moments_is_told(run: Path) -> None:
     assert "without moments, as only buffers and frozen parameters should be: " in told
 
 
-def test_a_leftover_is_told_but_no_fault(run: Path) -> None:
+def test_verify_reports_uncommitted_leftover_without_failing(run: Path) -> None:
     shutil.copytree(run / "checkpoints" / NEW, run / "checkpoints" / "step-00000006")
     (run / "checkpoints/step-00000006/COMMIT.json").unlink()
     result, told = result_of("verify", run)
@@ -296,7 +296,7 @@ def test_a_leftover_is_told_but_no_fault(run: Path) -> None:
     assert result_of("verify", run, "--step", 6, code=1)[0]["ok"] is False
 
 
-def test_what_a_run_removes_in_the_meantime_is_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_removed_meanwhile_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run / "checkpoints" / "step-00000001", run / "checkpoints" / OLD]
     for row_of in (checkpoint_command._verify_row, checkpoint_command._list_row):
         rows = checkpoint_command._make_rows(folders, row_of)
@@ -304,7 +304,7 @@ def test_what_a_run_removes_in_the_meantime_is_left_out(run: Path, capsys: pytes
         assert "step-00000001 has been removed in the meantime" in capsys.readouterr().err
 
 
-def test_show_says_what_is_in_it(run: Path) -> None:
+def test_show_reports_checkpoint_contents(run: Path) -> None:
     new = run / "checkpoints" / NEW
     guard = Guard(GuardConfig(window=8), chance_loss=2.3)
     fresh = guard.state()
@@ -339,7 +339,7 @@ def test_show_says_what_is_in_it(run: Path) -> None:
         assert line in lines
 
 
-def test_show_takes_the_newest_whole_one(run: Path) -> None:
+def test_show_selects_newest_whole_checkpoint(run: Path) -> None:
     flip_bit(run / "checkpoints" / NEW / "model.safetensors")
     result, told = result_of("show", run)
     assert result["step"] == 2
@@ -352,7 +352,7 @@ def test_show_takes_the_newest_whole_one(run: Path) -> None:
     assert "no whole checkpoint to show, of step 4" in process.stderr
 
 
-def test_wrong_input_is_refused(run: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_rejected(run: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("list", tmp_path / "other"), "other: no such folder"),
         (("verify", tmp_path), "no checkpoints in it; give a run's folder"),

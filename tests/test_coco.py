@@ -130,7 +130,7 @@ def require_same(packed: dict[str, Annotated], classes: list[str], reference: CO
     return seen
 
 
-def test_what_is_packed_is_what_pycocotools_reads(root: Path, tmp_path: Path) -> None:
+def test_packed_annotations_match_pycocotools(root: Path, tmp_path: Path) -> None:
     manifest = pack(coco.find(annotations_of(root)), tmp_path / "out", samples_per_shard=2)
     assert manifest.annotations == "objects"
     assert manifest.classes == CLASSES
@@ -143,7 +143,7 @@ def test_what_is_packed_is_what_pycocotools_reads(root: Path, tmp_path: Path) ->
     assert not verify(tmp_path / "out", deep=True)
 
 
-def test_scenes_are_packed_as_pycocotools_reads_them(tmp_path: Path) -> None:
+def test_packed_scenes_match_pycocotools(tmp_path: Path) -> None:
     scene_layouts.write_dataset(tmp_path / "scenes", {"train": 30, "val": 0}, seed=1)
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
     manifest = pack(coco.find(path), tmp_path / "out", samples_per_shard=8)
@@ -152,7 +152,7 @@ def test_scenes_are_packed_as_pycocotools_reads_them(tmp_path: Path) -> None:
     assert (tmp_path / "out/ATTRIBUTION.txt").exists()
 
 
-def test_any_mask_is_read_back_as_pycocotools_does() -> None:
+def test_rle_mask_decoding_matches_pycocotools() -> None:
     rng = np.random.default_rng(0)
     for number in range(300):
         height, width = rng.integers(1, 60, 2).tolist()
@@ -164,7 +164,7 @@ def test_any_mask_is_read_back_as_pycocotools_does() -> None:
         np.testing.assert_array_equal(object_annotations.mask({"segmentation": packed}, *pixels.shape), pixels)
 
 
-def test_run_lengths_are_read_or_refused_whatever_they_are() -> None:
+def test_arbitrary_rle_counts_are_decoded_or_rejected() -> None:
     """pycocotools reads past the end of some of these."""
     entry: dict[str, Any] = {"id": 1, "bbox": [0, 0, 2, 2], "area": 1, "iscrowd": 1}
     characters, accepted = [chr(code) for code in range(32, 128)], set()
@@ -188,7 +188,7 @@ def test_run_lengths_are_read_or_refused_whatever_they_are() -> None:
 
 
 @pytest.mark.parametrize("order", [[2, 1, 0], [1, 0, 2]])
-def test_classes_are_those_of_another_data_set(root: Path, tmp_path: Path, order: list[int]) -> None:
+def test_classes_from_other_data_set_are_used(root: Path, tmp_path: Path, order: list[int]) -> None:
     classes = [*(CLASSES[place] for place in order), "hair drier"]
     manifest = pack(coco.find(annotations_of(root), classes=classes), tmp_path / "out")
     assert manifest.classes == classes
@@ -197,7 +197,7 @@ def test_classes_are_those_of_another_data_set(root: Path, tmp_path: Path, order
         coco.find(annotations_of(root), classes=CLASSES[:2])
 
 
-def test_images_may_lie_elsewhere_and_in_folders(root: Path, tmp_path: Path) -> None:
+def test_images_in_separate_and_nested_folders_are_packed(root: Path, tmp_path: Path) -> None:
     tree = read(root)
     (root / "val2017").rename(tmp_path / "pictures")
     (tmp_path / "pictures/a.b").mkdir()
@@ -211,7 +211,7 @@ def test_images_may_lie_elsewhere_and_in_folders(root: Path, tmp_path: Path) -> 
     assert sorted(samples(tmp_path / "out"))[-1] == "a_b/3"
 
 
-def test_scaled_objects_keep_to_their_images(tmp_path: Path) -> None:
+def test_scaled_objects_stay_aligned_with_images(tmp_path: Path) -> None:
     scene_layouts.write_dataset(tmp_path / "scenes", {"train": 12, "val": 0}, seed=2)
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
     pack(coco.find(path), tmp_path / "large")
@@ -237,7 +237,7 @@ def test_scaled_objects_keep_to_their_images(tmp_path: Path) -> None:
     assert np.mean(ious) > 0.85, "polygons are drawn anew, which differs at the rim of small objects"
 
 
-def test_each_axis_is_scaled_by_itself() -> None:
+def test_object_axes_are_scaled_independently() -> None:
     entry = {"id": 1, "label": 0, "bbox": [10, 4, 20, 8], "area": 160, "iscrowd": 0}
     entry["segmentation"] = [[10, 4, 30, 4, 30, 12, 10, 12]]
     stored = object_annotations.encode(Annotated(5, 40, 100, [entry]))
@@ -254,7 +254,7 @@ def test_each_axis_is_scaled_by_itself() -> None:
 
 # webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_tar_and_webdataset_read_them(root: Path, tmp_path: Path) -> None:
+def test_shards_are_readable_by_tarfile_and_webdataset(root: Path, tmp_path: Path) -> None:
     pack(coco.find(annotations_of(root)), tmp_path / "out")
     tar = tmp_path / "out/shard-000000.tar"
     with tarfile.open(tar) as members:
@@ -264,7 +264,7 @@ def test_tar_and_webdataset_read_them(root: Path, tmp_path: Path) -> None:
     assert found == samples(tmp_path / "out")
 
 
-def test_workers_do_not_change_the_bytes(root: Path, tmp_path: Path) -> None:
+def test_packed_bytes_are_independent_of_worker_count(root: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         out = tmp_path / str(workers)
         pack(coco.find(annotations_of(root)), out, samples_per_shard=2, max_side=50, workers=workers)
@@ -290,7 +290,7 @@ GOOD = {"id": 1, "label": 2, "bbox": [1, 1, 5, 5], "area": 9, "iscrowd": 0}
         ([], "no objects in JSON"),
     ],
 )
-def test_deep_verification_looks_into_objects(tmp_path: Path, annotated: Any, reason: str | None) -> None:
+def test_deep_verify_checks_objects(tmp_path: Path, annotated: Any, reason: str | None) -> None:
     buffer = BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG")
     data = write_set(tmp_path / "data", buffer.getvalue(), json.dumps(annotated).encode(), "objects")
@@ -378,7 +378,7 @@ FULL = HEIGHT * WIDTH
         (change("annotations", 4, segmentation=[[1, 2, 3, 4, 5, 1e9]]), "has a polygon with a point far outside"),
     ],
 )
-def test_bad_samples_are_told_or_left_out(root: Path, tmp_path: Path, damage: Any, reason: str) -> None:
+def test_bad_samples_are_rejected_or_skipped(root: Path, tmp_path: Path, damage: Any, reason: str) -> None:
     tree = read(root)
     damage(tree, root)
     write(root, tree)
@@ -393,7 +393,7 @@ def test_bad_samples_are_told_or_left_out(root: Path, tmp_path: Path, damage: An
     assert not verify(tmp_path / "out", deep=True)
 
 
-def test_annotations_of_no_image_are_told_or_left_out(root: Path, tmp_path: Path) -> None:
+def test_annotations_without_image_are_rejected_or_skipped(root: Path, tmp_path: Path) -> None:
     tree = read(root)
     change("annotations", 4, image_id=5)(tree, root)
     write(root, tree)
@@ -405,7 +405,7 @@ def test_annotations_of_no_image_are_told_or_left_out(root: Path, tmp_path: Path
     assert (skipped["path"], skipped["key"]) == (str(annotations_of(root)), "annotation 4")
 
 
-def test_annotations_of_another_data_set_are_refused(root: Path, tmp_path: Path) -> None:
+def test_annotations_of_other_data_set_are_rejected(root: Path, tmp_path: Path) -> None:
     (root / "val2017").rename(root / "train2017")
     (root / "val2017").mkdir()
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "val2017/1.jpg")
@@ -433,7 +433,7 @@ def test_annotations_of_another_data_set_are_refused(root: Path, tmp_path: Path)
         (lambda tree, _: tree.update(annotations={}), "it has no list of annotations"),
     ],
 )
-def test_a_wrong_file_is_refused(root: Path, damage: Any, reason: str) -> None:
+def test_invalid_annotation_file_is_rejected(root: Path, damage: Any, reason: str) -> None:
     tree = read(root)
     damage(tree, root)
     write(root, tree)
@@ -441,7 +441,7 @@ def test_a_wrong_file_is_refused(root: Path, damage: Any, reason: str) -> None:
         coco.find(annotations_of(root))
 
 
-def test_two_images_of_one_file_are_refused(root: Path, tmp_path: Path) -> None:
+def test_duplicate_image_file_is_rejected(root: Path, tmp_path: Path) -> None:
     tree = read(root)
     change("images", 4, file_name="000000000003.jpg")(tree, root)
     write(root, tree)
@@ -458,13 +458,13 @@ def test_two_images_of_one_file_are_refused(root: Path, tmp_path: Path) -> None:
         (b"[" * 99999, "not JSON"),
     ],
 )
-def test_a_file_that_is_no_json_is_refused(root: Path, text: bytes, reason: str) -> None:
+def test_non_json_annotation_file_is_rejected(root: Path, text: bytes, reason: str) -> None:
     annotations_of(root).write_bytes(text)
     with pytest.raises(InputError, match=reason):
         coco.find(annotations_of(root))
 
 
-def test_missing_files_are_named(root: Path) -> None:
+def test_missing_files_are_reported(root: Path) -> None:
     with pytest.raises(InputError, match=r"instances_test.json: no such file; expected ROOT/annotations/instances_SPL"):
         coco.find(root / "annotations/instances_test.json")
     (root / "val2017").rename(root / "train2017")
@@ -472,7 +472,9 @@ def test_missing_files_are_named(root: Path) -> None:
         coco.find(annotations_of(root))
 
 
-def test_what_cannot_be_seen_is_kept_or_told(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_empty_boxes_are_kept_and_degenerate_polygons_skipped(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = read(root)
     change("annotations", 1, segmentation=[[1, 2, 3, 4], *segmentation(1)])(tree, root)
     change("annotations", 4, segmentation=[[1, 2]])(tree, root)
@@ -492,7 +494,7 @@ def test_what_cannot_be_seen_is_kept_or_told(root: Path, tmp_path: Path, capsys:
 # Straight from a file
 
 
-def test_a_file_that_a_setting_names_is_packed_once(root: Path, tmp_path: Path) -> None:
+def test_configured_annotation_file_is_packed_once(root: Path, tmp_path: Path) -> None:
     found = public_datasets.root_of(annotations_of(root), str(tmp_path / "cache"))
     pack(coco.find(annotations_of(root)), tmp_path / "out")
     assert read_manifest(found).digest == read_manifest(tmp_path / "out").digest
@@ -508,7 +510,7 @@ def test_a_file_that_a_setting_names_is_packed_once(root: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("changed", ["annotation", "image", "removed"])
-def test_a_changed_data_set_is_packed_anew(root: Path, tmp_path: Path, changed: str) -> None:
+def test_changed_data_set_is_packed_again(root: Path, tmp_path: Path, changed: str) -> None:
     first = public_datasets.packed(annotations_of(root), tmp_path / "cache")
     tree = read(root)
     if changed == "annotation":
@@ -526,7 +528,7 @@ def test_a_changed_data_set_is_packed_anew(root: Path, tmp_path: Path, changed: 
 # Shown, and by command
 
 
-def test_objects_are_counted_as_they_are(root: Path, tmp_path: Path) -> None:
+def test_show_counts_objects_by_size_and_class(root: Path, tmp_path: Path) -> None:
     tree = read(root)
     for entry, area in zip(tree["annotations"], (10, 1023.9, 1024, 5000, 9215, 9216, 99999, 3), strict=True):
         entry["area"] = area
@@ -543,7 +545,7 @@ def test_objects_are_counted_as_they_are(root: Path, tmp_path: Path) -> None:
     assert "small 2 (33%)   medium 3 (50%)   large 1 (17%)" in format_summary(summary)
 
 
-def test_the_sheet_shows_boxes_where_they_are(root: Path, tmp_path: Path) -> None:
+def test_contact_sheet_draws_boxes(root: Path, tmp_path: Path) -> None:
     pack(coco.find(annotations_of(root)), tmp_path / "with")
     tree = read(root)
     tree["annotations"].clear()
@@ -556,7 +558,7 @@ def test_the_sheet_shows_boxes_where_they_are(root: Path, tmp_path: Path) -> Non
     assert (np.abs(sheets[0] - sheets[1]).sum(-1) > 0).mean() > 0.1
 
 
-def test_damaged_objects_do_not_stop_the_show(root: Path, tmp_path: Path) -> None:
+def test_show_skips_damaged_objects(root: Path, tmp_path: Path) -> None:
     pack(coco.find(annotations_of(root)), tmp_path / "out")
     record = ShardSet(tmp_path / "out").index(0)[1]
     with (tmp_path / "out/shard-000000.tar").open("r+b") as file:
@@ -572,7 +574,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_cli_packs_and_verifies(root: Path, tmp_path: Path) -> None:
+def test_cli_packs_and_verifies_coco(root: Path, tmp_path: Path) -> None:
     done = run("pack", "--coco", annotations_of(root), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

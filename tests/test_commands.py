@@ -95,7 +95,7 @@ def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 Job = tuple[Path, dict[str, Any]]
 
 
-def test_the_result_says_what_came_out(job: Job) -> None:
+def test_pretrain_result_reports_model_and_scores(job: Job) -> None:
     folder, result = job
     assert result["model"] == "models:/tiny/1"
     assert result["steps"] == STEPS
@@ -130,7 +130,7 @@ def test_metrics_are_written_for_every_logged_step(job: Job) -> None:
     assert [line["step"] for line in metrics_lines(job[0]) if "top1" in line] == [20, STEPS]
 
 
-def test_mlflow_holds_the_run(job: Job) -> None:
+def test_run_is_recorded_in_mlflow(job: Job) -> None:
     folder, result = job
     client = MlflowClient()
     found = client.get_run(result["run_id"])
@@ -148,7 +148,7 @@ def test_mlflow_holds_the_run(job: Job) -> None:
     assert any(name.startswith("system/") for name in found.data.metrics)
 
 
-def test_the_model_is_registered_without_pickles(job: Job) -> None:
+def test_model_is_registered_without_pickles(job: Job) -> None:
     folder, result = job
     version = MlflowClient().get_model_version_by_alias("tiny", "candidate")
     assert f"models:/tiny/{version.version}" == result["model"]
@@ -159,7 +159,7 @@ def test_the_model_is_registered_without_pickles(job: Job) -> None:
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pth", ".pt", ".bin"))]
 
 
-def test_a_fresh_process_reproduces_the_score_exactly(job: Job, digits: Path) -> None:
+def test_evaluate_in_fresh_process_reproduces_score(job: Job, digits: Path) -> None:
     folder, result = job
     scored = result_of(
         run(sys.executable, ROOT / "launch/evaluate.py", "--model", "models:/tiny@candidate", "--data", digits / "val",
@@ -170,7 +170,7 @@ def test_a_fresh_process_reproduces_the_score_exactly(job: Job, digits: Path) ->
     assert scored["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
 
 
-def test_remote_shards_are_kept_where_each_command_is_told(digit_images: Path, tmp_path: Path) -> None:
+def test_remote_shards_are_cached_where_each_command_is_told(digit_images: Path, tmp_path: Path) -> None:
     """Training with its samples and report, the report made again, preview, and evaluate."""
     data = {}
     for split in ("train", "val"):  # with digests that no other test has cached
@@ -204,7 +204,7 @@ def test_remote_shards_are_kept_where_each_command_is_told(digit_images: Path, t
         assert kept("scored") == {"val"}
 
 
-def test_mlflow_serves_the_model(job: Job, digit_images: Path) -> None:
+def test_registered_model_predicts_through_mlflow_pyfunc(job: Job, digit_images: Path) -> None:
     model = mlflow.pyfunc.load_model(job[1]["model"])
     paths = sorted((digit_images / "val").rglob("*.jpg"))[::6]
     answers = model.predict(pandas.DataFrame({"image": [path.read_bytes() for path in paths]}))
@@ -213,7 +213,7 @@ def test_mlflow_serves_the_model(job: Job, digit_images: Path) -> None:
     assert answers["score"].between(0.1, 1).all()
 
 
-def test_a_finished_job_is_not_run_again(job: Job) -> None:
+def test_finished_job_is_not_run_again(job: Job) -> None:
     folder, result = job
     before = (folder / "runs/tiny/metrics.jsonl").read_bytes()
     again = pretrain(folder)
@@ -222,7 +222,7 @@ def test_a_finished_job_is_not_run_again(job: Job) -> None:
     assert (folder / "runs/tiny/metrics.jsonl").read_bytes() == before
 
 
-def test_a_longer_job_goes_on_in_the_same_run(job: Job) -> None:
+def test_longer_job_resumes_same_run(job: Job) -> None:
     folder, result = job
     # On one rank and at another stage: neither is part of a run's identity.
     longer = result_of(pretrain(folder, f"train.length={STEPS + 3} steps", "engine.zero_stage=2"))
@@ -231,7 +231,7 @@ def test_a_longer_job_goes_on_in_the_same_run(job: Job) -> None:
     assert [line["step"] for line in metrics_lines(folder) if "loss" in line] == list(range(1, STEPS + 4))
 
 
-def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
+def test_second_job_in_same_folder_is_rejected(job: Job) -> None:
     folder, _ = job
     with (folder / "runs/tiny/.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -240,7 +240,7 @@ def test_two_jobs_do_not_share_a_folder(job: Job) -> None:
     assert "another job is at work in it" in second.stderr
 
 
-def test_a_job_whose_folder_is_taken_over_ends_at_its_next_save(job: Job, tmp_path: Path) -> None:
+def test_job_that_lost_its_lease_stops_at_next_save(job: Job, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_bytes((job[0] / "tiny.yaml").read_bytes())
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     overrides = ("train.length=100000 steps", "train.save_every=5 steps", "checkpoint.keep_last=1", "data.val=null")
@@ -262,7 +262,7 @@ def test_a_job_whose_folder_is_taken_over_ends_at_its_next_save(job: Job, tmp_pa
     assert json.loads((folder / LEASE).read_text()) == theirs
 
 
-def test_planted_secrets_are_found_nowhere(digits: Path, tmp_path: Path) -> None:
+def test_planted_secrets_do_not_leak(digits: Path, tmp_path: Path) -> None:
     """In whatever a run, a version, a report and an export leave behind, but for files of mode 0600."""
     said: list[str] = []
 
@@ -302,7 +302,7 @@ def test_planted_secrets_are_found_nowhere(digits: Path, tmp_path: Path) -> None
     assert len(paths) > 30
 
 
-def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> None:
+def test_resume_with_other_data_or_model_is_rejected(job: Job, digits: Path) -> None:
     folder, _ = job
     other = pretrain(folder, f"data.train={digits / 'val'}", ranks=2)
     assert other.returncode == 2
@@ -314,7 +314,7 @@ def test_other_data_and_another_model_are_refused(job: Job, digits: Path) -> Non
     assert "model is 'pvt_pico' in the checkpoint and 'pvt_tiny' in this run" in other.stderr
 
 
-def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
+def test_changed_artifact_is_rejected(job: Job, digits: Path) -> None:
     folder, _ = job
     # Of the run's versions the worse one is gone once it has been trained for longer.
     uri = f"models:/tiny/{MlflowClient().get_model_version_by_alias('tiny', 'candidate').version}"
@@ -340,7 +340,7 @@ def test_a_changed_artifact_is_refused(job: Job, digits: Path) -> None:
         ("models:/tiny", "names no version"),
     ],
 )
-def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, message: str) -> None:
+def test_invalid_or_unknown_model_uri_is_rejected(job: Job, digits: Path, uri: str, message: str) -> None:
     process = forked("launch/evaluate.py", "--model", uri, "--data", digits / "val", cwd=job[0])
     assert process.returncode == 2
     assert message in process.stderr
@@ -368,7 +368,7 @@ def test_a_model_that_does_not_exist_is_named(job: Job, digits: Path, uri: str, 
         ("train.global_batch_size=9600", 1, "exceeds the 1437 samples of the data set"),
     ],
 )
-def test_wrong_settings_are_told_once_and_leave_nothing(
+def test_invalid_settings_are_reported_once_and_leave_no_files(
     digits: Path, tmp_path: Path, override: str, ranks: int, message: str
 ) -> None:
     write_config(digits, tmp_path)
@@ -376,13 +376,13 @@ def test_wrong_settings_are_told_once_and_leave_nothing(
     assert_told_once_and_nothing_left(process, message, tmp_path)
 
 
-def test_under_the_launcher_a_wrong_setting_is_told_once(digits: Path, tmp_path: Path) -> None:
+def test_launcher_reports_invalid_setting_once(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
     process = launched(tmp_path, "data.lanes=1", f"run.root={tmp_path / 'runs'}")
     assert_told_once_and_nothing_left(process, "2 ranks, but data.lanes is 1", tmp_path)
 
 
-def test_another_number_of_ranks_is_refused_before_ranks_meet(tmp_path: Path) -> None:
+def test_wrong_rank_count_is_rejected_before_rendezvous(tmp_path: Path) -> None:
     """As in a shell that `srun --pty` has opened with two tasks: the other one never comes."""
     first, second = start(2, "launch/pretrain.py", ["--config", "x", "--ranks", 1], [tmp_path / "0", tmp_path / "1"])
     second.kill()
@@ -411,13 +411,13 @@ def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str],
         (["verify", "missing"], "cannot read the manifest"),
     ],
 )
-def test_wrong_usage_of_shards_ends_with_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_shards_usage_exits_with_2(tmp_path: Path, arguments: list[str], message: str) -> None:
     process = run(sys.executable, ROOT / "launch/shards.py", *arguments, cwd=tmp_path)
     assert process.returncode == 2
     assert message in process.stderr
 
 
-def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Path) -> None:
+def test_verify_exits_with_1_for_damaged_shards(digit_images: Path, tmp_path: Path) -> None:
     shards = [sys.executable, ROOT / "launch/shards.py"]
     packed = result_of(run(*shards, "pack", "--images", digit_images / "val", "--out", tmp_path / "out", cwd=tmp_path))
     assert packed["samples"] == 360
@@ -431,7 +431,7 @@ def test_verify_ends_with_1_for_damaged_shards(digit_images: Path, tmp_path: Pat
     assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]["reason"]
 
 
-def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_path: Path) -> None:
+def test_too_many_damaged_samples_stop_run_and_are_listed(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits / "train", tmp_path / "damaged")
     for tar in (tmp_path / "damaged").glob("*.tar"):
         data = bytearray(tar.read_bytes())
@@ -446,7 +446,7 @@ def test_too_many_damaged_samples_end_the_run_with_their_list(digits: Path, tmp_
     assert {json.loads(line)["reason"] for line in lines} == {"its bytes do not match their checksum"}
 
 
-def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits: Path, tmp_path: Path) -> None:
+def test_resolution_schedule_trains_and_invalid_one_is_rejected(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
     schedule = "augment.size_schedule={{2 steps: 64, 50 %: {}}}"
     process = pretrain(tmp_path, schedule.format(40))
@@ -464,7 +464,7 @@ def test_a_resolution_schedule_trains_and_a_wrong_one_is_refused_at_once(digits:
     ("error", "why"),
     [("MemoryError()", "out of memory"), ('RuntimeError("can\'t start new thread")', "can't start new")],
 )
-def test_a_limit_of_memory_or_threads_is_one_line(error: str, why: str) -> None:
+def test_memory_or_thread_limit_is_reported_in_one_line(error: str, why: str) -> None:
     code = f"from pipeline import cli\ndef main():\n    raise {error}\ncli.run(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -473,7 +473,7 @@ def test_a_limit_of_memory_or_threads_is_one_line(error: str, why: str) -> None:
     assert "raise the limits" in line
 
 
-def test_a_gpu_without_room_is_one_line() -> None:
+def test_gpu_out_of_memory_is_reported_in_one_line() -> None:
     code = """import torch
 from pipeline import cli
 

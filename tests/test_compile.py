@@ -57,7 +57,7 @@ def gradients(network: nn.Module, tokens: Tensor, precision: torch.dtype) -> dic
 
 @pytest.mark.slow
 @pytest.mark.gpu
-def test_compiled_blocks_compute_the_same() -> None:
+def test_compiled_blocks_match_eager() -> None:
     plain, compiled = Blocks(), Blocks()
     compile_blocks(compiled, deterministic=True)
     tokens = torch.randn(3, 24, 16)
@@ -73,7 +73,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a precision each: it really was compiled
 
 
-def test_few_graphs_serve_all_sizes_where_they_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varying_sizes_compile_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
     plain, compiled = Blocks(), Blocks()
@@ -88,13 +88,13 @@ def test_few_graphs_serve_all_sizes_where_they_vary(monkeypatch: pytest.MonkeyPa
     ("name", "kind", "count"),
     [("pvt_tiny", "Block", 8), ("resnet50", "Bottleneck", 16), ("vit_tiny_patch16_224", "Block", 12)],
 )
-def test_blocks_are_the_parts_that_repeat(name: str, kind: str, count: int) -> None:
+def test_blocks_are_repeated_modules(name: str, kind: str, count: int) -> None:
     with torch.device("meta"):
         found = list(blocks(timm.create_model(name)))
     assert [type(block).__name__ for block in found] == [kind] * count
 
 
-def test_a_network_without_blocks_is_refused() -> None:
+def test_network_without_blocks_is_rejected() -> None:
     with pytest.raises(InputError, match=r"engine\.compile: Linear is not made of lists of blocks"):
         compile_blocks(nn.Linear(2, 2))
 
@@ -115,7 +115,7 @@ def put_on_path(folder: Path, programs: list[str], monkeypatch: pytest.MonkeyPat
         ("cuda", ["g++"], r"gcc or clang on the PATH, or in CC: install gcc \("),
     ],
 )
-def test_a_machine_without_the_compiler_of_its_device_is_told(
+def test_missing_compiler_is_reported(
     device: str, programs: list[str], lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(tmp_path, programs, monkeypatch)
@@ -124,9 +124,7 @@ def test_a_machine_without_the_compiler_of_its_device_is_told(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_machine_without_pythons_headers_is_told(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_python_headers_are_reported(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_on_path(tmp_path, ["gcc", "g++"], monkeypatch)
     require_compiler(device, "engine.compile")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
@@ -135,14 +133,14 @@ def test_a_machine_without_pythons_headers_is_told(
         require_compiler(device, "engine.compile")
 
 
-def test_a_gpu_without_triton_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_on_path(tmp_path, ["gcc"], monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r" lacks: Python's package triton: install triton"):
         require_compiler("cuda", "engine.compile")
 
 
-def test_runs_are_refused_before_they_start(
+def test_run_without_compiler_is_rejected_before_start(
     make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(tmp_path, [], monkeypatch)
@@ -157,7 +155,7 @@ def test_runs_are_refused_before_they_start(
         start_checks.check_machine(mask_rcnn, gpu)
 
 
-def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_cache_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
@@ -171,13 +169,13 @@ def test_kernels_are_cached_where_nobody_else_writes(tmp_path: Path, monkeypatch
         compile_blocks(nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]))
 
 
-def test_zero_3_is_refused(make_config: Callable[..., Config]) -> None:
+def test_compile_with_zero_3_is_rejected(make_config: Callable[..., Config]) -> None:
     with pytest.raises(InputError, match=r"engine: compile true with zero_stage 3.*choose zero_stage 0, 1 or 2"):
         make_config("engine.compile=true", "engine.zero_stage=3")
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
-def test_an_engine_trains_with_it_and_evaluates_without(digits: Path, tmp_path: Path, ranks: int) -> None:
+def test_engine_trains_compiled_and_evaluates_eager(digits: Path, tmp_path: Path, ranks: int) -> None:
     (report,) = run_ranks(ranks, "compiled", write_config(digits, tmp_path))
     assert report["losses"][1] == report["losses"][0]
     assert report["compiled_calls"][0] == 0

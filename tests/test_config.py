@@ -41,7 +41,7 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
     assert load_config(path, overrides).run.name == path.stem
 
 
-def test_a_dumped_configuration_reads_back_equal(make_config: Make, tmp_path: Path) -> None:
+def test_dumped_configuration_round_trips(make_config: Make, tmp_path: Path) -> None:
     original = make_config(
         "engine.deepspeed.zero_optimization.reduce_bucket_size=1000",
         "train.length=1281167 images",
@@ -88,13 +88,13 @@ def test_a_dumped_configuration_reads_back_equal(make_config: Make, tmp_path: Pa
         ("model.frozen_stages=2", "model.frozen_stages 2 would freeze randomly initialised weights"),
     ],
 )
-def test_mistakes_are_named(make_config: Make, override: str, message: str) -> None:
+def test_invalid_setting_is_reported(make_config: Make, override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         make_config(override)
     assert message in str(error.value)
 
 
-def test_all_mistakes_are_listed_at_once(make_config: Make) -> None:
+def test_all_invalid_settings_are_reported_at_once(make_config: Make) -> None:
     with pytest.raises(InputError) as error:
         make_config("optim.lrr=1", "data.lane=2")
     assert "optim.lrr" in str(error.value)
@@ -109,13 +109,13 @@ def test_all_mistakes_are_listed_at_once(make_config: Make) -> None:
         ("", "expected a mapping of sections, found null"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_non_configuration_file_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         load_config(tmp_path / "bad.yaml")
 
 
-def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:
+def test_missing_setting_and_missing_file_are_reported(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump({"run": {"name": "x"}}))
     with pytest.raises(InputError, match="optim: this setting has no default"):
         load_config(tmp_path / "empty.yaml")
@@ -126,13 +126,13 @@ def test_a_missing_setting_and_a_missing_file_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "steps"), [("7 steps", 7), ("1 step", 1), ("2.5 epochs", 25), ("1e3 images", 100), ("5 %", 50)]
 )
-def test_a_length_in_any_unit(text: str, steps: int) -> None:
+def test_length_in_any_unit_is_converted_to_steps(text: str, steps: int) -> None:
     length = Length.parse(text)
     assert length.steps(steps_per_epoch=10, global_batch_size=10, total=1000) == steps
     assert Length.parse(str(length)) == length
 
 
-def test_resume_has_a_short_form(make_config: Make) -> None:
+def test_resume_setting_has_short_form(make_config: Make) -> None:
     assert make_config("resume=never").resume.source == "never"
     assert make_config("resume.allow=[data]").resume.allow == ["data"]
 
@@ -153,7 +153,7 @@ def warnings_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("warnings_so_far")
 @pytest.mark.parametrize(("name", "former", "present", "value"), RENAMED)
-def test_former_names_are_accepted_with_one_warning(
+def test_former_setting_names_are_accepted_with_one_warning(
     make_config: Make,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -179,7 +179,7 @@ def test_former_names_are_accepted_with_one_warning(
 
 
 @pytest.mark.usefixtures("warnings_so_far")
-def test_a_present_name_overrides_a_former_one_below(make_config: Make, tmp_path: Path) -> None:
+def test_present_name_overrides_former_name_in_extended_file(make_config: Make, tmp_path: Path) -> None:
     make_config()
     (tmp_path / "below.yaml").write_text("extends: tiny.yaml\nengine: {fast: false}\n")
     (tmp_path / "above.yaml").write_text("extends: below.yaml\nengine: {optimised_kernels: true}\n")
@@ -192,7 +192,7 @@ def test_a_present_name_overrides_a_former_one_below(make_config: Make, tmp_path
 
 
 @pytest.mark.usefixtures("warnings_so_far")
-def test_a_setting_has_one_of_its_names(make_config: Make) -> None:
+def test_former_and_present_name_together_are_rejected(make_config: Make) -> None:
     with pytest.raises(InputError, match="engine: fast is the former name of optimised_kernels, and both are set: rem"):
         make_config("engine={fast: true, optimised_kernels: true}")
     with pytest.raises(InputError, match=r"engine\.optimised_kernels: expected true or false \(found 3\)"):
@@ -202,7 +202,7 @@ def test_a_setting_has_one_of_its_names(make_config: Make) -> None:
 
 
 @pytest.mark.usefixtures("warnings_so_far")
-def test_only_the_first_rank_warns_of_former_names(
+def test_only_rank_0_warns_of_former_names(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -210,7 +210,7 @@ def test_only_the_first_rank_warns_of_former_names(
     assert not capsys.readouterr().err
 
 
-def test_a_renamed_setting_in_a_list_is_accepted(
+def test_former_name_in_list_section_is_accepted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Sections in lists, and those of several kinds, are renamed when they are validated."""
@@ -220,13 +220,13 @@ def test_a_renamed_setting_in_a_list_is_accepted(
     assert "overrides is now called set" in capsys.readouterr().err
 
 
-def test_a_time_limit_needs_no_quotes(make_config: Make) -> None:
+def test_cluster_time_is_read_without_quotes(make_config: Make) -> None:
     """In YAML 1.1 24:00:00 is the number 86400, which SLURM would take for minutes."""
     assert make_config("cluster.time=24:00:00").cluster.time == "24:00:00"
     assert make_config("cluster.time=90").cluster.time == "90"
 
 
-def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Path) -> None:
+def test_extends_merges_over_extended_file(digits: Path, tmp_path: Path) -> None:
     below = write_config(digits, tmp_path)
     above = tmp_path / "above.yaml"
     above.write_text(f"extends: {below.name}\nrun: {{name: above}}\nimage: {{mean: [0, 0, 0]}}\nmix: {{}}\n")
@@ -238,7 +238,7 @@ def test_a_file_is_laid_over_the_one_that_it_extends(digits: Path, tmp_path: Pat
     )
 
 
-def test_a_file_extends_one_file_and_never_itself(tmp_path: Path) -> None:
+def test_invalid_or_circular_extends_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "seven.yaml").write_text("extends: 7\n")
     with pytest.raises(InputError, match="extends 7; expected the path of one other YAML file"):
         load_config(tmp_path / "seven.yaml")
@@ -248,7 +248,7 @@ def test_a_file_extends_one_file_and_never_itself(tmp_path: Path) -> None:
         load_config(tmp_path / "one.yaml")
 
 
-def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(make_config: Make) -> None:
+def test_dense_evaluation_batch_size_defaults_to_1(make_config: Make) -> None:
     dense = ["task=semantic_fpn", "augment={}", "mix={}"]
     assert make_config().evaluate.batch_size == 256
     assert make_config(*dense).evaluate.batch_size == 1
@@ -265,7 +265,9 @@ def test_whole_images_are_evaluated_one_by_one_unless_told_otherwise(make_config
         ("engine.zero_stage=0", 300_000_000, 0),
     ],
 )
-def test_zero_shares_out_what_is_large(make_config: Make, override: str, num_parameters: int, stage: int) -> None:
+def test_default_zero_stage_depends_on_parameter_count(
+    make_config: Make, override: str, num_parameters: int, stage: int
+) -> None:
     assert make_config(override).engine.stage(num_parameters) == stage
 
 
@@ -280,7 +282,7 @@ def test_zero_shares_out_what_is_large(make_config: Make, override: str, num_par
         (b"[1]", "expected a mapping"),
     ],
 )
-def test_damaged_json_is_one_line_whatever_it_should_hold(tmp_path: Path, kind: Any, data: bytes, message: str) -> None:
+def test_damaged_json_is_reported_in_one_line(tmp_path: Path, kind: Any, data: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(data)
     with pytest.raises(InputError) as error:
         read_json(kind, tmp_path / "x.json")
@@ -289,7 +291,7 @@ def test_damaged_json_is_one_line_whatever_it_should_hold(tmp_path: Path, kind: 
     assert "pydantic" not in str(error.value)
 
 
-def test_json_without_end_is_refused(tmp_path: Path) -> None:
+def test_json_that_is_no_regular_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "run.json").symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"run\.json: not a regular file: give the folder of a run"):
         Record.read(tmp_path)

@@ -157,7 +157,7 @@ def _short(value: Any) -> str:
 
 
 @pytest.mark.parametrize(("override", "key", "value"), READ, ids=_short)
-def test_what_is_meant_is_read(base: Path, override: str, key: str, value: Any) -> None:
+def test_valid_override_is_parsed(base: Path, override: str, key: str, value: Any) -> None:
     config = load_config(base, [override])
     found: Any = config
     for name in key.split("."):
@@ -172,7 +172,7 @@ def test_what_is_meant_is_read(base: Path, override: str, key: str, value: Any) 
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED, ids=_short)
-def test_what_cannot_be_meant_is_refused(base: Path, override: str, message: str) -> None:
+def test_invalid_override_is_rejected(base: Path, override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         load_config(base, [override])
     text = str(error.value)
@@ -220,7 +220,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
+def test_invalid_configuration_file_is_rejected(tmp_path: Path, name: str) -> None:
     text, message = FILES[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
@@ -230,7 +230,7 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_non_utf8_configuration_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match=r"bytes\.yaml: cannot be read as YAML"):
         load_config(tmp_path / "bytes.yaml")
@@ -245,7 +245,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b"[" + b"[]," * 3_000 + b"]"), "more than 2,000 values"),
     ],
 )
-def test_a_file_without_end_is_refused(
+def test_endless_or_oversized_configuration_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Any], message: str
 ) -> None:
     monkeypatch.setattr(yaml_text, "MAX_NODES", 2000)
@@ -265,7 +265,7 @@ TREES = st.recursive(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(TEXT, TREES, st.binary(max_size=30), st.integers(0, 99))
-def test_whatever_the_text_it_is_a_tree_or_one_line(text: str, tree: Any, junk: bytes, place: int) -> None:
+def test_arbitrary_text_is_parsed_or_rejected_in_one_line(text: str, tree: Any, junk: bytes, place: int) -> None:
     document = json.dumps(tree).encode()
     assert json_text.read(document, "x") == tree
     reads = [
@@ -283,7 +283,7 @@ def test_whatever_the_text_it_is_a_tree_or_one_line(text: str, tree: Any, junk: 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.text(max_size=12) | st.integers(-5, 2**31).map(str), min_size=1, max_size=6))
-def test_labels_are_numbered_or_one_line(labels: list[str]) -> None:
+def test_arbitrary_labels_are_numbered_or_rejected_in_one_line(labels: list[str]) -> None:
     try:
         classes, positions = number_classes(set(labels), None, "x")
         assert all(classes[positions[label]] == label for label in labels)
@@ -292,7 +292,7 @@ def test_labels_are_numbered_or_one_line(labels: list[str]) -> None:
     assert [are_several(label) and is_number(label) for label in labels] == [False] * len(labels)
 
 
-def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
+def test_too_long_extends_chain_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "0.yaml").write_text(BASE)
     for number in range(1, 100):
         (tmp_path / f"{number}.yaml").write_text(f"extends: {number - 1}.yaml\n")
@@ -303,7 +303,7 @@ def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_anchors_and_merges_work(tmp_path: Path) -> None:
+def test_yaml_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     (tmp_path / "anchors.yaml").write_text(BASE.replace("1e-3", "&rate 1e-3") + "image: &i {size: 64}\n")
     assert load_config(tmp_path / "anchors.yaml", ["optim.min_lr=1e-6"]).optim.lr == 1e-3
     (tmp_path / "merge.yaml").write_text(
@@ -312,7 +312,7 @@ def test_anchors_and_merges_work(tmp_path: Path) -> None:
     assert load_config(tmp_path / "merge.yaml").profile.steps == 7
 
 
-def test_every_setting_is_found_by_its_last_word(base: Path) -> None:
+def test_setting_without_its_section_is_suggested(base: Path) -> None:
     """Without its section it is unknown, and the message names the right one unless several share the word."""
     keys = list(setting_names(Config))
     for key in keys:
@@ -325,7 +325,7 @@ def test_every_setting_is_found_by_its_last_word(base: Path) -> None:
         assert key in named or len(named) == 3
 
 
-def test_a_key_set_twice_is_found_among_many() -> None:
+def test_duplicate_json_key_is_found_among_many() -> None:
     names = [f'"{number}": 0' for number in range(200_000)]
     with pytest.raises(InputError, match="'199999' is set twice"):
         json_text.read(f"{{{', '.join([*names, names[-1]])}}}".encode(), "x")

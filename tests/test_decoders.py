@@ -36,20 +36,18 @@ def dark_kinds() -> list[Kind]:
 # Kinds
 
 
-def test_each_kind_is_fed_as_pillow_decodes_it_or_named_with_the_remedy(results: list[Result]) -> None:
+def test_each_image_kind_matches_pillow_or_is_rejected_with_remedy(results: list[Result]) -> None:
     assert len(results) > 130
     assert [result for result in results if not is_right(result)] == []
 
 
-def test_no_other_kind_is_refused(results: list[Result]) -> None:
+def test_only_known_bad_image_kinds_are_rejected(results: list[Result]) -> None:
     refused = BAD_HEADERS | {kind.name for kind in dark_kinds()}
     assert {result.kind.name for result in results if result.packed} == refused
     assert {result.kind.name for result in results if result.indexed} == refused
 
 
-def test_verify_names_what_an_index_holds_that_was_made_without_these_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_reports_bad_image_kinds_in_unchecked_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {f"{number:03d}": kind for number, kind in enumerate(corpus.kinds())}
     write_tar(tmp_path / "all.tar", kinds)
     with monkeypatch.context() as patch:
@@ -71,7 +69,7 @@ def test_verify_names_what_an_index_holds_that_was_made_without_these_rules(
 @pytest.mark.parametrize(
     "kind", [kind for kind in corpus.kinds() if kind.name in BAD_HEADERS], ids=lambda kind: kind.name
 )
-def test_quality_converts_a_kind_that_dali_does_not_decode(kind: Kind) -> None:
+def test_quality_converts_image_kind_that_dali_cannot_decode(kind: Kind) -> None:
     with pytest.raises(BadImageError, match="pack with --quality"):
         images.prepare(kind.data)
     data, head = images.prepare(kind.data, quality=95)
@@ -83,7 +81,7 @@ def test_quality_converts_a_kind_that_dali_does_not_decode(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", dark_kinds(), ids=lambda kind: kind.name)
-def test_values_that_use_a_part_of_their_range_are_scaled(kind: Kind) -> None:
+def test_bits_stored_scales_dark_16_bit_images(kind: Kind) -> None:
     with pytest.raises(BadImageError, match=f"pack with --bits-stored {kind.bits_stored} "):
         images.prepare(kind.data, quality=95)
     for bits in (kind.bits_stored, 16):
@@ -93,18 +91,18 @@ def test_values_that_use_a_part_of_their_range_are_scaled(kind: Kind) -> None:
         assert difference(data, kind.pixels(bits)) <= TOLERANCE
 
 
-def test_other_images_stay_as_they_are_when_values_are_scaled() -> None:
+def test_bits_stored_leaves_other_images_unchanged() -> None:
     for data in (corpus.jpeg(corpus.picture(3)), corpus.png(corpus.picture(1, 2), corpus.GREY, 2)):
         assert images.prepare(data, bits_stored=12)[0] == data
 
 
-def test_values_beyond_the_bits_stored_are_refused() -> None:
+def test_values_beyond_bits_stored_are_rejected() -> None:
     data = corpus.png(corpus.picture(1, 12), corpus.GREY, 16)
     with pytest.raises(BadImageError, match="a 16-bit value of 4,095: --bits-stored 10 says that they end at 1,023"):
         images.prepare(data, bits_stored=10)
 
 
-def test_deep_tiffs_are_scaled_or_refused() -> None:
+def test_16_bit_tiffs_are_scaled_or_rejected() -> None:
     grey, colour = (corpus.picture(channels, 12).astype(np.uint16) for channels in (1, 3))
     buffer = BytesIO()
     Image.fromarray(grey[..., 0]).save(buffer, "TIFF")
@@ -134,7 +132,7 @@ SCAN_EACH = next(kind.data for kind in corpus.kinds() if kind.name == "JPEG a sc
 @pytest.mark.parametrize(
     ("data", "number"), [*((PROGRESSIVE, n) for n in range(10)), *((SCAN_EACH, n) for n in range(3))]
 )
-def test_a_missing_scan_is_found(data: bytes, number: int) -> None:
+def test_missing_jpeg_scan_is_detected(data: bytes, number: int) -> None:
     images.check(data)
     with pytest.raises(BadImageError, match=r"damaged: scans are missing|not a readable image"):
         images.check(without_scan(data, number))
@@ -142,14 +140,14 @@ def test_a_missing_scan_is_found(data: bytes, number: int) -> None:
         images.prepare(without_scan(data, number), quality=90)
 
 
-def test_decoders_forgive_a_missing_scan() -> None:
+def test_decoders_tolerate_missing_jpeg_scan() -> None:
     data = without_scan(PROGRESSIVE, 9)
     assert difference(data, Kind("", data).pixels()) <= TOLERANCE
     assert difference(data, Kind("", PROGRESSIVE).pixels()) > TOLERANCE
 
 
 @pytest.mark.parametrize("missing", [b"PLTE", b""])
-def test_a_png_that_only_libpng_refuses_is_found(missing: bytes, tmp_path: Path) -> None:
+def test_png_that_only_libpng_rejects_is_detected(missing: bytes, tmp_path: Path) -> None:
     palette = (b"PLTE", bytes(range(48)))
     data = bytearray(corpus.png(corpus.picture(1, 4), corpus.PALETTE, 8, *([palette] if not missing else [])))
     if not missing:
@@ -161,13 +159,13 @@ def test_a_png_that_only_libpng_refuses_is_found(missing: bytes, tmp_path: Path)
         images.check(bytes(data))
 
 
-def test_damaged_pictures_are_refused_or_fed_as_pillow_decodes_them() -> None:
+def test_damaged_images_are_rejected_or_match_pillow() -> None:
     fates = damaged(3)
     assert {fate for _, _, fate in fates} == {"refused", "as Pillow"}
     assert all(fate == "refused" for way, _, fate in fates if way == "cut off")
 
 
-def test_index_finds_damage_behind_headers_unless_told_to_trust_them(tmp_path: Path) -> None:
+def test_index_detects_damage_behind_headers_unless_no_decode(tmp_path: Path) -> None:
     whole = corpus.jpeg(corpus.picture(3))
     samples = {"cut": whole[:-200], "scan": without_scan(PROGRESSIVE, 9), "whole": whole}
     write_tar(tmp_path / "a.tar", {key: Kind(key, data) for key, data in samples.items()})

@@ -65,7 +65,7 @@ def judged_from_files(folder: Path, masks: bool, iou_type: Any) -> COCOeval:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_metric_is_pycocotools_on_any_number_of_ranks(ranks: int, tmp_path: Path) -> None:
+def test_detection_metric_matches_pycocotools_on_any_world_size(ranks: int, tmp_path: Path) -> None:
     [report] = run_ranks(ranks, "detections", "masks")
     result, class_aps = report["result"], report["class_aps"]
     for kind, iou_type in (("box", "bbox"), ("mask", "segm")):
@@ -80,13 +80,13 @@ def test_the_metric_is_pycocotools_on_any_number_of_ranks(ranks: int, tmp_path: 
         assert np.isnan(class_aps[kind][4])
 
 
-def test_boxes_alone_are_scored_as_boxes() -> None:
+def test_metric_without_masks_reports_box_scores_only() -> None:
     [report] = run_ranks(1, "detections", "boxes")
     assert "box_ap" in report["result"]
     assert not any(name.startswith("mask") for name in [*report["result"], *report["class_aps"]])
 
 
-def test_without_any_detection_the_score_is_nought() -> None:
+def test_metric_without_detections_is_zero() -> None:
     _, truths = scored(masks=False)
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     metric = DetectionMetric(CLASSES, masks=False)
@@ -94,7 +94,7 @@ def test_without_any_detection_the_score_is_nought() -> None:
     assert metric.result(World())["box_ap"] == 0.0
 
 
-def test_a_data_set_without_objects_is_refused() -> None:
+def test_data_set_without_objects_is_rejected() -> None:
     found, truths = scored(masks=False)
     metric = DetectionMetric(CLASSES, masks=False)
     metric.update([found[0]], [Truth(1, truths[0].size, truths[0].extent, [])], torch.ones(1))
@@ -102,7 +102,7 @@ def test_a_data_set_without_objects_is_refused() -> None:
         metric.result(World())
 
 
-def test_results_are_in_pixels_of_the_stored_image() -> None:
+def test_results_are_in_stored_image_pixels() -> None:
     detections = Detections(
         torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([0.5]), torch.tensor([1]), torch.ones(1, 28, 28)
     )
@@ -124,7 +124,7 @@ def task_of(task: str, classes: list[str] = CLASSES, **model: Any) -> DetectionT
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_it_overfits_two_images(name: str) -> None:
+def test_detector_overfits_two_images(name: str) -> None:
     """Bright squares on noise: found after some dozen steps, and not before."""
     task = task_of(name)
     draws = torch.Generator().manual_seed(0)
@@ -166,7 +166,7 @@ def score(task: DetectionTask, images: torch.Tensor, truths: list[Truth]) -> dic
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_backbone_starts_from_a_classifier_and_the_head_from_its_own_task(name: str) -> None:
+def test_detector_starts_from_classifier_or_other_detector(name: str) -> None:
     classifier: nn.Module = timm.create_model("pvt_pico", num_classes=3, img_size=64)
     task, config = task_of(name), ModelConfig(name="pvt_pico", image_size=64)
     before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
@@ -206,14 +206,14 @@ def test_the_backbone_starts_from_a_classifier_and_the_head_from_its_own_task(na
     assert all(torch.equal(detector.model.state_dict()[key], after[key]) for key in shared)
 
 
-def test_settings_that_do_nothing_are_refused() -> None:
+def test_settings_without_effect_are_rejected() -> None:
     with pytest.raises(InputError, match="drop_rate"):
         task_of("detr", drop_rate=0.1)
     with pytest.raises(InputError, match="strides"):
         task_of("retinanet", name="vit_tiny_patch16_224", image_size=None)
 
 
-def test_two_images_of_one_id_are_refused() -> None:
+def test_duplicate_image_ids_are_rejected() -> None:
     found, truths = scored(masks=False)
     metric = DetectionMetric(CLASSES, masks=False)
     metric.update(found[:1] * 2, truths[:1] * 2, torch.ones(2))
@@ -222,7 +222,7 @@ def test_two_images_of_one_id_are_refused() -> None:
 
 
 @pytest.mark.parametrize("crowd", [0, 1])
-def test_masks_are_not_scored_on_images_that_lack_one(crowd: int) -> None:
+def test_mask_target_without_segmentation_is_rejected(crowd: int) -> None:
     entry = {"id": 7, "label": 0, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": crowd}
     stored = object_annotations.encode(object_annotations.Annotated(1, 60, 80, [entry]))
     image = ImageConfig(size=64)

@@ -88,7 +88,7 @@ def trained(scenes: Path, root: Path) -> Job:
 
 
 @pytest.mark.slow
-def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
+def test_killed_fine_tuning_matches_uninterrupted_run(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "mask_rcnn", "killed"), "killed", ranks=2, target=TARGET)
     with killed.start() as attempt:
         assert attempt.wait_until(lambda: attempt.step >= 3 and killed.newest_step() >= 2, PATIENCE_S)
@@ -106,7 +106,7 @@ def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: 
     assert metrics_differences(ours, reference, STEPS, ("step", *scores)) == []
 
 
-def test_another_world_sees_the_same_samples_boxes_and_masks(scenes: Path, root: Path, trained: Job) -> None:
+def test_other_world_size_sees_same_samples_boxes_and_masks(scenes: Path, root: Path, trained: Job) -> None:
     single = finished(scenes, root, "mask_rcnn", "single", ranks=1)
     assert len(seen_by(single)) == STEPS * 8
     assert seen_by(single) == seen_by(trained)
@@ -114,7 +114,7 @@ def test_another_world_sees_the_same_samples_boxes_and_masks(scenes: Path, root:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["mask_rcnn", "detr"])
-def test_zero_3_trains_the_same(scenes: Path, root: Path, task: str) -> None:
+def test_zero_3_losses_match_zero_1(scenes: Path, root: Path, task: str) -> None:
     still: Any = {"train": {"length": "3 steps", "ema_decay": None}}
     whole, sharded = (
         finished(scenes, root, task, f"{task}-zero-{stage}", engine={"zero_stage": stage, "precision": "fp32"}, **still)
@@ -126,7 +126,7 @@ def test_zero_3_trains_the_same(scenes: Path, root: Path, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["retinanet", "detr"])
-def test_every_detector_trains_from_annotations_as_they_are(scenes: Path, root: Path, task: str) -> None:
+def test_detectors_train_from_unpacked_coco_annotations(scenes: Path, root: Path, task: str) -> None:
     files = {split: str(scenes / f"coco/annotations/instances_{split}.json") for split in ("train", "val")}
     data = {**files, "cache": str(root / "cache")}
     job = finished(scenes, root, task, task, ranks=1, data=data, train={"length": "2 steps", "eval_every": "2 steps"})
@@ -136,7 +136,7 @@ def test_every_detector_trains_from_annotations_as_they_are(scenes: Path, root: 
     assert card.classes == list(NAMES)
 
 
-def test_it_is_registered_scored_and_drawn(scenes: Path, root: Path, trained: Job) -> None:
+def test_detector_is_registered_evaluated_and_drawn(scenes: Path, root: Path, trained: Job) -> None:
     uri = f"sqlite:///{root / 'mlflow.db'}"
     tracking_server.connect(uri)
     version = registry.resolve("models:/mask@candidate")
@@ -156,7 +156,7 @@ def test_it_is_registered_scored_and_drawn(scenes: Path, root: Path, trained: Jo
     assert (trained.folder / "predictions.png").exists()
 
 
-def test_data_of_another_kind_is_refused_before_training(scenes: Path, root: Path) -> None:
+def test_data_of_wrong_kind_is_rejected_before_training(scenes: Path, root: Path) -> None:
     path = configuration(scenes, root, "retinanet", "other")
     _, told = command(TARGET, "--config", path, "--set", "task=semantic_fpn", log=root / "log", expected=2)
     assert "its data set holds images with objects, but task semantic_fpn needs images with label maps" in told

@@ -212,7 +212,7 @@ def check_answer(answer: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_answers_are_evaluations_detections(
+def test_served_detections_match_evaluation(
     name: str, networks_by_task: dict[str, Detector], scenes: dict[str, ShardSet]
 ) -> None:
     """By way of shards, DALI and torch's resize there, and of Pillow's here."""
@@ -232,7 +232,7 @@ def test_answers_are_evaluations_detections(
             assert np.abs(np.array(same) - result["bbox"]).max(axis=1).min() < 5
 
 
-def test_low_scores_are_left_out_unless_asked_for(scenes: dict[str, ShardSet]) -> None:
+def test_low_scores_are_omitted_unless_requested(scenes: dict[str, ShardSet]) -> None:
     model, data = loaded("detr"), scenes["same"].read(0, 0)
     (every,) = answers_of(model, [data], min_score=0.0)
     scores = every["scores"]
@@ -245,7 +245,7 @@ def test_low_scores_are_left_out_unless_asked_for(scenes: dict[str, ShardSet]) -
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_version_says_what_it_is(name: str) -> None:
+def test_version_records_task_metric_and_signature(name: str) -> None:
     version = registry.resolve(f"models:/{name}/1")
     assert version.card.task == TASKS[name]
     assert (version.tags["task"], version.tags["metric.box_ap"], version.tags["good"]) == (name, "0.42", "true")
@@ -273,7 +273,7 @@ def split(images: list[bytes], **params: Any) -> dict[str, Any]:
     return {"dataframe_split": {"columns": ["image"], "data": rows}, "params": params}
 
 
-def test_masks_over_http_are_evaluations(
+def test_masks_over_http_match_evaluation(
     served: ModelServer, networks_by_task: dict[str, Detector], scenes: dict[str, ShardSet]
 ) -> None:
     found = evaluated(networks_by_task["mask_rcnn"], TASKS["mask_rcnn"], scenes["same"])
@@ -292,7 +292,7 @@ def test_masks_over_http_are_evaluations(
         assert (status, reason in told) == (400, True), told
 
 
-def test_an_error_of_ours_says_nothing_of_this_machine(scenes: dict[str, ShardSet]) -> None:
+def test_internal_error_reveals_no_details(scenes: dict[str, ShardSet]) -> None:
     model = loaded("detr")
     model.unwrap_python_model()._model._network.classifier.bias[0] = math.nan
     with pytest.raises(MlflowException) as raised:
@@ -304,7 +304,7 @@ def test_an_error_of_ours_says_nothing_of_this_machine(scenes: dict[str, ShardSe
 # Promoted
 
 
-def test_promotion_goes_by_box_ap(models: Registry, networks_by_task: dict[str, Detector]) -> None:
+def test_promotion_gates_use_box_ap(models: Registry, networks_by_task: dict[str, Detector]) -> None:
     gates = Gates(metrics={"box_ap": Bound(min=0.3)}, champion={"box_ap": 0.01})
     network, task = networks_by_task["retinanet"], TASKS["retinanet"]
     first = models.add("judged", network, task, METRICS)
@@ -318,7 +318,7 @@ def test_promotion_goes_by_box_ap(models: Registry, networks_by_task: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["retinanet", "detr"])
-def test_weights_that_give_no_numbers_are_not_promoted(models: Registry, name: str) -> None:
+def test_version_with_nan_weights_is_not_promoted(models: Registry, name: str) -> None:
     """RetinaNet with such finds nothing, as on a grey picture."""
     broken = random_detector(name)
     next(iter(broken.backbone.parameters())).view(-1)[0] = math.nan
@@ -391,7 +391,7 @@ def by_hand(network: Any, image: Tensor, extent: Tensor) -> tuple[Tensor, Tensor
     return logits, torch.maximum(torch.zeros(()), torch.minimum(corners, limits))
 
 
-def test_exports_compute_the_same(exported: Exported) -> None:
+def test_exported_detectors_match_network(exported: Exported) -> None:
     result = exported.result
     for shape in ((1, 3, 160, 160), (3, 3, 160, 320), (2, 3, 224, 192)):
         images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -447,7 +447,7 @@ def squarish(data: bytes) -> bool:
     return max(size) < 1.5 * min(size)
 
 
-def test_a_program_needs_no_more_than_preprocessing_json(exported: Exported, scenes: dict[str, ShardSet]) -> None:
+def test_preprocessing_json_suffices_to_run_exported_graph(exported: Exported, scenes: dict[str, ShardSet]) -> None:
     """What it makes of a graph's outputs is what the served model answers."""
     about = exported.about
     # The others are made so narrow that RetinaNet's graph wants them padded further than its network does.
@@ -472,7 +472,7 @@ def test_a_program_needs_no_more_than_preprocessing_json(exported: Exported, sce
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_weights_are_exported_of_all(name: str, tmp_path: Path) -> None:
+def test_all_detectors_export_to_safetensors(name: str, tmp_path: Path) -> None:
     result = export.export(f"models:/{name}/1", "safetensors", tmp_path / "out")
     assert (result["logit_difference"], result["box_difference"]) == (0, 0)
     assert result["predictions"] > 6
@@ -487,7 +487,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "to", "why"), REFUSED)
-def test_formats_without_a_place_for_it_refuse_by_name(name: str, to: str, why: str, tmp_path: Path) -> None:
+def test_unsupported_export_format_is_rejected(name: str, to: str, why: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^--to {to}: .*models:/{name}/1.*") as raised:
         export.export(f"models:/{name}/1", to, tmp_path / "out")
     assert re.search(why, str(raised.value))
@@ -495,7 +495,7 @@ def test_formats_without_a_place_for_it_refuse_by_name(name: str, to: str, why: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_check_finds_what_differs() -> None:
+def test_export_check_detects_changed_outputs() -> None:
     source, images = ExportSource(registry.resolve("models:/retinanet/1")), compare_outputs.real_images(None)[:2]
     varying = source.varying
 
@@ -537,7 +537,7 @@ def report_of(name: str, network: Detector, data: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
-def test_a_report_has_the_precisions_and_shows_what_was_found(
+def test_report_shows_ap_and_detections(
     name: str, networks_by_task: dict[str, Detector], scenes: dict[str, ShardSet], tmp_path: Path
 ) -> None:
     network, shards = networks_by_task[name], scenes["same"]
@@ -576,7 +576,7 @@ def test_a_report_has_the_precisions_and_shows_what_was_found(
 # Drawn
 
 
-def test_objects_are_drawn_in_their_colours() -> None:
+def test_boxes_and_masks_are_drawn_in_class_colours() -> None:
     picture = Image.new("RGB", (60, 40), "white")
     whole, half = np.ones((40, 60), np.uint8), np.zeros((40, 60), np.uint8)
     half[:, :30] = 1

@@ -136,7 +136,7 @@ kinds = pytest.mark.parametrize("kind", ["retinanet", "mask_rcnn"])
 
 
 @kinds
-def test_pyramid_and_anchors_are_torchvisions(kind: str, pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_pyramid_and_anchors_match_torchvision(kind: str, pairs: dict[str, tuple[Any, Any]]) -> None:
     their, our = pairs[kind]
     images = torch.randn(1, 3, *CANVAS)
     with torch.no_grad():
@@ -162,9 +162,7 @@ def our_anchors(our: Detector) -> Anchors:
 
 @kinds
 @pytest.mark.parametrize("num", [0, 6])
-def test_an_images_losses_are_torchvisions_of_a_batch_of_one(
-    kind: str, num: int, pairs: dict[str, tuple[Any, Any]]
-) -> None:
+def test_losses_of_one_image_match_torchvision(kind: str, num: int, pairs: dict[str, tuple[Any, Any]]) -> None:
     their, our = pairs[kind]
     torch.manual_seed(num)
     images, wanted = torch.randn(1, 3, *CANVAS), objects(num, CANVAS)
@@ -192,7 +190,7 @@ def test_an_images_losses_are_torchvisions_of_a_batch_of_one(
 
 
 @kinds
-def test_detections_are_torchvisions(kind: str, pairs: dict[str, tuple[Any, Any]]) -> None:
+def test_detections_match_torchvision(kind: str, pairs: dict[str, tuple[Any, Any]]) -> None:
     their, our = pairs[kind]
     torch.manual_seed(2)
     images = torch.randn(2, 3, *CANVAS)
@@ -216,7 +214,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_retinanet_on_pvt_small_has_the_papers_34_2_million_parameters() -> None:
+def test_retinanet_pvt_small_parameter_count_matches_paper() -> None:
     """Counted with position embeddings for 224 px, as the paper's code keeps them, and COCO's 80 classes.
 
     pvt_small without head and norm  23,971,840   24,485,864 - 513,000 - 1,024
@@ -239,7 +237,7 @@ def test_retinanet_on_pvt_small_has_the_papers_34_2_million_parameters() -> None
     assert count(detector) == 34_221_812
 
 
-def test_mask_rcnn_on_pvt_small_has_the_papers_44_1_million_parameters() -> None:
+def test_mask_rcnn_pvt_small_parameter_count_matches_paper() -> None:
     """Counted as RetinaNet's.
 
     pvt_small without head and norm  23,971,840
@@ -269,7 +267,7 @@ def test_mask_rcnn_on_pvt_small_has_the_papers_44_1_million_parameters() -> None
     ("name", "retinanet", "mask_rcnn"),
     [("pvt_tiny", 23.0, 32.9), ("pvt_medium", 53.9, 63.9), ("pvt_large", 71.1, 81.0), ("resnet50", 37.7, 44.2)],
 )
-def test_other_backbones_have_the_papers_counts(name: str, retinanet: float, mask_rcnn: float) -> None:
+def test_parameter_counts_on_other_backbones_match_paper(name: str, retinanet: float, mask_rcnn: float) -> None:
     """In millions. Of ResNet-50 the paper counts what is trained, not the stem and the first stage."""
     with torch.device("meta"):
         trunk = backbone(name, 224)
@@ -281,7 +279,7 @@ def test_other_backbones_have_the_papers_counts(name: str, retinanet: float, mas
 # Anchors and wiring.
 
 
-def test_anchors_stand_where_the_places_of_a_map_look() -> None:
+def test_anchor_centres_are_multiples_of_stride() -> None:
     """Also on a canvas of 800 x 1344, whose coarsest maps have 13 x 21 and 7 x 11 places."""
     strides = (8, 16, 32, 64, 128)
     grids = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
@@ -301,7 +299,7 @@ def test_anchors_stand_where_the_places_of_a_map_look() -> None:
             assert height_px == pytest.approx(side * ratio**0.5, abs=1)
 
 
-def test_retinanets_coarsest_levels_come_from_the_backbones_map() -> None:
+def test_retinanet_coarsest_levels_come_from_backbone_map() -> None:
     """Whatever their widths: torchvision takes the pyramid's map where both are the same."""
     for channels in (32, 128):  # pvt_pico's last map has 128
         detector = RetinaNet(backbone("pvt_pico", 64), NUM_CLASSES, pyramid_channels=channels)
@@ -313,7 +311,7 @@ def test_retinanets_coarsest_levels_come_from_the_backbones_map() -> None:
             assert torch.equal(levels[4], coarser.p7(stride_64.relu()))
 
 
-def test_proposals_are_pooled_at_the_maps_strides_whatever_the_extent() -> None:
+def test_roi_pooling_scale_is_independent_of_extent() -> None:
     """torchvision would take the scale 1 / 2 of an image that fills a quarter of its canvas, for good."""
     detector = network("mask_rcnn").eval()
     pool: Any = detector.roi_heads.box_roi_pool
@@ -328,7 +326,7 @@ def test_proposals_are_pooled_at_the_maps_strides_whatever_the_extent() -> None:
 
 
 @small
-def test_an_images_losses_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
+def test_losses_of_an_image_do_not_depend_on_rest_of_batch(name: str) -> None:
     detector = network(name)
     images, extents, targets = scenes()
     with torch.no_grad():
@@ -362,7 +360,7 @@ def test_losses_are_finite_and_every_parameter_gets_a_gradient(
         assert {name for name in idle if not name.startswith("decoder.0.self_attn")} == set()
 
 
-def test_retinanets_losses_are_computed_in_float32() -> None:
+def test_retinanet_losses_are_computed_in_float32() -> None:
     """From what its head gives under autocast, which is bfloat16."""
     detector = network("retinanet")
     images, extents, targets = scenes()
@@ -393,7 +391,7 @@ def sure(detector: Detector) -> Detector:
 
 @small
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_boxes_lie_inside_the_extent_best_first(name: str, precision: torch.dtype) -> None:
+def test_boxes_are_inside_extent_and_sorted_by_score(name: str, precision: torch.dtype) -> None:
     detector = sure(network(name, max_detections=7))
     images, extents, _ = scenes()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -416,7 +414,7 @@ def test_boxes_lie_inside_the_extent_best_first(name: str, precision: torch.dtyp
 
 
 @small
-def test_nothing_may_be_found(name: str) -> None:
+def test_empty_detections_have_valid_shapes(name: str) -> None:
     detector = network(name).eval()
     images, extents, _ = scenes()
     if isinstance(detector, RetinaNet):
@@ -432,7 +430,7 @@ def test_nothing_may_be_found(name: str) -> None:
             assert image.masks is None or image.masks.shape == (0, 28, 28)
 
 
-def test_mask_rcnn_without_proposals() -> None:
+def test_mask_rcnn_without_proposals_has_finite_losses() -> None:
     """All beyond the image, as of a network that diverges: nothing is found, and losses are still finite."""
     detector = network("mask_rcnn")
     images, extents, targets = scenes()
@@ -446,7 +444,7 @@ def test_mask_rcnn_without_proposals() -> None:
 
 
 @small
-def test_what_is_beyond_the_divisor_is_padded(name: str) -> None:
+def test_input_is_padded_to_size_divisor(name: str) -> None:
     detector = network(name)
     images, extents, targets = scenes()
     cut, padded = images[:, :, :70, :140], images.clone()
@@ -458,7 +456,7 @@ def test_what_is_beyond_the_divisor_is_padded(name: str) -> None:
 
 
 @small
-def test_padding_below_the_extent_is_not_looked_at_for_objects(name: str) -> None:
+def test_boxes_are_clipped_to_extent_on_larger_canvas(name: str) -> None:
     """Its boxes are cut off at the extent, whatever a larger canvas adds."""
     detector = sure(network(name))
     images, extents, _ = scenes()
@@ -472,7 +470,7 @@ def test_padding_below_the_extent_is_not_looked_at_for_objects(name: str) -> Non
 
 
 @small
-def test_recomputing_activations_changes_nothing(name: str) -> None:
+def test_gradient_checkpointing_does_not_change_results(name: str) -> None:
     results = []
     for recompute in (False, True):
         detector = network(name)
@@ -485,7 +483,7 @@ def test_recomputing_activations_changes_nothing(name: str) -> None:
 
 
 @small
-def test_samplers_and_dropout_draw_from_torchs_generator(name: str) -> None:
+def test_samplers_and_dropout_use_torch_generator(name: str) -> None:
     config: dict[str, Any] = {"dropout": 0.1} if name == "detr" else {}
     detector = network(name, **config)
     if isinstance(detector, MaskRcnn):
@@ -507,7 +505,7 @@ def scenes_at(seed: int) -> tuple[Tensor, list[Extent], list[Objects]]:
 
 
 @small
-def test_drop_path_masks_go_to_the_backbone(name: str) -> None:
+def test_drop_path_masks_are_passed_to_backbone(name: str) -> None:
     detector = SMALL[name](backbone("pvt_pico", 64, drop_path_rate=0.5), NUM_CLASSES).eval()
     images, extents, _ = scenes()
     rates = torch.tensor(detector.drop_path_rates)
@@ -524,7 +522,7 @@ def test_drop_path_masks_go_to_the_backbone(name: str) -> None:
 
 @small
 @pytest.mark.parametrize("model", ["resnet18", "convnext_atto"])
-def test_other_backbones_do(name: str, model: str) -> None:
+def test_losses_backpropagate_on_other_backbones(name: str, model: str) -> None:
     detector = network(name, model)
     for module in detector.modules():
         if isinstance(module, _BatchNorm):
@@ -535,7 +533,7 @@ def test_other_backbones_do(name: str, model: str) -> None:
 
 
 @small
-def test_the_layers_about_classes_are_named(name: str) -> None:
+def test_pretrained_cfg_lists_class_dependent_layers(name: str) -> None:
     """Those whose shapes depend on how many classes there are, and no others."""
     few = {key: tensor.shape for key, tensor in network(name).state_dict().items()}
     detector = SMALL[name](backbone("pvt_pico", 64), NUM_CLASSES + 2)
@@ -545,7 +543,7 @@ def test_the_layers_about_classes_are_named(name: str) -> None:
 
 
 @small
-def test_checkpoints_of_another_size_are_resized_as_the_backbones_are(name: str) -> None:
+def test_checkpoint_of_other_image_size_is_resized(name: str) -> None:
     detector, larger = network(name), SMALL[name](backbone("pvt_pico", 96), NUM_CLASSES)
     larger.load_state_dict(checkpoint_filter_fn(detector.state_dict(), larger))
     assert larger.no_weight_decay() == {"backbone.stages.3.cls_token"}
@@ -554,7 +552,7 @@ def test_checkpoints_of_another_size_are_resized_as_the_backbones_are(name: str)
     )
 
 
-def test_detections_are_chosen_in_order() -> None:
+def test_indexing_detections_keeps_order() -> None:
     found = Detections(torch.arange(12.0).reshape(3, 4), torch.tensor([0.1, 0.9, 0.5]), torch.tensor([7, 8, 9]))
     chosen = found[torch.tensor([1, 2])]
     assert chosen.labels.tolist() == [8, 9]

@@ -106,7 +106,7 @@ def after_each_layer(their: Any, outputs: Any) -> Tensor:
     return torch.cat([their.model.decoder.layernorm(before), outputs.last_hidden_state[None]])
 
 
-def test_outputs_are_transformers(pair: tuple[Any, Detr]) -> None:
+def test_outputs_match_transformers(pair: tuple[Any, Detr]) -> None:
     their, our = pair
     images, masks, _ = scenes()
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_outputs_are_transformers(pair: tuple[Any, Detr]) -> None:
     torch.testing.assert_close(boxes[-1], expected.pred_boxes, rtol=1e-5, atol=1e-5)
 
 
-def test_an_images_losses_are_transformers_of_a_batch_of_one(pair: tuple[Any, Detr]) -> None:
+def test_losses_of_one_image_match_transformers(pair: tuple[Any, Detr]) -> None:
     """With an auxiliary loss after each layer of the decoder but the last."""
     their, our = pair
     images, masks, targets = scenes()
@@ -152,7 +152,7 @@ def test_an_images_losses_are_transformers_of_a_batch_of_one(pair: tuple[Any, De
             assert float(sum(loss[i] for loss in losses.values())) == pytest.approx(float(total), rel=1e-5)
 
 
-def test_detections_are_transformers(pair: tuple[Any, Detr]) -> None:
+def test_detections_match_transformers(pair: tuple[Any, Detr]) -> None:
     their, our = pair
     images, masks, _ = scenes()
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_detections_are_transformers(pair: tuple[Any, Detr]) -> None:
         torch.testing.assert_close(image.boxes, boxes, rtol=1e-5, atol=1e-3)
 
 
-def test_images_without_objects_learn_that_there_is_none(pair: tuple[Any, Detr]) -> None:
+def test_images_without_objects_have_only_no_object_loss(pair: tuple[Any, Detr]) -> None:
     _, our = pair
     images, _, targets = scenes((0, 1, 0))
     losses = our(images, EXTENTS, targets)
@@ -178,13 +178,13 @@ def test_images_without_objects_learn_that_there_is_none(pair: tuple[Any, Detr])
         assert losses["bbox"][i] == losses["giou"][i] == 0
 
 
-def test_more_objects_than_queries(pair: tuple[Any, Detr]) -> None:
+def test_more_objects_than_queries_give_finite_losses(pair: tuple[Any, Detr]) -> None:
     _, our = pair
     images, _, targets = scenes((2 * QUERIES, 1, 0))
     assert all(loss.isfinite().all() for loss in our(images, EXTENTS, targets).values())
 
 
-def test_a_diverged_network_is_for_the_caller_to_see(pair: tuple[Any, Detr]) -> None:
+def test_nan_in_image_gives_nan_losses_without_error(pair: tuple[Any, Detr]) -> None:
     """Transformers' matching would raise an error instead."""
     _, our = pair
     images, _, targets = scenes()
@@ -194,7 +194,7 @@ def test_a_diverged_network_is_for_the_caller_to_see(pair: tuple[Any, Detr]) -> 
     assert all(loss.shape == (3,) and loss.isnan().all() for loss in losses.values())
 
 
-def test_padding_is_not_attended_to(pair: tuple[Any, Detr]) -> None:
+def test_attention_ignores_padding(pair: tuple[Any, Detr]) -> None:
     """Whatever its maps hold. Positions are those in the image."""
     _, our = pair
     images, _, _ = scenes()
@@ -207,7 +207,7 @@ def test_padding_is_not_attended_to(pair: tuple[Any, Detr]) -> None:
             torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_initialised_as_in_the_paper() -> None:
+def test_initialisation_matches_paper() -> None:
     """Xavier's uniform distribution in the transformer, of which Transformers' own knows nothing."""
     detector = Detr(backbone("pvt_pico", 64), NUM_CLASSES)
     for part in (detector.encoder, detector.decoder):
@@ -219,7 +219,7 @@ def test_it_is_initialised_as_in_the_paper() -> None:
                 assert not parameter.any(), name
 
 
-def test_it_has_the_papers_41_million_parameters() -> None:
+def test_parameter_count_matches_paper() -> None:
     """DETR's paper, table 1, with ResNet-50. Its code's classes are 91 and none."""
     with torch.device("meta"):
         detector = Detr(backbone("resnet50", 64), 91)

@@ -10,7 +10,7 @@ def logged(*steps: int, step_s: float) -> dict[int, float]:
     return {step: 100.0 + step * step_s for step in steps}
 
 
-def test_a_fast_run_is_warm_after_seconds_and_a_slow_one_after_steps() -> None:
+def test_warm_up_lasts_minimum_steps_and_seconds() -> None:
     assert not is_warm({}, JOB)
     assert not is_warm(logged(5, 500, step_s=0.02), JOB)
     assert is_warm(logged(5, 510, step_s=0.02), JOB)
@@ -18,14 +18,14 @@ def test_a_fast_run_is_warm_after_seconds_and_a_slow_one_after_steps() -> None:
     assert is_warm(logged(5, 15, step_s=30), JOB)
 
 
-def test_it_is_measured_for_as_many_steps_and_seconds_as_asked() -> None:
+def test_speed_is_measured_over_minimum_steps_and_seconds() -> None:
     assert speed_since(500, logged(5, 500, 600, step_s=0.02), JOB) is None  # 2 seconds
     assert speed_since(500, logged(5, 500, 700, step_s=0.02), JOB) == 32 / 0.02
     assert speed_since(15, logged(5, 15, 20, step_s=30), JOB) is None  # 5 steps
     assert speed_since(15, logged(5, 15, 25, step_s=30), JOB) == 32 / 30
 
 
-def test_contenders_repeat_for_as_many_steps_and_seconds_as_asked() -> None:
+def test_contenders_repeat_for_minimum_steps_and_seconds() -> None:
     taken = list[int]()
     steps, seconds = contenders.repeat(lambda: taken.append(1), 3, 0.05)
     assert steps == len(taken) >= 3

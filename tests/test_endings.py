@@ -49,7 +49,7 @@ def on_terminal(script: str, *options: str) -> str:
     return printed.removesuffix(b"END").decode() + done.stderr
 
 
-def test_a_program_gets_one_json_line() -> None:
+def test_command_prints_one_json_line_without_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMMAND.format(shows="")], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -57,20 +57,20 @@ def test_a_program_gets_one_json_line() -> None:
     assert done.stderr == ""
 
 
-def test_a_person_gets_a_list_of_a_result_that_was_not_shown() -> None:
+def test_terminal_lists_result_that_was_not_shown() -> None:
     text = on_terminal(COMMAND.format(shows=""))
     assert text.splitlines() == ["data: here", "classes: 2 entries, which --json shows", "skipped: none"]
 
 
-def test_a_person_gets_only_what_was_shown() -> None:
+def test_terminal_shows_only_what_was_shown() -> None:
     assert on_terminal(COMMAND.format(shows="cli.show('2 classes')")) == "2 classes\n"
 
 
-def test_a_person_gets_json_by_an_option() -> None:
+def test_json_option_prints_json_on_terminal() -> None:
     assert json.loads(on_terminal(COMMAND.format(shows=""), "--json"))["data"] == "here"
 
 
-def test_the_main_metric_comes_first_and_no_zero_of_damaged_samples() -> None:
+def test_main_metric_is_first_and_zero_bad_samples_are_omitted() -> None:
     assert list(for_display({"val_loss": 1.0, "bad_samples": 0.0, "macc": 0.4, "miou": 0.5})) == [
         "miou",
         "val_loss",
@@ -94,7 +94,7 @@ def result() -> dict[str, object]:
     }
 
 
-def test_training_ends_with_its_scores_and_the_next_commands(result: dict[str, object], tmp_path: Path) -> None:
+def test_training_ending_shows_scores_and_next_commands(result: dict[str, object], tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path), [])
     first, *others = describe_training(result, config).splitlines()
     assert first == f"{config.run.folder}: pvt_pico after 1,200 steps: top1 93.3 %, val_loss 0.25"
@@ -103,19 +103,19 @@ def test_training_ends_with_its_scores_and_the_next_commands(result: dict[str, o
     assert f"--model models:/tiny/1 --data {config.data.val}" in others[-2]
 
 
-def test_training_that_could_not_register_says_how_to(result: dict[str, object], tmp_path: Path) -> None:
+def test_training_ending_without_registration_suggests_sync(result: dict[str, object], tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path), [])
     ending = describe_training(result | {"model": None, "best": None}, config)
     assert ending.endswith(f"python launch/registry.py sync {config.run.folder}")
 
 
-def test_stopped_training_says_that_it_goes_on(tmp_path: Path) -> None:
+def test_stopped_training_ending_shows_checkpoint(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path), [])
     ending = describe_training({"requeue": True, "checkpoint": "step-7"}, config)
     assert "stopped early and saved in step-7" in ending
 
 
-def test_an_evaluation_ends_with_its_scores() -> None:
+def test_evaluation_ending_shows_scores() -> None:
     ending = describe_evaluation({"model": "models:/tiny/1", "data": "val", "samples": 1797, "top1": 1.0})
     assert ending == "models:/tiny/1 on 1,797 samples of val: top1 100.0 %"
 

@@ -31,7 +31,7 @@ def configuration(digits: Path, folder: Path, **changes: object) -> Path:
         (3, None, 12, (0, 1, 2, 3)),
     ],
 )
-def test_fp32_is_single_process_adamw(
+def test_fp32_matches_single_process_adamw(
     digits: Path, tmp_path: Path, ranks: int, micro_batch_size: int | None, steps: int, stages: tuple[int, ...]
 ) -> None:
     # At 64 px every attention has at least four keys; at 32 px most have one, and queries no gradient but rounding.
@@ -55,7 +55,9 @@ def test_fp32_is_single_process_adamw(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
-def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, ranks: int, precision: str) -> None:
+def test_low_precision_losses_match_across_zero_stages(
+    digits: Path, tmp_path: Path, ranks: int, precision: str
+) -> None:
     path = configuration(digits, tmp_path, data__lanes=4, train__global_batch_size=16)
     reports = run_ranks(ranks, "zero", path, 14, precision, 0, 1, 2, 3)
     for report in reports[1:]:
@@ -63,7 +65,7 @@ def test_low_precision_agrees_over_stages(digits: Path, tmp_path: Path, ranks: i
     assert reports[0]["losses"][-1] < 0.95 * reports[0]["losses"][0]
 
 
-def test_deepspeed_does_not_import_mlflow_which_stays_importable() -> None:
+def test_importing_deepspeed_does_not_import_mlflow() -> None:
     script = """
 import sys
 from pipeline.train import import_deepspeed

@@ -185,7 +185,7 @@ VARYING = {"batch": "any", "height": "multiples of 32", "width": "multiples of 3
 
 
 @pytest.mark.parametrize("to", OPEN)
-def test_every_target_computes_the_same(to: str, exported: Exported, digits: Path, tmp_path: Path) -> None:
+def test_exports_match_network(to: str, exported: Exported, digits: Path, tmp_path: Path) -> None:
     folder, result = exported(to)
     source, opened = ours(PICO), OPEN[to](folder, 32)
     pixels = digit_pixels(source, digits, 64)
@@ -214,7 +214,7 @@ def test_every_target_computes_the_same(to: str, exported: Exported, digits: Pat
     assert not list(folder.parent.glob(".*"))
 
 
-def test_safetensors_are_the_registered_files(tmp_path: Path) -> None:
+def test_safetensors_export_copies_registered_files(tmp_path: Path) -> None:
     result = export.export(PICO, "safetensors", tmp_path / "out")
     version = registry.resolve(PICO)
     assert {each["file"]: each["sha256"] for each in result["files"]} == {
@@ -222,7 +222,7 @@ def test_safetensors_are_the_registered_files(tmp_path: Path) -> None:
     }
 
 
-def test_timm_reads_labels_and_preprocessing_from_the_folder(models: Models, tmp_path: Path) -> None:
+def test_timm_reads_labels_and_preprocessing_from_export(models: Models, tmp_path: Path) -> None:
     uri = models.add("timm-96", "pvt_pico", size=96, crop_pct=0.9, mean=[0.4] * 3, std=[0.3] * 3)
     export.export(uri, "timm", tmp_path / "out")
     network: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -236,7 +236,7 @@ def test_timm_reads_labels_and_preprocessing_from_the_folder(models: Models, tmp
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch-export"])
-def test_graphs_say_how_to_feed_them(to: str, exported: Exported) -> None:
+def test_graph_exports_describe_preprocessing(to: str, exported: Exported) -> None:
     folder, _ = exported(to)
     about = json.loads((folder / "preprocessing.json").read_bytes())
     assert about["classes"] == CLASSES
@@ -261,7 +261,7 @@ def test_graphs_say_how_to_feed_them(to: str, exported: Exported) -> None:
         assert json.loads(extra["preprocessing.json"]) == about
 
 
-def test_graphs_hold_no_pickle_and_no_paths(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_exports_contain_no_pickle_and_no_paths(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, onnx_graph = (exported(to)[0] for to in ("torch-export", "onnx"))
     with zipfile.ZipFile(graph / "model.pt2") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -304,7 +304,7 @@ def levels(source: ExportSource, one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
-def test_pixels_are_those_of_evaluation(
+def test_transformers_export_pixels_match_evaluation(
     interpolation: str, models: Models, photographs: list[Image.Image], tmp_path: Path
 ) -> None:
     uri = models.add(f"photos-{interpolation}", "pvt_pico", size=64, crop_pct=0.8, interpolation=interpolation)
@@ -331,7 +331,7 @@ def left(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def test_the_check_finds_a_weight_that_differs(tmp_path: Path) -> None:
+def test_export_check_detects_changed_weight(tmp_path: Path) -> None:
     source, images = ours(PICO), compare_outputs.real_images(None)
     assert to_transformers.write(source, tmp_path) == {"batch": "any"}
     compare_outputs.compare_outputs(
@@ -346,7 +346,7 @@ def test_the_check_finds_a_weight_that_differs(tmp_path: Path) -> None:
         )
 
 
-def test_the_check_finds_not_a_number_and_other_pixels(tmp_path: Path) -> None:
+def test_export_check_detects_nan_and_changed_pixels(tmp_path: Path) -> None:
     source, images = ours(PICO), compare_outputs.real_images(None)
     nan = compare_outputs.OpenedExport(lambda batch: source.network(batch) * torch.nan)
     with pytest.raises(ExternalError, match="other logits: they differ by up to inf"):
@@ -360,7 +360,7 @@ def test_the_check_finds_not_a_number_and_other_pixels(tmp_path: Path) -> None:
         compare_outputs.compare_outputs(source, fixed, VARYING, images, "x")
 
 
-def test_a_crippled_export_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_that_fails_check_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = to_timm.write
 
     def damaged(source: ExportSource, folder: Path) -> dict[str, str]:
@@ -376,7 +376,7 @@ def test_a_crippled_export_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert left(tmp_path) == []
 
 
-def test_other_architectures_are_exported_but_to_transformers(models: Models, tmp_path: Path) -> None:
+def test_other_architectures_export_except_to_transformers(models: Models, tmp_path: Path) -> None:
     uri = models.add("vit", "vit_tiny_patch16_224", size=32)
     with pytest.raises(InputError, match="models:/vit/1 is a vit_tiny_patch16_224: Transformers knows no such model"):
         export.export(uri, "transformers", tmp_path / "out")
@@ -389,7 +389,7 @@ def test_other_architectures_are_exported_but_to_transformers(models: Models, tm
             torch.testing.assert_close(logits, source.network(pixels), rtol=0, atol=1e-4)
 
 
-def test_networks_that_are_built_for_no_size(models: Models, tmp_path: Path) -> None:
+def test_network_without_fixed_image_size_is_exported_and_served(models: Models, tmp_path: Path) -> None:
     uri = models.add("resnet", "resnet10t", size=64, crop_pct=1.0)
     version = registry.resolve(uri)
     network = create("resnet10t", 64)
@@ -417,7 +417,7 @@ def served_alone(version: registry.Version, image: Image.Image) -> dict[str, Any
     return model.predict(pandas.DataFrame({"image": [buffer.getvalue()]})).iloc[0].to_dict()
 
 
-def test_folders_and_targets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_output_folder_or_target_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").touch()
@@ -440,7 +440,7 @@ def test_folders_and_targets_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     export.export(PICO, "safetensors", tmp_path / "empty")
 
 
-def test_a_tampered_version_is_not_exported(models: Models, tmp_path: Path) -> None:
+def test_tampered_version_is_not_exported(models: Models, tmp_path: Path) -> None:
     uri = models.add("tampered", "pvt_pico", size=32)
     version = registry.find_version(models.client, uri)
     store = Path(models.client.get_model_version_download_uri("tampered", version.version).removeprefix("file://"))
@@ -453,7 +453,7 @@ def test_a_tampered_version_is_not_exported(models: Models, tmp_path: Path) -> N
     assert left(tmp_path) == []
 
 
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.delitem(sys.modules, "pipeline.track.export.to_onnx", raising=False)
     with pytest.raises(InputError, match=r"needs the package onnxscript, .*: pip install -e '\.\[export\]' in"):
@@ -461,7 +461,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert left(tmp_path) == []
 
 
-def test_a_damaged_sample_of_the_data_is_named(digits: Path, tmp_path: Path) -> None:
+def test_damaged_sample_of_data_is_reported(digits: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(digits / "val", data)
     shards = ShardSet(data)
@@ -475,7 +475,7 @@ def test_a_damaged_sample_of_the_data_is_named(digits: Path, tmp_path: Path) -> 
     assert left(tmp_path) == ["data"]
 
 
-def test_the_command_prints_what_it_wrote(
+def test_export_command_prints_result(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["export", PICO, "--to", "timm", "--out", str(tmp_path / "out"), "--tracking-uri", models.uri]
@@ -497,7 +497,7 @@ def test_the_command_prints_what_it_wrote(
     ("model", "to"),
     [("pvt_large", "timm"), ("pvt_large", "transformers"), ("pvt_tiny", "torch-export"), ("pvt_tiny", "onnx")],
 )
-def test_models_of_the_paper(model: str, to: str, models: Models, tmp_path: Path) -> None:
+def test_exports_of_paper_models_match_network(model: str, to: str, models: Models, tmp_path: Path) -> None:
     """Tracing takes half a minute for the largest; `python -m tests.test_export` does that."""
     name = model.replace("_", "-")
     if not (models.folder / f"entry-{name}").exists():

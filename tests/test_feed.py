@@ -38,7 +38,7 @@ Make = Callable[..., Config]
 
 
 @pytest.mark.parametrize(("mixup_alpha", "cutmix_alpha"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_a_lane_is_timms_mixup_of_a_batch(mixup_alpha: float, cutmix_alpha: float) -> None:
+def test_mixing_a_lane_matches_timm_mixup(mixup_alpha: float, cutmix_alpha: float) -> None:
     config = MixConfig(mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha, prob=0.9, label_smoothing=0.1)
     images, labels = torch.randn(2, 3, 24, 32), torch.tensor([3, 7])
     kinds = set()
@@ -106,18 +106,18 @@ def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Consume
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 10), (2, None), (3, 4), (4, 8), (5, None), (7, 6), (12, 2)])
-def test_every_world_is_fed_the_same(
+def test_every_world_size_is_fed_same_batches(
     make_config: Make, reference: Consumed, world_size: int, micro: int | None
 ) -> None:
     other = make_config(f"train.micro_batch_size={'null' if micro is None else micro}", "data.prefetch=3")
     assert consume(other, world_size, 28, 3) == reference
 
 
-def test_seeking_gives_what_walking_gives(make_config: Make, reference: Consumed) -> None:
+def test_seeking_to_step_matches_sequential_feed(make_config: Make, reference: Consumed) -> None:
     assert consume(make_config(), 2, 30, 1) == {where: what for where, what in reference.items() if where[0] == 30}
 
 
-def test_pixels_belong_to_their_ids(tmp_path: Path, make_config: Make) -> None:
+def test_pixels_belong_to_their_sample_ids(tmp_path: Path, make_config: Make) -> None:
     # Each image is one flat grey that says its number, so that the tensors themselves tell which sample they are.
     for number in range(60):
         path = tmp_path / "images" / "grey" / f"{number:02d}.png"
@@ -135,7 +135,7 @@ def test_pixels_belong_to_their_ids(tmp_path: Path, make_config: Make) -> None:
     feed.close()
 
 
-def test_drop_path_masks_keep_at_their_rates(make_config: Make) -> None:
+def test_drop_path_masks_follow_their_rates(make_config: Make) -> None:
     rates = [0.0, 0.1, 0.5]
     feed = TrainFeed(make_config(), ShardSet(*make_config().data.train_paths), World(), drop_path_rates=rates)
     plans = [feed.plan(number).drop_path for number in range(100)]
@@ -172,7 +172,9 @@ FULL = ["augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.25"]
         (["augment.color_jitter=0.4", "augment.crop=plain", "augment.erase_prob=0.5", "augment.erase_mode=const"], 4),
     ],
 )
-def test_every_recipe_is_fed_the_same_on_every_world(make_config: Make, overrides: list[str], world_size: int) -> None:
+def test_augmentation_recipes_are_same_on_every_world_size(
+    make_config: Make, overrides: list[str], world_size: int
+) -> None:
     lone = consume(make_config(*overrides), 1, 27, 4)
     assert consume(make_config(*overrides, "train.micro_batch_size=6"), world_size, 27, 4) == lone
     ids = [sample_id for (step, _), (sample_id, *_) in lone.items() if step == 27]
@@ -181,7 +183,7 @@ def test_every_recipe_is_fed_the_same_on_every_world(make_config: Make, override
     assert len({pixels for _, pixels, *_ in lone.values()}) == len(lone)
 
 
-def test_a_resolution_schedule_changes_the_size_at_its_step(make_config: Make) -> None:
+def test_resolution_schedule_changes_size_at_its_step(make_config: Make) -> None:
     scheduled = make_config("train.length=40 steps", "augment.size_schedule={2 steps: 16, 10 %: 48}")
     feed = TrainFeed(scheduled, ShardSet(*scheduled.data.train_paths), World())
     shapes = [feed.next()[0].images.shape[2:] for _ in range(6)]
@@ -189,7 +191,7 @@ def test_a_resolution_schedule_changes_the_size_at_its_step(make_config: Make) -
     assert shapes == [(32, 32), (32, 32), (16, 16), (16, 16), (48, 48), (48, 48)]
 
 
-def test_a_mixture_feeds_both_data_sets(make_config: Make, digits: Path) -> None:
+def test_data_mixture_feeds_both_data_sets_by_weight(make_config: Make, digits: Path) -> None:
     both = [{"path": str(digits / "train"), "weight": 3}, {"path": str(digits / "val"), "weight": 1}]
     mixed = make_config(f"data.train={json.dumps(both)}", "augment.crop=center")
     consumed = consume(mixed, 1, 0, 10)
@@ -240,7 +242,7 @@ BAD = {3, 90, 91, 1000, 1199, 607, 608, 609, 1200, 1201}  # as ids: shards hold 
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(3, 4), (5, 6)])
-def test_damaged_samples_are_replaced_the_same_on_every_world(
+def test_damaged_samples_are_replaced_alike_on_every_world_size(
     make_config: Make, damaged: Path, tmp_path: Path, digits: Path, world_size: int, micro: int
 ) -> None:
     allowed = make_config(f"data.train={damaged}", "data.max_bad_fraction=0.01")
@@ -271,13 +273,13 @@ def test_damaged_samples_are_replaced_the_same_on_every_world(
             assert lone[where] == (sample_id, *tensors)
 
 
-def test_what_is_fed_is_a_function_of_the_files_and_the_views(tmp_path: Path) -> None:
+def test_damaged_data_is_fed_by_replacement_rule(tmp_path: Path) -> None:
     packed, indexed = damaged_feed.run(0, tmp_path)
     assert packed["replaced"] > 20
     assert indexed["replaced"] > 20
 
 
-def test_the_way_of_a_gpu_makes_the_same_batches(make_config: Make) -> None:
+def test_gpu_feed_path_matches_cpu_path(make_config: Make) -> None:
     # Everything but CUDA's own: DALI resizes, a batch is finished and mixed at a time, in the feed's thread.
     mixed = make_config("augment.rand_augment=rand-m9-mstd0.5-inc1", "augment.erase_prob=0.5", "mix.cutmix_alpha=1.0")
     shards = ShardSet(*mixed.data.train_paths)
@@ -297,7 +299,7 @@ def test_the_way_of_a_gpu_makes_the_same_batches(make_config: Make) -> None:
                 assert torch.equal(getattr(made, name), getattr(expected, name)), name
 
 
-def test_all_tensors_of_a_batch_are_handed_over(make_config: Make) -> None:
+def test_tensors_in_yields_all_tensors_of_batch(make_config: Make) -> None:
     feed = TrainFeed(make_config(), ShardSet(*make_config().data.train_paths), World())
     batch = feed.blank(0)[0]
     feed.close()
@@ -314,13 +316,13 @@ def test_all_tensors_of_a_batch_are_handed_over(make_config: Make) -> None:
         assert [id(tensor) for tensor in found] == list(map(id, [made.images, *inside, made.weights, drop_path]))
 
 
-def test_too_many_damaged_samples_stop_the_run_with_a_list(make_config: Make, damaged: Path) -> None:
+def test_too_many_damaged_samples_stop_run_and_are_listed(make_config: Make, damaged: Path) -> None:
     with pytest.raises(TooManyBadSamplesError, match=r"more than data.max_bad_fraction allows \(4\)") as caught:
         consume(make_config(f"data.train={damaged}", "data.max_bad_fraction=0.003"), 1, 0, 30)
     assert str(caught.value).count("shard-00000") == 5
 
 
-def test_evaluation_counts_damaged_samples_without_weight(damaged: Path) -> None:
+def test_evaluation_gives_damaged_samples_zero_weight(damaged: Path) -> None:
     shards = ShardSet(damaged)
     for world_size in (1, 3):
         taken: list[int] = []
@@ -330,7 +332,7 @@ def test_evaluation_counts_damaged_samples_without_weight(damaged: Path) -> None
         assert sorted(taken) == sorted(set(range(1437)) - BAD)
 
 
-def test_remote_shards_feed_the_same(make_config: Make, reference: Consumed, digits: Path, tmp_path: Path) -> None:
+def test_remote_shards_feed_same_batches(make_config: Make, reference: Consumed, digits: Path, tmp_path: Path) -> None:
     with FaultyServer(digits) as server:
         # Every tenth answer fails, in a way of its own each time.
         for fault in ("500", "reset", "cut", "short"):
@@ -351,7 +353,7 @@ def test_remote_shards_feed_the_same(make_config: Make, reference: Consumed, dig
     assert expected <= {path.name for path in cache.folder.iterdir()}
 
 
-def test_what_is_left_of_200_damaged_files_can_be_trained_on(make_config: Make, tmp_path: Path) -> None:
+def test_undamaged_samples_of_damaged_data_set_are_fed(make_config: Make, tmp_path: Path) -> None:
     damage = build(tmp_path / "damage")
     index_tars.index_tars(str(damage.shards), tmp_path / "index", skip_bad=True, decode=False)
     pack(damage.images, tmp_path / "packed", classes=list(CLASSES), skip_bad=True)

@@ -9,7 +9,7 @@ import pytest
 from pipeline import files
 
 
-def test_a_small_file_takes_little_memory_whatever_its_bound(tmp_path: Path) -> None:
+def test_reading_small_file_takes_little_memory_whatever_its_limit(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 1000)
     tracemalloc.start()
     try:
@@ -19,7 +19,7 @@ def test_a_small_file_takes_little_memory_whatever_its_bound(tmp_path: Path) -> 
         tracemalloc.stop()
 
 
-def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+def test_file_above_size_limit_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 1000)
     assert len(files.read(tmp_path / "file", 1000)) == 1000
     with pytest.raises(OSError, match="more than 999 bytes"):
@@ -27,7 +27,7 @@ def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
     assert files.read("/proc/self/status")  # whose size is said to be 0
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_non_regular_file_is_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(OSError, match="not a regular file"):

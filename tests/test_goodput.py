@@ -61,7 +61,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "goodput.json"
 
 
-def test_every_second_counts_once_over_a_killed_process(path: Path) -> None:
+def test_wall_time_is_fully_accounted_across_kill(path: Path) -> None:
     clock = Clock()
     first = Process(path, clock)
     first.train(100)
@@ -94,7 +94,7 @@ def test_every_second_counts_once_over_a_killed_process(path: Path) -> None:
     )
 
 
-def test_the_first_process_alone(path: Path) -> None:
+def test_first_process_without_losses_has_full_ettr(path: Path) -> None:
     process = Process(path, Clock(), start_up_s=0.0)
     assert process.goodput.report()["ettr"] == 0.0
     process.clock.now += 1
@@ -102,7 +102,7 @@ def test_the_first_process_alone(path: Path) -> None:
     assert process.goodput.summary() == "effective training time 100.0%: nothing lost, over 0 restarts"
 
 
-def test_nested_times_are_taken_off_what_is_around_them() -> None:
+def test_nested_times_are_subtracted_from_outer_time() -> None:
     clock = Clock()
     process = Process(None, clock)
     with contextlib.suppress(OSError), process.goodput.spend("rollback"):
@@ -120,7 +120,7 @@ def test_nested_times_are_taken_off_what_is_around_them() -> None:
 
 
 @pytest.mark.parametrize("repeats", [False, True], ids=["passes over", "goes back"])
-def test_steps_that_a_rollback_takes_back_do_not_count(path: Path, repeats: bool) -> None:
+def test_rolled_back_steps_do_not_count_as_compute(path: Path, repeats: bool) -> None:
     clock = Clock()
     process = Process(path, clock)
     process.train(55)
@@ -136,7 +136,7 @@ def test_steps_that_a_rollback_takes_back_do_not_count(path: Path, repeats: bool
 
 
 @pytest.mark.parametrize("repeats", [False, True], ids=["passes over", "goes back"])
-def test_a_rollback_that_the_next_process_repeats_is_not_taken_off_twice(path: Path, repeats: bool) -> None:
+def test_rollback_repeated_after_restart_is_subtracted_once(path: Path, repeats: bool) -> None:
     clock = Clock()
     process = Process(path, clock)
     process.train(55)
@@ -151,7 +151,7 @@ def test_a_rollback_that_the_next_process_repeats_is_not_taken_off_twice(path: P
     assert (parts["compute_s"], parts["rollback_s"], parts["replayed_s"]) == pytest.approx((60.0, 15.0, 15.0))
 
 
-def test_a_clock_that_is_set_back_breaks_nothing(path: Path) -> None:
+def test_clock_set_back_is_tolerated(path: Path) -> None:
     clock = Clock()
     first = Process(path, clock)
     first.train(10)
@@ -170,7 +170,7 @@ def test_a_clock_that_is_set_back_breaks_nothing(path: Path) -> None:
     [b"", b'{"format": 1, "beg', b"\xff\xfe", b'{"format": 2, "began": 1, "last": 1, "reached": 50}', b"[]", b"null"],
     ids=range(6),
 )
-def test_a_file_that_cannot_be_read_is_reported_and_replaced(
+def test_unreadable_goodput_file_is_reported_and_replaced(
     path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path.write_bytes(content)
@@ -185,16 +185,14 @@ def test_a_file_that_cannot_be_read_is_reported_and_replaced(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_missing_file_is_reported_unless_the_run_is_new(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_goodput_file_is_reported_unless_run_is_new(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Process(path, Clock())
     assert capsys.readouterr().err == ""
     Process(path, Clock(), resumed_step=5)
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_disk_that_fails_is_reported_once_and_costs_the_account_alone(
-    path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_goodput_write_failure_is_reported_once_without_error(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     process = Process(path, clock)
     process.train(3)
@@ -226,12 +224,12 @@ def mean_ettr(job: Job, runs: int) -> float:
     return statistics.fmean(simulate(job, rng).ettr for _ in range(runs))
 
 
-def test_the_simulation_meets_the_first_order_where_failures_are_rare() -> None:
+def test_simulated_ettr_with_rare_failures_matches_first_order() -> None:
     assert mean_ettr(JOB, 100) == pytest.approx(JOB.expectation(), abs=3e-4)
 
 
 @pytest.mark.parametrize(("save_every_s", "mtbf_s"), [(60.0, 1800.0), (1800.0, 1800.0), (300.0, 400.0)])
-def test_the_simulation_meets_renewal_theory_where_they_are_frequent(save_every_s: float, mtbf_s: float) -> None:
+def test_simulated_ettr_with_frequent_failures_matches_renewal_theory(save_every_s: float, mtbf_s: float) -> None:
     # The k-th save of a process counts if it lives until then, which has probability exp(-time / MTBF): the sum over
     # all k is a geometric series. From failure to failure pass MTBF + detection.
     job = Job(**{**vars(JOB), "length_s": 400 * 86400, "save_every_s": save_every_s, "mtbf_s": mtbf_s})
@@ -239,7 +237,7 @@ def test_the_simulation_meets_renewal_theory_where_they_are_frequent(save_every_
     assert mean_ettr(job, 3) == pytest.approx(committed_s / (mtbf_s + job.detect_s), rel=0.02)
 
 
-def test_without_failures_stalls_and_the_start_are_all_that_is_lost() -> None:
+def test_simulation_without_failures_loses_only_start_up_and_stalls() -> None:
     job = Job(**{**vars(JOB), "length_s": 60.0 + 10 * JOB.cycle_s + 30.0, "mtbf_s": 1e15})
     assert job.interval_s == pytest.approx(86 * 0.7)  # a whole number of steps
     assert mean_ettr(job, 1) == pytest.approx((10 * job.interval_s + 30.0) / job.length_s)
@@ -247,14 +245,14 @@ def test_without_failures_stalls_and_the_start_are_all_that_is_lost() -> None:
     assert mean_ettr(job, 1) == pytest.approx(11 * job.interval_s / job.length_s)
 
 
-def test_the_best_interval_is_best_to_first_order() -> None:
+def test_best_save_interval_maximises_expected_ettr() -> None:
     job = Job(**{**vars(JOB), "step_s": 1e-3})
     best = job.best_interval_s()
     around = {factor: Job(**{**vars(job), "save_every_s": factor * best}).expectation() for factor in (0.8, 1.0, 1.25)}
     assert max(around, key=lambda factor: around[factor]) == 1.0
 
 
-def test_the_command_prints_its_figures_last() -> None:
+def test_goodput_benchmark_prints_json_last() -> None:
     command = [sys.executable, "-m", "benchmarks.goodput", "--runs", "5", "--restart-s", "600"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -38,7 +38,7 @@ def kinds(anomalies: list[Anomaly]) -> list[tuple[int, str]]:
     return [(anomaly.step, anomaly.kind) for anomaly in anomalies]
 
 
-def test_healthy_noise_raises_nothing_and_safe_step_follows() -> None:
+def test_normal_noise_raises_no_anomaly_and_advances_safe_step() -> None:
     guard, safe = make(), []
     for step, loss in enumerate(noisy(4.0, 1000)):
         assert take(guard, step, loss, grad_norm=math.exp(loss - 4)) == []
@@ -48,11 +48,11 @@ def test_healthy_noise_raises_nothing_and_safe_step_follows() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_loss_is_skipped_from_the_first_step_on(loss: float) -> None:
+def test_non_finite_loss_is_skipped_from_first_step(loss: float) -> None:
     assert kinds(take(make(), 0, loss, grad_norm=math.nan)) == [(0, "non-finite loss")]
 
 
-def test_the_threshold_is_mean_and_deviation_of_the_window() -> None:
+def test_spike_threshold_is_six_sigma_above_window_mean() -> None:
     losses = noisy(2.3, 300)
     guard = make()
     run(guard, losses)
@@ -68,7 +68,7 @@ def test_the_threshold_is_mean_and_deviation_of_the_window() -> None:
     assert guard.judge(300, mean - 50 * deviation) is None
 
 
-def test_spikes_are_judged_once_half_a_window_is_known() -> None:
+def test_spikes_are_detected_once_window_is_half_full() -> None:
     losses = noisy(4.0, 64)
     few, enough = make(), make()
     run(few, losses[:63])
@@ -77,7 +77,7 @@ def test_spikes_are_judged_once_half_a_window_is_known() -> None:
     assert enough.judge(64, 100.0) is not None
 
 
-def test_a_skipped_loss_does_not_become_usual() -> None:
+def test_skipped_loss_does_not_enter_window() -> None:
     guard = make(rollback_after=100)
     run(guard, noisy(4.0, 128))
     before = guard.state()
@@ -85,7 +85,7 @@ def test_a_skipped_loss_does_not_become_usual() -> None:
     assert guard.state()["losses"] == before["losses"]
 
 
-def test_losses_that_hardly_differ_are_no_spikes() -> None:
+def test_tiny_deviation_of_constant_loss_is_no_spike() -> None:
     for usual, wobble, spike in ((2.0, 2.01, 2.02), (0.0, 5e-6, 7e-6)):
         guard = make()
         run(guard, [usual] * 128)
@@ -93,7 +93,7 @@ def test_losses_that_hardly_differ_are_no_spikes() -> None:
         assert guard.judge(128, spike) is not None
 
 
-def test_another_resolution_makes_another_loss_usual() -> None:
+def test_resolution_change_resets_window() -> None:
     same, changed = make(), make()
     run(same, noisy(2.0, 128))
     run(changed, noisy(2.0, 128))
@@ -103,7 +103,7 @@ def test_another_resolution_makes_another_loss_usual() -> None:
     assert changed.state()["grad_norms"] == [1.0]
 
 
-def test_gradients() -> None:
+def test_gradient_anomalies_are_reported_by_kind() -> None:
     guard = make()
     run(guard, noisy(4.0, 128))
     assert kinds(take(guard, 128, 4.0, grad_norm=math.inf)) == [(128, "non-finite gradients")]
@@ -117,7 +117,7 @@ def test_gradients() -> None:
     assert kinds(take(guard, 130, 9.0, grad_norm=math.nan)) == [(130, "loss spike")]
 
 
-def test_a_row_of_skips_calls_for_a_rollback_to_weights_that_gave_a_usual_loss() -> None:
+def test_consecutive_skips_trigger_rollback_to_safe_step() -> None:
     guard = make(rollback_after=3)
     run(guard, noisy(4.0, 100))
     run(guard, [math.nan, math.nan, 4.0, math.nan, math.nan], start=100)
@@ -127,7 +127,7 @@ def test_a_row_of_skips_calls_for_a_rollback_to_weights_that_gave_a_usual_loss()
     assert guard.safe_step == 102
 
 
-def test_an_excused_overflow_neither_counts_nor_ends_a_row() -> None:
+def test_excused_overflow_neither_counts_nor_resets_skips() -> None:
     guard = make(rollback_after=3)
     for step in range(10):
         assert guard.account(step, 4.0, math.inf, applied=False, excused=True) is None
@@ -146,7 +146,7 @@ def collapsing(steps: int = 128) -> list[float]:
     return [*down, *noisy(3.2, 200), *up, *noisy(CHANCE + 0.02, steps, 0.01)]
 
 
-def test_a_collapse_to_guessing_is_named_and_goes_back_to_before_it() -> None:
+def test_collapse_to_chance_triggers_rollback_to_before_it() -> None:
     guard, losses = make(), collapsing()
     anomalies = run(guard, losses)
     first = anomalies[0]
@@ -162,13 +162,13 @@ def test_a_collapse_to_guessing_is_named_and_goes_back_to_before_it() -> None:
     assert unknowing.safe_step == len(losses) - 1
 
 
-def test_a_network_that_has_not_learnt_yet_has_not_collapsed() -> None:
+def test_chance_loss_before_learning_is_no_collapse() -> None:
     guard = make()
     assert run(guard, noisy(CHANCE, 1000, 0.01)) == []
     assert guard.safe_step == 999
 
 
-def test_a_sudden_collapse_is_a_row_of_spikes_that_name_it() -> None:
+def test_sudden_collapse_is_reported_as_loss_spikes() -> None:
     # As in PVT's issue 6: from 4.6 to 6.93 within few steps.
     guard = make()
     run(guard, noisy(4.6, 300, 0.2))
@@ -189,7 +189,7 @@ def troubled(steps: int = 1500) -> list[tuple[float, float, int]]:
     return series
 
 
-def test_a_guard_restored_from_json_decides_alike_to_the_bit() -> None:
+def test_guard_restored_from_json_decides_identically() -> None:
     series = troubled()
 
     def go(guard: Guard, start: int, end: int) -> list[Anomaly]:
@@ -208,7 +208,7 @@ def test_a_guard_restored_from_json_decides_alike_to_the_bit() -> None:
         assert second.safe_step == whole.safe_step
 
 
-def test_rolling_back_returns_to_the_saved_state_and_counts() -> None:
+def test_rollback_restores_saved_state_and_is_counted() -> None:
     guard = make(rollback_after=2)
     run(guard, noisy(4.0, 149))
     take(guard, 149, math.nan)  # the step before the save
@@ -239,7 +239,7 @@ def test_rolling_back_returns_to_the_saved_state_and_counts() -> None:
     assert other.safe_step == 182
 
 
-def test_one_rollback_too_many_ends_the_run_before_it_changes_anything() -> None:
+def test_exceeding_max_rollbacks_raises_without_changing_state() -> None:
     guard = make(rollback_after=2, max_rollbacks=2)
     saved = guard.state()
     for start in (10, 20):

@@ -86,7 +86,7 @@ def processes_of(claim: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_that_dies_while_handing_off_has_one_child(jobs: Path, tmp_path: Path) -> None:
+def test_parent_killed_during_handoff_has_one_child(jobs: Path, tmp_path: Path) -> None:
     """Kill whoever hands off, and what it has started, at three moments; start the parent again each time."""
     parent, folder = jobs / "parent.yaml", jobs / "runs" / "tiny"
     root = f"run.root={jobs / 'runs'}"
@@ -150,7 +150,7 @@ def handing_off(folder: Path) -> list[int]:
     return found
 
 
-def test_a_claim_is_made_once(tmp_path: Path) -> None:
+def test_concurrent_claims_create_one(tmp_path: Path) -> None:
     path = tmp_path / "handoff" / "key.json"
     with multiprocessing.get_context("fork").Pool(8) as pool:
         uuids = pool.starmap(_make, [(path, number) for number in range(64)])
@@ -163,7 +163,7 @@ def _make(path: Path, number: int) -> str:
     return claim.make(path).uuid
 
 
-def test_a_child_is_looked_for_where_its_parent_was_moved(tmp_path: Path) -> None:
+def test_child_folder_follows_moved_parent(tmp_path: Path) -> None:
     claim = Claim(uuid="a" * 32, name="child", root=f"{tmp_path}/old", model="models:/m/1", config="c.yaml", set=[])
     path = tmp_path / "old" / "parent" / "handoff" / "key.json"
     path.parent.mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_a_child_is_looked_for_where_its_parent_was_moved(tmp_path: Path) -> Non
     assert not (tmp_path / "old").exists()
 
 
-def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refused(jobs: Path, tmp_path: Path) -> None:
+def test_second_child_start_exits_with_0_and_other_run_is_rejected(jobs: Path, tmp_path: Path) -> None:
     path = jobs / "parent.yaml"  # any job will do
     folder = tmp_path / "runs" / "tiny"
     claim = Claim(uuid="a" * 32, name="tiny", root=str(tmp_path / "runs"), model="models:/m/1", config="", set=[])
@@ -202,13 +202,13 @@ def test_a_second_start_of_a_child_ends_with_0_and_another_run_s_folder_is_refus
         ("[{config: CHILD}, {config: CHILD}]", "is there twice with the same settings"),
     ],
 )
-def test_what_could_not_be_started_at_the_end_is_refused_at_the_start(jobs: Path, entries: str, message: str) -> None:
+def test_invalid_handoff_is_rejected_at_start(jobs: Path, entries: str, message: str) -> None:
     entries = entries.replace("CHILD", str(jobs / "child.yaml"))
     with pytest.raises(InputError, match=message):
         handoff.check_handoffs(load_config(jobs / "parent.yaml", [f"handoff={entries}"]))
 
 
-def test_a_hand_off_started_in_another_folder_finds_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handoff_from_other_working_directory_finds_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run whose run.root is relative, in a folder whose name would be cut short if it were read as bare YAML."""
     tree = yaml.safe_load(write_config(tmp_path, tmp_path).read_text())
     child = tmp_path / "child.yaml"
@@ -255,7 +255,7 @@ def offer(folder: Path, step: int, uri: str | None = None, **metrics: float | No
     return entry
 
 
-def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> None:
+def test_removed_version_is_not_handed_off(tmp_path: Path) -> None:
     """Of three, with room for the best one and the last: the second, which alone passes the gate, is gone."""
     Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
     for step, (top1, val_loss) in enumerate([(0.9, 3.0), (0.8, 1.0), (0.7, 2.0)], 1):
@@ -272,7 +272,7 @@ def test_a_version_that_was_removed_since_is_not_handed_on(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("gate", [{}, {"top1": Bound(min=0.1)}, {"val_loss": Bound(max=9.0)}])
-def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(tmp_path: Path, gate: dict[str, Bound]) -> None:
+def test_rolled_back_or_non_finite_version_is_not_handed_off(tmp_path: Path, gate: dict[str, Bound]) -> None:
     Record.begin(tmp_path, "tiny", tags={MAIN_METRIC: "top1"}, inputs=[])
     good = offer(tmp_path, 10, top1=0.3, val_loss=1.0)
     offer(tmp_path, 20, top1=0.9, val_loss=1.0, top5=None)
@@ -289,7 +289,7 @@ def test_what_was_rolled_back_or_is_not_finite_is_handed_to_nobody(tmp_path: Pat
     assert "were rolled back" in why
 
 
-def test_what_was_rolled_back_before_it_was_registered_never_is(tmp_path: Path) -> None:
+def test_rolled_back_version_is_never_registered(tmp_path: Path) -> None:
     entry = offer(tmp_path, 35, top1=0.8)
     (entry / "registered.json").unlink()
     (entry / WEIGHTS).touch()
@@ -301,7 +301,7 @@ def test_what_was_rolled_back_before_it_was_registered_never_is(tmp_path: Path) 
     assert not entry.exists()
 
 
-def test_a_claim_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_invalid_claim_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "claim.json").write_text('{"uuid": 3}')
     with pytest.raises(InputError, match=r"claim\.json: uuid: .*; it is not one that launch/handoff\.py has written"):
         Claim.read(tmp_path / "claim.json")

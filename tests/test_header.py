@@ -51,13 +51,13 @@ def encoded() -> list[bytes]:
 
 
 @pytest.mark.parametrize("data", encoded(), ids=range(9))
-def test_sizes_are_pils(data: bytes) -> None:
+def test_header_size_matches_pil(data: bytes) -> None:
     assert read_size(data) == SIZE
     assert Image.open(io.BytesIO(data)).size == SIZE[::-1]
 
 
 @pytest.mark.parametrize("format", ["GIF", "BMP", "WEBP", "TIFF"])
-def test_other_formats_have_no_size(format: str) -> None:
+def test_unsupported_formats_have_no_size(format: str) -> None:
     buffer = io.BytesIO()
     picture("RGB").save(buffer, format)
     assert read_size(buffer.getvalue()) is None
@@ -99,7 +99,7 @@ PLAIN, PROGRESSIVE = jpeg(), jpeg(progressive=True)
     ],
     ids=range(9),
 )
-def test_what_would_hold_a_decoder_up_is_refused(data: bytes, reason: str) -> None:
+def test_images_with_excessive_scans_or_segments_are_rejected(data: bytes, reason: str) -> None:
     started = time.process_time()
     assert read_size(data) is None
     for look in (images.check, images.header, lambda data: images.prepare(data, quality=90)):
@@ -108,7 +108,7 @@ def test_what_would_hold_a_decoder_up_is_refused(data: bytes, reason: str) -> No
     assert time.process_time() - started < 10
 
 
-def test_no_ordinary_picture_has_too_much_of_anything() -> None:
+def test_ordinary_images_are_not_excessive() -> None:
     assert not [kind.name for kind in kinds() if excess(kind.data)]
     assert excess(scans(PROGRESSIVE, 90)) is None
     assert excess(jpeg(icc_profile=b"\xff\xda" * 40_000)) is None
@@ -117,7 +117,7 @@ def test_no_ordinary_picture_has_too_much_of_anything() -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.sampled_from([PLAIN, PROGRESSIVE, png(np.zeros((5, 7, 3), int), 2)]), st.data())
-def test_whatever_the_bytes_they_are_followed_or_not(whole: bytes, data: st.DataObject) -> None:
+def test_arbitrary_bytes_are_parsed_without_error(whole: bytes, data: st.DataObject) -> None:
     spoilt = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(spoilt)))
@@ -148,7 +148,9 @@ def cut_out(data: bytearray, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, sprinkle, blank, cut_out])
-def test_dali_can_follow_what_has_a_size(damage: Callable[[bytearray, np.random.Generator], None]) -> None:
+def test_dali_survives_damaged_images_whose_size_is_readable(
+    damage: Callable[[bytearray, np.random.Generator], None],
+) -> None:
     # One image a batch, because a layout that DALI cannot follow ends the process when there are more.
     rng, followed, failures = np.random.default_rng(1), 0, []
     for data in encoded() * 8:

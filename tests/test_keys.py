@@ -16,14 +16,14 @@ from pipeline.keys import Stream
         ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )
-def test_philox_gives_the_published_vectors(counter: str, key: str, expected: str) -> None:
+def test_philox_matches_published_vectors(counter: str, key: str, expected: str) -> None:
     def words(text: str) -> np.ndarray:
         return np.array([int(word, 16) for word in text.split()], np.uint32)
 
     assert (keys.philox(words(counter), words(key)) == words(expected)).all()
 
 
-def test_a_key_does_not_depend_on_what_is_drawn_beside_it() -> None:
+def test_key_does_not_depend_on_other_keys_in_array() -> None:
     together = keys.key(7, Stream.AUGMENT, 3, np.arange(100))
     alone = np.stack([keys.key(7, Stream.AUGMENT, 3, i) for i in range(100)])
     assert (together == alone).all()
@@ -31,7 +31,7 @@ def test_a_key_does_not_depend_on_what_is_drawn_beside_it() -> None:
     assert (keys.bits(together, 9)[:, :5] == keys.bits(together, 5)).all()
 
 
-def test_every_coordinate_counts() -> None:
+def test_every_coordinate_changes_the_key() -> None:
     seen = {
         tuple(keys.key(seed, stream, *coordinates).tolist())
         for seed in (0, 1)
@@ -41,7 +41,7 @@ def test_every_coordinate_counts() -> None:
     assert len(seen) == 2 * len(Stream) * 8
 
 
-def test_uniform_is_uniform() -> None:
+def test_uniform_draws_are_uniformly_distributed() -> None:
     draws = keys.uniform(keys.key(0, Stream.MIX, np.arange(20_000)), 3)
     assert 0 <= draws.min() < draws.max() < 1
     counts, _ = np.histogram(draws, bins=50, range=(0, 1))

@@ -23,7 +23,7 @@ def classifier(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet50", "convnext_atto"])
-def test_layers_are_those_of_timms_layer_decay(name: str) -> None:
+def test_layers_match_timm_layer_decay(name: str) -> None:
     model = classifier(name)
     depths = layers(model)
     top = max(depths.values())
@@ -35,13 +35,13 @@ def test_layers_are_those_of_timms_layer_decay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet50", "convnext_atto"])
-def test_a_pruned_backbone_has_the_layers_of_its_classifier_but_the_last(name: str) -> None:
+def test_backbone_layers_match_classifier_layers(name: str) -> None:
     whole, pruned = layers(classifier(name)), layers(backbone(name, 64), "backbone.")
     assert pruned == {f"backbone.{key}": whole[key] for key in whole if f"backbone.{key}" in pruned}
     assert max(pruned.values()) == max(whole.values()) - 1
 
 
-def test_stages_of_pvt() -> None:
+def test_pvt_parameters_are_assigned_to_stages() -> None:
     model = classifier("pvt_pico")
     expected = {name: int(name.split(".")[1]) for name, _ in model.named_parameters() if name.startswith("stages.")}
     assert stages(model) == {**expected, "norm.weight": 4, "norm.bias": 4}
@@ -49,7 +49,7 @@ def test_stages_of_pvt() -> None:
     assert num_stages(model) == num_stages(backbone("pvt_pico", 64)) == 4
 
 
-def test_stages_of_resnet() -> None:
+def test_resnet_parameters_are_assigned_to_stages() -> None:
     found = stages(classifier("resnet50"), "b.")
     assert found["b.conv1.weight"] == found["b.bn1.weight"] == found["b.layer1.2.bn3.bias"] == 0
     assert found["b.layer2.0.conv1.weight"] == 1
@@ -59,7 +59,7 @@ def test_stages_of_resnet() -> None:
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18", "efficientnet_b0"])
 @pytest.mark.parametrize("frozen", [0, 2, 100])
-def test_frozen_stages_keep_what_they_have(name: str, frozen: int) -> None:
+def test_frozen_stages_are_unchanged_by_training(name: str, frozen: int) -> None:
     model = classifier(name)
     stage_of, before = stages(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
     freeze(model, frozen)
@@ -79,7 +79,7 @@ def test_frozen_stages_keep_what_they_have(name: str, frozen: int) -> None:
     assert moved >= {key for key in after if stage[key] >= frozen}
 
 
-def test_freezing_the_whole_backbone_takes_the_final_norm_and_leaves_the_head() -> None:
+def test_freezing_all_stages_leaves_only_head_trainable() -> None:
     model = classifier("pvt_pico")
     freeze(model, 4)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]

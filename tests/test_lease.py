@@ -73,7 +73,7 @@ def leave(folder: Path, **other: object) -> None:
     files.write(folder / lease.LEASE, json.dumps({**known, **other}).encode())
 
 
-def test_one_of_two_works_where_flock_does_nothing(tmp_path: Path, no_flock: Path) -> None:
+def test_second_holder_is_rejected_if_flock_does_nothing(tmp_path: Path, no_flock: Path) -> None:
     with holder(tmp_path, LD_PRELOAD=no_flock) as (first, said):
         assert said == "at work"
         with holder(tmp_path, LD_PRELOAD=no_flock) as (_, why):
@@ -84,14 +84,14 @@ def test_one_of_two_works_where_flock_does_nothing(tmp_path: Path, no_flock: Pat
         assert said == "at work"
 
 
-def test_of_many_at_once_one_works(tmp_path: Path, no_flock: Path) -> None:
+def test_one_of_concurrent_holders_gets_lease(tmp_path: Path, no_flock: Path) -> None:
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         several = [holder(tmp_path, LD_PRELOAD=no_flock) for _ in range(4)]
         said = list(pool.map(lambda each: stack.enter_context(each)[1], several))
     assert said.count("at work") == 1
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lease_of_killed_process_is_taken_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with holder(tmp_path) as (killed, _):
         killed.send_signal(signal.SIGKILL)
         # Not even while its parent has not asked for its end.
@@ -102,21 +102,21 @@ def test_a_killed_process_holds_nothing(tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().err == told
 
 
-def test_another_process_of_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
+def test_lease_is_stale_if_process_id_was_reused(tmp_path: Path) -> None:
     with lease.hold(tmp_path):
         known = json.loads((tmp_path / lease.LEASE).read_text())
     leave(tmp_path, **{**known, "started": known["started"] - 1})
     assert lease.find_stale(tmp_path) == f"process {os.getpid()} on {known['host']}, which has ended"
 
 
-def test_a_requeued_job_goes_on_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requeued_job_takes_over_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
     leave(tmp_path, job="big/12")
     assert lease.find_stale(tmp_path) == "process 7 on node7 of job big/12: the same job, started again"
 
 
-def test_a_job_that_left_the_queue_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_of_job_that_left_queue_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "big")
     queue = {"12": {}, "13": {"13": "RUNNING"}}
     monkeypatch.setattr(slurm, "states", queue.__getitem__)
@@ -127,7 +127,7 @@ def test_a_job_that_left_the_queue_holds_nothing(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("renewed", [True, False])
-def test_elsewhere_one_looks_whether_it_is_renewed(
+def test_lease_of_other_host_is_stale_unless_renewed(
     renewed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "STALE_S", 2.0)
@@ -144,9 +144,7 @@ def test_elsewhere_one_looks_whether_it_is_renewed(
             assert looking.result() == "process 7 on node7, which has not renewed its lease for 2 s"
 
 
-def test_a_lease_that_was_taken_over_is_neither_renewed_nor_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_lease_is_neither_renewed_nor_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     with lease.hold(tmp_path) as held:
         first = (tmp_path / lease.LEASE).read_text()
@@ -170,7 +168,9 @@ def refuse(number: int) -> Any:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_missing_locks_are_told_in_one_line(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_file_locks_are_reported_in_one_line(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse(number))
     with (
         pytest.raises(InputError, match=r"its file system has no locks .* mount it with them") as error,
@@ -180,7 +180,7 @@ def test_missing_locks_are_told_in_one_line(number: int, tmp_path: Path, monkeyp
     assert "\n" not in str(error.value)
 
 
-def test_claims_and_copies_where_hard_links_are_refused(
+def test_claim_and_link_fall_back_to_copies_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "link", refuse(errno.EPERM))
@@ -198,7 +198,7 @@ def test_claims_and_copies_where_hard_links_are_refused(
     assert told.startswith(f"{tmp_path}: hard links are refused (Operation not permitted), so files are copied")
 
 
-def test_private_files_are_private(tmp_path: Path) -> None:
+def test_private_file_has_mode_0600(tmp_path: Path) -> None:
     (tmp_path / ".x.partial").touch(0o644)
     files.write(tmp_path / "x", b"1", private=True)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o600

@@ -27,7 +27,7 @@ def parse(*arguments: str) -> None:
     parser.parse_args(arguments)
 
 
-def test_a_line_has_time_and_level(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_line_has_time_and_level(capsys: pytest.CaptureFixture[str]) -> None:
     ours.info("step 1/20")
     ours.warning("disk is almost full")
     first, second = capsys.readouterr().err.splitlines()
@@ -36,7 +36,7 @@ def test_a_line_has_time_and_level(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
-def test_of_several_ranks_a_line_names_its_own(
+def test_log_line_names_rank_if_there_are_several(
     names: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rank, world_size = names
@@ -54,7 +54,9 @@ def test_of_several_ranks_a_line_names_its_own(
         (["--verbose"], ["DEBUG", "INFO", "WARNING", "ERROR"]),
     ],
 )
-def test_options_choose_levels(options: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_and_verbose_select_log_levels(
+    options: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     parse(*options)
     for level in ("debug", "info", "warning", "error"):
         getattr(ours, level)("text")

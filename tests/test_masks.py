@@ -76,7 +76,7 @@ def extent_of(labels: Tensor, image: np.ndarray) -> tuple[int, int]:
     return int(filled.any(axis=1).sum()), int(filled.any(axis=0).sum())
 
 
-def test_a_crop_of_the_image_shows_the_classes_of_its_target(coloured: Path, tmp_path: Path) -> None:
+def test_image_crop_is_aligned_with_target_crop(coloured: Path, tmp_path: Path) -> None:
     chosen = make_config(coloured, tmp_path, max_class_fraction=0.35)  # so that some crops are drawn again
     feed = TrainFeed(chosen, ShardSet(coloured), World())
     padded = flat = 0
@@ -96,7 +96,7 @@ def test_a_crop_of_the_image_shows_the_classes_of_its_target(coloured: Path, tmp
     assert flat < 48, "and most show several classes"
 
 
-def test_flips_and_scales_are_drawn_as_configured(coloured: Path, tmp_path: Path) -> None:
+def test_flips_and_scales_follow_configuration(coloured: Path, tmp_path: Path) -> None:
     hw = np.full((4000, 2), (100, 140))
     chosen = make_config(coloured, tmp_path, short_side=96, long_side=120, scale=[0.5, 2.0])
     assert isinstance(chosen.task, SemanticFpnConfig)
@@ -115,7 +115,7 @@ def test_flips_and_scales_are_drawn_as_configured(coloured: Path, tmp_path: Path
     np.testing.assert_allclose(views.extent[:, 0] / views.shape[:, 0], scales * 120 / 140, rtol=0.03)
 
 
-def test_a_crop_of_one_class_is_drawn_again(coloured: Path, tmp_path: Path) -> None:
+def test_crop_dominated_by_one_class_is_redrawn(coloured: Path, tmp_path: Path) -> None:
     def shares(limit: float) -> np.ndarray:
         feed = TrainFeed(make_config(coloured, tmp_path, max_class_fraction=limit), ShardSet(coloured), World())
         targets = torch.cat([feed.next()[0].targets for _ in range(8)])
@@ -129,7 +129,7 @@ def test_a_crop_of_one_class_is_drawn_again(coloured: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_world_sees_the_same(coloured: Path, tmp_path: Path, ranks: int) -> None:
+def test_every_world_size_sees_same_batches(coloured: Path, tmp_path: Path, ranks: int) -> None:
     def batches(rank: int, size: int) -> list[MicroBatch]:
         feed = TrainFeed(make_config(coloured, tmp_path), ShardSet(coloured), World(rank, size), first_step=3)
         found = [feed.next()[0] for _ in range(2)]
@@ -148,7 +148,7 @@ def test_every_world_sees_the_same(coloured: Path, tmp_path: Path, ranks: int) -
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_whole_images_are_evaluated_once_each_on_a_canvas(coloured: Path, tmp_path: Path, ranks: int) -> None:
+def test_evaluation_takes_every_whole_image_once_padded(coloured: Path, tmp_path: Path, ranks: int) -> None:
     shards, chosen = ShardSet(coloured), make_config(coloured, tmp_path, short_side=48, long_side=100)
     seen: list[int] = []
     for rank in range(ranks):
@@ -171,7 +171,7 @@ def test_whole_images_are_evaluated_once_each_on_a_canvas(coloured: Path, tmp_pa
     assert sorted(seen) == list(range(COUNT))
 
 
-def test_a_damaged_map_is_left_out_as_a_damaged_image_is(coloured: Path, tmp_path: Path) -> None:
+def test_sample_with_damaged_label_map_is_skipped(coloured: Path, tmp_path: Path) -> None:
     shards = ShardSet(coloured)
     record = shards.index(0)[3]
     tar = Path(shards.url(0))
@@ -192,7 +192,7 @@ def test_a_damaged_map_is_left_out_as_a_damaged_image_is(coloured: Path, tmp_pat
     assert len(ids) == 48
 
 
-def test_data_of_another_kind_is_refused_by_name(coloured: Path, digits: Path, tmp_path: Path) -> None:
+def test_data_of_wrong_kind_is_rejected(coloured: Path, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds labelled images, but task semantic_fpn needs images with label maps"):
         TrainFeed(make_config(coloured, tmp_path), ShardSet(digits / "train"), World())
     with pytest.raises(InputError, match="holds images with label maps, but task classification needs labelled"):

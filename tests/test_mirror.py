@@ -189,7 +189,7 @@ def wait_until(happened: Callable[[], Any], timeout_s: float = PATIENCE_S) -> No
         time.sleep(0.02)
 
 
-def test_the_copy_is_complete(folder: Path) -> None:
+def test_sync_mirrors_complete_run_to_mlflow(folder: Path) -> None:
     log(folder, range(1, 401))
     log_load(folder, samples=5)
     (folder / "diff.patch").write_text("- old\n+ new\n")
@@ -223,7 +223,7 @@ def test_the_copy_is_complete(folder: Path) -> None:
         assert files[name].read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_pass_over_what_is_sent_changes_nothing(folder: Path) -> None:
+def test_repeated_sync_changes_nothing(folder: Path) -> None:
     log(folder, range(1, 301))
     log_load(folder, samples=5)
     end(folder)
@@ -236,7 +236,7 @@ def test_a_pass_over_what_is_sent_changes_nothing(folder: Path) -> None:
     assert dump(folder) == before
 
 
-def test_lines_that_are_being_written_are_sent_once_they_are_whole(folder: Path) -> None:
+def test_partial_metric_line_is_sent_once_complete(folder: Path) -> None:
     log(folder, range(1, 6))
     path = folder / "metrics.jsonl"
     whole = path.read_bytes()
@@ -253,7 +253,7 @@ def test_lines_that_are_being_written_are_sent_once_they_are_whole(folder: Path)
 
 @pytest.mark.parametrize("dropped_to", [0, 30, 60, 99])
 @pytest.mark.parametrize("grown_to", [61, 150])
-def test_a_resumed_run_drops_lines(folder: Path, dropped_to: int, grown_to: int) -> None:
+def test_metrics_rewritten_after_resume_are_sent(folder: Path, dropped_to: int, grown_to: int) -> None:
     log(folder, range(1, 101))
     Mirror(folder).sync()
     first = written(folder)
@@ -268,7 +268,7 @@ def test_a_resumed_run_drops_lines(folder: Path, dropped_to: int, grown_to: int)
     }
 
 
-def test_killed_again_and_again(folder: Path, tmp_path: Path) -> None:
+def test_sync_killed_repeatedly_loses_nothing(folder: Path, tmp_path: Path) -> None:
     log(folder, range(1, 3001))
     log_load(folder, samples=1000)
     end(folder)
@@ -291,7 +291,7 @@ def test_killed_again_and_again(folder: Path, tmp_path: Path) -> None:
     assert run.info.status == "FINISHED"
 
 
-def test_passes_at_the_same_time_make_one_run(folder: Path) -> None:
+def test_concurrent_syncs_create_one_run(folder: Path) -> None:
     log(folder, range(1, 301))
     copies = [Mirror(folder) for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
@@ -301,7 +301,7 @@ def test_passes_at_the_same_time_make_one_run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_status(folder: Path, status: Status) -> None:
+def test_run_status_is_mirrored(folder: Path, status: Status) -> None:
     Mirror(folder).sync()
     assert the_run(folder).info.status == "RUNNING"
     record = end(folder, status)
@@ -309,7 +309,7 @@ def test_status(folder: Path, status: Status) -> None:
     assert (the_run(folder).info.status, the_run(folder).info.end_time) == (status, record.ended_ms)
 
 
-def test_a_run_that_is_taken_up_again_goes_on(folder: Path) -> None:
+def test_resumed_run_continues_same_mlflow_run(folder: Path) -> None:
     log(folder, range(1, 11))
     end(folder, "KILLED")
     Mirror(folder).sync()
@@ -328,7 +328,7 @@ def test_a_run_that_is_taken_up_again_goes_on(folder: Path) -> None:
     assert the_run(folder).info.status == "FINISHED"
 
 
-def test_parameters_that_a_killed_pass_has_not_sent(folder: Path) -> None:
+def test_parameters_not_sent_by_killed_sync_are_sent(folder: Path) -> None:
     Mirror(folder).sync()
     (folder / "mlflow.json").unlink()
     with sqlite3.connect(folder.parent / "mlflow.db") as database:
@@ -341,7 +341,7 @@ def test_parameters_that_a_killed_pass_has_not_sent(folder: Path) -> None:
     assert params["train.length"] == "20 steps"
 
 
-def test_another_server_gets_it_all(folder: Path, tmp_path: Path) -> None:
+def test_changed_tracking_server_gets_full_copy(folder: Path, tmp_path: Path) -> None:
     log(folder, range(1, 21))
     end(folder)
     Mirror(folder).sync()
@@ -352,7 +352,7 @@ def test_another_server_gets_it_all(folder: Path, tmp_path: Path) -> None:
     assert stored(client_of(folder), the_run(folder).info.run_id) == written(folder)
 
 
-def test_a_database_that_was_removed_is_filled_again(folder: Path) -> None:
+def test_deleted_mlflow_run_is_recreated(folder: Path) -> None:
     log(folder, range(1, 21))
     copy = Mirror(folder)
     copy.sync()
@@ -366,7 +366,7 @@ def test_a_database_that_was_removed_is_filled_again(folder: Path) -> None:
     assert stored(client_of(folder), copy.run_id or "") == written(folder)
 
 
-def test_files_are_looked_at_once_a_minute_while_the_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_running_run_are_rechecked_once_a_minute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Mirror(folder)
     (folder / "goodput.json").write_text("1")
     log(folder, range(1, 11))
@@ -386,7 +386,7 @@ def test_files_are_looked_at_once_a_minute_while_the_run_goes_on(folder: Path, m
     assert artifacts(folder)["metrics.jsonl"].read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_broken_line_is_said_and_left_out(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_broken_metric_line_is_reported_and_skipped(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log(folder, range(1, 4))
     with (folder / "metrics.jsonl").open("ab") as lines:
         lines.write(b"\0\0\0\n")
@@ -452,7 +452,7 @@ def test_secrets_reach_neither_database_nor_artifacts(root: Path, monkeypatch: p
     assert json.loads(artifacts(folder)["quarantine.jsonl"].read_text())["row"] == 3
 
 
-def test_trouble_is_said_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_error_hides_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:s3cr3t@127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     folder = begin(tmp_path)
@@ -462,7 +462,7 @@ def test_trouble_is_said_without_credentials(tmp_path: Path, monkeypatch: pytest
     assert "\n" not in str(error.value)
 
 
-def test_an_artifact_store_that_fails(folder: Path) -> None:
+def test_sync_recovers_after_artifact_store_failure(folder: Path) -> None:
     log(folder, range(1, 11))
     (folder.parent / "artifacts").touch()  # where a folder should be
     copy = Mirror(folder)
@@ -475,7 +475,7 @@ def test_an_artifact_store_that_fails(folder: Path) -> None:
     assert set(artifacts(folder)) > {"config.yaml", "data/training-0.json"}
 
 
-def test_a_long_value_is_cut(root: Path) -> None:
+def test_long_parameters_and_tags_are_truncated(root: Path) -> None:
     folder = begin(root, f"engine.deepspeed={{note: {'x' * 7000}}}", tags={"long": "y" * 9000})
     Mirror(folder).sync()
     data = the_run(folder).data
@@ -504,7 +504,7 @@ def offer(folder: Path, tmp_path: Path, *steps: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Operation with range is deprecated")  # MLflow's, about its use of pandas
-def test_versions_are_registered(folder: Path, tmp_path: Path) -> None:
+def test_best_and_last_versions_are_registered(folder: Path, tmp_path: Path) -> None:
     offer(folder, tmp_path, 10, 20, 30)
     assert "3 versions" in Mirror(folder).behind
     Mirror(folder).sync()
@@ -545,7 +545,7 @@ def tracked(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
-def test_a_runs_folder_that_was_moved_or_copied_is_repaired(
+def test_relocate_repairs_moved_or_copied_runs_folder(
     tracked: Path, tmp_path: Path, how: Callable[[Path, Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking_utils, "_artifact_repos_cache", OrderedDict())  # which a new process does not have
@@ -577,7 +577,7 @@ def test_a_runs_folder_that_was_moved_or_copied_is_repaired(
     assert relocating(Namespace(tracking_uri=uri))["paths"] == 0
 
 
-def test_a_database_is_not_repaired_without_its_artifacts(tracked: Path, tmp_path: Path) -> None:
+def test_relocate_without_artifacts_is_rejected(tracked: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     shutil.copytree(tracked.parent, new)
     (model,) = (new / "artifacts" / "pretrain" / "models").iterdir()
@@ -592,7 +592,7 @@ def test_a_database_is_not_repaired_without_its_artifacts(tracked: Path, tmp_pat
         relocate(tmp_path / "text.db")
 
 
-def test_a_database_may_be_moved_alone(tracked: Path, tmp_path: Path) -> None:
+def test_database_moved_without_its_artifacts_works(tracked: Path, tmp_path: Path) -> None:
     """Its artifacts stay where they were, as they do for those who put them elsewhere on purpose."""
     (tmp_path / "alone").mkdir()
     shutil.move(tracked.parent / "mlflow.db", tmp_path / "alone" / "mlflow.db")
@@ -601,13 +601,13 @@ def test_a_database_may_be_moved_alone(tracked: Path, tmp_path: Path) -> None:
     assert relocate(tmp_path / "alone" / "mlflow.db") == 0
 
 
-def test_another_name_of_the_same_folder_is_no_other_place(tracked: Path, tmp_path: Path) -> None:
+def test_symlink_to_runs_folder_needs_no_relocate(tracked: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tracked.parent)
     connect(f"sqlite:///{tmp_path}/link/mlflow.db")
     assert registry.verify("models:/tiny/1")["ok"]
 
 
-def test_an_experiment_that_was_deleted_is_named(
+def test_deleted_experiment_is_reported(
     tracked: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_of(tracked)
@@ -653,9 +653,7 @@ def steps_of(folder: Path) -> dict[int, str]:
     return {int(entry.name.split("-")[1]): uri for entry, uri in Outbox(folder).registered().items()}
 
 
-def test_versions_are_registered_again_from_what_a_lost_database_left(
-    lost: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_lost_versions_are_registered_again_from_artifacts(lost: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sync(lost)["sent"] == "everything, as the server had lost the run"
     assert "models:/tiny/2 is not in the registry: it is registered again" in capfd.readouterr().err
     assert steps_of(lost) == {10: "models:/tiny/1", 30: "models:/tiny/2"}
@@ -667,7 +665,7 @@ def test_versions_are_registered_again_from_what_a_lost_database_left(
     assert (again["sent"], again["left"], again["missing"]) == ("", "", [])
 
 
-def test_versions_are_registered_again_from_checkpoints_or_are_listed(
+def test_lost_versions_are_registered_from_checkpoints_or_reported(
     lost: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(lost.parent / "artifacts")
@@ -684,7 +682,7 @@ def test_versions_are_registered_again_from_checkpoints_or_are_listed(
     assert registry.verify("models:/tiny/1")["ok"]
 
 
-def test_a_version_that_somebody_removed_stays_away(tracked: Path) -> None:
+def test_deleted_version_is_not_registered_again(tracked: Path) -> None:
     client = client_of(tracked)
     client.delete_model_version("tiny", "1")
     (tracked / "mlflow.json").unlink()
@@ -705,7 +703,7 @@ def begin_sweep(root: Path, rates: list[float], **tags: str) -> list[Path]:
     return folders
 
 
-def test_the_runs_of_a_sweep_are_children_of_one_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_sweep_runs_share_one_parent_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = MlflowClient.search_runs
 
     def slow(*arguments: Any, **options: Any) -> Any:
@@ -748,7 +746,7 @@ def test_the_runs_of_a_sweep_are_children_of_one_run(root: Path, monkeypatch: py
     assert len(client.search_runs([experiment.experiment_id])) == 5
 
 
-def test_a_parent_whose_making_was_cut_short_is_taken(root: Path) -> None:
+def test_partially_created_sweep_parent_is_reused(root: Path) -> None:
     (folder,) = begin_sweep(root, [1e-3])
     client = client_of(folder)
     experiment = client.create_experiment("pretrain", artifact_location=(root / "runs/artifacts").as_uri())
@@ -759,7 +757,7 @@ def test_a_parent_whose_making_was_cut_short_is_taken(root: Path) -> None:
     assert client.get_run(begun).info.status == "FINISHED"
 
 
-def test_a_run_is_below_its_sweep_rather_than_the_run_it_started_from(folder: Path, tmp_path: Path) -> None:
+def test_sweep_takes_precedence_as_parent_run(folder: Path, tmp_path: Path) -> None:
     offer(folder, tmp_path, 10)
     Mirror(folder).sync()
     uri = f"tracking.uri={Mirror(folder).uri}"
@@ -773,7 +771,7 @@ def test_a_run_is_below_its_sweep_rather_than_the_run_it_started_from(folder: Pa
     assert f"child.{Record.read(child).uuid}" in client.get_model_version("tiny", "1").tags
 
 
-def test_a_sweep_that_cannot_be_read_is_named(folder: Path) -> None:
+def test_invalid_sweep_file_is_rejected(folder: Path) -> None:
     assert Sweep.read(folder) is None
     (folder / "slurm").mkdir()
     (folder / SWEEP).write_text('{"uuid": 1}')
@@ -805,7 +803,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_outages_lose_nothing(
+def test_server_outages_lose_no_data(
     tmp_path: Path, server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -861,7 +859,7 @@ def test_outages_lose_nothing(
     assert "s3cr3t" not in said() + "".join(path.read_bytes().decode("latin-1") for path in written_down)
 
 
-def test_a_server_that_hangs_holds_nothing_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_hanging_server_does_not_block_training(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         folder = begin(tmp_path, f"tracking.uri=http://127.0.0.1:{silent.getsockname()[1]}")
         tracker = Tracker(folder, patience_s=0.5)
@@ -878,7 +876,7 @@ def test_a_server_that_hangs_holds_nothing_up(tmp_path: Path, capfd: pytest.Capt
 
 
 @pytest.mark.usefixtures("quick")
-def test_tracker_ends_when_everything_is_there(folder: Path) -> None:
+def test_tracker_end_sends_everything(folder: Path) -> None:
     tracker = Tracker(folder, patience_s=30)
     log(folder, range(1, 101))
     tracker.on_step(100, {})
@@ -890,7 +888,7 @@ def test_tracker_ends_when_everything_is_there(folder: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("status", ["RUNNING", "KILLED"])
-def test_the_failure_of_a_run_that_was_killed(folder: Path, status: Status) -> None:
+def test_killed_run_is_recorded_as_failed(folder: Path, status: Status) -> None:
     log(folder, range(1, 11))
     if status == "KILLED":
         end(folder, status)
@@ -904,14 +902,14 @@ def test_the_failure_of_a_run_that_was_killed(folder: Path, status: Status) -> N
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
-def test_a_run_that_has_ended_by_itself_stays_so(folder: Path, status: Status) -> None:
+def test_ended_run_keeps_its_status(folder: Path, status: Status) -> None:
     record = end(folder, status)
     record_failure(folder, patience_s=30)
     assert Record.read(folder) == record
     assert (the_run(folder).info.status, the_run(folder).info.end_time) == (status, record.ended_ms)
 
 
-def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_failure_that_cannot_be_recorded_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     record_failure(tmp_path / "never begun")
     assert capfd.readouterr().err == ""
     folder = begin(tmp_path, f"tracking.uri=http://127.0.0.1:{free_port()}")
@@ -932,7 +930,7 @@ def test_a_failure_that_cannot_be_recorded_is_said(tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_fault_of_our_own_is_said_once_and_ends_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tracker_internal_error_is_reported_once_and_recovered(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = (folder / "deepspeed.json").read_text()
     (folder / "deepspeed.json").write_text("{")
     log(folder, range(1, 11))
@@ -952,13 +950,13 @@ def test_importing_the_tracker_does_not_import_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_packages() -> None:
+def test_package_list_is_sorted_with_versions() -> None:
     lines = tracker.list_packages().splitlines()
     assert f"mlflow=={mlflow.__version__}" in lines
     assert lines == sorted(set(lines), key=str.lower)
 
 
-def test_the_load_of_a_node(folder: Path) -> None:
+def test_node_load_is_recorded_and_mirrored(folder: Path) -> None:
     path = folder / "system/node-1.jsonl"
     with SystemLoad(folder, node=1, interval_s=0.2):
         wait_until(lambda: path.exists() and path.read_text().count("\n") > 2)
@@ -971,7 +969,7 @@ def test_the_load_of_a_node(folder: Path) -> None:
     assert stored(client_of(folder), the_run(folder).info.run_id) == written(folder)
 
 
-def test_the_shortest_job_has_a_point_and_a_torn_line_is_dropped(folder: Path) -> None:
+def test_short_job_records_load_and_drops_truncated_line(folder: Path) -> None:
     path = folder / "system/node-0.jsonl"
     path.parent.mkdir()
     path.write_bytes(b'{"time": 1.0, "node": 0, "a": 1}\n{"time": 2.0, "no')
@@ -980,7 +978,7 @@ def test_the_shortest_job_has_a_point_and_a_torn_line_is_dropped(folder: Path) -
     assert [len(json.loads(line)) > 5 for line in path.read_text().splitlines()] == [False, True]
 
 
-def test_a_full_disk_costs_lines_and_is_said_once(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_is_reported_once_by_system_load(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "system").mkdir()
     (folder / "system/node-0.jsonl").symlink_to("/dev/full")
     with SystemLoad(folder, node=0, interval_s=0.05):
@@ -988,7 +986,7 @@ def test_a_full_disk_costs_lines_and_is_said_once(folder: Path, capfd: pytest.Ca
     assert capfd.readouterr().err.count("No space left on device") == 1
 
 
-def test_a_monitor_that_fails_is_left_out(
+def test_failing_load_monitor_is_skipped(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Broken(BaseMetricsMonitor):
@@ -1007,7 +1005,7 @@ def test_a_monitor_that_fails_is_left_out(
     assert all("cpu_utilization_percentage" in line for line in lines)
 
 
-def test_a_database_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
+def test_interrupted_database_creation_is_redone(tmp_path: Path) -> None:
     code = f"from pipeline.track.tracking_server import connect; connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + PATIENCE_S

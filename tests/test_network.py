@@ -46,7 +46,7 @@ def served_or_exported(weights: Path) -> Any:
 
 
 @pytest.mark.parametrize("make", [trained, evaluated, served_or_exported])
-def test_fp32_is_no_tf32(make: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_tf32_is_disabled_for_fp32(make: Callable[[Path], Any], tmp_path: Path) -> None:
     safetensors.torch.save_file(trained(tmp_path).state_dict(), tmp_path / WEIGHTS)
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -57,7 +57,7 @@ def test_fp32_is_no_tf32(make: Callable[[Path], Any], tmp_path: Path) -> None:
         pass
 
 
-def test_weights_of_another_network_or_damaged_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_mismatched_or_damaged_weights_are_rejected_in_one_line(tmp_path: Path) -> None:
     safetensors.torch.save_file({"head.bias": torch.zeros(2)}, tmp_path / WEIGHTS)
     for make in (evaluated, served_or_exported):
         with pytest.raises(
@@ -79,7 +79,7 @@ def test_weights_of_another_network_or_damaged_are_refused_in_one_line(tmp_path:
         ("s3fs", "s3", lambda: open_data("s3://bucket/data")),
     ],
 )
-def test_a_package_that_few_need_is_named_with_its_extra(
+def test_missing_optional_package_is_reported_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str, extra: str, need: Callable[[], Any]
 ) -> None:
     ours = {"transformers": "pvt.detr", "skimage": "pipeline.scenes"}.get(package, package)

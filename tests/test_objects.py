@@ -152,7 +152,7 @@ def bounds(mask: np.ndarray) -> list[float]:
 # Boxes and masks
 
 
-def test_masks_are_the_pixels_that_the_image_shows(painted: Path, tmp_path: Path) -> None:
+def test_masks_match_image_pixels_after_crop_resize_and_flip(painted: Path, tmp_path: Path) -> None:
     """Cut, scaled, flipped: every single pixel. And of crowds and what is out of sight, none."""
     annotations = json.loads((painted / "annotations/instances_train.json").read_text())["annotations"]
     shards, seen, cut = ShardSet(painted / "packed"), 0, 0
@@ -185,7 +185,7 @@ def test_masks_are_the_pixels_that_the_image_shows(painted: Path, tmp_path: Path
     assert cut > 10
 
 
-def test_boxes_bound_the_masks_that_are_seen(painted: Path, tmp_path: Path) -> None:
+def test_boxes_enclose_visible_masks(painted: Path, tmp_path: Path) -> None:
     """To within a pixel; where the window cuts an L, its box may reach beyond what is left of it."""
     seen = 0
     whole: dict[str, Any] = {"train_short_sides": [40, 64, 80]}
@@ -205,7 +205,7 @@ def test_boxes_bound_the_masks_that_are_seen(painted: Path, tmp_path: Path) -> N
     assert seen > 250
 
 
-def test_boxes_alone_are_the_same_boxes(painted: Path, tmp_path: Path) -> None:
+def test_detr_targets_have_the_boxes_of_mask_rcnn_without_masks(painted: Path, tmp_path: Path) -> None:
     """DETR's, which has no masks, are Mask R-CNN's and those of whose masks nothing is seen."""
     with_masks = batches(make_config(painted / "packed", tmp_path, "mask_rcnn", **CROP), painted / "packed", 4)
     alone = batches(make_config(painted / "packed", tmp_path, "detr", **CROP), painted / "packed", 4)
@@ -223,7 +223,7 @@ def test_boxes_alone_are_the_same_boxes(painted: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_boxes_overhanging_the_image_end_with_it(flip: bool) -> None:
+def test_boxes_are_clipped_to_the_image(flip: bool) -> None:
     transform = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
     view = augment.whole_views(RetinaNetConfig(), ImageConfig(size=100), np.array([[50, 80]]))
     view = augment.dataclasses.replace(view, flip=np.array([flip]))
@@ -257,7 +257,7 @@ def detr_size(height: int, width: int, short: int, long: int) -> tuple[int, int]
 
 
 @pytest.mark.parametrize("hw", [(480, 640), (427, 640), (640, 360), (200, 1000), (500, 500)])
-def test_whole_images_are_resized_as_detr_does(hw: tuple[int, int]) -> None:
+def test_whole_image_resize_matches_detr(hw: tuple[int, int]) -> None:
     sides = tuple(range(480, 801, 32))
     seen = views(DetrConfig(train_short_sides=sides, long_side=1333), 3000, hw)
     assert (seen.shape == hw).all()
@@ -275,7 +275,7 @@ def test_whole_images_are_resized_as_detr_does(hw: tuple[int, int]) -> None:
     assert (np.array(seen.canvas) - seen.extent.max(axis=0) < 32).all()
 
 
-def test_without_settings_the_short_side_is_the_evaluated_one() -> None:
+def test_short_side_defaults_to_evaluation_size() -> None:
     seen = views(RetinaNetConfig(), 10, (480, 640))
     assert seen.extent.tolist() == [[800, 1067]] * 10
     limited = views(RetinaNetConfig(long_side=900), 10, (480, 640))
@@ -286,7 +286,7 @@ def test_without_settings_the_short_side_is_the_evaluated_one() -> None:
 
 
 @pytest.mark.parametrize("hw", [(480, 640), (640, 427), (300, 1200)])
-def test_windows_are_drawn_as_detr_draws_them(hw: tuple[int, int]) -> None:
+def test_random_crops_match_detr_distribution(hw: tuple[int, int]) -> None:
     """RandomResize([400, 500, 600]), RandomSizeCrop(384, 600): sides and places, in parts of the image."""
     count, generator = 4000, random.Random(0)
     seen = views(DetrConfig(crop_prob=1.0, train_short_sides=(480, 800), long_side=1333), count, hw)
@@ -310,7 +310,7 @@ def test_windows_are_drawn_as_detr_draws_them(hw: tuple[int, int]) -> None:
     assert np.mean(np.array(fitted) == 0) > 0.7
 
 
-def test_what_is_drawn_of_an_image_is_drawn_each_by_itself() -> None:
+def test_crop_scale_and_flip_are_drawn_independently() -> None:
     seen = views(DetrConfig(crop_prob=0.5, train_short_sides=(480, 800)), 4000, (480, 640))
     cropped, large = (seen.shape < (480, 640)).any(axis=1), seen.extent.min(axis=1) > 600
     for one, other in ((cropped, large), (cropped, seen.flip), (large, seen.flip)):
@@ -318,7 +318,7 @@ def test_what_is_drawn_of_an_image_is_drawn_each_by_itself() -> None:
         assert abs(one.mean() - 0.5) < 0.05
 
 
-def test_windows_of_any_size_lie_in_images_of_any_size() -> None:
+def test_crop_windows_stay_inside_images_of_any_size() -> None:
     rng, count = np.random.default_rng(0), 3000
     hw = np.concatenate([rng.integers(1, 2000, (count, 2)), [[1, 1], [1, 65535], [65535, 1], [3, 5]]])
     key = keys.key(0, Stream.AUGMENT, np.arange(len(hw)))
@@ -349,7 +349,7 @@ def require_equal(one: MicroBatch, i: int, other: MicroBatch, j: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_world_sees_the_same(painted: Path, tmp_path: Path, ranks: int) -> None:
+def test_batches_are_equal_on_every_world_size(painted: Path, tmp_path: Path, ranks: int) -> None:
     chosen, data = make_config(painted / "packed", tmp_path, **CROP), painted / "packed"
     whole = batches(chosen, data, 3, first_step=2)
     parts = [batches(chosen, data, 3, World(rank, ranks), first_step=2) for rank in range(ranks)]
@@ -366,7 +366,7 @@ def test_every_world_sees_the_same(painted: Path, tmp_path: Path, ranks: int) ->
     assert len(canvases) > 1, "batches are of several sizes"
 
 
-def test_a_feed_that_starts_later_goes_on_as_if_it_had_not_stopped(painted: Path, tmp_path: Path) -> None:
+def test_train_feed_resumes_at_a_later_step_with_the_same_batches(painted: Path, tmp_path: Path) -> None:
     chosen, data = make_config(painted / "packed", tmp_path, **CROP), painted / "packed"
     for one, other in zip(batches(chosen, data, 6)[4:], batches(chosen, data, 2, first_step=4), strict=True):
         assert torch.equal(one.images, other.images)
@@ -376,7 +376,7 @@ def test_a_feed_that_starts_later_goes_on_as_if_it_had_not_stopped(painted: Path
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_whole_images_are_evaluated_once_each(painted: Path, tmp_path: Path, ranks: int) -> None:
+def test_eval_feed_yields_each_whole_image_once(painted: Path, tmp_path: Path, ranks: int) -> None:
     data, reference = painted / "packed", COCO(painted / "annotations/instances_train.json")
     shards, chosen = ShardSet(data), make_config(data, tmp_path, short_side=48, long_side=100)
     seen = []
@@ -402,7 +402,7 @@ def test_whole_images_are_evaluated_once_each(painted: Path, tmp_path: Path, ran
     assert sorted(seen) == list(range(1, COUNT + 1))
 
 
-def test_nothing_is_to_be_found_in_a_blank_batch(painted: Path, tmp_path: Path) -> None:
+def test_blank_batch_has_no_objects(painted: Path, tmp_path: Path) -> None:
     for name, shape_of_masks in (("mask_rcnn", (0, SIDE, SIDE)), ("retinanet", None)):
         feed = TrainFeed(make_config(painted / "packed", tmp_path, name), ShardSet(painted / "packed"), World())
         (batch,) = feed.blank(0)
@@ -416,7 +416,7 @@ def test_nothing_is_to_be_found_in_a_blank_batch(painted: Path, tmp_path: Path) 
 # Bad input
 
 
-def test_data_of_another_kind_is_refused_by_name(painted: Path, digits: Path, tmp_path: Path) -> None:
+def test_data_set_of_another_task_kind_is_rejected(painted: Path, digits: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds labelled images, but task retinanet needs images with objects"):
         TrainFeed(make_config(digits / "train", tmp_path, "retinanet"), ShardSet(digits / "train"), World())
     with pytest.raises(InputError, match="holds images with objects, but task classification needs labelled images"):
@@ -436,14 +436,14 @@ def without_masks(painted: Path, root: Path, images: Iterable[int]) -> Path:
     return root / "packed"
 
 
-def test_boxes_without_masks_are_refused_by_mask_rcnn_alone(painted: Path, tmp_path: Path) -> None:
+def test_data_without_masks_is_rejected_for_mask_rcnn_only(painted: Path, tmp_path: Path) -> None:
     data = without_masks(painted, tmp_path / "none", range(1, COUNT + 1))
     with pytest.raises(InputError, match=r"annotation \d+ has no segmentation, .* task mask_rcnn .*retinanet or detr"):
         TrainFeed(make_config(data, tmp_path), ShardSet(data), World())
     assert batches(make_config(data, tmp_path, "detr"), data, 1)[0].targets
 
 
-def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: Path) -> None:
+def test_sample_without_masks_is_skipped_and_reported(painted: Path, tmp_path: Path) -> None:
     """One that is not among the first."""
     whole = ShardSet(without_masks(painted, tmp_path / "whole", []))
     key = next(key for key in (whole.key(0, row) for row in range(25, COUNT)) if int(key) % 6)
@@ -471,7 +471,7 @@ def test_a_sample_without_masks_is_left_out_and_named(painted: Path, tmp_path: P
         ),
     ],
 )
-def test_objects_that_are_not_the_images_are_corrupt(annotation: bytes, reason: str) -> None:
+def test_annotation_that_does_not_fit_its_image_is_corrupt(annotation: bytes, reason: str) -> None:
     transform = BoxTransform(RetinaNetConfig(), ImageConfig(size=100), 3)
     view = transform.evaluation_views(np.array([[50, 80]]))
     for target in (transform.training_target, transform.evaluation_target):
@@ -482,7 +482,7 @@ def test_objects_that_are_not_the_images_are_corrupt(annotation: bytes, reason: 
 # Shown
 
 
-def test_the_preview_shows_boxes_and_masks(painted: Path, tmp_path: Path) -> None:
+def test_preview_draws_objects_in_class_colours(painted: Path, tmp_path: Path) -> None:
     scene_layouts.write_dataset(tmp_path / "scenes", {"train": 12, "val": 0})
     path = tmp_path / "scenes/coco/annotations/instances_train.json"
     chosen = make_config(painted / "packed", tmp_path, **CROP)

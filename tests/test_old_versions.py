@@ -76,11 +76,11 @@ def imported_names(code: Path) -> list[tuple[str, str]]:
     return [(module, name) for module, name in pairs if module.split(".")[0] in ("pipeline", "pvt")]
 
 
-def test_it_answers_as_it_did(version: Path) -> None:
+def test_old_version_gives_its_recorded_predictions(version: Path) -> None:
     check_answers(version)
 
 
-def test_its_files_match_the_digests_of_its_tags(version: Path, tmp_path: Path) -> None:
+def test_old_version_files_match_the_digests_in_its_tags(version: Path, tmp_path: Path) -> None:
     client = tracking_server.connect(f"sqlite:///{tmp_path / 'mlflow.db'}", create=True)
     client.create_registered_model("digits")
     client.create_model_version("digits", version.as_uri(), tags=RECORDED["tags"])
@@ -92,7 +92,7 @@ def test_its_files_match_the_digests_of_its_tags(version: Path, tmp_path: Path) 
     assert not registry.verify(URI)["ok"]
 
 
-def test_its_weights_can_be_registered_again(version: Path, tmp_path: Path) -> None:
+def test_old_version_weights_can_be_registered_again(version: Path, tmp_path: Path) -> None:
     client = tracking_server.connect(f"sqlite:///{tmp_path / 'mlflow.db'}", create=True)
     experiment = tracking_server.find_experiment(client, "pretrain")
     uri = registry.register(client, "digits", version / "artifacts", experiment_id=experiment, run_id=None)
@@ -100,13 +100,13 @@ def test_its_weights_can_be_registered_again(version: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("module", "name"), [*imported_names(SERVED), *OLDER_NAMES])
-def test_every_name_that_its_code_imports_is_there(module: str, name: str) -> None:
+def test_names_imported_by_old_version_code_still_exist(module: str, name: str) -> None:
     if not hasattr(importlib.import_module(module), name):
         importlib.import_module(f"{module}.{name}")
 
 
 @pytest.mark.parametrize("task", COLUMNS)
-def test_its_code_serves_every_dense_task(task: str, tmp_path: Path) -> None:
+def test_old_version_code_serves_every_dense_task(task: str, tmp_path: Path) -> None:
     (tmp_path / CARD).write_text(json.dumps(RECORDED["cards"][task]))
     card = ModelCard.read(tmp_path)
     assert card.task.name == task

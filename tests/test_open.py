@@ -35,7 +35,7 @@ def server(digits: Path) -> Iterator[FaultyServer]:
         yield server
 
 
-def test_remote_shards_go_to_the_run_s_cache(
+def test_remote_shards_are_cached_in_the_configured_folder(
     make_config: Settings, server: FaultyServer, tmp_path: Path, default: Path
 ) -> None:
     data = [f"data.train={server.url}/train", f"data.val={server.url}/val"]
@@ -53,7 +53,7 @@ def test_remote_shards_go_to_the_run_s_cache(
     assert default.exists()
 
 
-def test_data_on_a_disk_needs_no_cache(make_config: Settings, tmp_path: Path) -> None:
+def test_local_data_is_opened_without_a_cache(make_config: Settings, tmp_path: Path) -> None:
     """The folder may be on the disk of the node that has trained."""
     (tmp_path / "file").touch()
     open_training(make_config(f"data.cache={tmp_path}/file/cache").data).read(0, 0)
@@ -61,7 +61,7 @@ def test_data_on_a_disk_needs_no_cache(make_config: Settings, tmp_path: Path) ->
     assert open_validation(make_config("data.val=null").data) is None
 
 
-def test_a_cache_that_cannot_be_used_is_refused_at_once(
+def test_unusable_cache_folder_is_rejected_on_open(
     server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_used_is_refused_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_verify_compares_what_is_at_the_origin(server: FaultyServer, default: Path) -> None:
+def test_verify_reads_the_origin_rather_than_the_cache(server: FaultyServer, default: Path) -> None:
     open_data(f"{server.url}/val").index(0)
     assert default.exists(), "a good copy of the index is cached"
     assert not verify(f"{server.url}/val")
@@ -88,7 +88,7 @@ def test_verify_compares_what_is_at_the_origin(server: FaultyServer, default: Pa
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
-def test_the_size_of_a_cache_is_a_positive_number(size: str) -> None:
+def test_cache_size_that_is_not_a_positive_number_is_rejected(size: str) -> None:
     parser = argparse.ArgumentParser()
     cli.add_cache(parser)
     assert cli.cache_of(parser.parse_args(["--cache", "x", "--cache-gb", "1.5"])) == CacheOptions("x", 1.5)
@@ -96,7 +96,7 @@ def test_the_size_of_a_cache_is_a_positive_number(size: str) -> None:
         cli.cache_of(parser.parse_args([f"--cache-gb={size}"]))
 
 
-def test_only_one_function_opens_a_run_s_data() -> None:
+def test_shard_set_is_constructed_only_in_expected_modules() -> None:
     """`show` and `verify` read a few parts or everything once, and cache nothing."""
     calls = {}
     for path in sorted(file for room in ("pipeline", "launch") for file in (ROOT / room).rglob("*.py")):

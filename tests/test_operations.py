@@ -123,13 +123,13 @@ def variables_listed() -> set[str]:
     return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
-def test_every_variable_that_is_read_is_listed_and_no_other():
+def test_documented_environment_variables_match_those_read():
     read, listed = variables_read(), variables_listed()
     assert {name: files for name, files in read.items() if name not in listed} == {}
     assert listed - read.keys() == set()
 
 
-def test_no_read_goes_unseen():
+def test_all_environment_variable_reads_are_resolved():
     unresolved = {
         f"{path.relative_to(ROOT)}:{line}" for path in SOURCES for line in Reads(ast.parse(path.read_text())).unresolved
     }
@@ -152,17 +152,17 @@ def test_no_read_goes_unseen():
         'line = f"gpus=${{A_B:-0}} {1}"',
     ],
 )
-def test_the_finder_finds(source: str):
+def test_finder_detects_environment_variable_reads(source: str):
     assert "A_B" in Reads(ast.parse(source)).names
 
 
-def test_the_finder_owns_up_to_what_it_cannot_follow():
+def test_finder_reports_unresolved_reads_and_ignores_prose():
     reads = Reads(ast.parse("import os\nos.environ[f()]"))
     assert (reads.names, reads.unresolved) == (set(), [2])
     assert Reads(ast.parse('import os\n"""$HOME in prose"""\nos.environ["A_B"] = "set for others"')).names == set()
 
 
-def test_every_setting_of_the_cluster_is_named():
+def test_documented_cluster_settings_match_the_configuration():
     section = DOCUMENT.split("\n## The `cluster:` section\n")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
@@ -177,11 +177,11 @@ def sizing() -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_sizing_table_is_what_the_benchmark_prints(sizing: subprocess.CompletedProcess[str]):
+def test_documented_sizing_table_matches_benchmark_output(sizing: subprocess.CompletedProcess[str]):
     assert sizing.stderr.strip() in DOCUMENT
 
 
-def test_sizes_agree_with_the_heads_of_the_configurations(sizing: subprocess.CompletedProcess[str]):
+def test_config_header_estimates_match_the_sizing_benchmark(sizing: subprocess.CompletedProcess[str]):
     computed = json.loads(sizing.stdout.splitlines()[-1])["computed"]
     for model, found in computed.items():
         head = (ROOT / "configs" / "pretrain" / f"{model}_in1k.yaml").read_text().replace("\n#", "")
@@ -193,11 +193,11 @@ def test_sizes_agree_with_the_heads_of_the_configurations(sizing: subprocess.Com
         assert alone["H100, H200"]["hours"] == pytest.approx(float(h100), abs=0.06)
 
 
-def test_links_lead_somewhere():
+def test_relative_links_in_operations_doc_exist():
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", DOCUMENT):
         assert (ROOT / "docs" / target).exists(), target
 
 
-def test_commands_exist():
+def test_scripts_named_in_operations_doc_exist():
     for script in re.findall(r"\b((?:launch|tests)/[\w/]+\.py)\b", DOCUMENT):
         assert Path(ROOT, script).exists(), script

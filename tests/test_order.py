@@ -36,14 +36,14 @@ def test_permute_is_a_bijection(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2**31 - 1, 2**32 + 1, 10**12, 2**60])
-def test_permute_stays_inside_and_apart_at_great_sizes(size: int) -> None:
+def test_permute_is_in_range_and_injective_for_huge_sizes(size: int) -> None:
     index = np.concatenate([np.arange(1000), size - 1 - np.arange(1000)])
     image = permute(index, size, keys.key(0, Stream.WINDOW))
     assert ((image >= 0) & (image < size)).all()
     assert len(set(image.tolist())) == len(index)
 
 
-def test_permute_looks_uniform() -> None:
+def test_permute_is_uniform_by_chi_squared() -> None:
     # Where each of 8 places goes, over 8,000 keys, against the flat expectation of 1,000 in each of 64 cells.
     images = permute(np.arange(8)[None], 8, keys.key(0, Stream.WINDOW, np.arange(8000))[:, None])
     counts = np.array([np.bincount(images[:, place], minlength=8) for place in range(8)])
@@ -74,7 +74,7 @@ def make(*parts: np.ndarray, seed: int = 0, **config: Any) -> Order:
 
 @settings(deadline=None, max_examples=60)
 @given(orders(), st.integers(0, 3))
-def test_an_epoch_takes_each_sample_once_but_for_the_tail(order: Order, epoch: int) -> None:
+def test_epoch_takes_each_sample_once_except_the_tail(order: Order, epoch: int) -> None:
     first = epoch * order.steps_per_epoch
     steps = [order.samples(first + k) for k in range(order.steps_per_epoch)]
     taken = np.concatenate([samples.id for samples in steps])
@@ -86,7 +86,7 @@ def test_an_epoch_takes_each_sample_once_but_for_the_tail(order: Order, epoch: i
 
 @settings(deadline=None, max_examples=60)
 @given(orders(), st.integers(0, 200))
-def test_rows_belong_to_their_shards(order: Order, step: int) -> None:
+def test_sample_ids_match_shard_and_row(order: Order, step: int) -> None:
     samples = order.samples(step)
     sizes = order._sources[0]._shard_samples
     assert ((samples.row >= 0) & (samples.row < sizes[samples.shard])).all()
@@ -95,7 +95,7 @@ def test_rows_belong_to_their_shards(order: Order, step: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(orders(), st.integers(1, 8), st.integers(1, 9), st.booleans(), st.integers(0, 100))
-def test_every_world_deals_out_the_same_global_batch(
+def test_partition_gives_the_same_global_batch_for_every_world_size(
     order: Order, world: int, micro: int, pairs: bool, step: int
 ) -> None:
     if world > order.lanes:
@@ -111,21 +111,21 @@ def test_every_world_deals_out_the_same_global_batch(
     assert (dealt == order.samples(step).id).all()
 
 
-def test_over_epochs_the_tail_falls_on_all_samples() -> None:
+def test_skipped_tail_rotates_over_all_samples_across_epochs() -> None:
     # One shard and a tail of 3: without the rotation the same samples would always be left out.
     order = make(np.array([35]), global_batch_size=32, lanes=4, shuffle_window=1)
     left_out = [set(range(35)) - set(order.samples(epoch).id.tolist()) for epoch in range(200)]
     assert set.union(*left_out) == set(range(35))
 
 
-def test_a_rank_of_four_reads_a_quarter_of_the_shards() -> None:
+def test_one_rank_of_four_reads_a_quarter_of_the_shards() -> None:
     order = make(np.full(400, 25), global_batch_size=200, lanes=8, shuffle_window=100)
     part = partition(order, 1, 4, cut(None))
     opened = {s for k in range(order.steps_per_epoch) for s in order.samples(k, part.lanes).shard.tolist()}
     assert len(opened) <= 102
 
 
-def test_padding_is_counted() -> None:
+def test_padding_waste_is_computed_from_world_and_micro_batch() -> None:
     order = make(np.array([100]), global_batch_size=48, lanes=12, shuffle_window=1)
     assert padding_waste(order, 4, cut(None)) == 0
     assert padding_waste(order, 5, cut(None)) == pytest.approx(1 - 48 / (5 * 12))
@@ -133,7 +133,7 @@ def test_padding_is_counted() -> None:
     assert padding_waste(order, 1, cut(10, pairs=True)) == pytest.approx(1 - 48 / 50)
 
 
-def test_seeking_is_independent_of_what_came_before() -> None:
+def test_samples_of_a_step_do_not_depend_on_earlier_calls() -> None:
     def order() -> Order:
         return make(np.array([40, 60]), seed=3, global_batch_size=12, lanes=4, shuffle_window=16)
 
@@ -144,13 +144,13 @@ def test_seeking_is_independent_of_what_came_before() -> None:
         assert np.array_equal(value, getattr(order().samples(50), name))
 
 
-def test_a_data_set_smaller_than_a_batch_is_refused() -> None:
+def test_data_set_smaller_than_global_batch_is_rejected() -> None:
     with pytest.raises(InputError, match="31 samples"):
         make(np.array([31]), global_batch_size=32, lanes=4, shuffle_window=1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 56, 64, 1024])
-def test_large_worlds_deal_out_the_same_global_batch(world_size: int) -> None:
+def test_global_batch_is_the_same_up_to_1024_ranks(world_size: int) -> None:
     order = make(np.full(200, 1000), seed=1, global_batch_size=4096, lanes=1024, shuffle_window=64, copies=3)
     parts = [partition(order, rank, world_size, cut(512, pairs=True)) for rank in range(world_size)]
     assert len({(part.accumulation, part.micro_batch_size) for part in parts}) == 1
@@ -163,7 +163,7 @@ def test_large_worlds_deal_out_the_same_global_batch(world_size: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(orders(most_copies=4), st.integers(0, 3))
-def test_copies_lie_in_one_batch_and_never_side_by_side(order: Order, epoch: int) -> None:
+def test_copies_share_a_batch_but_are_never_adjacent(order: Order, epoch: int) -> None:
     draws = order._draws
     seen: set[int] = set()
     for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
@@ -184,7 +184,7 @@ def mixture(copies: int = 1) -> Order:
     return make(*parts, weights=[6, 1, 3], global_batch_size=96, lanes=12, shuffle_window=128, copies=copies)
 
 
-def test_a_mixture_draws_by_weight_and_each_data_set_goes_round_by_itself() -> None:
+def test_mixture_draws_by_weight_with_separate_epochs_per_data_set() -> None:
     order = mixture()
     first_id = np.array([0, 4000, 4600, 7600])
     steps = 4096 // order.share  # once through every lane's pattern
@@ -204,7 +204,7 @@ def test_a_mixture_draws_by_weight_and_each_data_set_goes_round_by_itself() -> N
         assert len(set(first_pass.tolist())) == len(first_pass)
 
 
-def test_a_mixture_is_spread_evenly() -> None:
+def test_mixture_shares_are_even_across_batches() -> None:
     order = mixture()
     shares = [np.mean(order.samples(step).id < 4000) for step in range(400)]
     deviation = np.sqrt(0.6 * 0.4 / order.global_batch_size)
@@ -213,7 +213,7 @@ def test_a_mixture_is_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 12])
-def test_a_mixture_with_copies_is_the_same_on_every_world(world_size: int) -> None:
+def test_mixture_with_copies_is_the_same_on_every_world_size(world_size: int) -> None:
     order = mixture(copies=3)
     parts = [partition(order, rank, world_size, cut(None)) for rank in range(world_size)]
     for step in (0, 1, 511, 512, 5000):
@@ -221,7 +221,7 @@ def test_a_mixture_with_copies_is_the_same_on_every_world(world_size: int) -> No
         assert (ids == order.samples(step).id).all()
 
 
-def test_a_data_set_that_a_mixture_cannot_use_is_refused() -> None:
+def test_mixture_rejects_too_small_data_set_or_weight() -> None:
     with pytest.raises(InputError, match="data set 2 of the mixture has 11 samples for 12 lanes"):
         make(np.array([100]), np.array([11]), weights=[1, 1], global_batch_size=48, lanes=12, shuffle_window=8)
     with pytest.raises(InputError, match="exact to 1/4096"):
@@ -230,12 +230,12 @@ def test_a_data_set_that_a_mixture_cannot_use_is_refused() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(orders(most_copies=2), st.integers(0, 60))
-def test_shards_ahead_are_those_that_follow(order: Order, step: int) -> None:
+def test_shards_ahead_include_those_of_the_current_step(order: Order, step: int) -> None:
     ahead = set(order.shards_ahead(step).tolist())
     assert set(order.samples(step).shard.tolist()) <= ahead
 
 
-def test_batches_are_shuffled_like_a_uniform_permutation() -> None:
+def test_shuffle_quality_is_close_to_a_uniform_permutation() -> None:
     # 40,000 samples of 100 classes in 40 shards that were packed with a shuffle.
     rng = np.random.default_rng(0)
     label = rng.permutation(np.repeat(np.arange(100), 400))

@@ -77,7 +77,7 @@ def contents(root: Path) -> dict[str, tuple[str, bytes]]:
 # Bytes
 
 
-def test_packing_twice_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+def test_pack_is_deterministic_for_a_seed(tree: Path, tmp_path: Path) -> None:
     pack(tree, tmp_path / "a", samples_per_shard=4)
     pack(tree, tmp_path / "b", samples_per_shard=4)
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
@@ -85,7 +85,7 @@ def test_packing_twice_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "c").digest != read_manifest(tmp_path / "a").digest
 
 
-def test_workers_do_not_change_the_bytes(digit_images: Path, tmp_path: Path) -> None:
+def test_pack_output_does_not_depend_on_worker_count(digit_images: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     shutil.copytree(digit_images / "val", tmp_path / "images", dirs_exist_ok=True)
     (tmp_path / "images" / "3" / "bad.jpg").write_text("hello")
@@ -99,7 +99,7 @@ def test_workers_do_not_change_the_bytes(digit_images: Path, tmp_path: Path) -> 
 
 # webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_webdataset_reads_the_shards_back(tree: Path, tmp_path: Path) -> None:
+def test_webdataset_reads_packed_shards(tree: Path, tmp_path: Path) -> None:
     manifest = pack(tree, tmp_path / "out", samples_per_shard=4)
     tars = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
     seen = {}
@@ -114,7 +114,7 @@ def test_webdataset_reads_the_shards_back(tree: Path, tmp_path: Path) -> None:
     gc.collect()
 
 
-def test_tar_reads_the_shards_back(tree: Path, tmp_path: Path) -> None:
+def test_tar_command_lists_packed_shards(tree: Path, tmp_path: Path) -> None:
     pack(tree, tmp_path / "out")
     listed = subprocess.run(
         ["tar", "-tvf", tmp_path / "out" / "shard-000000.tar"], capture_output=True, text=True, check=True
@@ -123,7 +123,7 @@ def test_tar_reads_the_shards_back(tree: Path, tmp_path: Path) -> None:
     assert all(line.startswith("-rw-r--r-- 0/0") and "1970-01-01" in line for line in listed)
 
 
-def test_the_index_says_what_lies_where(tree: Path, tmp_path: Path) -> None:
+def test_index_records_match_the_packed_images(tree: Path, tmp_path: Path) -> None:
     pack(tree, tmp_path / "out", samples_per_shard=4)
     shards = ShardSet(tmp_path / "out")
     assert len(shards) == 6
@@ -139,7 +139,7 @@ def test_the_index_says_what_lies_where(tree: Path, tmp_path: Path) -> None:
             assert shards.classes[record["label"]] == original.parent.name
 
 
-def test_the_order_is_shuffled_across_classes(digits: Path) -> None:
+def test_packed_samples_are_shuffled_across_classes(digits: Path) -> None:
     shards = ShardSet(digits / "train")
     labels = shards.index(0)["label"]
     changes = np.count_nonzero(np.diff(labels)) / (len(labels) - 1)
@@ -150,7 +150,7 @@ def test_the_order_is_shuffled_across_classes(digits: Path) -> None:
 # Sources
 
 
-def test_a_validation_split_takes_the_training_classes(tree: Path, tmp_path: Path) -> None:
+def test_pack_uses_the_given_classes(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree / "dog", tmp_path / "val" / "dog")
     manifest = pack(tmp_path / "val", tmp_path / "out", classes=["bird", "cat", "dog"])
     assert manifest.classes == ["bird", "cat", "dog"]
@@ -179,7 +179,9 @@ def rows_of(tree: Path, base: Path | None = None) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("write", "suffix"), [(write_csv, "csv"), (write_jsonl, "jsonl")])
-def test_a_list_gives_what_the_tree_gives(tree: Path, tmp_path: Path, write: Callable, suffix: str) -> None:
+def test_list_and_folder_sources_give_identical_shards(
+    tree: Path, tmp_path: Path, write: Callable, suffix: str
+) -> None:
     pack(tree, tmp_path / "tree")
     relative = write(tmp_path / f"relative.{suffix}", rows_of(tree, tmp_path))
     pack(relative, tmp_path / "relative")
@@ -189,7 +191,7 @@ def test_a_list_gives_what_the_tree_gives(tree: Path, tmp_path: Path, write: Cal
     assert listing(tmp_path / "absolute") == listing(tmp_path / "tree")
 
 
-def test_numbers_in_a_list_are_sorted_as_numbers(tree: Path, tmp_path: Path) -> None:
+def test_numeric_labels_in_a_list_are_sorted_numerically(tree: Path, tmp_path: Path) -> None:
     labels = [10, 9, 2, 10, 9, 2]
     rows = [(name, label) for (name, _), label in zip(rows_of(tree), labels, strict=True)]
     for path in (write_csv(tmp_path / "list.csv", rows), write_jsonl(tmp_path / "list.jsonl", rows)):
@@ -221,7 +223,7 @@ def test_numbers_in_a_list_are_sorted_as_numbers(tree: Path, tmp_path: Path) -> 
         ("x.jsonl", '{"path": "gone.jpg", "label": 1}\n', "gone.jpg: cannot be read: No such file or directory"),
     ],
 )  # fmt: skip
-def test_bad_lists_are_refused(tree: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_invalid_list_is_rejected(tree: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
         pack(tmp_path / name, tmp_path / "out")
@@ -256,7 +258,7 @@ def digit_rows(digit_images: Path, count: int) -> list[tuple[bytes | None, Any]]
 NAMES = [f"digit {number}" for number in "9876543210"]
 
 
-def test_parquet_as_hugging_face_writes_it(digit_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_parquet_is_packed(digit_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = digit_rows(digit_images, 60)
     write_hugging_face(tmp_path / "data", rows, NAMES)
     manifest = pack(tmp_path / "data", tmp_path / "out", samples_per_shard=16)
@@ -276,7 +278,7 @@ def test_parquet_as_hugging_face_writes_it(digit_images: Path, tmp_path: Path, m
     assert not list(tmp_path.glob(".*"))
 
 
-def test_neighbours_in_the_order_are_neighbours_on_the_disk(digit_images: Path, tmp_path: Path) -> None:
+def test_parquet_spill_is_laid_out_in_shuffled_order(digit_images: Path, tmp_path: Path) -> None:
     """Within a run: so that a shard's images are read in a few pieces."""
     rows = digit_rows(digit_images, 20)
     write_hugging_face(tmp_path, rows, NAMES, num_files=1)
@@ -291,7 +293,7 @@ def test_neighbours_in_the_order_are_neighbours_on_the_disk(digit_images: Path, 
     assert found == [wanted.get(position, b"") for position in range(3, 12)]
 
 
-def test_parquet_without_names_or_labels(digit_images: Path, tmp_path: Path) -> None:
+def test_parquet_without_class_names_or_labels(digit_images: Path, tmp_path: Path) -> None:
     rows = digit_rows(digit_images, 12)
     rows[3], rows[4], rows[5] = (rows[3][0], None), (rows[4][0], -1), (None, 1)
     write_hugging_face(tmp_path / "data", rows, None, num_files=1)
@@ -311,7 +313,7 @@ def test_parquet_without_names_or_labels(digit_images: Path, tmp_path: Path) -> 
     assert found == {row: NAMES[label] for row, (_, label) in enumerate(rows) if row not in (3, 4, 5)}
 
 
-def test_labels_that_count_from_one_are_noticed(
+def test_labels_counting_from_one_are_reported(
     digit_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [(data, number % 3 + 1) for number, (data, _) in enumerate(digit_rows(digit_images, 6))]
@@ -327,7 +329,7 @@ def test_labels_that_count_from_one_are_noticed(
         pack(few, tmp_path / "few", classes=["ant", "bee", "cow"])
 
 
-def test_parquet_of_names_and_plain_bytes(digit_images: Path, tmp_path: Path) -> None:
+def test_parquet_with_string_labels_and_plain_bytes_is_packed(digit_images: Path, tmp_path: Path) -> None:
     rows = digit_rows(digit_images, 6)
     table = pa.table({"image": [data for data, _ in rows], "label": ["b", "a", "b", "a", "b", "a"], "x": range(6)})
     pq.write_table(table, tmp_path / "x.parquet")
@@ -337,14 +339,14 @@ def test_parquet_of_names_and_plain_bytes(digit_images: Path, tmp_path: Path) ->
     )
 
 
-def test_splits_are_not_mixed(digit_images: Path, tmp_path: Path) -> None:
+def test_parquet_folder_with_several_splits_is_rejected(digit_images: Path, tmp_path: Path) -> None:
     write_hugging_face(tmp_path / "data", digit_rows(digit_images, 6), NAMES, num_files=1)
     shutil.copy(tmp_path / "data/train-00000-of-00001.parquet", tmp_path / "data/test-00000-of-00001.parquet")
     with pytest.raises(InputError, match=r"holds the splits test, train; name the files of one: --images '.*/test-"):
         pack(tmp_path / "data", tmp_path / "out")
 
 
-def test_other_tables_are_refused(tmp_path: Path) -> None:
+def test_parquet_with_wrong_columns_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": [b"x"], "label": [1]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="has the columns img, label; expected image and label"):
         pack(tmp_path / "x.parquet", tmp_path / "out")
@@ -386,7 +388,7 @@ def difference(data: bytes, reference: Image.Image) -> float:
     return float(np.abs(pixels - np.asarray(reference.convert("RGB"), np.int16)).mean())
 
 
-def test_long_sides_are_scaled_down(photo: np.ndarray, tmp_path: Path) -> None:
+def test_max_side_scales_images_down(photo: np.ndarray, tmp_path: Path) -> None:
     data = encoded(photo, "JPEG", quality=95)
     name, small, record = packed(tmp_path, data, "x.JPEG", max_side=200)
     assert name == "cat/x.jpg"
@@ -403,7 +405,7 @@ def test_long_sides_are_scaled_down(photo: np.ndarray, tmp_path: Path) -> None:
     assert Image.open(BytesIO(portrait)).format == "JPEG"
 
 
-def test_small_images_keep_their_bytes(photo: np.ndarray, tmp_path: Path) -> None:
+def test_images_within_max_side_keep_their_bytes(photo: np.ndarray, tmp_path: Path) -> None:
     for format, extension in (("JPEG", "jpg"), ("PNG", "png")):
         data = encoded(photo[:90, :100], format)
         choices: list[dict[str, Any]] = [{}, {"max_side": 100}, {"quality": 50}]
@@ -413,7 +415,7 @@ def test_small_images_keep_their_bytes(photo: np.ndarray, tmp_path: Path) -> Non
             assert name == f"cat/x.{extension}"
 
 
-def test_extensions_follow_the_content(photo: np.ndarray, tmp_path: Path) -> None:
+def test_file_extension_follows_image_content(photo: np.ndarray, tmp_path: Path) -> None:
     """A few of ImageNet's .JPEG files are PNGs, or have four channels; phones write several pictures into one file."""
     small = Image.fromarray(photo[:50, :60])
     name, _, _ = packed(tmp_path, encoded(photo[:50, :60], "PNG"), "n02105855_2933.JPEG")
@@ -432,7 +434,7 @@ def test_extensions_follow_the_content(photo: np.ndarray, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("format", ["WEBP", "BMP", "GIF", "TIFF"])
-def test_other_formats_are_converted_when_asked_for(photo: np.ndarray, tmp_path: Path, format: str) -> None:
+def test_other_formats_are_rejected_unless_converted(photo: np.ndarray, tmp_path: Path, format: str) -> None:
     image = Image.fromarray(photo[:50, :60])
     data = encoded(photo[:50, :60], format)
     name = f"x.{format.lower()}"
@@ -447,7 +449,7 @@ def test_other_formats_are_converted_when_asked_for(photo: np.ndarray, tmp_path:
     assert difference(converted, image.resize((30, 25), Image.Resampling.LANCZOS)) < (12 if format == "GIF" else 6)
 
 
-def test_what_only_pil_forgives_is_converted_when_asked_for(photo: np.ndarray, tmp_path: Path) -> None:
+def test_malformed_png_is_rejected_unless_converted(photo: np.ndarray, tmp_path: Path) -> None:
     """A PNG without its last chunk, which training would leave out."""
     data = encoded(photo[:50, :60], "PNG")[:-12]
     Image.open(BytesIO(data)).load()
@@ -458,7 +460,7 @@ def test_what_only_pil_forgives_is_converted_when_asked_for(photo: np.ndarray, t
     assert difference(converted, Image.fromarray(photo[:50, :60])) < 4
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     reference = Image.fromarray((ramp // 256).astype(np.uint8))
     for format in ("TIFF", "PNG"):
@@ -468,7 +470,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
         packed(tmp_path, encoded(ramp.astype(np.float32), "TIFF"), quality=90)
 
 
-def test_transparency_and_palettes(photo: np.ndarray, tmp_path: Path) -> None:
+def test_transparent_and_palette_images_are_scaled(photo: np.ndarray, tmp_path: Path) -> None:
     image = Image.fromarray(photo[:50, :60])
     for other in (image.convert("RGBA"), image.convert("LA"), image.convert("1"), image.quantize(64)):
         buffer = BytesIO()
@@ -477,7 +479,7 @@ def test_transparency_and_palettes(photo: np.ndarray, tmp_path: Path) -> None:
         assert difference(scaled, other.convert("RGB").resize((30, 25), Image.Resampling.LANCZOS)) < 8
 
 
-def test_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+def test_images_beyond_pixel_or_side_limit_are_rejected(tmp_path: Path) -> None:
     """Just beyond the limit of the index, which is between the two limits at which PIL warns and refuses."""
     image = Image.new("1", (1 << 14, (1 << 13) + 1))
     buffer = BytesIO()
@@ -493,7 +495,7 @@ def test_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None
     assert (record["width"], record["height"]) == (1000, 1)
 
 
-def test_large_pictures_are_scaled_before_they_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_jpeg_is_accepted_when_max_side_scales_it_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A JPEG of more pixels than may be decoded, of which a half or an eighth of each side is decoded instead."""
     ramp = np.broadcast_to(np.arange(16_400, dtype=np.uint16)[:, None] // 65, (16_400, 8200)).astype(np.uint8)
     data = encoded(ramp, "JPEG")
@@ -517,7 +519,7 @@ def test_large_pictures_are_scaled_before_they_are_judged(tmp_path: Path, monkey
 # Bad input
 
 
-def test_pipes_and_devices_among_images_are_told(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_skipped_and_reported(tmp_path: Path) -> None:
     folder = one_image(tmp_path, encoded(np.zeros((9, 9, 3), np.uint8), "PNG"))
     (folder / "c").mkdir(exist_ok=True)
     os.mkfifo(folder / "c" / "pipe.jpg")
@@ -528,21 +530,21 @@ def test_pipes_and_devices_among_images_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "start"), [("list.csv", "path,label\n"), ("list.jsonl", "")])
-def test_a_list_without_line_ends_is_refused(tmp_path: Path, name: str, start: str) -> None:
+def test_list_with_an_overlong_line_is_rejected(tmp_path: Path, name: str, start: str) -> None:
     (tmp_path / name).write_text(start)
     os.truncate(tmp_path / name, 1 << 40)
     with pytest.raises(InputError, match=f"{name}: not a .* list in UTF-8: a line of more than 1,048,576 characters"):
         pack(tmp_path / name, tmp_path / "out")
 
 
-def test_rows_in_fewer_bytes_are_refused(tmp_path: Path) -> None:
+def test_parquet_with_fewer_bytes_than_rows_is_rejected(tmp_path: Path) -> None:
     rows = {"image": pa.nulls(100_000, pa.binary()), "label": pa.array(np.zeros(100_000, np.int64))}
     pq.write_table(pa.table(rows), tmp_path / "rows.parquet", compression="zstd")
     with pytest.raises(InputError, match=r"rows\.parquet: 100,000 rows in fewer bytes, so they hold no images"):
         pack(tmp_path / "rows.parquet", tmp_path / "out")
 
 
-def test_an_annotation_file_without_end_is_refused(tmp_path: Path) -> None:
+def test_oversized_coco_annotation_file_is_rejected(tmp_path: Path) -> None:
     for folder in ("annotations", "x"):
         (tmp_path / folder).mkdir()
     (tmp_path / "annotations" / "instances_x.json").touch()
@@ -603,7 +605,7 @@ def colliding_dots(tree: Path) -> None:
         (colliding_dots, "would both be 'cat/a_b' in the shards"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing(tree: Path, tmp_path: Path, spoil, message: str) -> None:
+def test_invalid_folder_tree_is_rejected_without_leaving_files(tree: Path, tmp_path: Path, spoil, message: str) -> None:
     spoil(tree)
     with pytest.raises(InputError) as error:
         pack(tree, tmp_path / "out")
@@ -611,7 +613,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tree: Path, tmp_path: Path, spo
     assert {path.name for path in tmp_path.iterdir()} <= {"images"}
 
 
-def test_bad_images_can_be_left_out(tree: Path, tmp_path: Path) -> None:
+def test_skip_bad_skips_and_lists_unreadable_images(tree: Path, tmp_path: Path) -> None:
     truncated(tree)
     garbage(tree)
     with pytest.raises(InputError, match="--skip-bad skips such images"):
@@ -631,7 +633,7 @@ def test_bad_images_can_be_left_out(tree: Path, tmp_path: Path) -> None:
         pack(tree, tmp_path / "none", skip_bad=True)
 
 
-def test_an_output_folder_that_holds_something_is_left_alone(tree: Path, tmp_path: Path) -> None:
+def test_non_empty_output_folder_is_rejected_and_left_unchanged(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     with pytest.raises(InputError, match="already holds something"):
@@ -639,7 +641,7 @@ def test_an_output_folder_that_holds_something_is_left_alone(tree: Path, tmp_pat
     assert listing(tmp_path / "out") == {"precious": b"mine"}
 
 
-def test_files_that_are_left_out_are_told(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_non_image_files_are_reported(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tree / "cat" / "notes.txt").write_text("hello")
     (tree / "readme").write_text("hello")
     pack(tree, tmp_path / "out")
@@ -677,13 +679,13 @@ def test_hidden_and_system_entries_are_ignored(tree: Path, tmp_path: Path, capsy
     assert line.startswith(f"ignored {2 * len(HIDDEN)} hidden and system entries, the first is ")
 
 
-def test_hidden_tables_are_ignored(digit_images: Path, tmp_path: Path) -> None:
+def test_hidden_parquet_files_are_ignored(digit_images: Path, tmp_path: Path) -> None:
     write_hugging_face(tmp_path / "data", digit_rows(digit_images, 6), NAMES, num_files=1)
     (tmp_path / "data" / "._train-00000-of-00001.parquet").write_text("of a Mac")
     assert pack(tmp_path / "data", tmp_path / "out").samples == 6
 
 
-def test_a_folder_of_splits_is_refused_with_the_commands(
+def test_folder_of_splits_is_rejected_with_commands_to_pack_each(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "my data"
@@ -707,7 +709,7 @@ def test_a_folder_of_splits_is_refused_with_the_commands(
     assert read_manifest(tmp_path / "data/Train").classes == read_manifest(tmp_path / "data/val").classes
 
 
-def test_classes_that_are_called_as_splits_are_accepted(tree: Path, tmp_path: Path) -> None:
+def test_class_named_like_a_split_is_accepted(tree: Path, tmp_path: Path) -> None:
     (tree / "cat").rename(tree / "train")  # beside a class that is no split
     assert pack(tree, tmp_path / "out").classes == ["dog", "train"]
     shutil.rmtree(tree / "dog")  # without folders in it
@@ -718,7 +720,7 @@ def test_classes_that_are_called_as_splits_are_accepted(tree: Path, tmp_path: Pa
     assert pack(tree, tmp_path / "two", classes=["plane", "train"]).samples == 3
 
 
-def test_all_that_listing_finds_is_told_at_once(tree: Path, tmp_path: Path) -> None:
+def test_all_listing_errors_are_reported_together(tree: Path, tmp_path: Path) -> None:
     for name in ("emu", "fox"):
         (tree / name).mkdir()
     for number in (0, 2):
@@ -733,7 +735,7 @@ def test_all_that_listing_finds_is_told_at_once(tree: Path, tmp_path: Path) -> N
     assert [line["key"] for line in read_skipped(tmp_path / "out")] == ["emu", "fox", "cat/0", "cat/2", "dog/gone"]
 
 
-def test_an_unreadable_folder_is_named(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_reported_by_name(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.scandir
 
     def scandir(folder: str) -> Any:
@@ -746,7 +748,7 @@ def test_an_unreadable_folder_is_named(tree: Path, tmp_path: Path, monkeypatch: 
         pack(tree, tmp_path / "out")
 
 
-def test_bad_images_of_all_shards_are_told_at_once(tree: Path, tmp_path: Path) -> None:
+def test_bad_images_of_all_shards_are_reported_together(tree: Path, tmp_path: Path) -> None:
     bad = {str(tree / "cat" / f"bad-{number:02d}.jpg") for number in range(12)}
     for path in bad:
         Path(path).write_bytes(b"hello")
@@ -764,7 +766,7 @@ def test_bad_images_of_all_shards_are_told_at_once(tree: Path, tmp_path: Path) -
     assert not refused.exists()
 
 
-def test_names_in_any_script_and_of_any_length_survive(tree: Path, tmp_path: Path) -> None:
+def test_unicode_non_utf8_and_long_file_names_are_kept(tree: Path, tmp_path: Path) -> None:
     names = ["été", "猫", "x" * 200, os.fsdecode(b"latin-1 \xe9")]
     for name in names:
         shutil.copy(tree / "cat" / "0.jpg", tree / "cat" / f"{name}.jpg")
@@ -772,7 +774,7 @@ def test_names_in_any_script_and_of_any_length_survive(tree: Path, tmp_path: Pat
     assert {f"cat/{name}" for name in names} <= contents(tmp_path / "out").keys()
 
 
-def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
+def test_symlinked_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tree / "cat" / "0.jpg", tmp_path / "elsewhere" / "far.jpg")
     (tree / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -781,7 +783,7 @@ def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     assert manifest.samples == 7
 
 
-def test_a_failed_pack_removes_the_parents_it_made(tree: Path, tmp_path: Path) -> None:
+def test_failed_pack_removes_the_parent_folders_it_created(tree: Path, tmp_path: Path) -> None:
     garbage(tree)
     with pytest.raises(InputError, match="not an image"):
         pack(tree, tmp_path / "p" / "q" / "out")
@@ -835,7 +837,7 @@ def finished(partial: Path) -> dict[str, Identity]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_an_interrupted_pack_continues(slow_tree: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_killed_pack_resumes_and_repacks_damaged_shards(slow_tree: Path, tmp_path: Path, how: signal.Signals) -> None:
     partial = tmp_path / ".out.partial"
     process = start_packing(slow_tree, tmp_path / "out")
     deadline = time.monotonic() + PATIENCE_S
@@ -928,7 +930,7 @@ def other_workers(tree: Path) -> dict[str, Any]:
         (other_options, True),
     ],
 )
-def test_only_the_same_pack_continues(
+def test_pack_resumes_only_with_the_same_input_and_options(
     stopped: tuple[Path, dict[str, Identity]],
     tmp_path: Path,
     change: Callable[[Path], dict[str, Any]],
@@ -943,7 +945,7 @@ def test_only_the_same_pack_continues(
     assert {path.name for path in tmp_path.iterdir()} == {"images", "out", "fresh"}
 
 
-def test_a_stopped_pack_of_parquet_continues(digit_images: Path, tmp_path: Path) -> None:
+def test_stopped_parquet_pack_resumes(digit_images: Path, tmp_path: Path) -> None:
     """With the images that it had brought into order, as well as with its shards."""
     rows = digit_rows(digit_images, 30)
     rows[7] = (rows[7][0] or b"") + bytes(200_000), rows[7][1]  # a JPEG with something behind it
@@ -958,7 +960,7 @@ def test_a_stopped_pack_of_parquet_continues(digit_images: Path, tmp_path: Path)
     assert listing(tmp_path / "out") == listing(tmp_path / "fresh")
 
 
-def test_two_packs_do_not_share_an_output_folder(tree: Path, tmp_path: Path) -> None:
+def test_concurrent_pack_into_one_folder_is_rejected(tree: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

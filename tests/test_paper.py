@@ -20,7 +20,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_nowhere")
-def test_the_tables_are_printed_without_a_registry(
+def test_paper_tables_are_printed_without_a_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["paper"])
@@ -32,7 +32,7 @@ def test_the_tables_are_printed_without_a_registry(
 
 
 @pytest.mark.usefixtures("_nowhere")
-def test_a_registry_that_is_named_has_to_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_registry_database_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["paper", "--tracking-uri", f"sqlite:///{tmp_path}/no.db"])
     with pytest.raises(InputError, match=r"no\.db: no such database"):
         paper.main()

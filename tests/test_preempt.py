@@ -70,7 +70,7 @@ def child(deadline_s: float) -> Iterator[Child]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.Signals) -> None:
+def test_signal_requests_a_stop_during_native_code(number: signal.Signals) -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(number)
         # Printed by the thread, while the native call goes on.
@@ -79,7 +79,7 @@ def test_a_signal_is_a_request_that_native_code_does_not_notice(number: signal.S
         assert stopped.ended() == 0
 
 
-def test_the_same_signal_again_forces_out_but_not_an_echo() -> None:
+def test_repeated_signal_forces_exit_but_an_immediate_echo_does_not() -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGUSR1)
         assert line(stopped.stderr).startswith("SIGUSR1: ")
@@ -93,7 +93,7 @@ def test_the_same_signal_again_forces_out_but_not_an_echo() -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
-def test_what_a_batch_script_repeats_forces_nothing_out(first: signal.Signals) -> None:
+def test_repeated_sigusr1_does_not_force_exit(first: signal.Signals) -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(first)
         assert line(stopped.stderr).startswith(f"{first.name}: ")
@@ -104,7 +104,7 @@ def test_what_a_batch_script_repeats_forces_nothing_out(first: signal.Signals) -
         assert stopped.ended() == 0
 
 
-def test_the_other_signal_forces_out_only_when_it_comes_much_later() -> None:
+def test_a_different_signal_forces_exit_only_after_five_seconds() -> None:
     with child(deadline_s=100) as soon, child(deadline_s=100) as late:
         for stopped in (soon, late):
             stopped.signal(signal.SIGUSR1)
@@ -119,7 +119,7 @@ def test_the_other_signal_forces_out_only_when_it_comes_much_later() -> None:
         assert line(late.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
 
 
-def test_the_deadline_forces_out() -> None:
+def test_preempt_deadline_forces_exit() -> None:
     with child(deadline_s=1.5) as stopped:
         began = time.monotonic()
         stopped.signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ def test_the_deadline_forces_out() -> None:
         assert stopped.stderr.read().splitlines()[1:] == ["not stopped 1.5 s after SIGTERM: forced out, without saving"]
 
 
-def test_ending_in_time_is_not_forced() -> None:
+def test_stopping_before_the_deadline_exits_with_zero() -> None:
     with child(deadline_s=20) as stopped:
         stopped.signal(signal.SIGTERM)
         assert line(stopped.stderr).startswith("SIGTERM: ")
@@ -136,7 +136,7 @@ def test_ending_in_time_is_not_forced() -> None:
         assert stopped.ended() == 0
 
 
-def test_ctrl_c_under_a_launcher_is_one_signal_and_a_later_ctrl_c_forces_out() -> None:
+def test_sigterm_from_launcher_after_ctrl_c_does_not_force_exit() -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGINT)
         assert line(stopped.stderr) == "SIGINT: stopping after this step; a second signal or 100 s force it"
@@ -151,7 +151,7 @@ def test_ctrl_c_under_a_launcher_is_one_signal_and_a_later_ctrl_c_forces_out() -
         assert line(stopped.stderr) == "SIGINT after SIGINT: forced out, without saving"
 
 
-def test_a_ctrl_c_that_is_ignored_stays_ignored() -> None:
+def test_ignored_sigint_stays_ignored() -> None:
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopSignal(deadline_s=100) as stop:
@@ -166,7 +166,7 @@ def test_a_ctrl_c_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGINT, previous)
 
 
-def test_other_signals_keep_their_meaning() -> None:
+def test_other_signals_keep_their_handlers() -> None:
     previous = signal.signal(signal.SIGUSR2, signal.default_int_handler)
     try:
         with StopSignal(deadline_s=100) as stop:
@@ -178,7 +178,7 @@ def test_other_signals_keep_their_meaning() -> None:
         signal.signal(signal.SIGUSR2, previous)
 
 
-def test_handlers_are_restored() -> None:
+def test_signal_handlers_are_restored_on_exit() -> None:
     seen: list[int] = []
     previous = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
     try:

@@ -36,11 +36,11 @@ BARE = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1")
 """A cluster of nodes without GPUs."""
 
 
-def test_a_check_tells_what_its_function_found_in_one_line() -> None:
+def test_check_message_is_joined_into_one_line() -> None:
     assert preflight.make_check("pulse")(lambda: "60\n a minute")() == Check("pulse", True, "60 a minute")
 
 
-def test_a_check_that_cannot_be_made_is_not_passed() -> None:
+def test_check_that_raises_is_failed() -> None:
     @preflight.make_check("pulse")
     def pulse(beats: int, minutes: int) -> str:
         return f"{beats // minutes} a minute"
@@ -51,21 +51,23 @@ def test_a_check_that_cannot_be_made_is_not_passed() -> None:
 # Disk
 
 
-def test_a_good_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_disk_check_creates_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
     found = preflight.disk(tmp_path / "new" / "scratch")
     assert found.ok
     assert "scratch: " in found.told
     assert list((tmp_path / "new" / "scratch").iterdir()) == []
 
 
-def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+def test_disk_check_fails_where_the_folder_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "scratch").write_text("not a folder")
     found = preflight.disk(tmp_path / "scratch")
     assert not found.ok
     assert found.told == f"{tmp_path}/scratch: cannot be written: File exists"
 
 
-def test_a_variable_without_a_value(monkeypatch: pytest.MonkeyPatch, make_config: Settings, tmp_path: Path) -> None:
+def test_scratch_with_an_unset_variable_fails(
+    monkeypatch: pytest.MonkeyPatch, make_config: Settings, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NODE_DISK", raising=False)
     checks = list(preflight.check_node(make_config(*BARE, "cluster.scratch=$NODE_DISK/me")))
@@ -73,7 +75,7 @@ def test_a_variable_without_a_value(monkeypatch: pytest.MonkeyPatch, make_config
     assert not (tmp_path / "$NODE_DISK").exists()
 
 
-def test_a_disk_that_takes_no_more(tmp_path: Path, digits: Path) -> None:
+def test_disk_check_fails_when_writing_fails(tmp_path: Path, digits: Path) -> None:
     limit = 1 << 16  # of a file's size, which is what a process may set for itself
     done = node(
         write_config(digits, tmp_path),
@@ -86,7 +88,7 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, digits: Path) -> None:
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_room_for_five_checkpoints_is_needed(make_config: Settings) -> None:
+def test_run_disk_needs_space_for_five_checkpoints(make_config: Settings) -> None:
     run = make_config().run
     assert preflight.run_disk(run).ok
     checkpoint = run.folder / "checkpoints" / "step-00000010"
@@ -98,7 +100,7 @@ def test_room_for_five_checkpoints_is_needed(make_config: Settings) -> None:
     assert "50,000.0 GB are needed" in found.told
 
 
-def test_a_folder_that_another_job_is_at_work_in(make_config: Settings) -> None:
+def test_run_disk_fails_while_another_job_holds_the_lease(make_config: Settings) -> None:
     run = make_config().run
     run.folder.mkdir(parents=True)
     with lease.hold(run.folder):
@@ -114,7 +116,7 @@ def test_a_folder_that_another_job_is_at_work_in(make_config: Settings) -> None:
 @pytest.mark.parametrize(
     ("off_s", "told"), [(0, None), (-100, "behind the sender's"), (100, "ahead of the sender's"), (-40, None)]
 )
-def test_clocks_a_minute_apart(off_s: int, told: str | None) -> None:
+def test_clock_check_fails_beyond_a_minute(off_s: int, told: str | None) -> None:
     # The clock is read as of this process's start.
     started = preflight.psutil.Process().create_time()
     found = preflight.clock(started - off_s)
@@ -131,19 +133,19 @@ def packed(digit_images: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_a_sample_is_read(packed: Path, make_config: Settings) -> None:
+def test_shards_check_reads_a_sample(packed: Path, make_config: Settings) -> None:
     found = preflight.shards(str(packed), make_config().data)
     assert found.ok
     assert f"{packed}: 360 samples" in found.told
 
 
-def test_a_missing_data_set(make_config: Settings, tmp_path: Path) -> None:
+def test_shards_check_fails_for_a_missing_data_set(make_config: Settings, tmp_path: Path) -> None:
     found = preflight.shards(str(tmp_path / "nowhere"), make_config().data)
     assert not found.ok
     assert f"{tmp_path}/nowhere/manifest.json: cannot read the manifest" in found.told
 
 
-def test_a_damaged_sample_is_named(packed: Path, make_config: Settings) -> None:
+def test_shards_check_reports_a_damaged_sample(packed: Path, make_config: Settings) -> None:
     record = np.load(packed / "shard-000000.index.npy")[0]
     tar = packed / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
@@ -155,14 +157,14 @@ def test_a_damaged_sample_is_named(packed: Path, make_config: Settings) -> None:
     assert "do not match their checksum" in found.told
 
 
-def test_a_shard_that_is_not_there(packed: Path, make_config: Settings) -> None:
+def test_shards_check_fails_for_a_missing_shard(packed: Path, make_config: Settings) -> None:
     (packed / "shard-000000.tar").unlink()
     found = preflight.shards(str(packed), make_config().data)
     assert not found.ok
     assert str(packed / "shard-000000.tar") in found.told
 
 
-def test_of_remote_shards_one_sample_is_fetched(packed: Path, make_config: Settings, tmp_path: Path) -> None:
+def test_shards_check_fetches_one_sample_of_remote_shards(packed: Path, make_config: Settings, tmp_path: Path) -> None:
     with FaultyServer(packed) as remote:
         found = preflight.shards(remote.url, make_config(f"data.cache={tmp_path}/cache").data)
         parts = [request.headers["Range"] for request in remote.gets(".tar")]
@@ -173,7 +175,7 @@ def test_of_remote_shards_one_sample_is_fetched(packed: Path, make_config: Setti
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ledger"]
 
 
-def test_public_layouts_are_not_packed(make_config: Settings, tmp_path: Path) -> None:
+def test_shards_check_accepts_a_coco_annotation_file_unpacked(make_config: Settings, tmp_path: Path) -> None:
     annotations = tmp_path / "coco" / "annotations" / "instances_val.json"
     assert not preflight.shards(str(annotations), make_config().data).ok
     annotations.parent.mkdir(parents=True)
@@ -200,16 +202,16 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
     return install
 
 
-def test_without_gpus_and_none_wanted() -> None:
+def test_gpu_check_passes_when_none_are_requested() -> None:
     assert preflight.gpus(0) == Check("gpu", True, "none requested")
 
 
-def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpu_check_passes_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert preflight.gpus(None) == Check("gpu", True, "none")
 
 
-def test_fewer_gpus_than_wanted(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+def test_gpu_check_fails_with_fewer_gpus_than_requested(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     driver("echo 'GPU-01, 580.95.05, 0'")
     found = preflight.gpus(2)
@@ -218,7 +220,7 @@ def test_fewer_gpus_than_wanted(monkeypatch: pytest.MonkeyPatch, driver: Driver)
     assert "0 visible instead of 1" in preflight.gpus(None).told
 
 
-def test_what_the_driver_says_is_read_by_gpu(driver: Driver) -> None:
+def test_nvidia_smi_output_is_parsed_per_gpu(driver: Driver) -> None:
     driver(
         """case "$*" in *uuid,driver_version,ecc.errors.uncorrected.volatile.total*noheader*) ;; *) exit 2;; esac
         echo 'GPU-01, 580.95.05, 0'
@@ -234,7 +236,7 @@ def test_what_the_driver_says_is_read_by_gpu(driver: Driver) -> None:
     ("ecc_errors", "sound"),
     [("[N/A]", True), ("[Not Supported]", True), ("[GPU requires reset]", False), ("[Unknown Error]", False)],
 )
-def test_words_in_place_of_a_count(ecc_errors: str, sound: bool) -> None:
+def test_non_numeric_ecc_counts_are_interpreted(ecc_errors: str, sound: bool) -> None:
     assert (DriverState("580.95.05", ecc_errors).fault is None) == sound
 
 
@@ -247,7 +249,9 @@ def test_words_in_place_of_a_count(ecc_errors: str, sound: bool) -> None:
         ("exec sleep 60", "no answer for"),
     ],
 )
-def test_a_driver_that_fails(driver: Driver, monkeypatch: pytest.MonkeyPatch, script: str, told: str) -> None:
+def test_gpu_check_fails_when_nvidia_smi_fails_or_hangs(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, script: str, told: str
+) -> None:
     monkeypatch.setattr(preflight, "NVIDIA_SMI_S", 2.0)
     driver(script)
     found = preflight.gpus(1)
@@ -255,17 +259,17 @@ def test_a_driver_that_fails(driver: Driver, monkeypatch: pytest.MonkeyPatch, sc
     assert told in found.told
 
 
-def test_a_driver_without_gpus(driver: Driver) -> None:
+def test_gpu_check_passes_when_the_driver_has_no_devices(driver: Driver) -> None:
     driver("echo 'No devices were found'; exit 6")
     assert preflight.gpus(None) == Check("gpu", True, "none")
 
 
-def test_the_cpu_computes_right() -> None:
+def test_computes_correctly_passes_on_cpu() -> None:
     assert preflight.computes_correctly(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpus_of_this_machine() -> None:
+def test_gpu_check_passes_on_this_machine() -> None:
     found = preflight.gpus(torch.cuda.device_count())
     assert found.ok, found.told
     assert "driver" in found.told
@@ -294,14 +298,14 @@ def server(code: int) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("code", "ok"), [(200, True), (401, True), (404, False), (503, False)])
-def test_a_tracking_server_that_answers(make_config: Settings, code: int, ok: bool) -> None:
+def test_tracking_check_judges_the_health_status_code(make_config: Settings, code: int, ok: bool) -> None:
     with server(code) as uri:
         found = doctor.tracking(make_config(f"tracking.uri={uri}"))
     assert found.ok == ok
     assert f"answers {code}" in found.told
 
 
-def test_a_server_that_is_down_is_a_warning_and_no_password_is_told(
+def test_unreachable_tracking_server_is_reported_without_credentials(
     make_config: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}?token=hidden")
@@ -313,7 +317,7 @@ def test_a_server_that_is_down_is_a_warning_and_no_password_is_told(
     assert found.as_warning().warning
 
 
-def test_a_database_needs_a_folder_that_can_be_written(make_config: Settings, tmp_path: Path) -> None:
+def test_tracking_check_needs_a_writable_folder_for_sqlite(make_config: Settings, tmp_path: Path) -> None:
     assert doctor.tracking(make_config()).ok  # the default, among the runs
     (tmp_path / "file").touch()
     found = doctor.tracking(make_config(f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
@@ -321,7 +325,7 @@ def test_a_database_needs_a_folder_that_can_be_written(make_config: Settings, tm
     assert "cannot be written" in found.told
 
 
-def test_other_databases_are_not_looked_at(make_config: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_check_skips_other_databases(make_config: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@db/mlflow")
     assert doctor.tracking(make_config()) == Check("mlflow", True, "postgresql://***@db/mlflow: not checked")
 
@@ -362,7 +366,7 @@ def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
-def test_a_sound_node_passes_without_torch(digits: Path, tmp_path: Path) -> None:
+def test_healthy_node_passes_without_importing_torch_or_mlflow(digits: Path, tmp_path: Path) -> None:
     path = write_config(digits, tmp_path)
     done = node(path, "cluster.scratch=$NODE_DISK/scratch", f"data.cache={tmp_path}/cache")
     found = result_of(done)
@@ -378,7 +382,7 @@ def test_a_sound_node_passes_without_torch(digits: Path, tmp_path: Path) -> None
     assert not {"torch", "mlflow"} & imported(done)
 
 
-def test_a_bad_node_fails_and_says_why(digits: Path, tmp_path: Path) -> None:
+def test_faulty_node_fails_and_reports_the_failed_checks(digits: Path, tmp_path: Path) -> None:
     done = node(write_config(digits, tmp_path), f"data.val={tmp_path}/gone", sent=time.time() - 100)
     found = result_of(done)
     assert done.returncode == 1
@@ -386,13 +390,13 @@ def test_a_bad_node_fails_and_says_why(digits: Path, tmp_path: Path) -> None:
     assert [each["name"] for each in found["checks"] if not each["ok"]] == ["clock", "shards"]
 
 
-def test_a_node_does_without_the_tracking_server(digits: Path, tmp_path: Path) -> None:
+def test_unreachable_tracking_server_is_only_a_warning_on_a_node(digits: Path, tmp_path: Path) -> None:
     done = node(write_config(digits, tmp_path), f"tracking.uri=http://127.0.0.1:{free_port()}")
     assert done.returncode == 0
     assert [each["name"] for each in result_of(done)["checks"] if each["warning"]] == ["mlflow"]
 
 
-def test_this_machine_is_told_in_a_table(digits: Path, tmp_path: Path) -> None:
+def test_doctor_prints_a_table_of_all_checks(digits: Path, tmp_path: Path) -> None:
     done = run("--config", write_config(digits, tmp_path))
     found = result_of(done)
     assert done.returncode == (0 if found["ok"] else 1)
@@ -405,14 +409,14 @@ def test_this_machine_is_told_in_a_table(digits: Path, tmp_path: Path) -> None:
     assert {each["told"] for each in found["checks"]} >= {torch.__version__.partition("+")[0]}
 
 
-def test_a_machine_that_lacks_the_data_is_not_ready(digits: Path, tmp_path: Path) -> None:
+def test_doctor_fails_when_the_data_is_missing(digits: Path, tmp_path: Path) -> None:
     done = run("--config", write_config(digits, tmp_path), "--set", f"data.train={tmp_path}/gone")
     assert done.returncode == 1
     assert not result_of(done)["ok"]
     assert f"FAILED   shards     {tmp_path}/gone/manifest.json" in done.stderr
 
 
-def test_a_missing_package() -> None:
+def test_package_check_fails_for_a_missing_package() -> None:
     found = doctor.package("dali", ["no-such-dali-13", "no-such-dali-12"])
     assert not found.ok
     assert "no-such-dali-13 or no-such-dali-12" in found.told
@@ -426,7 +430,7 @@ def test_a_missing_package() -> None:
         (["--node", "--config", "missing.yaml"], "missing.yaml: cannot read the configuration"),
     ],
 )
-def test_wrong_usage(arguments: list[str], message: str) -> None:
+def test_doctor_rejects_wrong_usage(arguments: list[str], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert not done.stdout
@@ -448,7 +452,7 @@ def all_reduce(ranks: int, folder: Path, *arguments: object, missing: int = 0) -
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_measure_what_goes_between_them(ranks: int, tmp_path: Path) -> None:
+def test_all_reduce_bandwidth_is_measured(ranks: int, tmp_path: Path) -> None:
     found = all_reduce(ranks, tmp_path, "--mib", 1)
     assert [code for code, _, _ in found] == [0] * ranks, found
     assert [lines[0]["rank"] for _, lines, _ in found] == list(range(ranks))
@@ -459,7 +463,7 @@ def test_ranks_measure_what_goes_between_them(ranks: int, tmp_path: Path) -> Non
     assert measured["all_reduce_gb_s"] > 0 if ranks > 1 else measured["all_reduce_gb_s"] == 0
 
 
-def test_ranks_do_not_wait_for_ever(tmp_path: Path) -> None:
+def test_all_reduce_times_out_when_a_rank_is_missing(tmp_path: Path) -> None:
     (code, lines, error), _ = all_reduce(2, tmp_path, "--timeout", 2, missing=1)
     assert code == 1
     assert [line["rank"] for line in lines] == [0]  # it has arrived, and measured nothing
@@ -469,6 +473,6 @@ def test_ranks_do_not_wait_for_ever(tmp_path: Path) -> None:
     assert "no all-reduce with the others within 2 s" in error
 
 
-def test_a_wrong_sum_is_noticed() -> None:
+def test_all_reduce_with_wrong_sums_is_reported() -> None:
     with pytest.raises(ExternalError, match=r"ranks \[0\] of 1 were given wrong sums"):
         preflight.all_reduce(World(rank=1, size=1), mib=1)  # adds up to what rank 0 alone would have sent

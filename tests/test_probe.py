@@ -37,7 +37,7 @@ def digits(network: Any) -> Data:
     return x[:1200], y[:1200], x[1200:], y[1200:]
 
 
-def test_features_are_what_the_head_is_given(network: Any, digits: Data) -> None:
+def test_features_are_the_inputs_of_the_head(network: Any, digits: Data) -> None:
     images = torch.randn(3, 3, 32, 32)
     found = features(network, images)
     assert found.shape == (3, 128)
@@ -46,7 +46,7 @@ def test_features_are_what_the_head_is_given(network: Any, digits: Data) -> None
 
 
 @pytest.mark.parametrize("chunk", [2**26, 1200 * 7])
-def test_neighbours_vote_as_in_scikit_learn(digits: Data, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knn_matches_scikit_learn(digits: Data, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_CHUNK", chunk)
     train_x, train_y, x, y = digits
 
@@ -63,7 +63,7 @@ def test_neighbours_vote_as_in_scikit_learn(digits: Data, chunk: int, monkeypatc
     assert (rough.argmax(dim=1) == scores.argmax(dim=1)).float().mean() > 0.99
 
 
-def test_temperature_and_k_count(digits: Data) -> None:
+def test_knn_respects_k_and_temperature(digits: Data) -> None:
     train_x, train_y, x, _ = digits
     nearest = (F.normalize(x, dim=1) @ F.normalize(train_x, dim=1).T).argmax(dim=1)
     assert torch.equal(knn(train_x, train_y, x, 10, k=1).argmax(dim=1), train_y[nearest])
@@ -71,14 +71,14 @@ def test_temperature_and_k_count(digits: Data) -> None:
     torch.testing.assert_close(flat, flat.round(), rtol=0, atol=1e-3)
 
 
-def test_more_neighbours_than_images_are_refused(digits: Data) -> None:
+def test_knn_rejects_k_above_the_number_of_training_images(digits: Data) -> None:
     train_x, train_y, x, _ = digits
     with pytest.raises(InputError, match=r"k 20 needs as many training images, and there are 5: lower k"):
         knn(train_x[:5], train_y[:5], x, 10)
 
 
 @pytest.mark.parametrize(("l2", "atol"), [(1.0, 1e-2), (30.0, 1e-3)])
-def test_the_linear_probe_is_scikit_learns_logistic_regression(digits: Data, l2: float, atol: float) -> None:
+def test_linear_probe_matches_scikit_learn_logistic_regression(digits: Data, l2: float, atol: float) -> None:
     train_x, train_y, x, y = (tensor.numpy() for tensor in digits)
     scaler = StandardScaler().fit(train_x.astype(np.float64))
     scaled: Any = scaler.transform(train_x.astype(np.float64))
@@ -93,13 +93,13 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(digits: Data, l2:
     assert (scores.argmax(dim=1).numpy() == y).mean() > 0.85
 
 
-def test_the_linear_probe_in_parts_is_the_same(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_probe_result_does_not_depend_on_chunk_size(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = linear_probe(*digits[:3], 10, l2=30.0)
     monkeypatch.setattr(probe, "_CHUNK", 10 * 500)
     torch.testing.assert_close(linear_probe(*digits[:3], 10, l2=30.0), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_features_that_never_change_are_harmless(digits: Data) -> None:
+def test_linear_probe_ignores_constant_features(digits: Data) -> None:
     train_x, train_y, x, _ = (tensor.clone() for tensor in digits)
     expected = linear_probe(train_x, train_y, x, 10, l2=30.0)
     dead = torch.full((1200, 1), 3.0), torch.full((len(x), 1), 3.0)
@@ -107,14 +107,14 @@ def test_features_that_never_change_are_harmless(digits: Data) -> None:
     torch.testing.assert_close(widened, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_class_without_training_images_is_not_chosen(digits: Data) -> None:
+def test_class_without_training_images_is_never_predicted(digits: Data) -> None:
     train_x, train_y, x, _ = digits
     for scores in (knn(train_x, train_y, x, 11), linear_probe(train_x, train_y, x, 11, l2=30.0)):
         assert scores.shape == (len(x), 11)
         assert (scores.argmax(dim=1) != 10).all()
 
 
-def test_a_probe_that_does_not_converge_says_so(
+def test_linear_probe_warns_when_not_converged(
     digits: Data, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear_probe(*digits[:3], 10, l2=30.0)

@@ -28,7 +28,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
-def test_training_goes_on_as_if_it_was_not_there(digits: Path, tmp_path: Path, ranks: int) -> None:
+def test_profiling_does_not_change_training(digits: Path, tmp_path: Path, ranks: int) -> None:
     (tmp_path / "runs" / "in-the-way").mkdir(parents=True)
     (tmp_path / "runs" / "in-the-way" / "profile").write_text("a file in the folder's place")
     plain = "train.length=8 steps,train.micro_batch_size=12,train.ema_decay=0.9,data.val=null"
@@ -74,7 +74,9 @@ def test_training_goes_on_as_if_it_was_not_there(digits: Path, tmp_path: Path, r
     assert (folder / "profile.json").stat().st_mtime_ns < before.stat().st_mtime_ns
 
 
-def test_known_work(make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profiler_accounts_for_known_work(
+    make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     profiler = Profiler(tmp_path / "profile", make_config("profile.steps=2"), World(), at=1)
     a, inner, outer = torch.randn(64, 64), list[float](), list[float]()
     with ThreadPoolExecutor(1) as feed:
@@ -112,7 +114,7 @@ def test_known_work(make_config: Callable[..., Config], tmp_path: Path, capsys: 
     assert f"profile: waiting for data {found['phases']['waiting for data'] / found['step_ms']:.0%}, forward" in told
 
 
-def test_errors_are_reported_and_the_next_profile_works(
+def test_profiler_errors_are_reported_and_next_profile_works(
     make_config: Callable[..., Config],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -143,7 +145,7 @@ def test_errors_are_reported_and_the_next_profile_works(
     assert "profile of step 2: pvt_pico" in capsys.readouterr().err
 
 
-def test_kernels_count_once_and_communication_only_where_nothing_else_runs() -> None:
+def test_summary_counts_overlapping_kernels_once() -> None:
     def event(cat: str, name: str, start: float, end: float, tid: int = 1) -> dict[str, Any]:
         return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": end - start, "tid": tid}
 
@@ -229,17 +231,17 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("line", KERNELS.strip().splitlines())
-def test_kinds_of_kernels(line: str) -> None:
+def test_kernels_are_classified_by_kind(line: str) -> None:
     kind, _, name = line.partition(": ")
     assert kind_of_kernel(name) == kind
 
 
 @pytest.mark.parametrize(("kind", "names"), OPERATORS.items())
-def test_kinds_of_operators(kind: str, names: str) -> None:
+def test_operators_are_classified_by_kind(kind: str, names: str) -> None:
     assert {name: kind_of_operator(name) for name in names.split()} == dict.fromkeys(names.split(), kind)
 
 
-def test_settings(make_config: Callable[..., Config], digits: Path, tmp_path: Path) -> None:
+def test_profile_settings_are_validated(make_config: Callable[..., Config], digits: Path, tmp_path: Path) -> None:
     def at(*overrides: str) -> int | None:
         return Schedule.of(make_config(*overrides), steps_per_epoch=25).profile_at  # of 20 steps
 

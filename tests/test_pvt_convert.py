@@ -42,7 +42,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("layout", TO)
 @pytest.mark.parametrize("variant", ["pvt_pico", "pvt_small"])
 @pytest.mark.parametrize("num_classes", [10, 0])
-def test_round_trip(layout, variant, num_classes):
+def test_state_dict_conversion_round_trips(layout, variant, num_classes):
     state = create(variant, num_classes=num_classes).state_dict()
     converted = TO[layout](state)
     assert_same(FROM[layout](converted), state)
@@ -51,7 +51,7 @@ def test_round_trip(layout, variant, num_classes):
     assert_same(from_any(state), state)
 
 
-def test_public_keys():
+def test_public_keys_match_the_public_repository():
     state = create("pvt_small").state_dict()
     public = pvt.to_public(state)
     assert public.keys() == public_keys((3, 4, 6, 3))
@@ -67,14 +67,14 @@ def test_public_keys():
         assert public[theirs] is state[ours]
 
 
-def test_transformers_keys_and_shapes():
+def test_transformers_keys_and_shapes_match_hugging_face():
     state = pvt.to_transformers(create("pvt_tiny", img_size=224).state_dict())
     twin = PvtForImageClassification(PvtConfig(num_labels=10)).state_dict()
     assert state.keys() == twin.keys()
     assert all(state[key].shape == twin[key].shape for key in twin)
 
 
-def test_key_and_value_are_the_halves_of_kv(tmp_path):
+def test_kv_is_split_into_key_and_value_for_transformers(tmp_path):
     state = create().state_dict()
     converted = pvt.to_transformers(state)
     kv = state["stages.2.blocks.0.attn.kv.weight"]
@@ -85,7 +85,7 @@ def test_key_and_value_are_the_halves_of_kv(tmp_path):
     assert_same(pvt.from_transformers(safetensors.torch.load_file(tmp_path / "model.safetensors")), state)
 
 
-def test_arguments_are_left_alone():
+def test_converters_do_not_modify_their_input():
     state = create().state_dict()
     before = dict(state)
     for convert in (pvt.to_public, pvt.to_transformers, from_any):
@@ -114,7 +114,7 @@ def test_training_checkpoint_is_unwrapped():
         ("transformers", "pvt.encoder.layer_norm.weight"),
     ],
 )
-def test_missing_and_unknown_keys_are_named(layout, missing):
+def test_missing_and_unknown_keys_are_reported(layout, missing):
     state = create().state_dict()
     state = state if layout == "ours" else TO[layout](state)
     convert = FROM.get(layout, pvt.to_public)
@@ -126,7 +126,7 @@ def test_missing_and_unknown_keys_are_named(layout, missing):
         convert(extra)
 
 
-def test_missing_block_and_stage_are_named():
+def test_missing_block_or_stage_is_reported():
     state = pvt.to_public(create("pvt_tiny").state_dict())
     without_block = {key: tensor for key, tensor in state.items() if not key.startswith("block2.0.")}
     with pytest.raises(ValueError, match=r"missing keys \['block2\.0\.norm1\.weight'.*, unknown keys \[\]"):
@@ -136,7 +136,7 @@ def test_missing_block_and_stage_are_named():
         pvt.from_public(without_stage)
 
 
-def test_other_layout_is_refused():
+def test_state_dict_of_another_layout_is_rejected():
     state = create().state_dict()
     with pytest.raises(ValueError, match=r"'public': missing keys .*'pos_embed1'.*'stages\.0\.pos_embed'"):
         pvt.from_public(state)
@@ -146,7 +146,7 @@ def test_other_layout_is_refused():
 
 
 @pytest.mark.parametrize("layout", ["ours", "public", "public training checkpoint", "transformers"])
-def test_checkpoint_path(layout, tmp_path):
+def test_timm_checkpoint_path_loads_every_layout(layout, tmp_path):
     state = create().state_dict()
     path = tmp_path / "checkpoint.pth"
     torch.save(
@@ -161,7 +161,7 @@ def test_checkpoint_path(layout, tmp_path):
     assert_same(create(checkpoint_path=str(path)).state_dict(), state)
 
 
-def test_pretrained_file_into_a_backbone(tmp_path):
+def test_pretrained_file_loads_into_features_only_backbone(tmp_path):
     """timm's way to give weights of one's own to `features_only`."""
     model = create()
     path = tmp_path / "checkpoint.pth"
@@ -173,7 +173,7 @@ def test_pretrained_file_into_a_backbone(tmp_path):
     assert_same(loaded, {key: expected[key] for key in loaded})
 
 
-def test_pretrained_file_is_adapted(tmp_path):
+def test_pretrained_file_is_adapted_to_channels_and_classes(tmp_path):
     """timm sums the first convolution over channels and leaves out a head of another size, by our keys."""
     state = create().state_dict()
     path = tmp_path / "checkpoint.pth"
@@ -188,7 +188,7 @@ def test_pretrained_file_is_adapted(tmp_path):
     assert_same(adapted, state)
 
 
-def test_incomplete_checkpoint_is_refused(tmp_path):
+def test_incomplete_checkpoint_is_rejected(tmp_path):
     state = create().state_dict()
     path = tmp_path / "checkpoint.pth"
     torch.save({key: tensor for key, tensor in pvt.to_public(state).items() if key != "pos_embed1"}, path)

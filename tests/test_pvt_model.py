@@ -90,7 +90,7 @@ def drawn(draw: Any, *shape: int, seed: int) -> Tensor:
         ("pvt_large", 61_369_320, 9.8),
     ],
 )
-def test_parameters_and_macs_are_the_papers(variant, num_parameters, gmacs):
+def test_parameter_count_and_macs_match_the_paper(variant, num_parameters, gmacs):
     with torch.device("meta"):
         model = create(variant)
         image = torch.empty(1, 3, 224, 224)
@@ -104,12 +104,12 @@ def test_parameters_and_macs_are_the_papers(variant, num_parameters, gmacs):
     assert measured == pytest.approx(gmacs, rel=0.02)
 
 
-def test_pico_parameters():
+def test_pico_parameter_count():
     model = create("pvt_pico", img_size=32, num_classes=10)
     assert sum(parameter.numel() for parameter in model.parameters()) == 631_114
 
 
-def test_initial_weights():
+def test_weight_initialisation_per_layer_type():
     model = create("pvt_pico")
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -124,7 +124,7 @@ def test_initial_weights():
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
-def test_norm_eps():
+def test_layer_norm_eps_per_layer():
     model = create("pvt_pico")
     eps = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     assert len(eps) == 4 + 3 + 4 * 2 + 1
@@ -156,7 +156,7 @@ def maps_of(hidden_states: tuple[Tensor, ...], depths: tuple[int, ...]) -> list[
 
 
 @pytest.mark.parametrize("variant", DEPTHS)
-def test_logits_and_maps_match_transformers(variant):
+def test_logits_and_feature_maps_match_transformers(variant):
     model = create(variant, num_classes=100).eval()
     randomise(model)
     twin = transformers_twin(model)
@@ -266,7 +266,7 @@ def plain_forward(
         ("pvt_pico", 224, 32, 96),
     ],
 )
-def test_any_size_matches_plain_forward(variant, img_size, height, width):
+def test_any_image_size_matches_plain_forward(variant, img_size, height, width):
     model = create(variant, img_size=img_size, num_classes=100).eval()
     randomise(model)
     image = images(2, height, width)
@@ -282,7 +282,7 @@ def test_any_size_matches_plain_forward(variant, img_size, height, width):
     ("height", "width", "way_out"),
     [(225, 224, "256x224"), (32, 48, "32x64"), (8, 8, "32x32")],
 )
-def test_other_sizes_are_refused(height, width, way_out):
+def test_image_size_not_divisible_by_32_is_rejected(height, width, way_out):
     message = rf"{height}x{width} px: .* divisible by 32; .* {way_out}"
     with pytest.raises(ValueError, match=message):
         create("pvt_pico")(images(1, height, width))
@@ -290,7 +290,7 @@ def test_other_sizes_are_refused(height, width, way_out):
         create("pvt_pico", img_size=(height, width))
 
 
-def test_last_stage_cannot_reduce():
+def test_spatial_reduction_in_last_stage_is_rejected():
     with pytest.raises(ValueError, match="class token"):
         create("pvt_pico", sr_ratios=(8, 4, 2, 2))
 
@@ -305,7 +305,7 @@ def test_drop_path_rates_are_linear_over_blocks():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_given_drop_path_matches_plain_forward(training):
+def test_given_drop_path_multipliers_match_plain_forward(training):
     model = create("pvt_small", img_size=64, num_classes=100, drop_path_rate=0.5).train(training)
     randomise(model)
     image, scales = images(3, 64, 64), random_scales(model, 3)
@@ -321,7 +321,7 @@ def test_given_drop_path_matches_plain_forward(training):
     assert_close(stopped[0], maps[1], "stop early")
 
 
-def test_dropping_every_branch_leaves_the_embeddings():
+def test_dropping_every_branch_leaves_only_embeddings():
     model = create("pvt_pico", img_size=64).eval()
     randomise(model)
     image = images(2, 64, 64)
@@ -337,13 +337,13 @@ def test_dropping_every_branch_leaves_the_embeddings():
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (7, 2), (2, 8)])
-def test_drop_path_of_wrong_shape_is_refused(shape):
+def test_drop_path_of_wrong_shape_is_rejected(shape):
     model = create("pvt_pico", img_size=32)
     with pytest.raises(ValueError, match=rf"\({shape[0]}, {shape[1]}\); expected \(8, 2\)"):
         model(images(2, 32, 32), drop_path=torch.ones(shape))
 
 
-def test_random_drop_path_is_timms():
+def test_random_drop_path_matches_timm():
     """Without multipliers and in training mode, a branch drops images at its own rate and scales the rest."""
     batch = 2000
     model = create("pvt_pico", img_size=32, drop_path_rate=0.6)
@@ -457,7 +457,7 @@ def gradients(model: nn.Module, image: Tensor, scales: Tensor, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("variant", "side"), [("pvt_pico", 64), ("pvt_tiny", 96), ("pvt_tiny", 224)])
-def test_optimised_kernels_compute_the_same(variant, side):
+def test_optimised_kernels_match_plain_operators(variant, side):
     """Logits and gradients of the plain operators in fp32; in bf16 they come as near to those."""
     model = create(variant, img_size=side, num_classes=10).train()
     randomise(model)
@@ -479,7 +479,7 @@ def test_optimised_kernels_compute_the_same(variant, side):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_compiles_to_one_graph(given):
+def test_model_compiles_to_one_graph(given):
     model = create("pvt_pico", img_size=32, num_classes=10, drop_path_rate=0.0)
     randomise(model)
     image, scales = images(2, 64, 32), random_scales(model, 2) if given else None

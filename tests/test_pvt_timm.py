@@ -31,12 +31,12 @@ def image():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def test_registered():
+def test_all_variants_are_registered_with_timm():
     assert [name for name in timm.list_models("pvt_*") if not name.startswith("pvt_v2")] == VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_config(variant):
+def test_timm_pretrained_cfg_is_complete(variant):
     with torch.device("meta"):
         model = create(variant)
     data = resolve_data_config(model=model)
@@ -54,12 +54,12 @@ def test_config(variant):
     assert not timm.is_model_pretrained(variant)
 
 
-def test_there_are_no_pretrained_weights():
+def test_pretrained_weights_are_unavailable():
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.create_model("pvt_pico", pretrained=True)
 
 
-def test_create_model_arguments(image):
+def test_create_model_arguments_are_applied(image):
     model = pico(img_size=(32, 64), in_chans=1, num_classes=7, drop_rate=0.2, drop_path_rate=0.3)
     assert model(image[:, :1]).shape == (2, 7)
     assert [stage.grid for stage in model.stages] == [(8, 16), (4, 8), (2, 4), (1, 2)]
@@ -80,7 +80,7 @@ def test_forward_is_features_then_head(image):
     assert torch.equal(model(image), model.head(pooled))
 
 
-def test_reset_classifier(image):
+def test_reset_classifier_replaces_head_and_pooling(image):
     model = pico().double().train()
     features = model.forward_features(image.double())
     model.reset_classifier(5)
@@ -104,7 +104,7 @@ def test_reset_classifier(image):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_features_only(variant):
+def test_features_only_returns_four_stages_all_trainable(variant):
     backbone = create(variant, features_only=True, img_size=64)
     channels = [32, 64, 96, 128] if variant == "pvt_pico" else [64, 128, 320, 512]
     assert backbone.feature_info.channels() == channels
@@ -118,7 +118,7 @@ def test_features_only(variant):
     assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
-def test_features_only_maps_are_raw(image):
+def test_features_only_maps_are_raw_stage_outputs(image):
     model = pico()
     backbone = create("pvt_pico", features_only=True, img_size=64).eval()
     state = {"model." + key: value for key, value in model.state_dict().items()}
@@ -142,7 +142,7 @@ def test_out_indices_prune_later_stages(image):
     assert last.feature_info.reduction() == [32]
 
 
-def test_forward_intermediates(image):
+def test_forward_intermediates_options(image):
     model = pico()
     tokens, maps = model.forward_intermediates(image)
     assert torch.equal(tokens, model.forward_features(image))
@@ -162,7 +162,7 @@ def test_forward_intermediates(image):
         model.forward_intermediates(image, output_fmt="NLC")
 
 
-def test_prune_intermediate_layers(image):
+def test_prune_intermediate_layers_removes_later_stages(image):
     model = pico(drop_path_rate=0.3)
     _, maps = model.forward_intermediates(image)
     assert model.prune_intermediate_layers([1]) == [1]
@@ -198,7 +198,7 @@ def test_weight_decay_spares_class_token_biases_and_norms():
     assert "stages.3.pos_embed" in decayed
 
 
-def test_layer_order():
+def test_group_matcher_orders_layers_by_block():
     model = pico(depths=(2, 1, 2, 1))
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert layers.keys() == dict(model.named_parameters()).keys()
@@ -213,7 +213,7 @@ def test_layer_order():
             assert layer == (0 if name.startswith("stages.0.") else 7), name
 
 
-def test_coarse_layers_are_stages():
+def test_coarse_group_matcher_groups_by_stage():
     model = pico()
     layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     for name, layer in layers.items():
@@ -225,7 +225,7 @@ def test_coarse_layers_are_stages():
             assert layer == 5, name
 
 
-def test_layer_decay():
+def test_layer_decay_scales_lr_by_depth():
     optimizer = create_optimizer_v2(pico(), opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == [0.5**i for i in range(5, -1, -1)]  # stem, four blocks, norm and head

@@ -52,14 +52,14 @@ PASSWORDS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_c
         ("a token or signed URL may have expired: renew it", "a token or signed URL may have expired: renew it"),
     ],
 )
-def test_secrets_are_masked_and_nothing_else(value: Any, expected: Any) -> None:
+def test_redact_masks_secrets_and_nothing_else(value: Any, expected: Any) -> None:
     assert redact(value) == expected
     assert redact(redact(value)) == redact(value)
 
 
 @given(PASSWORDS, PASSWORDS)
 @settings(max_examples=100, deadline=None)
-def test_no_password_and_no_signature_passes(password: str, signature: str) -> None:
+def test_redact_masks_any_password_and_signature(password: str, signature: str) -> None:
     password, signature = (f"Zq7{secret}Zq7" for secret in (password, signature))
     for text in (
         f"fetching https://me:{password}@host:80/a.tar?sig={signature} failed",
@@ -74,7 +74,7 @@ def test_no_password_and_no_signature_passes(password: str, signature: str) -> N
 @pytest.mark.parametrize(
     "piece", ["a", "://", "a://", "?", "?a", "@", "=", "a:", "-", "--a ", "token ", " ", "\t", "#", "http://a?"]
 )
-def test_long_text_takes_linear_time(piece: str) -> None:
+def test_redact_takes_linear_time(piece: str) -> None:
     def seconds(num_chars: int) -> float:
         began = time.process_time()
         redact(piece * (num_chars // len(piece)))
@@ -93,11 +93,11 @@ def test_long_text_takes_linear_time(piece: str) -> None:
         ("\x9b31m\u2028\udcff", r"\x9b31m\u2028\udcff"),
     ],
 )
-def test_names_do_nothing_to_a_terminal(name: str, shown: str) -> None:
+def test_printable_escapes_control_characters(name: str, shown: str) -> None:
     assert printable(name) == shown
 
 
-def test_a_stream_shows_no_secret_and_no_control_sequence() -> None:
+def test_redacted_stream_masks_secrets_and_control_sequences() -> None:
     stream = io.StringIO()
     print("50 %\r", "\x1b]0;title\x07", "https://me:p/w@host/", "\tend", file=RedactedStream(stream))
     assert stream.getvalue() == "50 %\r \\x1b]0;title\\x07 https://***@host/ \tend\n"

@@ -52,14 +52,14 @@ def probe(lines: list[list[str]]) -> list[tuple[int, list[str]]]:
     return [(code, names) for code, names in json.loads(done.stdout)]
 
 
-def test_help_imports_nothing_that_takes_seconds() -> None:
+def test_help_does_not_import_heavy_packages() -> None:
     commands = sorted(str(path) for path in (ROOT / "launch").glob("*.py") if "__main__" in path.read_text())
     assert len(commands) >= 14
     found = dict(zip(commands, probe([[name, "--help"] for name in commands]), strict=True))
     assert found == {name: (0, []) for name in commands}
 
 
-def test_a_wrong_configuration_is_refused_before_anything_is_imported(tmp_path: Path) -> None:
+def test_invalid_configuration_is_rejected_before_heavy_imports(tmp_path: Path) -> None:
     config = write_config(tmp_path, tmp_path)
     lines = []
     for name, *options in [
@@ -77,7 +77,9 @@ def test_a_wrong_configuration_is_refused_before_anything_is_imported(tmp_path: 
 
 
 @pytest.mark.parametrize("override", ["data.val=other", "data.lanes=1", "model.name=pvt_larg", "image.size=33"])
-def test_three_commands_refuse_alike(digits: Path, digit_images: Path, tmp_path: Path, override: str) -> None:
+def test_commands_reject_bad_settings_with_the_same_message(
+    digits: Path, digit_images: Path, tmp_path: Path, override: str
+) -> None:
     def run(name: str, arguments: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
         program, *options = COMMANDS[name]
         return forked(program, *options, *arguments, cwd=folder, ranks=2 if name == "pretrain" else 1)

@@ -166,7 +166,7 @@ def edit(path: Path) -> None:
 # Versions
 
 
-def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
+def test_version_holds_files_card_tags_and_metrics_of_its_entry(tiny: Registry) -> None:
     entry = tiny.entry(7, top1=0.5, val_loss=1.5)
     run_id = tiny.run_of("pretrain", "a" * 32)
     uri = tiny.register(entry, run_id=run_id)
@@ -195,7 +195,7 @@ def test_a_version_holds_what_its_entry_held(tiny: Registry) -> None:
     assert sorted(path.name for path in entry.iterdir()) == ["model.json", WEIGHTS, RAW]  # as it was
 
 
-def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_loaded_by_mlflow_still_verifies(tiny: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     uri = tiny.add()
     model = mlflow.pyfunc.load_model(uri)
@@ -206,7 +206,7 @@ def test_mlflow_serves_a_version_and_leaves_it_sound(tiny: Registry, monkeypatch
     assert not list(registry.resolve(uri).folder.parent.glob("registered_model_meta"))
 
 
-def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
+def test_registering_an_entry_twice_gives_the_same_version(tiny: Registry) -> None:
     entry = tiny.entry(1)
     assert tiny.register(entry) == tiny.register(entry) == "models:/tiny/1"
     assert tiny.add(2) == "models:/tiny/2"
@@ -214,7 +214,7 @@ def test_registering_again_gives_the_same_version(tiny: Registry) -> None:
     assert all(registry.verify(f"models:/tiny/{number}")["ok"] for number in (1, 2))
 
 
-def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
+def test_leftovers_of_an_interrupted_registration_are_removed(tiny: Registry) -> None:
     entry = tiny.entry(1)
     key = fingerprint(["tiny", "a" * 32, "1", files.sha256(entry / WEIGHTS)])
     half = tiny.client.create_logged_model(tiny.experiment_id, name="model", tags={"entry": key})
@@ -226,14 +226,14 @@ def test_what_an_attempt_left_half_made_is_removed(tiny: Registry) -> None:
     assert not Path(half.artifact_location.removeprefix("file://")).exists()
 
 
-def test_the_candidate_is_the_newest_good_version(tiny: Registry) -> None:
+def test_candidate_alias_is_the_newest_version_with_finite_metrics(tiny: Registry) -> None:
     assert tiny.add(1, top1=0.5) == tiny.alias("candidate")
     tiny.add(2, top1=0.9, val_loss=None)
     assert tiny.alias("candidate") == "models:/tiny/1"
     assert tiny.add(3, top1=0.1) == tiny.alias("candidate")
 
 
-def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
+def test_damaged_entry_is_rejected_on_registration(tiny: Registry) -> None:
     entry = tiny.entry()
     expected = files.sha256(entry / RAW)
     edit(entry / RAW)
@@ -242,7 +242,7 @@ def test_a_damaged_entry_is_not_registered(tiny: Registry) -> None:
     assert not registry.list_versions(tiny.client, "tiny")
 
 
-def test_processes_that_register_at_once_lose_nothing(tiny: Registry) -> None:
+def test_concurrent_registrations_all_succeed(tiny: Registry) -> None:
     for step in range(1, 5):
         tiny.entry(step)
     script = f"""
@@ -279,7 +279,7 @@ sys.exit(any(os.wait()[1] for _ in range(4)))
     assert all(registry.verify(registry.uri_of(version))["ok"] for version in versions)
 
 
-def test_pruning_keeps_the_best_the_last_and_what_others_need(tiny: Registry) -> None:
+def test_prune_keeps_best_last_aliased_and_parent_versions(tiny: Registry) -> None:
     for step, loss in enumerate((5.0, 1.0, 3.0, 4.0, 2.0, 6.0, 7.0), 1):
         tiny.add(step, val_loss=loss)
     other = tiny.add(1, run="b" * 32, val_loss=9.0)
@@ -300,7 +300,7 @@ def test_pruning_keeps_the_best_the_last_and_what_others_need(tiny: Registry) ->
 FILES = ["MLmodel", "served.py", "requirements.txt", "artifacts/model.json", f"artifacts/{WEIGHTS}", f"artifacts/{RAW}"]
 
 
-def test_a_changed_file_is_refused_by_name_and_digests(tiny: Registry) -> None:
+def test_changed_file_is_rejected_with_name_and_digests(tiny: Registry) -> None:
     uri = tiny.add()
     registry.resolve(uri)  # a good copy does not hide that the store is damaged
     for name in FILES:
@@ -317,7 +317,7 @@ def test_a_changed_file_is_refused_by_name_and_digests(tiny: Registry) -> None:
     assert registry.verify(uri)["ok"]
 
 
-def test_missing_and_added_files_are_refused(tiny: Registry) -> None:
+def test_missing_or_added_file_is_rejected(tiny: Registry) -> None:
     uri = tiny.add()
     added = tiny.stored(uri) / "artifacts" / "more.pkl"
     added.write_bytes(b"x")
@@ -330,7 +330,7 @@ def test_missing_and_added_files_are_refused(tiny: Registry) -> None:
     assert not registry.verify(uri)["ok"]
 
 
-def test_a_changed_digest_is_refused(tiny: Registry) -> None:
+def test_changed_or_missing_digest_tag_is_rejected(tiny: Registry) -> None:
     uri = tiny.add()
     tiny.client.set_model_version_tag("tiny", "1", f"sha256.artifacts/{WEIGHTS}", "0" * 64)
     with pytest.raises(InputError, match=f"{WEIGHTS} has SHA-256 .*, but {'0' * 64} was registered"):
@@ -341,7 +341,7 @@ def test_a_changed_digest_is_refused(tiny: Registry) -> None:
         registry.resolve(uri)
 
 
-def test_names_that_do_not_exist_are_told_with_those_that_do(tiny: Registry) -> None:
+def test_unknown_model_uri_is_rejected_with_existing_names(tiny: Registry) -> None:
     tiny.add()
     for uri, message in {
         "models:/tiny/9": r"\(registered models: tiny; of tiny: 1, @candidate\)",
@@ -373,7 +373,7 @@ def planted(folder: Path, ran: Path) -> Path:
     return path
 
 
-def test_byte_code_planted_in_a_copy_never_runs(
+def test_bytecode_planted_in_a_cached_copy_is_not_run(
     tiny: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri, ran = tiny.add(), tmp_path / "ran"
@@ -393,7 +393,9 @@ def test_byte_code_planted_in_a_copy_never_runs(
     assert not ran.exists()
 
 
-def test_byte_code_planted_in_the_store_is_refused_everywhere(tiny: Registry, digits: Path, tmp_path: Path) -> None:
+def test_bytecode_planted_in_the_store_is_rejected_by_every_command(
+    tiny: Registry, digits: Path, tmp_path: Path
+) -> None:
     uri = tiny.add()
     registry.resolve(uri)
     planted(tiny.stored(uri), tmp_path / "ran")
@@ -409,9 +411,7 @@ def test_byte_code_planted_in_the_store_is_refused_everywhere(tiny: Registry, di
     assert not (tmp_path / "ran").exists()
 
 
-def test_byte_code_beside_a_version_of_before_is_refused_with_the_remedy(
-    tiny: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytecode_in_an_old_version_is_rejected_with_a_remedy(tiny: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_files, "_BYTE_CODE", "unused")  # such versions have no file that keeps it away
     uri = tiny.add()
     monkeypatch.undo()
@@ -435,7 +435,7 @@ def test_byte_code_beside_a_version_of_before_is_refused_with_the_remedy(
         "code/mlflow.py",
     ],
 )
-def test_what_others_would_read_by_name_is_refused(tiny: Registry, name: str) -> None:
+def test_added_importable_or_environment_file_is_rejected(tiny: Registry, name: str) -> None:
     uri = tiny.add()
     extra = tiny.stored(uri) / name
     assert not extra.exists()
@@ -446,7 +446,7 @@ def test_what_others_would_read_by_name_is_refused(tiny: Registry, name: str) ->
     assert not registry.verify(uri)["ok"]
 
 
-def test_links_and_pipes_are_refused_and_never_followed(tiny: Registry, tmp_path: Path) -> None:
+def test_symlinks_and_pipes_in_a_version_are_rejected(tiny: Registry, tmp_path: Path) -> None:
     uri = tiny.add()
     registered, stored = model_files.digests(tiny.stored(uri)), tiny.stored(uri)
     (tmp_path / "elsewhere").mkdir()
@@ -467,7 +467,7 @@ def test_links_and_pipes_are_refused_and_never_followed(tiny: Registry, tmp_path
         registry.resolve(uri)
 
 
-def test_a_file_with_holes_is_not_read(tiny: Registry) -> None:
+def test_oversized_sparse_file_is_rejected(tiny: Registry) -> None:
     uri = tiny.add()
     os.truncate(tiny.stored(uri) / "requirements.txt", 1 << 42)
     with pytest.raises(InputError, match=r"requirements.txt is larger than the whole version, but [0-9a-f]{64} was"):
@@ -475,7 +475,7 @@ def test_a_file_with_holes_is_not_read(tiny: Registry) -> None:
     assert not registry.verify(uri)["ok"]
 
 
-def test_copies_are_read_only_and_can_be_made_anew_and_removed() -> None:
+def test_cached_copies_are_read_only_replaceable_and_removable() -> None:
     """By somebody who is not root, whom a mode would not stop."""
     script = """
 import hashlib, os, sys
@@ -535,7 +535,7 @@ def stored_anew(tiny: Registry, name: str, data: bytes) -> str:
     ],
     ids=["empty", "bytes", "list", "nothing", "deep", "long", "odd", "huge"],
 )
-def test_a_card_that_is_none_is_one_line(tiny: Registry, data: bytes) -> None:
+def test_invalid_model_card_is_rejected_in_one_line(tiny: Registry, data: bytes) -> None:
     uri = stored_anew(tiny, "artifacts/model.json", data)
     assert registry.verify(uri)["ok"]
     with pytest.raises(InputError) as refused:
@@ -543,7 +543,7 @@ def test_a_card_that_is_none_is_one_line(tiny: Registry, data: bytes) -> None:
     assert "model.json: " in one_line(refused.value)
 
 
-def test_a_card_of_other_weights_and_tags_that_are_no_numbers(tiny: Registry) -> None:
+def test_card_of_other_weights_is_rejected_and_bad_tags_ignored(tiny: Registry) -> None:
     uri = tiny.add(1, top1=0.5)
     tiny.client.set_model_version_tag("tiny", "1", "bytes", "many")
     tiny.client.set_model_version_tag("tiny", "1", "metric.top1", "most")
@@ -557,7 +557,7 @@ def test_a_card_of_other_weights_and_tags_that_are_no_numbers(tiny: Registry) ->
 
 
 @pytest.mark.parametrize("name", ["MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml"])
-def test_what_only_mlflow_reads_is_never_read_here(tiny: Registry, name: str) -> None:
+def test_files_only_mlflow_reads_are_not_parsed(tiny: Registry, name: str) -> None:
     bomb = "a: &a [x]\n" + "".join(
         f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in pairwise("abcdefghij")
     )
@@ -569,7 +569,7 @@ def test_what_only_mlflow_reads_is_never_read_here(tiny: Registry, name: str) ->
         registry.resolve(uri)
 
 
-def test_what_is_used_of_mlflow_is_where_it_was(empty_database: Path) -> None:
+def test_mlflow_internals_in_use_still_exist(empty_database: Path) -> None:
     """Also what its documentation does not promise: modules below its packages, variables, tables, files."""
     sources = {file: file.read_text() for file in (ROOT / "pipeline").rglob("*.py")}
     for file, text in sources.items():
@@ -593,7 +593,7 @@ def test_what_is_used_of_mlflow_is_where_it_was(empty_database: Path) -> None:
 # Copies
 
 
-def test_concurrent_jobs_make_one_copy(tmp_path: Path) -> None:
+def test_concurrent_jobs_download_one_copy(tmp_path: Path) -> None:
     made: list[Path] = []
 
     def download(folder: Path) -> None:
@@ -613,7 +613,7 @@ def refusal(faults: list[model_files.FileMismatch]) -> InputError:
     return InputError(str(faults))
 
 
-def test_a_damaged_copy_is_made_anew(tiny: Registry, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_cached_copy_is_replaced(tiny: Registry, capfd: pytest.CaptureFixture[str]) -> None:
     uri = tiny.add()
     version = registry.resolve(uri)
     changed = version.weights.stat().st_mtime_ns
@@ -626,7 +626,7 @@ def test_a_damaged_copy_is_made_anew(tiny: Registry, capfd: pytest.CaptureFixtur
     assert "this copy was damaged on the disk; it is made anew" in capfd.readouterr().err
 
 
-def test_the_group_may_read_copies_whatever_the_umask(tiny: Registry, tmp_path: Path) -> None:
+def test_cached_copies_are_group_readable_under_any_umask(tiny: Registry, tmp_path: Path) -> None:
     uri = tiny.add()
     for path in tiny.stored(uri).rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -641,7 +641,7 @@ def test_the_group_may_read_copies_whatever_the_umask(tiny: Registry, tmp_path: 
             assert mode & 0o077 == (0o050 if path.is_dir() else 0o040), (path, oct(mode))
 
 
-def test_a_process_killed_while_copying_leaves_nothing_that_counts(tmp_path: Path) -> None:
+def test_partial_copy_of_a_killed_process_is_discarded(tmp_path: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
@@ -666,7 +666,7 @@ copies.obtain({{"a": {"0" * 64!r}}}, 1, download, None, Path({str(tmp_path)!r}))
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+def test_full_disk_while_copying_is_reported(tmp_path: Path) -> None:
     def full(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -683,7 +683,7 @@ def gates(**tree: Any) -> Gates:
     return Gates.model_validate(tree)
 
 
-def test_a_better_model_is_promoted_and_a_worse_one_refused_with_numbers(tiny: Registry) -> None:
+def test_promotion_accepts_a_better_model_and_rejects_a_worse_one(tiny: Registry) -> None:
     first, worse, better = (tiny.add(step, top1=top1) for step, top1 in ((1, 0.8), (2, 0.7), (3, 0.795)))
     judge = gates(metrics={"top1": {"min": 0.5}}, champion={"top1": 0.01})
     result = promote.promote(first, judge, why="the first")
@@ -704,7 +704,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_refused_with_numbers(tiny: R
     assert (again["ok"], again["note"]) == (True, "is the champion already")
 
 
-def test_rolling_back_goes_all_the_way(tiny: Registry) -> None:
+def test_rollback_undoes_every_promotion_in_turn(tiny: Registry) -> None:
     for step in (1, 2, 3):
         tiny.add(step)
     for number in (1, 2, 3, 1):
@@ -726,7 +726,7 @@ def test_rolling_back_goes_all_the_way(tiny: Registry) -> None:
     assert not registry.prune(tiny.client, "tiny", "a" * 32, keep_best=0, metric="top1")  # it has been champion
 
 
-def test_a_promotion_that_was_noted_and_never_made_is_no_way_back(tiny: Registry) -> None:
+def test_rollback_ignores_a_recorded_but_unfinished_promotion(tiny: Registry) -> None:
     for step in (1, 2, 3):
         tiny.add(step)
     promote.promote("models:/tiny/1", gates())
@@ -746,14 +746,14 @@ def test_a_promotion_that_was_noted_and_never_made_is_no_way_back(tiny: Registry
         ({"champion": {"val_loss": 0.09}}, "champion.val_loss"),
     ],
 )
-def test_each_bound_refuses(tiny: Registry, tree: dict[str, Any], gate: str) -> None:
+def test_each_gate_bound_rejects_promotion(tiny: Registry, tree: dict[str, Any], gate: str) -> None:
     promote.promote(tiny.add(1, top1=0.9, val_loss=0.4), gates())
     result = promote.promote(tiny.add(2, top1=0.9, val_loss=0.5, top5=0.8), gates(**tree))
     assert [row["gate"] for row in result["gates"] if not row["passed"]] == [gate]
     assert promote.promote("models:/tiny/2", gates(metrics={"top1": {"min": 0.9}}, champion={"val_loss": 0.11}))["ok"]
 
 
-def test_a_version_that_is_no_good_passes_no_gate_and_is_no_best(tiny: Registry) -> None:
+def test_non_finite_or_rolled_back_version_is_never_promoted_or_best(tiny: Registry) -> None:
     good = tiny.add(1, top1=0.5, val_loss=1.0)
     tiny.add(2, top1=0.9, val_loss=None)
     tiny.add(3, top1=0.8, val_loss=1.0)
@@ -775,7 +775,7 @@ def test_a_version_that_is_no_good_passes_no_gate_and_is_no_best(tiny: Registry)
     assert tiny.alias("candidate") is None
 
 
-def test_models_are_compared_on_the_same_data_alone(tiny: Registry) -> None:
+def test_champion_gate_compares_only_on_the_same_data(tiny: Registry) -> None:
     promote.promote(tiny.add(1, top1=0.5), gates())
     uri = tiny.add(2, top1=0.9, scored="w" * 64)
     result = promote.promote(uri, gates(champion={"top1": 0.0}))
@@ -796,7 +796,7 @@ def test_models_are_compared_on_the_same_data_alone(tiny: Registry) -> None:
     assert (row["value"], row["champion"]) == (score(uri, "x")["top1"], score("models:/tiny/1", "x")["top1"])
 
 
-def test_a_damaged_and_a_broken_model_are_not_promoted(tiny: Registry) -> None:
+def test_damaged_or_unloadable_model_is_not_promoted(tiny: Registry) -> None:
     uri = tiny.add(1)
     edit(tiny.stored(uri) / "artifacts" / WEIGHTS)
     result = promote.promote(uri, gates(metrics={"top1": {"min": 0}}))
@@ -850,7 +850,7 @@ def bring_in(tiny: Registry, source: Path, **options: Any) -> str:
     )
 
 
-def test_published_weights_become_a_version(tiny: Registry, published: dict[str, Path]) -> None:
+def test_weights_of_every_layout_are_imported_as_a_version(tiny: Registry, published: dict[str, Path]) -> None:
     expected = weights_of(5)
     for number, source in enumerate(published.values(), 1):
         uri = bring_in(tiny, source)
@@ -874,7 +874,7 @@ def test_published_weights_become_a_version(tiny: Registry, published: dict[str,
     assert registry.resolve(named).card.classes == list("abcdefghij")
 
 
-def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_path: Path) -> None:
+def test_imported_resnet_starts_a_semantic_fpn(tiny: Registry, tmp_path: Path) -> None:
     published = timm.create_model("resnet10t", num_classes=10).eval()
     torch.save(published.state_dict(), tmp_path / "r.pth")
     version = registry.resolve(bring_in(tiny, tmp_path / "r.pth", model="resnet10t", image_size=64))
@@ -891,7 +891,7 @@ def test_a_convolutional_network_is_brought_in_and_segments(tiny: Registry, tmp_
             assert torch.equal(tensor, weights[name.removeprefix("backbone.")]), name
 
 
-def test_of_a_training_checkpoint_the_average_is_taken_as_timm_does(tmp_path: Path) -> None:
+def test_import_takes_ema_weights_of_a_checkpoint_as_timm_does(tmp_path: Path) -> None:
     raw, average = (pvt.to_public(weights_of(seed)) for seed in (5, 6))
     averaged_model = {"n_averaged": torch.tensor(9), **{f"module.{key}": value for key, value in average.items()}}
     for entries in (
@@ -923,7 +923,7 @@ def test_of_a_training_checkpoint_the_average_is_taken_as_timm_does(tmp_path: Pa
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.module.", "model.", "module.model.", "backbone.", "model.backbone."]
 )
-def test_names_of_wrappers_are_understood(tmp_path: Path, prefix: str) -> None:
+def test_import_strips_wrapper_prefixes(tmp_path: Path, prefix: str) -> None:
     expected = weights_of(5)
     for state in (expected, pvt.to_public(expected)):
         torch.save({f"{prefix}{key}": value for key, value in state.items()}, tmp_path / "w.pth")
@@ -939,7 +939,7 @@ def test_names_of_wrappers_are_understood(tmp_path: Path, prefix: str) -> None:
     assert [key.rpartition("neck")[2] for key in found.skipped] == [".0.weight"]
 
 
-def test_numpys_scalars_and_arrays_refuse_no_file(tmp_path: Path) -> None:
+def test_checkpoint_with_numpy_values_is_imported_without_running_code(tmp_path: Path) -> None:
     scores = {kind.__name__: kind(1) for kind in (np.float64, np.float32, np.int64, np.uint8, np.bool_, np.str_)}
     old = {
         "model": weights_of(5),
@@ -964,7 +964,7 @@ def test_numpys_scalars_and_arrays_refuse_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "size"), [("pvt_pico", 32), ("pvt_tiny", 384), ("vit_tiny_patch16_224", 96), ("resnet10t", 224)]
 )
-def test_the_image_size_is_that_of_the_position_embeddings(model: str, size: int) -> None:
+def test_image_size_is_inferred_from_position_embeddings(model: str, size: int) -> None:
     assert import_weights._image_size(create_model(model, size, num_classes=3).state_dict(), model) == size
 
 
@@ -975,7 +975,7 @@ def headless(tiny: Registry, published: dict[str, Path], tmp_path: Path) -> str:
     return bring_in(tiny, tmp_path / "backbone", image_size=None)
 
 
-def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
+def test_headless_backbone_is_imported_and_fine_tuned(
     tiny: Registry, headless: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert bring_in(tiny, tmp_path / "backbone", image_size=None) == headless  # again
@@ -993,7 +993,9 @@ def test_a_backbone_without_a_head_is_brought_in_and_fine_tuned(
         assert torch.equal(state[name], expected["stages.3.pos_embed"])
 
 
-def test_what_needs_a_head_says_so(tiny: Registry, headless: str, digits: Path, tmp_path: Path) -> None:
+def test_headless_backbone_is_rejected_where_a_head_is_needed(
+    tiny: Registry, headless: str, digits: Path, tmp_path: Path
+) -> None:
     told = r"is a backbone without a head, .* init\.model=.* --probe"
     with pytest.raises(InputError, match=f"^{headless}: {told}"):
         evaluate._open_model(headless, str(digits / "val"), tiny.uri, DEFAULT_CACHE)
@@ -1019,7 +1021,7 @@ def flipped(data: bytes, places: Iterable[int]) -> bytes:
     return bytes(changed)
 
 
-def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> None:
+def test_damaged_torch_zip_checkpoint_is_rejected(tmp_path: Path) -> None:
     state, file = weights_of(5), tmp_path / "w.pth"
     torch.save(state, file)
     whole, draws = file.read_bytes(), np.random.default_rng(0)
@@ -1048,7 +1050,7 @@ def test_damaged_weights_in_torchs_zip_format_are_refused(tmp_path: Path) -> Non
         import_weights.read(tmp_path / "z.pth")
 
 
-def test_damaged_and_giant_headers_of_safetensors_are_refused(tiny: Registry, tmp_path: Path) -> None:
+def test_damaged_or_huge_safetensors_header_is_rejected(tiny: Registry, tmp_path: Path) -> None:
     state, file = weights_of(5), tmp_path / "w.safetensors"
     safetensors.torch.save_file(state, file)
     whole = file.read_bytes()
@@ -1074,7 +1076,7 @@ def test_damaged_and_giant_headers_of_safetensors_are_refused(tiny: Registry, tm
         one_line(refused.value)
 
 
-def test_the_digest_that_was_published_is_compared(
+def test_import_compares_the_given_sha256(
     tiny: Registry, published: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = published["ours"]
@@ -1137,7 +1139,7 @@ class Sized:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("told", HOSTILE)
 @pytest.mark.filterwarnings("ignore")  # torch's, of how it saves and loads such tensors
-def test_hostile_tensors_are_refused_in_one_line_and_take_no_memory(
+def test_hostile_tensors_are_rejected_in_one_line_without_using_memory(
     tiny: Registry, tmp_path: Path, told: str, zipped: bool
 ) -> None:
     torch.save(HOSTILE[told](weights_of(5)), tmp_path / "h.pth", _use_new_zipfile_serialization=zipped)
@@ -1158,7 +1160,7 @@ class Malicious:
         return (os.mkdir, (str(self.path),))
 
 
-def test_code_in_a_file_is_not_run(tiny: Registry, tmp_path: Path) -> None:
+def test_code_in_a_pickled_checkpoint_is_not_run(tiny: Registry, tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save(
             {"head.weight": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped
@@ -1170,7 +1172,9 @@ def test_code_in_a_file_is_not_run(tiny: Registry, tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_weights_that_do_not_fit_are_refused(tiny: Registry, published: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_model_are_rejected(
+    tiny: Registry, published: dict[str, Path], tmp_path: Path
+) -> None:
     def refused(source: Path, message: str, **options: Any) -> None:
         with pytest.raises(InputError, match=message):
             bring_in(tiny, source, **options)
@@ -1208,7 +1212,7 @@ def test_weights_that_do_not_fit_are_refused(tiny: Registry, published: dict[str
 # No pickles
 
 
-def test_a_model_is_used_where_pickles_cannot_be_opened(tiny: Registry) -> None:
+def test_registered_model_predicts_without_unpickling(tiny: Registry) -> None:
     tiny.add(3)
     script = f"""
 import importlib, importlib.util, pickle
@@ -1283,7 +1287,7 @@ def names(node: dict[str, Any]) -> Any:
     return {f"{node['kind']} {node['name']}": [names(child) for child in node["children"]]}
 
 
-def test_lineage_goes_up_and_down_three_generations(tiny: Registry) -> None:
+def test_lineage_covers_ancestors_and_descendants(tiny: Registry) -> None:
     family(tiny)
     grandchild = {"run run-grandchild": [{"version models:/grandchild/1": []}]}
     child = {"run run-child": [{"version models:/child/1": [grandchild]}]}
@@ -1311,7 +1315,7 @@ def test_lineage_goes_up_and_down_three_generations(tiny: Registry) -> None:
         lineage.lineage("nobody")
 
 
-def test_lineage_is_drawn(tiny: Registry, tmp_path: Path) -> None:
+def test_lineage_is_drawn_as_png_and_svg(tiny: Registry, tmp_path: Path) -> None:
     from PIL import Image
 
     family(tiny)
@@ -1351,7 +1355,7 @@ def said(
     return call
 
 
-def test_the_command_tells_people_and_programs(
+def test_registry_commands_print_text_and_json(
     tiny: Registry, said: Callable[..., tuple[dict[str, Any], str]], published: dict[str, Path], tmp_path: Path
 ) -> None:
     tiny.add(1, top1=0.8)
@@ -1387,7 +1391,7 @@ def test_the_command_tells_people_and_programs(
     assert registry.resolve(result["model"]).card.classes == list("abcdefghij")
 
 
-def test_sync_sends_what_a_killed_job_has_left(
+def test_sync_uploads_what_a_killed_job_left(
     tiny: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs" / "tiny"
@@ -1421,7 +1425,7 @@ def test_sync_sends_what_a_killed_job_has_left(
     assert sync()["sent"] == ""
 
 
-def test_the_gates_that_ship_are_valid() -> None:
+def test_shipped_gates_are_valid() -> None:
     found = load_section(Gates, ROOT / "configs/gates/classification.yaml")
     assert found.metrics
     assert found.champion

@@ -201,7 +201,7 @@ def copy(runs: Runs, tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs.finished, tmp_path / "tiny"))
 
 
-def test_the_head_says_what_the_files_say(runs: Runs) -> None:
+def test_report_header_matches_the_run_files(runs: Runs) -> None:
     told, folder = tiles(runs.page), runs.finished
     metrics = lines(folder / "metrics.jsonl")
     readings = [line for line in metrics if "loss" in line]
@@ -228,7 +228,7 @@ def test_the_head_says_what_the_files_say(runs: Runs) -> None:
     assert [section.attributes["id"] for section in runs.page.all("section")] == SECTIONS
 
 
-def test_versions_come_with_commands_that_name_the_best(runs: Runs) -> None:
+def test_versions_are_listed_with_a_command_for_the_best(runs: Runs) -> None:
     section = runs.page.section("model-versions")
     header, *rows = section.table()
     # One validation sample is damaged.
@@ -247,7 +247,7 @@ def test_versions_come_with_commands_that_name_the_best(runs: Runs) -> None:
     assert f"registry.py sync {runs.killed}" in waiting.all("pre")[0].text
 
 
-def test_the_account_of_time_is_that_of_goodput(runs: Runs) -> None:
+def test_time_section_matches_goodput(runs: Runs) -> None:
     account = json.loads((runs.finished / "goodput.json").read_text())
     rows = runs.page.section("time").all("tbody")[0].all("tr")
     told = {row.all("td")[0].text.strip().replace(" ", "_"): row.all("td")[1].value for row in rows}
@@ -259,7 +259,7 @@ def test_the_account_of_time_is_that_of_goodput(runs: Runs) -> None:
     assert other == pytest.approx(max(0.0, account["last"] - account["began"] - sum(told.values())), abs=1e-6)
 
 
-def test_events_are_listed_by_step(runs: Runs) -> None:
+def test_events_are_sorted_by_step(runs: Runs) -> None:
     rows = runs.page.section("events").table()[1:]
     steps: dict[str, list[int]] = {}
     for step, kind, _, _ in rows:
@@ -287,7 +287,7 @@ def test_quarantined_samples_are_listed(runs: Runs) -> None:
     assert {row[3] for row in rows} == {str(runs.data / "train"), str(runs.data / "val")}
 
 
-def test_the_matrix_is_scikit_learns_and_the_scores_are_the_runs(runs: Runs) -> None:
+def test_confusion_matrix_matches_scikit_learn_and_scores_the_run(runs: Runs) -> None:
     config = load_config(runs.finished / "config.yaml")
     shards = ShardSet(runs.data / "val")
     network = build_model(config.model, 32, 10).eval()
@@ -328,7 +328,7 @@ def images_of(section: Node) -> dict[str, Image.Image]:
     return found
 
 
-def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_images: Path) -> None:
+def test_input_pictures_are_shown_only_with_samples(runs: Runs, digit_images: Path) -> None:
     maps = images_of(runs.page.section("inside-the-network"))
     keys = {alt.partition(" of ")[2] for alt in maps}
     assert {alt.partition(" of ")[0] for alt in maps} == {f"stage {number}" for number in (1, 2, 3, 4)}
@@ -343,7 +343,7 @@ def test_pictures_show_stages_and_inputs_only_where_asked(runs: Runs, digit_imag
     assert ATTRIBUTION in section.all("p", "note")[0].text
 
 
-def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> None:
+def test_attribution_is_shown_beside_sample_pictures(runs: Runs, tmp_path: Path) -> None:
     note = runs.data / "val" / ATTRIBUTION
     note.write_text(f"UCI digits {HOSTILE}, CC BY 4.0\n")
     try:
@@ -354,7 +354,7 @@ def test_attribution_is_quoted_beside_pictures(runs: Runs, tmp_path: Path) -> No
     assert f"UCI digits {HOSTILE}, CC BY 4.0" in text
 
 
-def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_validation_set_is_sampled_evenly(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examine_model, "MOST_SAMPLES", 100)
     section = parse(report_page.write_report(runs.finished, tmp_path / "page.html")).section("classes")
     cells = [counts_of(row) for row in section.all("table", "matrix")[0].all("tr")[1:]]
@@ -362,7 +362,7 @@ def test_a_large_data_set_is_sampled_from_all_over(runs: Runs, tmp_path: Path, m
     assert "of 360 samples, spread over the set" in section.text
 
 
-def test_a_killed_run(runs: Runs) -> None:
+def test_report_of_a_killed_run_shows_it_as_running(runs: Runs) -> None:
     made = parse(report_page.write_report(runs.killed, model=False))
     assert made.all("span", "status")[0].text == "running"
     assert "before this page was made" in made.all("header")[0].text
@@ -425,7 +425,7 @@ def spoil_data(folder: Path) -> None:
     "spoil",
     [spoil_lines, spoil_values, spoil_documents, spoil_types, spoil_all, spoil_checkpoints, spoil_data],
 )
-def test_nothing_in_a_folder_is_in_the_way(copy: Path, spoil: Callable[[Path], None]) -> None:
+def test_report_is_written_despite_damaged_run_files(copy: Path, spoil: Callable[[Path], None]) -> None:
     spoil(copy)
     made = parse(report_page.write_report(copy))
     assert [section.attributes["id"] for section in made.all("section")] == SECTIONS
@@ -455,7 +455,7 @@ def write_profile(folder: Path, text: str) -> None:
     (folder / "profile" / "profile.json").write_text(text)
 
 
-def test_a_profile_has_a_section(copy: Path) -> None:
+def test_report_has_a_section_for_the_profile(copy: Path) -> None:
     write_profile(copy, json.dumps(PROFILE))
     made = parse(report_page.write_report(copy, model=False))
     section = made.section("where-a-step-s-time-goes")
@@ -480,7 +480,7 @@ def test_a_profile_has_a_section(copy: Path) -> None:
         ('{"phases": {"forward": 3}, "kinds": 7}', True, True),
     ],
 )
-def test_a_strange_profile_is_not_in_the_way(copy: Path, text: str, is_object: bool, is_shown: bool) -> None:
+def test_report_is_written_despite_an_invalid_profile(copy: Path, text: str, is_object: bool, is_shown: bool) -> None:
     write_profile(copy, text)
     made = parse(report_page.write_report(copy, model=False))
     sections = [section.attributes["id"] for section in made.all("section")]
@@ -489,14 +489,14 @@ def test_a_strange_profile_is_not_in_the_way(copy: Path, text: str, is_object: b
     assert ("profile/profile.json: is not a JSON object" in made.text) != is_object
 
 
-def test_other_validation_data_is_not_scored(runs: Runs, copy: Path) -> None:
+def test_changed_validation_data_is_not_scored(runs: Runs, copy: Path) -> None:
     record = json.loads((copy / "run.json").read_text())
     record["inputs"][1]["digest"] = "0" * 64
     (copy / "run.json").write_text(json.dumps(record))
     assert "is another data set now" in parse(report_page.write_report(copy)).section("classes").text
 
 
-def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
+def test_names_are_escaped_in_html(copy: Path, tmp_path: Path) -> None:
     record = json.loads((copy / "run.json").read_text())
     record["name"], record["tags"]["note"], record["tags"]["mlflow.source.git.commit"] = HOSTILE, HOSTILE, HOSTILE
     (copy / "run.json").write_text(json.dumps(record))
@@ -534,7 +534,7 @@ def test_names_are_no_markup(copy: Path, tmp_path: Path) -> None:
     assert HOSTILE in (made.section("inside-the-network").all("img")[0].attributes["alt"] or "")
 
 
-def test_secrets_stay_in_the_folder(copy: Path) -> None:
+def test_report_masks_secrets(copy: Path) -> None:
     tree = yaml.safe_load((copy / "config.yaml").read_text())
     tree["engine"]["deepspeed"] = {"api_key": "hush-1"}
     tree["handoff"] = [{"config": "a.yaml", "set": ["x.token=hush-2"], "gate": {}}]
@@ -552,7 +552,7 @@ def test_secrets_stay_in_the_folder(copy: Path) -> None:
     assert "hush" not in text
 
 
-def test_a_hundred_thousand_readings(copy: Path) -> None:
+def test_report_of_100000_steps_is_fast_and_small(copy: Path) -> None:
     rng = np.random.default_rng(0)
     loss, began = rng.normal(2, 0.3, 100_000), time.time() - 300_000
     with (copy / "metrics.jsonl").open("w") as file:
@@ -570,7 +570,7 @@ def test_a_hundred_thousand_readings(copy: Path) -> None:
     assert tiles(parse(made))["training loss"] == loss[-1]
 
 
-def test_thinned_lines_keep_their_extremes() -> None:
+def test_thinned_curves_keep_their_extremes() -> None:
     values = np.random.default_rng(0).normal(size=100_000)
     values[[7, 500]] = np.nan
     steps, means, lows, highs = plots.thin(plots.Line(np.arange(100_000.0), values, "", False))
@@ -580,7 +580,7 @@ def test_thinned_lines_keep_their_extremes() -> None:
     assert (np.diff(steps) > 0).all()
 
 
-def test_an_outlier_is_cut_off_and_named() -> None:
+def test_chart_outlier_is_clipped_and_noted() -> None:
     values = np.array([*np.linspace(2, 1, 40), 500.0])
     chart = plots.draw_chart("Loss", [plots.Line(np.arange(41.0), values, "", False)])
     assert chart.notes == ["Beyond the axis: up to 500."]
@@ -591,7 +591,7 @@ def test_an_outlier_is_cut_off_and_named() -> None:
     assert "var(--s0)" in chart.svg
 
 
-def test_a_thousand_classes(runs: Runs, tmp_path: Path) -> None:
+def test_report_of_1000_classes_omits_the_confusion_matrix(runs: Runs, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     matrix = np.diag(rng.integers(1, 40, 1000))
     matrix[7, 900] = 50
@@ -689,7 +689,7 @@ def segmentation(tmp_path_factory: pytest.TempPathFactory) -> SegmentationRun:
     return SegmentationRun(tmp_path_factory.mktemp("segmentation"))
 
 
-def test_overlaps_and_confusions_of_pixels_are_scikit_learns(segmentation: SegmentationRun) -> None:
+def test_iou_and_pixel_confusion_match_scikit_learn(segmentation: SegmentationRun) -> None:
     made = parse(report_page.write_report(segmentation.folder))
     section, names = made.section("classes"), segmentation.shards.classes
     truth, guesses = segmentation.pixels()
@@ -718,7 +718,7 @@ def test_overlaps_and_confusions_of_pixels_are_scikit_learns(segmentation: Segme
     assert pair[2].value == wrong.max() == wrong[names.index(pair[0].text), names.index(pair[1].text)]
 
 
-def test_a_segmentation_runs_numbers_are_shares_of_its_own_metric(segmentation: SegmentationRun) -> None:
+def test_segmentation_report_shows_miou_as_percentages(segmentation: SegmentationRun) -> None:
     made = parse(report_page.write_report(segmentation.folder, model=False))
     assert (tiles(made)["best mIoU"], tiles(made)["last mIoU"]) == (0.1234, 0.1234)
     assert "12.34 %" in made.all("div", "tiles")[0].text
@@ -731,7 +731,7 @@ def test_a_segmentation_runs_numbers_are_shares_of_its_own_metric(segmentation: 
     assert "top1" not in "".join(node.text for node in made.all("section"))
 
 
-def test_maps_are_shown_only_where_asked(segmentation: SegmentationRun, tmp_path: Path) -> None:
+def test_segmentation_maps_are_shown_only_with_samples(segmentation: SegmentationRun, tmp_path: Path) -> None:
     section = parse(report_page.write_report(segmentation.folder)).section("inside-the-network")
     assert {alt.partition(" of ")[0] for alt in images_of(section)} == {f"stage {number}" for number in (1, 2, 3, 4)}
     assert not section.all("ul", "legend")
@@ -759,7 +759,7 @@ def test_maps_are_shown_only_where_asked(segmentation: SegmentationRun, tmp_path
     assert "photographs by somebody" in section.all("p", "note")[0].text
 
 
-def test_a_comparison(runs: Runs, copy: Path, tmp_path: Path) -> None:
+def test_comparison_shows_differing_settings_results_and_curves(runs: Runs, copy: Path, tmp_path: Path) -> None:
     text = (
         (copy / "config.yaml").read_text().replace("name: tiny", "name: other", 1).replace("lr: 0.001", "lr: 0.002", 1)
     )
@@ -786,7 +786,7 @@ def test_a_comparison(runs: Runs, copy: Path, tmp_path: Path) -> None:
     assert drawn == [True, True, False]
 
 
-def test_two_at_once_and_nothing_else_written(runs: Runs, tmp_path: Path) -> None:
+def test_concurrent_reports_write_only_the_output_file(runs: Runs, tmp_path: Path) -> None:
     def snapshot() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in runs.finished.rglob("*")}
 
@@ -812,7 +812,7 @@ def test_two_at_once_and_nothing_else_written(runs: Runs, tmp_path: Path) -> Non
     assert snapshot() == before
 
 
-def test_the_command(runs: Runs, tmp_path: Path) -> None:
+def test_report_command_writes_the_page(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     command = [sys.executable, "launch/report.py", str(runs.finished), "--out", str(out), "--no-model"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -822,7 +822,7 @@ def test_the_command(runs: Runs, tmp_path: Path) -> None:
     assert "--no-model" in parse(out).section("classes").text
 
 
-def test_wrong_use_is_refused(runs: Runs, tmp_path: Path) -> None:
+def test_report_rejects_missing_run_or_unwritable_output(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such folder: give the folder of a run"):
         report_page.write_report(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"holds none of run\.json"):
@@ -833,7 +833,7 @@ def test_wrong_use_is_refused(runs: Runs, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
-def test_help_imports_nothing_slow() -> None:
+def test_report_command_does_not_import_heavy_packages() -> None:
     code = "import sys, pipeline.commands.report; print({'torch', 'mlflow', 'matplotlib', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -63,7 +63,7 @@ def texts(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_revision_is_the_commit_and_whether_the_code_differs_from_it(checkout: Path) -> None:
+def test_code_revision_is_the_commit_and_a_dirty_flag(checkout: Path) -> None:
     head = git(checkout, "rev-parse", "HEAD").strip()
     (checkout / "docs/page.md").write_text("other\n")
     (checkout / "pipeline/a.log").touch()
@@ -76,7 +76,7 @@ def test_the_revision_is_the_commit_and_whether_the_code_differs_from_it(checkou
     assert "+step = 2" in read_uncommitted()
 
 
-def test_a_snapshot_is_the_code_as_it_is(checkout: Path, tmp_path: Path) -> None:
+def test_snapshot_copies_the_working_tree_and_its_revision(checkout: Path, tmp_path: Path) -> None:
     (checkout / "pipeline/gone.py").unlink()
     (checkout / "pipeline/loop.py").write_text("step = 2\n")
     (checkout / "pipeline/new.py").write_text("new = 1\n")
@@ -92,7 +92,7 @@ def test_a_snapshot_is_the_code_as_it_is(checkout: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("diff", [False, True])
-def test_code_in_a_snapshot_answers_as_the_checkout_did(
+def test_code_revision_in_a_snapshot_matches_the_checkout(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, diff: bool
 ) -> None:
     (checkout / "pipeline/loop.py").write_text("step = 2\n")
@@ -111,7 +111,7 @@ def test_code_in_a_snapshot_answers_as_the_checkout_did(
     assert texts(again) == texts(copy)
 
 
-def test_a_snapshot_replaces_the_one_before(checkout: Path, tmp_path: Path) -> None:
+def test_snapshot_replaces_a_previous_one(checkout: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     snapshot(copy)
     left = [copy.with_name(".copy.partial") / "pvt/left.py", copy.with_name(".copy.old") / "pvt/left.py"]
@@ -125,7 +125,7 @@ def test_a_snapshot_replaces_the_one_before(checkout: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("where", ["no checkout", "a checkout of something else", "a checkout without a commit"])
-def test_outside_a_checkout_nothing_is_known_of_the_code(folder: Path, tmp_path: Path, where: str) -> None:
+def test_code_revision_is_empty_outside_a_checkout(folder: Path, tmp_path: Path, where: str) -> None:
     if where == "a checkout of something else":
         (tmp_path / "other.txt").touch()
         git(tmp_path, "init", "-q")
@@ -141,7 +141,7 @@ def test_outside_a_checkout_nothing_is_known_of_the_code(folder: Path, tmp_path:
     assert json.loads((tmp_path / "copy/revision.json").read_text()) == {}
 
 
-def test_this_very_code_runs_from_a_snapshot(tmp_path: Path) -> None:
+def test_code_runs_from_a_snapshot(tmp_path: Path) -> None:
     snapshot(tmp_path / "copy")
     code = "import json, pipeline.track.code_version as r; print(json.dumps([r.__file__, r.code_revision()]))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "copy")}

@@ -24,13 +24,13 @@ ROWS, WIDTH = 6, 4
         (lambda x: x.add_(1), 2 * ROWS * WIDTH),
     ],
 )
-def test_views_move_nothing(operation: Callable[[Tensor], object], numbers: int) -> None:
+def test_views_move_no_bytes_and_copies_are_counted(operation: Callable[[Tensor], object], numbers: int) -> None:
     with Moved() as moved:
         operation(torch.ones(ROWS, WIDTH))
     assert moved.bytes == 4 * (numbers + ROWS * WIDTH)  # torch.ones writes it
 
 
-def test_a_linear_layer_reads_its_operands_and_writes_its_result() -> None:
+def test_linear_layer_bytes_are_operands_plus_result() -> None:
     layer, tokens = nn.Linear(WIDTH, 8, bias=False), torch.ones(2, 3, WIDTH)
     with Moved() as moved, torch.no_grad():
         layer(tokens)

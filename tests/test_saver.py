@@ -14,7 +14,7 @@ from pipeline.world import World
 from tests.conftest import run_ranks, write_config
 
 
-def test_a_snapshot_is_a_safetensors_file() -> None:
+def test_snapshot_is_a_valid_safetensors_file() -> None:
     torch.manual_seed(0)
     flat, square = torch.randn(40), torch.randn(6, 6)
     tensors = {
@@ -55,13 +55,15 @@ def test_a_snapshot_is_a_safetensors_file() -> None:
         (Retention(last=1, best=0, grid=10), 100, {100}),
     ],
 )
-def test_what_is_kept(retention: Retention, safe_step: int, kept: set[int]) -> None:
+def test_retention_keeps_last_best_periodic_and_rollback_checkpoints(
+    retention: Retention, safe_step: int, kept: set[int]
+) -> None:
     scores: dict[int, float | None] = dict.fromkeys([0, *range(10, 101, 10), 45], None)
     scores |= {30: 0.7, 50: 0.8, 70: 0.7}  # of equals the older one is the better
     assert retention.kept(scores, safe_step) == kept
 
 
-def test_a_checkpoint_with_a_score_that_is_not_finite_is_not_kept_as_the_best(tmp_path: Path) -> None:
+def test_checkpoint_with_non_finite_score_is_not_kept_as_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, World(), {})
     for step, top1, val_loss in ((1, 0.5, 1.0), (2, 0.9, math.nan), (3, math.nan, 1.0), (4, 0.4, 1.0), (5, 0.3, 1.0)):
         state = State(step=step, scores={"top1": top1, "val_loss": val_loss}, scored_step=step)
@@ -72,7 +74,7 @@ def test_a_checkpoint_with_a_score_that_is_not_finite_is_not_kept_as_the_best(tm
     assert checkpoints.steps() == [1, 5]
 
 
-def test_saves_by_the_clock_leave_the_regular_grid_alone(digits: Path, tmp_path: Path) -> None:
+def test_saves_by_the_clock_keep_the_rollback_checkpoint(digits: Path, tmp_path: Path) -> None:
     path = write_config(digits, tmp_path)
     overrides = "train.save_every=8 steps,checkpoint.every_minutes=1e-9,checkpoint.keep_last=2,data.val=null"
     run_ranks(2, "faulty", path, json.dumps({14: "kill"}), overrides)

@@ -62,18 +62,18 @@ def pieces(**more: Any) -> Pieces:
 @pytest.mark.parametrize(
     ("kind", "seconds"), [("all_reduce", 12.0 + 6 * 0.5), ("all_gather", 6.0 + 3 * 0.5), ("reduce_scatter", 7.5)]
 )
-def test_ring_on_four_ranks(kind: str, seconds: float) -> None:
+def test_ring_collective_time_on_four_ranks(kind: str, seconds: float) -> None:
     # Each rank sends three quarters of the tensor, twice for an all-reduce: 2 · ¾ · 800 B / (100 B/s) = 12 s.
     assert collective_s(Call(kind, 800), 4, hardware(Link(0.5, 100.0))) == pytest.approx(seconds)
 
 
-def test_nodes_exchange_an_eighth_each() -> None:
+def test_hierarchical_all_gather_time_across_nodes() -> None:
     # Inside: ⅞ · 800 / 100 = 7 s and 7 hops. Between four nodes: ¾ · 100 / 10 = 7.5 s and 3 hops.
     told = hardware(Link(0.1, 100.0), Link(1.0, 10.0), call_s=0.01)
     assert collective_s(Call("all_gather", 800), 32, told) == pytest.approx(0.01 + 7 + 0.7 + 7.5 + 3)
 
 
-def test_all_reduce_takes_a_tree_where_that_is_quicker() -> None:
+def test_all_reduce_uses_a_tree_where_faster() -> None:
     link = Link(1.0, 10.0)
     assert tree_s(100.0, 1, link) == 0
     assert tree_s(100.0, 8, link) == pytest.approx(2 * (8.5 / 4 * 3 + 10))
@@ -82,26 +82,26 @@ def test_all_reduce_takes_a_tree_where_that_is_quicker() -> None:
     assert collective_s(Call("all_reduce", 8), 8 * 2, free) == pytest.approx(2 * (1.0 + 0.05))  # a ring
 
 
-def test_expected_maximum_of_normals() -> None:
+def test_expected_max_of_normal_draws() -> None:
     exact = {1: 0.0, 2: 1 / math.sqrt(math.pi), 3: 1.5 / math.sqrt(math.pi)}
     assert {draws: expected_max(draws) for draws in exact} == pytest.approx(exact, abs=1e-7)
     drawn = np.random.default_rng(0).standard_normal((20_000, 64)).max(axis=1)
     assert expected_max(64) == pytest.approx(drawn.mean(), abs=4 * drawn.std() / math.sqrt(len(drawn)))
 
 
-def test_queue_and_stall() -> None:
+def test_queued_and_stalled_times() -> None:
     assert queued_s([1.0, 1.5, 4.0], [1.0, 1.0, 0.5]) == 4.5  # the second waits for the first, the third is free to go
     assert stalled_s([1.0, 2.0], [0.5, 1.0]) == 0
     assert stalled_s([0.5, 0.6], [1.0, 1.0]) == pytest.approx(1.4)
     assert stalled_s([], []) == 0
 
 
-def test_buckets_are_sent_when_the_next_gradient_does_not_fit() -> None:
+def test_gradient_bucket_is_sent_when_the_next_does_not_fit() -> None:
     gradients = [Weight(3, 0.1), Weight(7, 0.3), Weight(5, 0.6), Weight(12, 0.8), Weight(1, 0.9)]
     assert buckets(gradients, 10) == [Weight(10, 0.3), Weight(5, 0.6), Weight(12, 0.8), Weight(1, 1.0)]
 
 
-def test_calls_by_stage() -> None:
+def test_collective_calls_by_zero_stage() -> None:
     def calls(setting: Setting) -> list[Call]:
         return list(traffic(NETWORK, setting, 16).calls)
 
@@ -119,7 +119,7 @@ def test_calls_by_stage() -> None:
     assert calls(Setting(3)) == [*whole, loss, *scattered, *norms]
 
 
-def test_only_what_sticks_out_of_backward_costs() -> None:
+def test_communication_overlapping_backward_is_free() -> None:
     told = hardware(Link(0.0, 100.0 * MILLION))
     fit = pieces(hardware=told)
     alone = {True: Setting(2, overlap_comm=True), False: Setting(2)}
@@ -136,12 +136,12 @@ def test_only_what_sticks_out_of_backward_costs() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_one_rank_waits_for_nobody(setting: Setting) -> None:
+def test_single_rank_step_is_computing_only(setting: Setting) -> None:
     alone = step(pieces(jitter=0.1, hardware=hardware(Link(1.0, 1.0))), NETWORK, setting, 1)
     assert alone.total_s == alone.computing_s == 3.4
 
 
-def test_parts_of_a_step() -> None:
+def test_step_time_is_split_into_parts() -> None:
     copied = dataclasses.replace(hardware(FREE), copy_s_per_byte=1 / NETWORK.num_bytes)
     base = pieces(hardware=copied, hook_s=0.01, jitter=0.1, batch=100, feed=10.0, stall_s=0.5, save_every_s=10.0)
     two = step(base, NETWORK, Setting(1), 2)
@@ -155,7 +155,7 @@ def test_parts_of_a_step() -> None:
     assert step(dataclasses.replace(base, feed=20.0), NETWORK, Setting(1), 2).data_s == 0
 
 
-def test_a_gpu_waits_for_its_host() -> None:
+def test_gpu_waits_for_a_slow_host() -> None:
     for host_s, waited_s in ((1.0, 0.0), (5.0, 1.6)):  # beside 3.4 s of computing
         slow = step(pieces(host_s=host_s), NETWORK, Setting(0), 1)
         assert slow.host_s == pytest.approx(waited_s)
@@ -165,7 +165,7 @@ def test_a_gpu_waits_for_its_host() -> None:
     assert step(pieces(host_s=5.0, batch=120, feed=20.0), NETWORK, Setting(0), 1).data_s == pytest.approx(1.0)
 
 
-def test_constants_are_deepspeeds_and_ours() -> None:
+def test_model_constants_match_deepspeed_config() -> None:
     for stage in (1, 2, 3):
         setting = SETTINGS[f"ZeRO-{stage}"]
         # As a configuration that says no more than the stage.
@@ -180,7 +180,7 @@ def test_constants_are_deepspeeds_and_ours() -> None:
             assert zero.param_persistence_threshold == setting.persistent_elements
 
 
-def test_network_is_the_models() -> None:
+def test_network_description_matches_the_model() -> None:
     found = scaling.network_of(SMALL.config(), 10)
     model = network.build(ClassificationConfig(), ModelConfig(name="pvt_pico"), 32, 10)
     sizes = sorted(weight.numel() for weight in model.parameters())
@@ -192,7 +192,7 @@ def test_network_is_the_models() -> None:
     assert 0.99 < begins[-1] < 1  # the classifier
 
 
-def test_calls_and_copies_are_deepspeeds() -> None:
+def test_modelled_calls_and_copies_match_deepspeed() -> None:
     [found] = run_ranks(2, "scaling")
     model = scaling.network_of(SMALL.config(), 10)
     for name, counted in found.items():
@@ -203,7 +203,7 @@ def test_calls_and_copies_are_deepspeeds() -> None:
         assert counted["copied"] / model.num_bytes == pytest.approx(passes(model, SETTINGS[name], 2), abs=0.1), name
 
 
-def test_pieces_are_told_from_readings() -> None:
+def test_links_and_jitter_are_fitted_from_measurements() -> None:
     links = {"all_reduce": Link(1e-4, 2e9), "all_gather": Link(3e-4, 1e9), "reduce_scatter": Link(2e-4, 5e8)}
     gloo = Hardware(links, links, 2, 0.0)
     exact = {
@@ -220,7 +220,7 @@ def test_pieces_are_told_from_readings() -> None:
     assert scaling.jitter_of(drawn[:1]) == 0
 
 
-def test_check_of_steps_that_are_as_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_reports_no_error_for_steps_as_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
     links = {kind: Link(1e-3, 1e9) for kind in RING_PASSES}
     model, small = (scaling.network_of(case.config(), 10) for case in (CHECKED, SMALL))
     copy_s_per_byte, hook_s = 1e-9, 2e-4
@@ -249,7 +249,9 @@ def test_check_of_steps_that_are_as_modelled(monkeypatch: pytest.MonkeyPatch) ->
     assert all(of["modelled"] == of["counted"] for of in checked["traffic"].values())
 
 
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_command_writes_table_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--feed", "1e6", "--host-ms", "0", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["scaling", "--no-check", *given])
     result = scaling.main()
@@ -262,7 +264,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert 0 < values[-1] < values[0] < 1, name
 
 
-def test_small_batches_wait_for_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batch_step_time_is_host_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = {}
     for batch in (16, 128):
         monkeypatch.setattr("sys.argv", ["scaling", "--no-check", "--batch", str(batch), "--out", str(tmp_path)])
@@ -271,7 +273,7 @@ def test_small_batches_wait_for_the_host(tmp_path: Path, monkeypatch: pytest.Mon
     assert steps == pytest.approx(dict.fromkeys(steps, 60.0), rel=1e-3)
 
 
-def test_configurations_that_are_not_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_configuration_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = tmp_path / "odd.yaml"
     odd.write_text(scaling.CONFIG.read_text().replace("size: 1024", "size: 1020").replace("lanes: 64", "lanes: 2"))
     for path, told in ((odd, "not a multiple of a node's 8"), ("configs/finetune/detr_tiny.yaml", "only steps of")):
@@ -291,7 +293,7 @@ def test_configurations_that_are_not_scaled(tmp_path: Path, monkeypatch: pytest.
         (["--feed", "nan"], "--feed is a number above 0, found nan"),
     ],
 )
-def test_wrong_arguments(
+def test_invalid_arguments_are_rejected(
     wrong: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["scaling", "--no-check", *wrong])

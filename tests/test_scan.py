@@ -163,7 +163,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("long", [0, 150, 300], ids=lambda long: f"names of {long}" if long else "short names")
 @pytest.mark.parametrize("writer", WRITERS)
-def test_tars_of_other_writers_are_read_as_they_are(tmp_path: Path, writer: str, long: int) -> None:
+def test_tars_of_other_writers_are_indexed_unchanged(tmp_path: Path, writer: str, long: int) -> None:
     if long == 300 and "ustar" in writer:
         pytest.skip("beyond what the format holds")
     wanted = samples(long)
@@ -181,7 +181,7 @@ def test_tars_of_other_writers_are_read_as_they_are(tmp_path: Path, writer: str,
     assert (root / "data.tar").read_bytes() == before
 
 
-def test_tar_of_a_folder_sorted_by_name(tmp_path: Path) -> None:
+def test_tar_of_a_folder_with_dot_slash_names_is_indexed(tmp_path: Path) -> None:
     """As people pack a tree: names begin with ./ and folders are members."""
     wanted = samples()
     write_tree(tmp_path / "tree", wanted)
@@ -195,7 +195,7 @@ def test_tar_of_a_folder_sorted_by_name(tmp_path: Path) -> None:
 
 # webdataset leaves closing its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_shards_of_webdatasets_shardwriter(tmp_path: Path) -> None:
+def test_webdataset_shard_writer_tars_are_indexed(tmp_path: Path) -> None:
     wanted = samples()
     pattern = str(tmp_path / "data-%04d.tar")
     with webdataset.ShardWriter(pattern, maxcount=5, verbose=0) as sink:  # pyright: ignore[reportAttributeAccessIssue]
@@ -209,7 +209,7 @@ def test_shards_of_webdatasets_shardwriter(tmp_path: Path) -> None:
     assert contents(tmp_path) == expected(wanted)
 
 
-def test_shards_of_img2dataset(tmp_path: Path) -> None:
+def test_img2dataset_tars_are_indexed_by_json_field(tmp_path: Path) -> None:
     """Flat numbered keys with .jpg, .txt and .json, in the order and with the fields that version 1.47 writes."""
     wanted = [dataclasses.replace(sample, key=f"00000{i:04d}") for i, sample in enumerate(samples())]
     parts = []
@@ -246,7 +246,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(PATHS, st.integers(0, 1500)), max_size=5), st.sampled_from(sorted(FORMATS)))
-def test_members_are_those_that_tarfile_finds(wanted: list[tuple[str, int]], format: str) -> None:
+def test_tar_members_match_tarfile(wanted: list[tuple[str, int]], format: str) -> None:
     try:
         data = tar_of([Member(name, b"x" * size) for name, size in wanted], FORMATS[format])
     except ValueError:
@@ -259,7 +259,7 @@ def test_members_are_those_that_tarfile_finds(wanted: list[tuple[str, int]], for
     assert [name for name, *_ in ours] == [name for name, _ in wanted]
 
 
-def test_global_pax_headers_and_sparse_files(tmp_path: Path) -> None:
+def test_global_pax_headers_and_sparse_files_match_tarfile(tmp_path: Path) -> None:
     """A sparse file of so many pieces that their list goes on behind its header."""
     with (tmp_path / "holes").open("wb") as file:
         for piece in range(30):
@@ -283,7 +283,7 @@ def test_global_pax_headers_and_sparse_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.XGLTYPE, tarfile.XHDTYPE])
-def test_headers_without_end_take_no_memory(kind: bytes) -> None:
+def test_huge_pax_headers_use_bounded_memory(kind: bytes) -> None:
     """A hundred PAX headers of a thousand keys each, of which none is used."""
 
     def stream() -> Iterator[bytes]:
@@ -303,7 +303,7 @@ def test_headers_without_end_take_no_memory(kind: bytes) -> None:
     tracemalloc.stop()
 
 
-def test_a_label_of_many_bytes_is_refused(tmp_path: Path) -> None:
+def test_oversized_label_part_is_reported(tmp_path: Path) -> None:
     parts = [Member("a.jpg", image_bytes(0)), Member("a.json", b'{"label": 1, "x": [' + b"{}," * 2_000_000 + b"{}]}")]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
     _, (fault,) = index_tars(str(tmp_path), labels="json:label")
@@ -312,7 +312,7 @@ def test_a_label_of_many_bytes_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_no_damage_makes_the_reader_fail_otherwise_than_it_says(data: st.DataObject) -> None:
+def test_damaged_tar_raises_only_tar_error(data: st.DataObject) -> None:
     parts = [Member("a" * 120 + "é", b"1" * 700), Member("b", b"2" * 20, pax={"comment": "hello"}), Member("c")]
     tar = bytearray(tar_of(parts, data.draw(st.sampled_from(sorted(FORMATS.values())[1:]))))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -362,7 +362,7 @@ def found(root: Path) -> list[str]:
         (["dog", "7", "cat"], "json", ["7", "cat", "dog"], ["dog", "7", "cat"]),
     ],
 )
-def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, classes: list, names: list) -> None:
+def test_labels_may_be_numbers_or_names(tmp_path: Path, labels: list, part: str, classes: list, names: list) -> None:
     labelled(tmp_path / "root", labels, part)
     manifest, faults = index_tars(str(tmp_path / "root"), labels="json:label" if part == "json" else "cls")
     assert faults == []
@@ -387,7 +387,7 @@ def test_labels_are_numbers_or_names(tmp_path: Path, labels: list, part: str, cl
         ([0, 1, "1, 5,7"], "json", "label '1, 5,7' is several numbers; a sample has one class"),
     ],
 )
-def test_odd_labels_are_faults(tmp_path: Path, labels: list, part: str, reason: str) -> None:
+def test_invalid_labels_are_reported(tmp_path: Path, labels: list, part: str, reason: str) -> None:
     labelled(tmp_path / "root", labels, part)
     source = "json:label" if part == "json" else "cls"
     manifest, faults = index_tars(str(tmp_path / "root"), labels=source)
@@ -397,7 +397,7 @@ def test_odd_labels_are_faults(tmp_path: Path, labels: list, part: str, reason: 
     assert found(tmp_path / "root") == ["0", "1"]
 
 
-def test_classes_of_another_data_set(tmp_path: Path) -> None:
+def test_labels_outside_the_given_classes_are_reported(tmp_path: Path) -> None:
     labelled(tmp_path / "names", ["cat", "dog", "cow"])
     _, faults = index_tars(str(tmp_path / "names"), classes=["ant", "cat", "dog"], skip_bad=True)
     assert faults == [SampleFault("data.tar", "2", "label 'cow' is none of the 3 classes")]
@@ -408,13 +408,13 @@ def test_classes_of_another_data_set(tmp_path: Path) -> None:
     assert found(tmp_path / "numbers") == ["ant", "cat"]
 
 
-def test_numbers_are_names_where_the_classes_are_called_by_numbers(tmp_path: Path) -> None:
+def test_numeric_labels_match_numeric_class_names(tmp_path: Path) -> None:
     labelled(tmp_path / "root", [10, "02", 9])
     index_tars(str(tmp_path / "root"), classes=["2", "9", "10"])
     assert found(tmp_path / "root") == ["10", "2", "9"]
 
 
-def test_labels_that_count_from_one_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_counting_from_one_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled(tmp_path / "zero", [0, 1, 2])
     index_tars(str(tmp_path / "zero"))
     assert "count from 1" not in capsys.readouterr().err
@@ -433,7 +433,7 @@ def test_labels_that_count_from_one_are_noticed(tmp_path: Path, capsys: pytest.C
 # Where things are written
 
 
-def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_index_can_be_written_to_another_folder(tmp_path: Path) -> None:
     root = tmp_path / "root"
     labelled(root, [0, 1])
     (root / "part\\2.tar").write_bytes(b"")
@@ -457,7 +457,7 @@ def test_indices_may_lie_elsewhere(tmp_path: Path) -> None:
 SHARD_NAMES = ["part 2/spaced name.tar", "a+b.tar", "データ/été(1).tar", "100%&#?.tar", "-.tar"]
 
 
-def test_shards_have_names_in_any_script(tmp_path: Path) -> None:
+def test_shard_names_in_any_script_are_indexed(tmp_path: Path) -> None:
     """And each its own keys: the same key may stand in several."""
     root, out = tmp_path / "root", tmp_path / "out"
     for number, name in enumerate(SHARD_NAMES):
@@ -488,7 +488,7 @@ def test_links_to_folders_of_tars_are_followed(tmp_path: Path, capsys: pytest.Ca
     assert "repeat others" not in capsys.readouterr().err
 
 
-def test_tars_that_repeat_others_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicate_tars_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled(tmp_path, [0, 1])
     shutil.copy(tmp_path / "data.tar", tmp_path / "copy.tar")
     manifest, faults = index_tars(str(tmp_path))
@@ -499,7 +499,7 @@ def test_tars_that_repeat_others_are_noticed(tmp_path: Path, capsys: pytest.Capt
     assert warning in capsys.readouterr().err.splitlines()
 
 
-def test_what_was_found_used_refused_and_ignored_is_reported(
+def test_found_usable_refused_and_ignored_files_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = [Member("0.jpg", image_bytes(0)), Member("0.cls", b"0"), Member("0.txt", b"a photo")]
@@ -521,7 +521,7 @@ def test_what_was_found_used_refused_and_ignored_is_reported(
     assert [line for line in lines if line.startswith("ignored 2 hidden and system entries")]
 
 
-def test_with_faults_nothing_is_written(tmp_path: Path) -> None:
+def test_index_with_faults_writes_nothing(tmp_path: Path) -> None:
     labelled(tmp_path, [0, 1])
     (tmp_path / "empty.tar").touch()
     before = listing(tmp_path)
@@ -531,7 +531,7 @@ def test_with_faults_nothing_is_written(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-def test_an_index_is_not_made_over_another(tmp_path: Path) -> None:
+def test_existing_index_is_not_overwritten(tmp_path: Path) -> None:
     labelled(tmp_path, [0, 1])
     index_tars(str(tmp_path))
     with pytest.raises(InputError, match="there is an index already; remove this file"):
@@ -568,7 +568,7 @@ def no_labels(root: Path) -> None:
         (no_labels, "no label can be seen in the first sample, 'x' with parts jpg, txt: give --labels json:FIELD"),
     ],
 )
-def test_what_cannot_be_indexed_at_all_is_refused(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+def test_unindexable_folder_is_rejected(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
     make(tmp_path / "root")
     with pytest.raises(InputError) as error:
         index_tars(str(tmp_path / "root"), skip_bad=True)
@@ -576,7 +576,7 @@ def test_what_cannot_be_indexed_at_all_is_refused(tmp_path: Path, make: Callable
 
 
 @pytest.mark.parametrize("data", ["[1, 2]", "5", "null", "[" * 100_000, "hello", "\xff"])
-def test_labels_that_cannot_be_read_are_one_error(tmp_path: Path, data: str) -> None:
+def test_unreadable_json_labels_are_reported(tmp_path: Path, data: str) -> None:
     """By auto as by a field: a .json part may hold anything."""
     parts = [Member("0.jpg", image_bytes(0)), Member("0.json", data.encode("latin-1"))]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
@@ -588,14 +588,14 @@ def test_labels_that_cannot_be_read_are_one_error(tmp_path: Path, data: str) -> 
 
 
 @pytest.mark.parametrize("labels", ["json", "json:", "class", ""])
-def test_other_places_of_labels_are_refused(tmp_path: Path, labels: str) -> None:
+def test_unknown_label_source_is_rejected(tmp_path: Path, labels: str) -> None:
     labelled(tmp_path, [0, 1])
     with pytest.raises(InputError, match="expected auto, cls, folder or json:FIELD"):
         index_tars(str(tmp_path), labels=labels)
 
 
 @pytest.mark.usefixtures("private_cache")
-def test_tars_by_pattern_from_a_web_server(tmp_path: Path) -> None:
+def test_tars_by_pattern_from_a_web_server_are_indexed(tmp_path: Path) -> None:
     """HTTP has no listing, so a pattern names the tars. One of them is missing."""
     wanted = samples()
     for number in range(4):
@@ -615,7 +615,7 @@ def test_tars_by_pattern_from_a_web_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("private_cache")
-def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_query_of_signed_urls_is_used_and_kept_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their query is sent as it is, and shown nowhere. A file that only its owner may read keeps it for training."""
     tars, out = tmp_path / "tars", tmp_path / "out"
     tars.mkdir()
@@ -650,7 +650,7 @@ def test_signed_urls_of_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("private_cache")
-def test_tars_of_an_object_store(tmp_path: Path) -> None:
+def test_tars_of_an_object_store_are_indexed(tmp_path: Path) -> None:
     wanted = samples()
     with_tarfile(tarfile.GNU_FORMAT)(tmp_path, tmp_path / "data.tar", wanted)
     fs = fsspec.filesystem("memory")
@@ -664,7 +664,7 @@ def test_tars_of_an_object_store(tmp_path: Path) -> None:
     ]
 
 
-def test_workers_do_not_change_the_result(tmp_path: Path) -> None:
+def test_index_does_not_depend_on_worker_count(tmp_path: Path) -> None:
     wanted = samples()
     for number in range(4):
         with_tarfile(tarfile.PAX_FORMAT)(tmp_path, tmp_path / f"{number}.tar", wanted[number * 4 :][:4])
@@ -712,7 +712,7 @@ def by_shard(faults: list[SampleFault]) -> dict[str, set[str | None]]:
     return {shard: {fault.key for fault in faults if fault.shard == shard} for shard in {f.shard for f in faults}}
 
 
-def test_every_damage_of_a_shard_is_told(damage: Damage) -> None:
+def test_every_kind_of_shard_damage_is_reported(damage: Damage) -> None:
     before = listing(damage.shards)
     manifest, faults = index_tars(str(damage.shards))
     assert manifest is None
@@ -725,7 +725,7 @@ def test_every_damage_of_a_shard_is_told(damage: Damage) -> None:
         assert all(any(reason in text for text in told) for reason in reasons), kind
 
 
-def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) -> None:
+def test_intact_samples_of_damaged_shards_are_indexed(damage: Damage, tmp_path: Path) -> None:
     manifest, faults = index_tars(str(damage.shards), tmp_path, skip_bad=True)
     assert manifest is not None
     assert [fault._asdict() for fault in faults] == read_skipped(tmp_path)
@@ -733,7 +733,7 @@ def test_the_rest_of_damaged_shards_can_be_used(damage: Damage, tmp_path: Path) 
     assert verify(tmp_path, deep=True) == []
 
 
-def test_without_decoding_only_headers_are_checked(damage: Damage, tmp_path: Path) -> None:
+def test_no_decode_checks_only_headers(damage: Damage, tmp_path: Path) -> None:
     _, faults = index_tars(str(damage.shards), tmp_path, skip_bad=True, decode=False)
     assert not {fault.key for fault in faults} & damage.hidden_keys
     assert contents(tmp_path).keys() == damage.good_keys | damage.hidden_keys
@@ -741,7 +741,7 @@ def test_without_decoding_only_headers_are_checked(damage: Damage, tmp_path: Pat
     assert {fault.key for fault in verify(tmp_path, deep=True)} == damage.hidden_keys
 
 
-def test_every_damaged_image_is_told(damage: Damage, tmp_path: Path) -> None:
+def test_every_damaged_image_is_reported_by_pack(damage: Damage, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="images that cannot be packed"):
         pack(damage.images, tmp_path / "out")
     pack(damage.images, tmp_path / "out", skip_bad=True)

@@ -54,7 +54,7 @@ def coco(scenes: Path, split: Split, capsys: pytest.CaptureFixture[str]) -> Any:
     return table
 
 
-def test_the_same_seed_gives_the_same_bytes(scenes: Path, tmp_path: Path) -> None:
+def test_scenes_are_deterministic_for_a_seed(scenes: Path, tmp_path: Path) -> None:
     write_dataset.write_dataset(tmp_path / "again", {"train": TRAIN, "val": VAL}, seed=3)
     assert contents(tmp_path / "again") == contents(scenes)
     write_dataset.write_dataset(tmp_path / "other", {"train": 2, "val": 2}, seed=4)
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_bytes(scenes: Path, tmp_path: Path) -> Non
     assert (tmp_path / "other" / name).read_bytes() != (scenes / name).read_bytes()
 
 
-def test_a_scene_does_not_depend_on_how_many_there_are(scenes: Path, tmp_path: Path) -> None:
+def test_scene_does_not_depend_on_the_number_of_scenes(scenes: Path, tmp_path: Path) -> None:
     write_dataset.write_dataset(tmp_path / "few", {"train": 5, "val": 0}, seed=3)
     few, many = contents(tmp_path / "few/ade20k"), contents(scenes / "ade20k")
     assert len(few) == 11
@@ -70,7 +70,7 @@ def test_a_scene_does_not_depend_on_how_many_there_are(scenes: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", TRAIN), ("val", VAL)])
-def test_coco_reads_the_masks_that_were_drawn(
+def test_pycocotools_reads_the_drawn_masks(
     scenes: Path, split: Split, count: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = coco(scenes, split, capsys)
@@ -92,7 +92,7 @@ def test_coco_reads_the_masks_that_were_drawn(
             assert names[annotation["category_id"]] == write_dataset.NAMES[instance.digit]
 
 
-def test_any_mask_survives_as_polygons_and_as_run_lengths() -> None:
+def test_masks_round_trip_as_polygons_and_rle() -> None:
     """With holes, islands in holes, and pixels that touch by their corners alone."""
     rng = np.random.default_rng(0)
     for number in range(300):
@@ -110,7 +110,7 @@ def test_any_mask_survives_as_polygons_and_as_run_lengths() -> None:
         assert (drawn == mask).all()
 
 
-def test_coco_is_laid_out_as_coco(scenes: Path) -> None:
+def test_coco_files_follow_the_coco_layout(scenes: Path) -> None:
     table = json.loads((scenes / "coco/annotations/instances_train.json").read_text())
     ids = [category["id"] for category in table["categories"]]
     assert len(ids) == 10
@@ -123,7 +123,7 @@ def test_coco_is_laid_out_as_coco(scenes: Path) -> None:
     assert one.samefile(other)
 
 
-def test_there_is_something_of_every_kind(scenes: Path) -> None:
+def test_scenes_cover_object_sizes_counts_classes_and_overlaps(scenes: Path) -> None:
     table = json.loads((scenes / "coco/annotations/instances_train.json").read_text())
     single = [entry for entry in table["annotations"] if not entry["iscrowd"]]
     sizes = np.array([entry["area"] for entry in single])
@@ -147,7 +147,7 @@ def grown(mask: npt.NDArray[np.bool_], pixels: int) -> npt.NDArray[np.bool_]:
     return np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
 
 
-def test_both_layouts_tell_one_truth(scenes: Path) -> None:
+def test_ade20k_maps_match_coco_instances(scenes: Path) -> None:
     for number in range(1, TRAIN + 1):
         scene = compose(3, "train", number)
         with Image.open(scenes / f"ade20k/annotations/training/scene_{number:08d}.png") as image:
@@ -164,7 +164,7 @@ def test_both_layouts_tell_one_truth(scenes: Path) -> None:
         assert (classes[~grown(strokes, 1)] == 1).all()
 
 
-def test_strokes_stand_out_where_the_masks_are(scenes: Path) -> None:
+def test_digits_are_visible_where_their_masks_are(scenes: Path) -> None:
     contrasts, moved = [], []
     for number in range(1, 16):
         scene = compose(3, "train", number)
@@ -178,7 +178,7 @@ def test_strokes_stand_out_where_the_masks_are(scenes: Path) -> None:
     assert np.median(moved) < np.median(contrasts) / 2
 
 
-def test_the_splits_share_no_pixel_and_no_scan() -> None:
+def test_splits_share_no_photograph_pixels_and_no_digits() -> None:
     for photograph in photographs.PHOTOGRAPHS:
         left, right = (photograph.pixels(split) for split in ("train", "val"))
         whole = np.concatenate([left, right], axis=1)
@@ -199,13 +199,13 @@ def test_every_photograph_is_credited(scenes: Path) -> None:
     assert "CC BY 4.0" in text  # the digits
 
 
-def test_they_pack_as_ade20k(scenes: Path, tmp_path: Path) -> None:
+def test_scenes_pack_as_ade20k(scenes: Path, tmp_path: Path) -> None:
     manifest = pack(ade20k.find(scenes / "ade20k/annotations/validation"), tmp_path / "packed")
     assert manifest.samples == VAL
     assert manifest.classes == [write_dataset.BACKGROUND, *NAMES]
 
 
-def test_the_table_of_classes_counts(scenes: Path) -> None:
+def test_ade20k_class_table_matches_the_maps(scenes: Path) -> None:
     lines = (scenes / "ade20k/objectInfo150.txt").read_text().splitlines()
     maps = [np.asarray(Image.open(path)) for path in (scenes / "ade20k/annotations/training").iterdir()]
     total = sum((values > 0).sum() for values in maps)
@@ -224,7 +224,7 @@ def test_the_table_of_classes_counts(scenes: Path) -> None:
         (["--out", "{new}", "--sides", "300-200"], "--sides 300-200: expected A-B"),
     ],
 )
-def test_wrong_usage_is_told(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_scenes_command_rejects_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "note").touch()
     done = run(*(part.format(full=tmp_path, new=tmp_path / "new") for part in arguments))
     assert done.returncode == 2
@@ -232,7 +232,7 @@ def test_wrong_usage_is_told(tmp_path: Path, arguments: list[str], message: str)
     assert not (tmp_path / "new").exists()
 
 
-def test_digits_are_cut_out_one_by_one(scenes: Path, tmp_path: Path) -> None:
+def test_digit_crops_match_the_annotations(scenes: Path, tmp_path: Path) -> None:
     table = json.loads((scenes / "coco/annotations/instances_val.json").read_text())
     names = {category["id"]: category["name"] for category in table["categories"]}
     sizes: dict[str, list[tuple[float, float]]] = {name: [] for name in names.values()}
@@ -251,7 +251,7 @@ def test_digits_are_cut_out_one_by_one(scenes: Path, tmp_path: Path) -> None:
     assert (tmp_path / "packed" / ATTRIBUTION).read_text() == (scenes / ATTRIBUTION).read_text()
 
 
-def test_scenes_of_some_digits_alone(tmp_path: Path) -> None:
+def test_scenes_can_be_limited_to_some_digits(tmp_path: Path) -> None:
     write_dataset.write_dataset(tmp_path, {"train": 12, "val": 3}, side_px=(128, 160), digits=range(3, 6))
     maps = [decode_map(path.read_bytes()) for path in tmp_path.glob("ade20k/annotations/*/*.png")]
     assert {*np.unique(np.concatenate([each.ravel() for each in maps])).tolist()} == {0, 1, 2, 3, 4}

@@ -18,14 +18,14 @@ from tests.ranks import ROOT
 
 
 @pytest.mark.parametrize("program", ["pretrain", "finetune"])
-def test_ready_scripts_are_of_the_same_template(program: str) -> None:
+def test_shipped_sbatch_scripts_match_the_template(program: str) -> None:
     """Written by `python -c "from pipeline.cluster.script import ready; print(ready('pretrain'), end='')"`."""
     text = (ROOT / f"slurm/{program}.sbatch").read_text()
     assert text == script.render_ready_script(program)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
-def test_a_job_asks_for_whole_shares_of_nodes() -> None:
+def test_batch_script_requests_nodes_cpus_and_gpus() -> None:
     cluster = ClusterConfig(nodes=4, min_nodes=2, spares=1, cpus_per_rank=12, partition="gpu", time="2-00:00:00")
     lines = script.render_batch_script(cluster, name="big", log="log", code="/code", command="--config x").splitlines()
     options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
@@ -58,7 +58,7 @@ def run_script(activate: str | None, folder: Path) -> subprocess.CompletedProces
     return subprocess.run(["bash"], input=text, env=environ, capture_output=True, text=True)
 
 
-def test_activation_may_use_unset_variables_and_failing_tests(tmp_path: Path) -> None:
+def test_activation_may_use_unset_variables_and_failing_commands(tmp_path: Path) -> None:
     activation = tmp_path / "activate"
     activation.write_text(CONDA.format(bin=tmp_path / "bin"))
     done = run_script(f"source {activation}", tmp_path)
@@ -67,7 +67,7 @@ def test_activation_may_use_unset_variables_and_failing_tests(tmp_path: Path) ->
     assert f"exit status 1, python is {tmp_path}/bin/python" in done.stderr
 
 
-def test_what_follows_the_activation_is_strict_again(tmp_path: Path) -> None:
+def test_unset_variable_fails_after_activation(tmp_path: Path) -> None:
     text = script.render_batch_script(
         ClusterConfig(environment=EnvironmentConfig(activate="true")),
         name="x",
@@ -80,26 +80,26 @@ def test_what_follows_the_activation_is_strict_again(tmp_path: Path) -> None:
     assert "NAME_OF_NOTHING: unbound variable" in done.stderr
 
 
-def test_a_log_in_a_folder_with_spaces_is_one_word() -> None:
+def test_log_path_with_spaces_is_quoted() -> None:
     text = script.render_batch_script(ClusterConfig(), name="x", log="/two words/it's/log", code="/c", command="")
     (line,) = re.findall(r"^#SBATCH (--output.*)$", text, re.MULTILINE)
     assert shlex.split(line) == ["--output=/two words/it's/log"]
 
 
 @pytest.mark.parametrize("name", ["100%j", "a:b", "a\\b"])
-def test_folders_that_slurm_would_misread_are_refused(tmp_path: Path, name: str) -> None:
+def test_run_root_that_slurm_would_misread_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"run\.root .* under SLURM it may contain no %") as refused:
         script.check_batch_script(with_root(f"/runs/{name}", tmp_path))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x7f"])
-def test_control_characters_in_folders_are_refused_everywhere(tmp_path: Path, name: str) -> None:
+def test_run_root_with_control_characters_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"run\.root: .* without control characters"):
         with_root(f"/runs/{name}", tmp_path)
 
 
-def test_folders_with_spaces_are_not_refused(tmp_path: Path) -> None:
+def test_run_root_with_spaces_is_accepted(tmp_path: Path) -> None:
     script.check_batch_script(with_root("/runs of/two words", tmp_path))
 
 
@@ -114,5 +114,5 @@ def with_root(root: str, folder: Path) -> Config:
         *[("2-00:00:01", 172801), ("UNLIMITED", None), ("NOT_SET", None)],
     ],
 )
-def test_times_are_read_as_slurm_reads_them(text: str, expected: int | None) -> None:
+def test_slurm_time_limits_are_parsed(text: str, expected: int | None) -> None:
     assert parse_seconds(text) == expected

@@ -7,7 +7,7 @@ from tests.ranks import ROOT
 TEXT = (ROOT / "docs" / "security.md").read_text()
 
 
-def test_each_test_that_is_named_exists() -> None:
+def test_tests_named_in_security_doc_exist() -> None:
     file, named = "", 0
     for path, test in re.findall(r"`((?:chaos/)?test_\w+\.py)?(?:::(test_\w+))?`", TEXT):
         file = path or file

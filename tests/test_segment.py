@@ -44,7 +44,7 @@ def crops(size: int = 64) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 3, size, size, generator=draws), targets
 
 
-def test_the_loss_is_pytorchs_over_all_pixels() -> None:
+def test_segmentation_loss_matches_pytorch_over_all_pixels() -> None:
     task = SegmentationTask(network().eval(), CLASSES)
     images, targets = crops()
     losses = task.losses(task.model, batch_of(images, targets))
@@ -59,7 +59,7 @@ def test_the_loss_is_pytorchs_over_all_pixels() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.model.parameters())
 
 
-def test_crops_that_are_no_multiple_of_the_stride_lose_no_pixel() -> None:
+def test_loss_of_crop_not_a_multiple_of_stride_matches_padded_crop() -> None:
     task = SegmentationTask(network().eval(), CLASSES)
     images, targets = crops(size=50)
     losses = task.losses(task.model, batch_of(images, targets))
@@ -69,7 +69,7 @@ def test_crops_that_are_no_multiple_of_the_stride_lose_no_pixel() -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
-def test_losses_under_autocast_are_those_of_fp32(name: str) -> None:
+def test_losses_under_autocast_match_fp32(name: str) -> None:
     """Within 1 %: bfloat16 has 8 bits of precision, 0.4 % a rounding."""
     task = SegmentationTask(network(name).eval(), CLASSES)
     task.model.classifier.weight.data *= 100  # logits of about 1, else all losses are log 7
@@ -95,7 +95,7 @@ def test_drop_path_masks_reach_the_backbone() -> None:
     assert changed.tolist() == [True, False, False]
 
 
-def test_logits_of_few_bits_are_enlarged_in_fp32() -> None:
+def test_bf16_logits_are_resized_in_fp32() -> None:
     """The network's are bfloat16 under autocast."""
     logits, targets = torch.randn(3, NUM_CLASSES, 16, 16).bfloat16(), crops()[1]
     task, itself = SegmentationTask(network(), CLASSES), torch.nn.Identity()
@@ -106,7 +106,7 @@ def test_logits_of_few_bits_are_enlarged_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_metric_is_torchmetrics_on_any_number_of_ranks(ranks: int) -> None:
+def test_segmentation_metric_matches_torchmetrics_on_any_world_size(ranks: int) -> None:
     [result] = run_ranks(ranks, "confusion")
     logits, targets = scored()
     kwargs: Any = {"num_classes": NUM_CLASSES, "ignore_index": IGNORED}
@@ -127,12 +127,12 @@ def test_the_metric_is_torchmetrics_on_any_number_of_ranks(ranks: int) -> None:
     assert result["val_loss"] == pytest.approx(torch.stack(pixel_losses).mean().item(), rel=1e-5)
 
 
-def test_ious_of_classes() -> None:
+def test_class_ious_from_a_confusion_matrix() -> None:
     confusion = torch.tensor([[2, 1, 0, 0], [0, 3, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     assert str(class_ious(confusion).tolist()) == str([2 / 3, 3 / 5, 0.0, float("nan")])
 
 
-def test_images_without_weight_are_not_looked_at() -> None:
+def test_metric_ignores_images_without_weight() -> None:
     logits, targets = scored()
     counted, blind = SegmentationMetric(NUM_CLASSES), SegmentationMetric(NUM_CLASSES)
     counted.update(logits[:2], targets[:2], torch.ones(2))
@@ -142,14 +142,14 @@ def test_images_without_weight_are_not_looked_at() -> None:
     assert json.dumps(counted.result(World()))
 
 
-def test_a_data_set_without_a_labelled_pixel_is_refused() -> None:
+def test_metric_without_labelled_pixels_is_rejected() -> None:
     metric = SegmentationMetric(3)
     metric.update(torch.randn(1, 3, 8, 8), [MaskTarget(torch.full((30, 30), IGNORED).byte(), (32, 32))], torch.ones(1))
     with pytest.raises(InputError, match="no labelled pixel"):
         metric.result(World())
 
 
-def test_predictions_are_at_the_images_own_size() -> None:
+def test_predictions_at_original_size_match_pil_resize() -> None:
     """PIL enlarges each class's logits with the same bilinear filter."""
 
     def enlarged(levels: Any, height: int, width: int) -> Any:
@@ -169,7 +169,7 @@ def test_predictions_are_at_the_images_own_size() -> None:
         assert (ours == scores.argmax(axis=0))[clear].all()
 
 
-def test_it_learns_and_is_scored_for_it() -> None:
+def test_segmentation_overfits_four_images() -> None:
     """Coloured rectangles on grey, four images: nearly all pixels are right after 40 steps."""
     draws = torch.Generator().manual_seed(1)
     images, labels = torch.zeros(4, 3, 64, 64), torch.zeros(4, 64, 64, dtype=torch.int64)
@@ -198,7 +198,7 @@ def test_it_learns_and_is_scored_for_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18", "convnext_atto"])
-def test_a_classifiers_weights_start_the_backbone(name: str) -> None:
+def test_classifier_weights_initialise_the_segmentation_backbone(name: str) -> None:
     """Whatever its classes, and, with position embeddings, its size."""
     sized: dict[str, Any] = {"img_size": 32} if name == "pvt_pico" else {}
     classifier: Any = timm.create_model(name, num_classes=10, **sized).eval()
@@ -213,14 +213,14 @@ def test_a_classifiers_weights_start_the_backbone(name: str) -> None:
     assert torch.equal(segmenter.classifier.weight, fresh)
 
 
-def test_a_classifier_of_another_architecture_is_refused() -> None:
+def test_classifier_of_another_architecture_is_rejected() -> None:
     other: Any = timm.create_model("pvt_tiny", img_size=32, num_classes=10)
     message = r"models:/t/1 does not fit the model: backbone.stages.0.blocks.0.attn.kv.bias is \[128\] and not \[64\]"
     with pytest.raises(InputError, match=message):
         load_backbone(network(), "pvt_pico", other.state_dict(), "models:/t/1")
 
 
-def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:
+def test_segmenter_weights_load_except_a_head_of_other_classes() -> None:
     old, same, other = network(size=32), network(size=64), network(size=64, classes=3)
     torch.nn.init.normal_(old.classifier.bias)  # pyright: ignore[reportArgumentType]
     load_pretrained(same, old.state_dict(), "models:/m/1", keep_head=True)
@@ -246,12 +246,12 @@ def test_a_segmenters_weights_start_all_but_a_head_of_other_classes() -> None:
         ("pvt_pico", 64, {"drop_rate": 0.1}, "model.drop_rate 0.1 is of a classifier's head.*dropout"),
     ],
 )
-def test_models_that_cannot_segment_are_refused(name: str, size: int, config: dict[str, Any], message: str) -> None:
+def test_models_that_cannot_segment_are_rejected(name: str, size: int, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         network(name, size, **config)
 
 
-def test_layers_of_the_backbone_are_named_as_in_the_network() -> None:
+def test_layer_depths_use_the_parameter_names_of_the_network() -> None:
     task = SegmentationTask(network(), CLASSES)
     names = {name for name, _ in task.model.named_parameters()}
     assert {name for name in names if name.startswith("backbone.")} == task.depths.keys()

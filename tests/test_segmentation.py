@@ -86,7 +86,7 @@ def trained(scenes: Path, root: Path) -> Job:
     return job
 
 
-def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: Path, trained: Job) -> None:
+def test_killed_segmentation_resumes_to_identical_results(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "killed"), "killed", ranks=2, target="launch/finetune.py")
     with killed.start() as attempt:
         assert attempt.wait_until(lambda: attempt.step >= 6 and killed.newest_step() >= 4, PATIENCE_S)
@@ -102,7 +102,7 @@ def test_a_fine_tune_that_is_killed_ends_as_one_that_is_not(scenes: Path, root: 
     assert metrics_differences(ours, reference, STEPS, SCORES) == []
 
 
-def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path, trained: Job) -> None:
+def test_samples_and_labels_are_equal_on_another_world_size(scenes: Path, root: Path, trained: Job) -> None:
     single = Job(configuration(scenes, root, "single"), "single", ranks=1, target="launch/finetune.py")
     single.finish()
     assert len(seen_by(single)) == STEPS * 8
@@ -111,7 +111,7 @@ def test_another_world_sees_the_same_samples_and_labels(scenes: Path, root: Path
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)  # dropout in the head differs, bf16 rounds
 
 
-def test_zero_3_trains_the_same(scenes: Path, root: Path, trained: Job) -> None:
+def test_zero_3_losses_match_unsharded_training(scenes: Path, root: Path, trained: Job) -> None:
     # In fp32: in bf16 another order of sums grows to 2 parts in 1,000 within these steps.
     fine: dict[str, Any] = {"model": {"frozen_stages": 1}, "engine": {"precision": "fp32"}}
     path = configuration(scenes, root, "sharded", **{**fine, "engine": {"precision": "fp32", "zero_stage": 3}})
@@ -125,7 +125,7 @@ def test_zero_3_trains_the_same(scenes: Path, root: Path, trained: Job) -> None:
     assert torch.equal(made["backbone.stages.0.pos_embed"], given["stages.0.pos_embed"])
 
 
-def test_the_backbone_is_the_registered_one(scenes: Path, root: Path) -> None:
+def test_fine_tuning_starts_from_the_registered_backbone(scenes: Path, root: Path) -> None:
     # At a learning rate of nothing, what is registered is what training started from.
     path = configuration(
         scenes, root, "still", optim={"lr": 1e-30, "warmup": "0 steps"}, train={"length": "1 steps", "ema_decay": None}
@@ -162,7 +162,7 @@ def test_frozen_stages_keep_their_weights(scenes: Path, root: Path, trained: Job
     assert moved == {"2", "3"}
 
 
-def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job) -> None:
+def test_segmenter_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job) -> None:
     tracking_server.connect(f"sqlite:///{root / 'mlflow.db'}")
     version = registry.resolve("models:/segment@candidate")
     assert version.card.task == load_config(trained.folder / "config.yaml").task
@@ -183,7 +183,7 @@ def test_it_is_registered_with_task_lineage_and_metrics(root: Path, trained: Job
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_it_scores_as_it_did_in_training(scenes: Path, root: Path, trained: Job, ranks: int) -> None:
+def test_evaluate_reproduces_training_scores(scenes: Path, root: Path, trained: Job, ranks: int) -> None:
     result = result_of(trained)
     arguments = [
         "--model",
@@ -229,7 +229,7 @@ def test_predictions_are_drawn_and_logged(scenes: Path, root: Path, trained: Job
     assert logged == {"predictions/drawn.png"}
 
 
-def test_a_segmenter_is_started_from_with_its_head(scenes: Path, root: Path, trained: Job) -> None:
+def test_fine_tuning_from_a_segmenter_keeps_its_head(scenes: Path, root: Path, trained: Job) -> None:
     path = configuration(
         scenes,
         root,
@@ -246,7 +246,7 @@ def test_a_segmenter_is_started_from_with_its_head(scenes: Path, root: Path, tra
     torch.testing.assert_close(made, given, rtol=0, atol=1e-20)
 
 
-def test_what_does_not_fit_is_refused_by_name(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
+def test_mismatched_data_or_model_is_rejected(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
     uri = f"sqlite:///{root}/mlflow.db"
     _, told = command(
         "launch/evaluate.py",
@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_refused_by_name(scenes: Path, digits: Path, root: 
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_features_are_probed(digits: Path, root: Path, kind: str) -> None:
+def test_probe_scores_features_of_a_registered_model(digits: Path, root: Path, kind: str) -> None:
     uri = f"sqlite:///{root}/mlflow.db"
     found, _ = command(
         "launch/evaluate.py",
@@ -292,7 +292,7 @@ def test_features_are_probed(digits: Path, root: Path, kind: str) -> None:
     assert found["top1"] > 0.7  # of random features: a tenth would be chance
 
 
-def test_a_probe_needs_what_it_is_fitted_to(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
+def test_probe_without_suitable_training_data_is_rejected(scenes: Path, digits: Path, root: Path, trained: Job) -> None:
     arguments = ("--model", "models:/pico/1", "--data", digits / "val", "--tracking-uri", f"sqlite:///{root}/mlflow.db")
     _, told = command("launch/evaluate.py", *arguments, "--probe", "knn", log=root / "log", expected=2)
     assert "--probe and --train belong together" in told

@@ -190,7 +190,7 @@ def split(*rows: bytes) -> dict[str, Any]:
 # Registered
 
 
-def test_a_version_says_what_it_is() -> None:
+def test_segmentation_version_has_task_tags_and_signature() -> None:
     version = registry.resolve(URI)
     assert version.card.task == TASK
     assert version.tags["task"] == "semantic_fpn"
@@ -205,7 +205,7 @@ def test_a_version_says_what_it_is() -> None:
     assert f"torchvision=={model_files.importlib.metadata.version('torchvision')}\n" in f"{needed}\n"
 
 
-def test_list_and_show_print_its_metrics(
+def test_list_and_show_print_segmentation_metrics(
     models: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in (["list", "scenes"], ["show", URI]):
@@ -218,7 +218,7 @@ def test_list_and_show_print_its_metrics(
             assert text in printed.out
 
 
-def test_promotion_goes_by_the_gates_of_segmentation(models: Registry, network: SemanticFpn) -> None:
+def test_promotion_applies_segmentation_gates(models: Registry, network: SemanticFpn) -> None:
     gates = load_section(Gates, ROOT / "configs/gates/segmentation.yaml")
     assert {"miou"} <= gates.metrics.keys() & gates.champion.keys()
     scores: dict[str, float | None] = {"miou": 0.42, "macc": 0.5, "aacc": 0.7, "val_loss": 1.0}
@@ -234,7 +234,7 @@ def test_promotion_goes_by_the_gates_of_segmentation(models: Registry, network: 
     assert "metrics.miou" in refused
 
 
-def test_weights_that_give_no_numbers_are_not_promoted(models: Registry) -> None:
+def test_version_with_non_finite_output_is_not_promoted(models: Registry) -> None:
     broken = random_network(2)
     with torch.no_grad():
         broken.classifier.bias[2] = math.nan  # pyright: ignore[reportOptionalSubscript]
@@ -248,7 +248,7 @@ def test_weights_that_give_no_numbers_are_not_promoted(models: Registry) -> None
 # Served
 
 
-def test_masks_over_http_are_those_of_plain_torch(served: ModelServer, network: SemanticFpn) -> None:
+def test_masks_over_http_match_plain_pytorch(served: ModelServer, network: SemanticFpn) -> None:
     images = pictures()
     answers = served.predictions(split(*images))
     assert len(answers) == len(images)
@@ -257,7 +257,7 @@ def test_masks_over_http_are_those_of_plain_torch(served: ModelServer, network: 
     assert max(len(answer["labels"]) for answer in answers) >= 3  # else classes could be mixed up unseen
 
 
-def test_the_same_in_python(network: SemanticFpn) -> None:
+def test_masks_from_pyfunc_match_plain_pytorch(network: SemanticFpn) -> None:
     model = mlflow.pyfunc.load_model(str(registry.resolve(URI).folder.parent))
     images = pictures()
     answers = model.predict(pandas.DataFrame({"image": images}))
@@ -267,7 +267,7 @@ def test_the_same_in_python(network: SemanticFpn) -> None:
     assert len(model.predict(pandas.DataFrame({"image": images})[:0])) == 0
 
 
-def test_the_documented_client_works(served: ModelServer, network: SemanticFpn, tmp_path: Path) -> None:
+def test_documented_segmentation_client_works(served: ModelServer, network: SemanticFpn, tmp_path: Path) -> None:
     text = (ROOT / "docs/serving.md").read_text()
     (python,) = [block for block in text.split("```")[1::2] if block.startswith("python") and "mask" in block]
     (tmp_path / "photo.jpg").write_bytes(pictures()[0])
@@ -281,7 +281,7 @@ def test_the_documented_client_works(served: ModelServer, network: SemanticFpn, 
     assert ran.stdout.split()[0] == CLASSES[np.bincount(expected.ravel()).argmax()]
 
 
-def test_masks_are_those_of_evaluation(network: SemanticFpn, tmp_path: Path) -> None:
+def test_served_masks_match_evaluation(network: SemanticFpn, tmp_path: Path) -> None:
     """By way of shards, DALI and torch's resize there, and of Pillow's here."""
     for folder in ("images/any", "annotations/any"):
         (tmp_path / "ade" / folder).mkdir(parents=True)
@@ -318,14 +318,14 @@ BAD: dict[str, tuple[Callable[[], list[bytes]], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_refused_with_a_reason(served: ModelServer, case: str) -> None:
+def test_bad_request_is_rejected_with_a_reason(served: ModelServer, case: str) -> None:
     rows, reason = BAD[case]
     status, answer = served.post(split(*rows()))
     assert status == 400, answer
     assert re.search(reason, json.loads(answer)["message"]), answer
 
 
-def test_an_error_of_ours_says_nothing_of_this_machine() -> None:
+def test_internal_error_does_not_leak_details() -> None:
     model = mlflow.pyfunc.load_model(str(registry.resolve(URI).folder.parent))
     network = model.unwrap_python_model()._model._network
     network.classifier.bias[0] = math.inf
@@ -335,7 +335,7 @@ def test_an_error_of_ours_says_nothing_of_this_machine() -> None:
     assert json.loads(raised.value.serialize_as_json())["message"].startswith("internal error")
 
 
-def test_maps_of_many_classes_and_odd_sizes_are_those_of_all_classes_at_once() -> None:
+def test_class_map_matches_argmax_over_all_classes_at_once() -> None:
     logits = torch.randn(150, 8, 24, generator=torch.Generator().manual_seed(0))
     for size in ((33, 95), (1, 7), (400, 300)):
         found = class_map(logits, (31, 94), size)
@@ -400,7 +400,7 @@ def exported(models: Registry, tmp_path_factory: pytest.TempPathFactory) -> Expo
 
 
 @pytest.mark.parametrize("to", OPEN)
-def test_exports_compute_the_same(to: str, network: SemanticFpn, exported: Exported) -> None:
+def test_exported_segmenter_matches_the_network(to: str, network: SemanticFpn, exported: Exported) -> None:
     folder, result = exported(to)
     opened = OPEN[to](folder)
     for shape in ((1, 3, 64, 64), (3, 3, 32, 160), (2, 3, 224, 96)):
@@ -424,7 +424,7 @@ def test_exports_compute_the_same(to: str, network: SemanticFpn, exported: Expor
     assert "center_crop_px" not in about["preprocessing"]
 
 
-def test_a_program_needs_no_more_than_preprocessing_json(network: SemanticFpn, exported: Exported) -> None:
+def test_preprocessing_json_suffices_to_reproduce_masks(network: SemanticFpn, exported: Exported) -> None:
     """A map made as the file says, from nothing else."""
     folder, _ = exported("onnx")
     about = json.loads((folder / "preprocessing.json").read_bytes())
@@ -450,14 +450,14 @@ def test_a_program_needs_no_more_than_preprocessing_json(network: SemanticFpn, e
 
 
 @pytest.mark.parametrize("to", ["timm", "transformers"])
-def test_formats_without_a_place_for_it_refuse_by_name(to: str, tmp_path: Path) -> None:
+def test_export_to_classification_only_formats_is_rejected(to: str, tmp_path: Path) -> None:
     rule = f"--to {to}: cannot hold semantic_fpn, which {URI} is: export it to onnx, torch-export or safetensors"
     with pytest.raises(InputError, match=rule):
         export.export(URI, to, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_check_finds_a_weight_that_differs() -> None:
+def test_export_check_detects_a_differing_weight() -> None:
     source, images = ExportSource(registry.resolve(URI)), compare_outputs.real_images(None)[:2]
     other = source.build()
     with torch.no_grad():

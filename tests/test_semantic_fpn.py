@@ -29,7 +29,7 @@ def maps(side: int = 16) -> list[Tensor]:
     return [torch.randn(2, width, side >> i, side >> i) for i, width in enumerate(WIDTHS)]
 
 
-def test_the_decoder_is_that_of_segmentation_models_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_matches_segmentation_models_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to two things that it does otherwise: it has no 3x3 convolutions after the pyramid, and aligns corners."""
 
     def interpolate(*args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +56,7 @@ def test_the_decoder_is_that_of_segmentation_models_pytorch(monkeypatch: pytest.
         torch.testing.assert_close(ours.decode(levels), ours.classifier(theirs(levels)), rtol=1e-5, atol=1e-4)
 
 
-def test_pvt_small_has_the_papers_28_2_million_parameters() -> None:
+def test_pvt_small_parameter_count_matches_the_paper() -> None:
     """Table 4 of the PVT paper: 28.2 M, counted with position embeddings for 224 px, as its code keeps them.
 
     pvt_small of 1,000 classes   24,485,864
@@ -99,7 +99,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet50", "pvt_v2_b0"])
-def test_images_of_any_size_are_padded_with_zeros(name: str) -> None:
+def test_images_are_zero_padded_to_the_stride(name: str) -> None:
     segmenter = network(name)
     for height, width in ((70, 37), (64, 33), (1, 96)):
         images = torch.randn(2, 3, height, width)
@@ -111,14 +111,14 @@ def test_images_of_any_size_are_padded_with_zeros(name: str) -> None:
         assert torch.equal(logits, whole[:, :, : logits.shape[2], : logits.shape[3]])
 
 
-def test_the_pyramids_width_can_be_chosen() -> None:
+def test_pyramid_channels_are_configurable() -> None:
     narrow = SemanticFpn(backbone("pvt_pico", 64), num_classes=5, channels=64, pyramid_channels=32)
     first: Any = narrow.branches[3]
     assert first[0].weight.shape == (64, 32, 3, 3)
     assert narrow(torch.randn(1, 3, 64, 64)).shape == (1, 5, 16, 16)
 
 
-def test_an_images_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
+def test_logits_do_not_depend_on_other_images_of_the_batch() -> None:
     segmenter = network().train()
     segmenter.dropout.eval()
     images = torch.randn(3, 3, 64, 64)
@@ -126,7 +126,7 @@ def test_an_images_logits_do_not_depend_on_the_rest_of_the_batch() -> None:
         torch.testing.assert_close(segmenter(images)[1:2], segmenter(images[1:2]), rtol=1e-4, atol=1e-4)
 
 
-def test_drop_path_masks_go_to_the_backbone() -> None:
+def test_drop_path_masks_are_passed_to_the_backbone() -> None:
     segmenter = network(drop_path_rate=0.5)
     images, rates = torch.randn(4, 3, 64, 64), torch.tensor(segmenter.drop_path_rates)
     assert segmenter.drop_path_rates == segmenter.backbone.drop_path_rates != ()
@@ -139,7 +139,7 @@ def test_drop_path_masks_go_to_the_backbone() -> None:
     assert network("resnet50", drop_path_rate=0.5).drop_path_rates == ()
 
 
-def test_it_exports_with_any_number_of_images() -> None:
+def test_torch_export_with_dynamic_batch_size() -> None:
     segmenter = network()
     example = torch.randn(2, 3, 64, 64)
     program = torch.export.export(segmenter, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -148,14 +148,14 @@ def test_it_exports_with_any_number_of_images() -> None:
         torch.testing.assert_close(program.module()(images), segmenter(images), rtol=1e-4, atol=1e-4)
 
 
-def test_backbones_of_other_strides_are_refused() -> None:
+def test_backbone_with_other_strides_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 gives maps at strides \[16, 16, .* needs \[4, 8, 16, "):
         backbone("vit_tiny_patch16_224", 224)
     with pytest.raises(ValueError, match=r"input of 48x48 px"):
         backbone("pvt_pico", 48)
 
 
-def test_recomputing_activations_changes_nothing() -> None:
+def test_grad_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for recompute in (False, True):
         segmenter = network()
@@ -166,7 +166,7 @@ def test_recomputing_activations_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_checkpoints_of_another_size_are_resized_as_the_backbones_are() -> None:
+def test_checkpoint_of_another_image_size_is_resized() -> None:
     small, large = network(size=64), network(size=96)
     state = checkpoint_filter_fn(small.state_dict(), large)
     large.load_state_dict(state)
@@ -177,7 +177,7 @@ def test_checkpoints_of_another_size_are_resized_as_the_backbones_are() -> None:
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_checkpoints_that_fit_are_left_alone(name: str) -> None:
+def test_matching_checkpoint_is_not_changed_by_the_filter(name: str) -> None:
     segmenter = network(name)
     state = segmenter.state_dict()
     filtered = checkpoint_filter_fn(state, segmenter)

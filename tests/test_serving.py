@@ -211,7 +211,7 @@ def split(*rows: bytes, **more: Any) -> dict[str, Any]:
 # Good requests
 
 
-def test_health(served: Served) -> None:
+def test_health_endpoints_answer_on_loopback_only(served: Served) -> None:
     assert served.server.get("/ping")[0] == served.server.get("/health")[0] == 200
     assert served.server.get("/version") == (200, mlflow.__version__)
     assert served.server.start_up_s < 60
@@ -219,7 +219,7 @@ def test_health(served: Served) -> None:
     assert listening == {"127.0.0.1"}
 
 
-def test_200_requests_at_once_are_scored_right(served: Served) -> None:
+def test_200_concurrent_requests_are_scored_correctly(served: Served) -> None:
     rng = np.random.default_rng(1)
     numbers = [rng.integers(0, len(served.images), size).tolist() for size in rng.integers(1, 9, 200)]
     model = mlflow.pyfunc.load_model(str(served.server.copy))
@@ -240,7 +240,7 @@ def test_200_requests_at_once_are_scored_right(served: Served) -> None:
                 assert answer["scores"] == sorted(answer["scores"], reverse=True)
 
 
-def test_each_way_to_send_images_is_understood(served: Served) -> None:
+def test_every_request_format_is_accepted(served: Served) -> None:
     first, second = served.images[:2]
     parquet = io.BytesIO()
     pandas.DataFrame({"image": [first, second]}).to_parquet(parquet)
@@ -259,18 +259,18 @@ def test_each_way_to_send_images_is_understood(served: Served) -> None:
         served.check(answers[1], 1)
 
 
-def test_as_many_labels_as_asked_for(served: Served) -> None:
+def test_top_k_sets_the_number_of_labels(served: Served) -> None:
     for top_k, told in ((1, 1), (3, 3), (7, 7), (1000, 7)):
         (answer,) = served.predictions(split(served.images[0], params={"top_k": top_k}))
         assert len(answer["labels"]) == len(set(answer["labels"])) == len(answer["scores"]) == told
         assert (answer["label"], answer["score"]) == (answer["labels"][0], answer["scores"][0])
 
 
-def test_no_rows_are_no_answers(served: Served) -> None:
+def test_empty_request_gives_no_predictions(served: Served) -> None:
     assert served.predictions(split()) == []
 
 
-def test_the_documented_clients_work(served: Served, tmp_path: Path) -> None:
+def test_documented_clients_work(served: Served, tmp_path: Path) -> None:
     text = (ROOT / "docs/serving.md").read_text()
     text = text[: text.index("## Ask for maps")]  # whose client test_segmentation_registry.py runs
     assert text.count("http://127.0.0.1:5001") == 2
@@ -328,7 +328,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_refused_with_a_reason(served: Served, case: str) -> None:
+def test_bad_request_is_rejected_with_a_reason(served: Served, case: str) -> None:
     body, reason = BAD[case]
     status, answer = served.post(body)
     assert status == 400, answer
@@ -338,12 +338,12 @@ def test_bad_requests_are_refused_with_a_reason(served: Served, case: str) -> No
     served.check(served.predictions(split(served.images[0]))[0], 0)
 
 
-def test_other_content_is_refused(served: Served) -> None:
+def test_other_content_types_are_rejected(served: Served) -> None:
     assert served.post(GREY, "image/png")[0] == 415
     assert served.post(b"image=x", "application/x-www-form-urlencoded")[0] == 415
 
 
-def test_bombs_cost_neither_memory_nor_time(served: Served) -> None:
+def test_decompression_bombs_use_little_memory_and_time(served: Served) -> None:
     served.predictions(split(GREY))
     Path(f"/proc/{served.server.worker.pid}/clear_refs").write_text("5")  # the peak is counted from here
     before, begin = peak_bytes(served.server.worker.pid), time.monotonic()
@@ -359,7 +359,7 @@ def peak_bytes(pid: int) -> int:
     return int(match[1]) << 10
 
 
-def test_the_copy_is_sound_after_it_was_served(served: Served) -> None:
+def test_served_copy_still_matches_its_digests(served: Served) -> None:
     served.predictions(split(GREY))
     tags = registry.find_version(registry.MlflowClient(), "models:/tiny/1").tags
     digests = {key.removeprefix("sha256."): value for key, value in tags.items() if key.startswith("sha256.")}
@@ -370,7 +370,7 @@ def test_the_copy_is_sound_after_it_was_served(served: Served) -> None:
 # Without a server
 
 
-def test_the_signature_says_what_goes_in_and_comes_out(served: Served) -> None:
+def test_model_signature_has_inputs_outputs_and_top_k(served: Served) -> None:
     signature = Model.load(str(served.server.copy)).signature
     assert signature is not None
     assert [(each.name, str(each.type)) for each in signature.inputs] == [("image", "DataType.binary")]
@@ -378,7 +378,7 @@ def test_the_signature_says_what_goes_in_and_comes_out(served: Served) -> None:
     assert [(each.name, each.default) for each in signature.params] == [("top_k", 5)]
 
 
-def test_the_same_in_python(served: Served) -> None:
+def test_pyfunc_predictions_match_evaluation(served: Served) -> None:
     model = mlflow.pyfunc.load_model("models:/tiny/1")
     images = pandas.DataFrame({"image": served.images})
     answers = model.predict(images, params={"top_k": 2})
@@ -395,7 +395,7 @@ def test_the_same_in_python(served: Served) -> None:
         model.predict(pandas.DataFrame({"image": damaged[:-1]}))
 
 
-def test_an_error_of_ours_says_nothing_of_this_machine(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+def test_internal_error_does_not_leak_details(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
     model = mlflow.pyfunc.load_model(str(served.server.copy))
     model.unwrap_python_model()._model._network = None  # something that cannot be
     with pytest.raises(MlflowException) as raised:
@@ -407,7 +407,7 @@ def test_an_error_of_ours_says_nothing_of_this_machine(served: Served, capfd: py
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", ""])
-def test_a_limit_that_is_none_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_serving_limit_is_rejected(served: Served, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PVT_SERVE_MAX_PIXELS", value)
     with pytest.raises(InputError, match=f"PVT_SERVE_MAX_PIXELS={value}: a whole number"):
         mlflow.pyfunc.load_model(str(served.server.copy))

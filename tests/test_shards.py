@@ -88,7 +88,7 @@ def garble_manifest(folder: Path) -> None:
         (garble_manifest, "manifest.json: not JSON: Expecting property name"),
     ],
 )
-def test_a_wrong_manifest_is_refused(packed: Path, spoil: Callable[[Path], None], message: str) -> None:
+def test_wrong_manifest_is_rejected(packed: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(packed)
     for use in (ShardSet, verify):
         with pytest.raises(InputError) as error:
@@ -133,7 +133,7 @@ def whole(**fields: Any) -> Callable[[dict[str, Any]], Any]:
         (whole(classes=["cat", "cat"]), "classes: expected at most 1048576 names, each once"),
     ],
 )
-def test_a_damaged_manifest_is_one_line_that_names_key_value_and_rule(
+def test_invalid_manifest_value_is_reported_with_key_value_and_rule(
     packed: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
     tree = json.loads((packed / "manifest.json").read_text())
@@ -157,7 +157,7 @@ def test_a_damaged_manifest_is_one_line_that_names_key_value_and_rule(
         (b"[1]", "expected a mapping of settings (found [1])"),
     ],
 )
-def test_what_is_no_manifest_at_all_is_one_line(packed: Path, data: bytes, message: str) -> None:
+def test_unparsable_manifest_is_reported_in_one_line(packed: Path, data: bytes, message: str) -> None:
     (packed / "manifest.json").write_bytes(data)
     with pytest.raises(InputError) as error:
         read_manifest(packed)
@@ -165,7 +165,7 @@ def test_what_is_no_manifest_at_all_is_one_line(packed: Path, data: bytes, messa
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_manifest_that_never_ends_is_refused_at_once(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_manifest_that_is_a_device_is_rejected_without_retries(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (packed / "manifest.json").unlink()
     (packed / "manifest.json").symlink_to("/dev/zero")
     with pytest.raises(InputError, match="cannot read the manifest: not a regular file; make one"):
@@ -189,7 +189,7 @@ def remove_shard(folder: Path) -> None:
         (remove_shard, "is missing, but manifest.json lists", "No such file or directory"),
     ],
 )
-def test_a_shard_of_another_size_is_refused(
+def test_missing_or_truncated_shard_is_rejected(
     packed: Path, spoil: Callable[[Path], None], message: str, fault: str
 ) -> None:
     spoil(packed)
@@ -202,7 +202,7 @@ def test_a_shard_of_another_size_is_refused(
     assert fault in found.reason
 
 
-def test_an_index_of_another_packing_is_refused(packed: Path, tmp_path: Path) -> None:
+def test_index_of_another_packing_is_rejected(packed: Path, tmp_path: Path) -> None:
     pack(tmp_path / "images", tmp_path / "other", samples_per_shard=4, seed=1)
     shutil.copy(tmp_path / "other" / "shard-000000.index.npy", packed)
     with pytest.raises(InputError, match="it was changed"):
@@ -211,7 +211,7 @@ def test_an_index_of_another_packing_is_refused(packed: Path, tmp_path: Path) ->
     assert "shard-000000.index.npy" in fault.reason
 
 
-def test_several_data_sets_stand_end_to_end(packed: Path, tmp_path: Path) -> None:
+def test_several_data_sets_are_concatenated(packed: Path, tmp_path: Path) -> None:
     pack(tmp_path / "images", tmp_path / "more", seed=1)
     both = ShardSet(packed, tmp_path / "more")
     assert len(both) == 12
@@ -232,7 +232,7 @@ def overwrite(path: Path, start: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_every_flipped_bit_is_found(packed: Path) -> None:
+def test_verify_finds_every_flipped_bit(packed: Path) -> None:
     """Wherever it lies, and named where it lies in an image."""
     path = packed / "shard-000000.tar"
     original = path.read_bytes()
@@ -251,27 +251,27 @@ def test_every_flipped_bit_is_found(packed: Path) -> None:
     assert verify(packed) == []
 
 
-def test_a_flipped_bit_is_not_read(packed: Path) -> None:
+def test_reading_a_damaged_sample_raises(packed: Path) -> None:
     shards = ShardSet(packed)
     overwrite(packed / "shard-000000.tar", int(shards.index(0)[2]["offset"]) + 50, b"????")
     with pytest.raises(CorruptSampleError, match="do not match their checksum"):
         shards.read(0, 2)
 
 
-def test_a_lost_block_is_told_although_names_are_lost_with_it(packed: Path) -> None:
+def test_verify_reports_a_zeroed_tar_header_by_row(packed: Path) -> None:
     record = ShardSet(packed).index(0)[1]
     overwrite(packed / "shard-000000.tar", int(record["header"]), bytes(1024))
     assert verify(packed) == [SampleFault("shard-000000.tar", "row 1", "its image does not match its checksum")]
 
 
-def test_a_cut_shard_is_told(packed: Path) -> None:
+def test_verify_reports_a_truncated_shard(packed: Path) -> None:
     path = packed / "shard-000000.tar"
     record = ShardSet(packed).index(0)[2]
     path.write_bytes(path.read_bytes()[: int(record["offset"]) + 10])
     assert f"cut short at byte {path.stat().st_size}: the last 2 samples are lost" in verify(packed)[0].reason
 
 
-def test_deep_verification_decodes(tmp_path: Path) -> None:
+def test_deep_verify_decodes_images(tmp_path: Path) -> None:
     """What was damaged before it was indexed has the right checksum."""
     buffer = BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "JPEG")
@@ -372,7 +372,7 @@ def other_size(records: np.ndarray) -> np.ndarray:
         (other_size, "but the index says"),
     ],
 )
-def test_an_index_that_contradicts_its_tar_is_told(
+def test_index_that_contradicts_its_tar_is_reported(
     packed: Path, change: Callable[[np.ndarray], np.ndarray], reason: str
 ) -> None:
     records = np.load(packed / "shard-000000.index.npy")
@@ -413,13 +413,13 @@ def npy(header: bytes) -> bytes:
         npy(repr({"descr": RECORD.descr, "fortran_order": False, "shape": (4,)}).encode() + b"\n"),
     ],
 )
-def test_an_index_that_is_no_array_is_told(packed: Path, data: bytes) -> None:
+def test_unreadable_index_is_reported(packed: Path, data: bytes) -> None:
     forge_index(packed, data)
     (fault,) = verify(packed)
     assert fault.reason.startswith(f"{packed}/shard-000000.index.npy: its index is wrong: it holds not 4 records")
 
 
-def test_a_wrong_index_hides_no_fault_of_its_tar(packed: Path) -> None:
+def test_verify_reports_tar_faults_despite_a_wrong_index(packed: Path) -> None:
     forge_index(packed, b"hello")
     overwrite(packed / "shard-000000.tar", 700, b"????")
     index, tar = (fault.reason for fault in verify(packed))
@@ -429,7 +429,7 @@ def test_a_wrong_index_hides_no_fault_of_its_tar(packed: Path) -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
-def test_whatever_its_bytes_an_index_is_read_or_not(data: st.DataObject) -> None:
+def test_decode_records_never_raises_on_damaged_bytes(data: st.DataObject) -> None:
     buffer = BytesIO()
     np.save(buffer, np.ones(3, RECORD))
     spoilt = bytearray(buffer.getvalue())
@@ -442,7 +442,7 @@ def test_whatever_its_bytes_an_index_is_read_or_not(data: st.DataObject) -> None
     assert isinstance(key_in(bytes(spoilt), 7), str)
 
 
-def test_workers_do_not_change_what_is_found(packed: Path) -> None:
+def test_verify_does_not_depend_on_worker_count(packed: Path) -> None:
     overwrite(packed / "shard-000000.tar", 700, b"????")
     (packed / "shard-000001.tar").unlink()
     assert verify(packed, workers=2) == verify(packed)

@@ -47,7 +47,7 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
+def test_summary_has_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
     summary = show_dataset(packed, tmp_path / "sheet.png")
     assert summary["samples"] == 10
     assert summary["shards"] == 3
@@ -65,7 +65,7 @@ def test_counts_and_sizes(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [1, 5, 7, 10, 12])
-def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
+def test_summary_lists_each_class_once(num_classes: int, tmp_path: Path) -> None:
     sizes = {f"c{number:02}": number + 1 for number in range(num_classes)}
     for name, size in sizes.items():
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -84,7 +84,7 @@ def test_each_class_is_listed_once(num_classes: int, tmp_path: Path) -> None:
     assert sorted(listed) == sorted({*descending[:5], *descending[-5:]})
 
 
-def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path) -> None:
+def test_contact_sheet_shows_samples_of_every_class(packed: Path, tmp_path: Path) -> None:
     show_dataset(packed, tmp_path / "sheet.png")
     pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
     firsts = {name: np.argwhere((pixels == colour).all(axis=-1)) for name, colour in COLOURS.items()}
@@ -95,7 +95,7 @@ def test_the_sheet_shows_every_class_where_it_says(packed: Path, tmp_path: Path)
     assert tuple(firsts["blue"][0]) < tuple(firsts["green"][0]) or firsts["blue"][0][1] < firsts["green"][0][1]
 
 
-def test_the_seed_chooses_the_samples(digits: Path, tmp_path: Path) -> None:
+def test_seed_chooses_the_samples_on_the_sheet(digits: Path, tmp_path: Path) -> None:
     sheets = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         show_dataset(digits / "val", tmp_path / name, seed)
@@ -104,7 +104,7 @@ def test_the_seed_chooses_the_samples(digits: Path, tmp_path: Path) -> None:
     assert (sheets[0] != sheets[2]).any(axis=-1).mean() > 0.3
 
 
-def test_damaged_samples_do_not_stop_it(packed: Path, tmp_path: Path) -> None:
+def test_damaged_sample_changes_only_its_tile(packed: Path, tmp_path: Path) -> None:
     show_dataset(packed, tmp_path / "before.png")
     record = ShardSet(packed).index(0)[0]
     with (packed / "shard-000000.tar").open("r+b") as file:
@@ -118,12 +118,12 @@ def test_damaged_samples_do_not_stop_it(packed: Path, tmp_path: Path) -> None:
     assert 100 < width <= 150
 
 
-def test_a_sheet_that_cannot_be_written_is_the_users_mistake(packed: Path, tmp_path: Path) -> None:
+def test_unwritable_sheet_path_is_rejected(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written: No such file or directory; name another file with --out"):
         show_dataset(packed, tmp_path / "none" / "sheet.png")
 
 
-def test_remote_shards_are_read_in_parts(packed: Path, tmp_path: Path) -> None:
+def test_remote_data_set_gives_the_same_sheet(packed: Path, tmp_path: Path) -> None:
     with FaultyServer(packed) as server:
         summary = show_dataset(server.url, tmp_path / "sheet.png")
     assert summary["samples"] == 10
@@ -145,7 +145,7 @@ def result_of(process: subprocess.CompletedProcess[str], returncode: int = 0) ->
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def test_the_commands_end_with_their_result(packed: Path, tmp_path: Path) -> None:
+def test_shards_commands_end_with_a_json_result(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "red" / "bad.jpg").write_text("hello")
     refused = run("pack", "--images", "images", "--out", "p", cwd=tmp_path)
     assert refused.returncode == 2
@@ -208,9 +208,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return Drawn(monkeypatch)
 
 
-def test_a_preview_shows_views_with_their_parameters(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_preview_writes_a_sheet_of_views(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
     result = preview(config, open_training(config.data), tmp_path / "preview.png")
     assert result == {"sheet": str(tmp_path / "preview.png"), "samples": 6, "views": 6}
@@ -222,7 +220,9 @@ def test_a_preview_shows_views_with_their_parameters(
 
 
 @pytest.mark.parametrize("extra", [[], ["data.copies=3", "mix.mixup_alpha=0", "mix.cutmix_alpha=0"]])
-def test_a_preview_shows_several_classes(drawn: Drawn, digit_images: Path, tmp_path: Path, extra: list[str]) -> None:
+def test_preview_shows_samples_of_several_classes(
+    drawn: Drawn, digit_images: Path, tmp_path: Path, extra: list[str]
+) -> None:
     """Also of shards that hold one class after the other, as those that others have made often do."""
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
@@ -247,7 +247,7 @@ def test_a_preview_shows_several_classes(drawn: Drawn, digit_images: Path, tmp_p
     assert len(set(classes[:num_classes])) == num_classes, "each class of the first batch before any comes again"
 
 
-def test_a_preview_explains_mixed_images(drawn: Drawn, digits: Path, tmp_path: Path) -> None:
+def test_preview_shows_mixing_partners_ratios_and_labels(drawn: Drawn, digits: Path, tmp_path: Path) -> None:
     """The partners are those that were mixed, and ratio and labels those of the pixels and targets that are fed."""
     config = load_config(write_config(digits, tmp_path), ["augment.rand_augment=rand-m9-mstd0.5-inc1"])
     rows = [row for row in drawn.of(config, tmp_path / "preview.png") if len(row) == 4]

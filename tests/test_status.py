@@ -131,7 +131,7 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "runs")
 
 
-def test_run_at_work(run: Run, squeue: Slurm):
+def test_status_of_a_running_job(run: Run, squeue: Slurm):
     run.submitted()
     run.journal.write("excluded", node="n3", why="disk: /scratch has 0.1 GB free")
     run.journal.write("start", attempt=1, nodes=["n1", "n2"], ranks=4, step=0)
@@ -173,7 +173,7 @@ def test_run_at_work(run: Run, squeue: Slurm):
         assert part in page
 
 
-def test_slurm_is_asked_once_for_all_jobs(run: Run, squeue: Slurm):
+def test_squeue_is_called_once_for_all_jobs(run: Run, squeue: Slurm):
     run.submitted(handoffs={"runs/a": "18", "runs/b": "19"})
     read_status(run.folder)
     assert len(squeue.asked()) == 1
@@ -183,7 +183,7 @@ def test_slurm_is_asked_once_for_all_jobs(run: Run, squeue: Slurm):
 
 @pytest.mark.parametrize("length", ["30 epochs", "300 steps", "28800 images"])
 @pytest.mark.parametrize("samples", [(SAMPLES,), (600, 700)])
-def test_total_steps_are_the_training_loops(tmp_path: Path, length: str, samples: tuple[int, ...], squeue: Slurm):
+def test_total_steps_match_the_training_schedule(tmp_path: Path, length: str, samples: tuple[int, ...], squeue: Slurm):
     run = Run(tmp_path / "runs", length=length)
     run.begins(samples=samples)
     sources = [{"path": f"data{number}"} for number in range(len(samples))]
@@ -192,7 +192,7 @@ def test_total_steps_are_the_training_loops(tmp_path: Path, length: str, samples
     assert read_status(run.folder).total_steps == Schedule.of(run.config, order.steps_per_epoch).total
 
 
-def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
+def test_time_left_uses_the_current_attempt_only(run: Run, squeue: Slurm):
     run.submitted()
     run.begins()
     run.journal.write("start", attempt=2, nodes=["n1"], ranks=2, step=90)
@@ -208,7 +208,7 @@ def test_time_left_is_by_the_current_attempt(run: Run, squeue: Slurm):
     assert read_status(run.folder).left_s == pytest.approx((300 - 80) * 0.5), "a single reading"
 
 
-def test_never_started(run: Run, squeue: Slurm):
+def test_status_of_a_job_that_never_started(run: Run, squeue: Slurm):
     run.submitted()
     moment = datetime(2026, 11, 23, 12, 0, 0)
     squeue.answers(f"17|PENDING||INVALID|{moment.isoformat()}|Resources")
@@ -228,11 +228,11 @@ def test_never_started(run: Run, squeue: Slurm):
     assert read_status(run.folder).phase == "lost"
 
 
-def test_total_steps_of_a_run_that_waits_are_known_where_they_need_no_data(tmp_path: Path, squeue: Slurm):
+def test_total_steps_in_steps_are_known_before_the_run_starts(tmp_path: Path, squeue: Slurm):
     assert read_status(Run(tmp_path, length="500 steps").folder).total_steps == 500
 
 
-def test_finished(run: Run, squeue: Slurm):
+def test_status_of_a_finished_run(run: Run, squeue: Slurm):
     run.submitted()
     run.begins()
     run.steps(300)
@@ -249,7 +249,7 @@ def test_finished(run: Run, squeue: Slurm):
     assert "100.0 %" in format_status(known)
 
 
-def test_stopped_goes_on_or_stays(run: Run, squeue: Slurm):
+def test_status_of_a_stopped_run_by_queue_state(run: Run, squeue: Slurm):
     run.submitted()
     run.begins()
     run.steps(50)
@@ -265,7 +265,7 @@ def test_stopped_goes_on_or_stays(run: Run, squeue: Slurm):
     assert known.job.left_s == 59 * 60 + 30
 
 
-def test_crash_loop(run: Run, squeue: Slurm):
+def test_status_of_a_crash_loop(run: Run, squeue: Slurm):
     run.submitted()
     run.begins()
     run.steps(20)
@@ -294,7 +294,7 @@ def test_crash_loop(run: Run, squeue: Slurm):
     assert read_status(run.folder).restarts_without_progress == 0
 
 
-def test_a_later_job_is_not_judged_by_an_earlier_one(run: Run, squeue: Slurm):
+def test_status_ignores_events_of_an_earlier_job(run: Run, squeue: Slurm):
     run.submitted()
     Journal(run.folder, "16").write("excluded", node="n9", why="clock")
     Journal(run.folder, "16").write("gave up", why="configuration")
@@ -308,7 +308,7 @@ def test_a_later_job_is_not_judged_by_an_earlier_one(run: Run, squeue: Slurm):
 
 
 @pytest.mark.parametrize("state", ["TIMEOUT", "NODE_FAIL", "CANCELLED"])
-def test_job_that_is_gone_without_a_word(run: Run, squeue: Slurm, state: str):
+def test_status_of_a_job_that_ended_without_an_event_is_lost(run: Run, squeue: Slurm, state: str):
     run.submitted()
     run.journal.write("start", attempt=1, nodes=["n1"], ranks=1, step=0)
     run.begins()
@@ -321,7 +321,7 @@ def test_job_that_is_gone_without_a_word(run: Run, squeue: Slurm, state: str):
     assert (known.phase, str(known.job)) == ("lost", "not in the queue")
 
 
-def test_slurm_that_cannot_be_asked_is_told_and_costs_no_more(run: Run, squeue: Slurm, monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_slurm_is_reported_in_the_status(run: Run, squeue: Slurm, monkeypatch: pytest.MonkeyPatch):
     run.submitted()
     run.begins()
     run.steps(10)
@@ -336,7 +336,7 @@ def test_slurm_that_cannot_be_asked_is_told_and_costs_no_more(run: Run, squeue: 
     assert "no SLURM" in format_status(read_status(run.folder))
 
 
-def test_half_written_last_lines_are_no_fault(run: Run, squeue: Slurm):
+def test_half_written_last_line_is_not_a_fault(run: Run, squeue: Slurm):
     run.submitted()
     run.journal.write("start", attempt=1, nodes=["n1"], ranks=1, step=0)
     run.begins()
@@ -352,14 +352,14 @@ def test_half_written_last_lines_are_no_fault(run: Run, squeue: Slurm):
             assert (known.step, known.phase) == (whole.step, whole.phase)
 
 
-def test_numbers_that_are_none_are_not_told(run: Run, squeue: Slurm):
+def test_invalid_metric_values_are_omitted(run: Run, squeue: Slurm):
     run.submitted()
     run.write("metrics.jsonl", '{"step": 1, "time": 1, "images_per_second": "many", "loss": NaN, "epoch": true}\n')
     known = read_status(run.folder)
     assert (known.step, known.images_per_second, known.loss, known.epoch) == (1, None, None, None)
 
 
-def test_what_cannot_be_read_is_named(run: Run, squeue: Slurm):
+def test_unreadable_run_files_are_reported(run: Run, squeue: Slurm):
     run.submitted()
     run.begins()
     run.steps(10)
@@ -381,7 +381,7 @@ def test_what_cannot_be_read_is_named(run: Run, squeue: Slurm):
 @pytest.mark.parametrize(
     "missing", ["run.json", "config.yaml", "metrics.jsonl", "goodput.json", EVENTS, "slurm/jobs.json"]
 )
-def test_each_file_may_be_missing(run: Run, squeue: Slurm, missing: str):
+def test_status_tolerates_each_missing_file(run: Run, squeue: Slurm, missing: str):
     run.submitted()
     run.begins()
     run.steps(10)
@@ -392,14 +392,14 @@ def test_each_file_may_be_missing(run: Run, squeue: Slurm, missing: str):
     assert format_status(known)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, squeue: Slurm):
+def test_folder_without_a_run_is_rejected(tmp_path: Path, squeue: Slurm):
     with pytest.raises(InputError, match="no such folder"):
         read_status(tmp_path / "runs" / "typo")
     with pytest.raises(InputError, match=r"neither slurm/ nor run\.json"):
         read_status(tmp_path)
 
 
-def test_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
+def test_status_of_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
     child = Run(tmp_path / "runs", "big-pets", length="50 steps")
     child.begins()
     child.steps(10)
@@ -418,7 +418,7 @@ def test_handoffs(tmp_path: Path, run: Run, squeue: Slurm):
     assert any("big-scenes" in line and "19 PENDING (Dependency)" in line for line in lines)
 
 
-def test_sweep(tmp_path: Path, run: Run, squeue: Slurm):
+def test_status_of_a_sweep(tmp_path: Path, run: Run, squeue: Slurm):
     members = [Run(tmp_path / "runs", f"big-{number}", length="50 steps") for number in range(3)]
     members[0].begins()
     members[0].steps(50)
@@ -439,12 +439,12 @@ def test_sweep(tmp_path: Path, run: Run, squeue: Slurm):
     assert read_status(run.folder).phase == "finished"
 
 
-def test_table_of_every_phase_can_be_told(run: Run):
+def test_every_phase_can_be_formatted(run: Run):
     for phase in module.Phase.__args__:
         assert phase in format_status(Status(str(run.folder), phase))
 
 
-def test_imports_quickly_and_little():
+def test_status_does_not_import_heavy_packages():
     code = "import sys, pipeline.cluster.status; print(*{'torch', 'mlflow', 'numpy', 'deepspeed'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -460,7 +460,7 @@ def log(run: Run) -> Path:
     return path
 
 
-def test_tail(log: Path):
+def test_tail_returns_last_lines_of_a_rank(log: Path):
     whole = log.read_text().splitlines()
     for lines in (1, 2, 100, len(whole), 10_000):
         assert tail(log, lines) == whole[-lines:]
@@ -475,7 +475,7 @@ def test_tail(log: Path):
         tail(log.with_name("none"), 1)
 
 
-def test_follow_gives_whole_lines_as_they_come_and_the_rest_at_the_end(log: Path, monkeypatch: pytest.MonkeyPatch):
+def test_follow_yields_whole_lines_and_the_rest_at_the_end(log: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_log, "_POLL_S", 0.01)
     ended = threading.Event()
     lines = follow(log, ended.is_set, lines=1)
@@ -486,7 +486,7 @@ def test_follow_gives_whole_lines_as_they_come_and_the_rest_at_the_end(log: Path
     assert list(lines) == ["half"]
 
 
-def test_follow_waits_for_a_log_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_follow_waits_for_a_missing_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_log, "_POLL_S", 0.01)
     ended = threading.Event()
     with _written_later(tmp_path / "log", "0: first\n", "1: second\n"):

@@ -32,7 +32,7 @@ def public_name(name: str) -> str:
     return name.replace("mlp.0.", "mlp.fc1.").replace("mlp.3.", "mlp.fc2.")
 
 
-def test_the_plain_network_computes_what_ours_does() -> None:
+def test_plain_pvt_matches_ours() -> None:
     torch.manual_seed(0)
     plain = PlainPvt(step.DEPTHS["pvt_tiny"], num_classes=10).eval()
     ours = timm.create_model("pvt_tiny", num_classes=10).eval()
@@ -42,7 +42,7 @@ def test_the_plain_network_computes_what_ours_does() -> None:
 
 
 @pytest.mark.parametrize("model", step.DEPTHS)
-def test_all_contenders_are_of_one_size(model: str) -> None:
+def test_all_contenders_have_the_same_parameter_count(model: str) -> None:
     with torch.device("meta"):
         ours = timm.create_model(model)
         plain = PlainPvt(step.DEPTHS[model], step.NUM_CLASSES)
@@ -56,7 +56,7 @@ def test_all_contenders_are_of_one_size(model: str) -> None:
 SMALL = ("--batch", "1", "--precision", "fp32", "--rounds", "1", "--turn", "0.01")
 
 
-def test_the_command_prints_a_line_a_model(tmp_path: Path) -> None:
+def test_step_benchmark_prints_one_json_line_per_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", *SMALL, "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     (line,) = done.stdout.splitlines()
@@ -72,7 +72,7 @@ def test_the_command_prints_a_line_a_model(tmp_path: Path) -> None:
         picture.load()
 
 
-def test_a_bar_is_the_median_of_its_readings() -> None:
+def test_bar_shows_the_median_of_its_readings() -> None:
     figure = Figure()
     report.bars({"a panel": {"ours": [1.0, 9.0, 2.0], "theirs": [4.0]}, "another": {"ours": [3.0]}}, "s", "title")(
         figure
@@ -83,13 +83,13 @@ def test_a_bar_is_the_median_of_its_readings() -> None:
     assert [bar.get_width() for bar in second.patches] == [3.0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_a_row_that_is_not_full_shows_no_empty_panels() -> None:
+def test_unused_panels_are_hidden() -> None:
     figure = Figure()
     report.bars({str(number): {"ours": [1.0]} for number in range(5)}, "s", "title")(figure)
     assert [panel.get_visible() for panel in figure.axes] == [True] * 5 + [False] * 3
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
-def test_no_rounds_are_refused(text: str) -> None:
+def test_invalid_round_count_is_rejected(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a whole number of at least 1"):
         report.count(text)

@@ -162,7 +162,7 @@ def remote(request: pytest.FixtureRequest) -> Place:
 # ---- every store
 
 
-def test_every_way_of_reading_gives_the_files_bytes(place: Place) -> None:
+def test_every_read_method_gives_the_file_bytes(place: Place) -> None:
     draw = random.Random(1)
     with place.store() as store:
         assert store.read("manifest.json") == b"{}"
@@ -187,7 +187,7 @@ def test_every_way_of_reading_gives_the_files_bytes(place: Place) -> None:
         assert store.url("x.tar") == f"{place.root}/x.tar"
 
 
-def test_missing_files(place: Place) -> None:
+def test_missing_file_is_reported_without_retries(place: Place) -> None:
     nowhere = Blob("no.tar", 5, "0" * 64)
     started = time.monotonic()
     with place.store(retry=Retry(first_wait_s=10)) as store:
@@ -204,7 +204,7 @@ def test_missing_files(place: Place) -> None:
     assert time.monotonic() - started < 5, "what is missing is not tried again"
 
 
-def test_a_folder_is_listed_and_http_says_that_it_cannot(place: Place) -> None:
+def test_names_lists_a_folder_and_rejects_http(place: Place) -> None:
     with place.store() as store:
         if place.root.startswith("http"):
             with pytest.raises(InputError, match="HTTP has no listing"):
@@ -213,7 +213,7 @@ def test_a_folder_is_listed_and_http_says_that_it_cannot(place: Place) -> None:
             assert store.names() == sorted([*NAMES, "manifest.json", "un der/empty.tar"])
 
 
-def test_a_file_url_is_a_folder(local: Place) -> None:
+def test_file_url_is_a_local_folder(local: Place) -> None:
     with contextlib.closing(Store(f"file://{local.root}")) as store:
         assert store.is_local
         assert store.load(local.blob()) == local.data(NAMES[0])
@@ -224,7 +224,7 @@ def test_a_file_url_is_a_folder(local: Place) -> None:
 @pytest.mark.parametrize(
     "name", ["../x.tar", "/etc/passwd", "a/../../x", "", "a//b", "x\0.tar", "./x", "a\\b", "a\nb", "\udce9"]
 )
-def test_names_outside_the_root_are_refused(place: Place, name: str) -> None:
+def test_names_outside_the_root_are_rejected(place: Place, name: str) -> None:
     with pytest.raises(InputError, match="not a file below"):
         Blob(name, 1, "0" * 64)
     with place.store() as store:
@@ -234,18 +234,18 @@ def test_names_outside_the_root_are_refused(place: Place, name: str) -> None:
 
 
 @pytest.mark.parametrize("sha256", ["../" + "0" * 61, "0" * 63, "A" * 64, ""])
-def test_what_is_no_digest_is_refused(sha256: str) -> None:
+def test_invalid_sha256_is_rejected(sha256: str) -> None:
     with pytest.raises(InputError, match="SHA-256"):
         Blob("x.tar", 1, sha256)
 
 
-def test_a_changed_local_file_is_refused_by_load(tmp_path: Path) -> None:
+def test_load_rejects_a_changed_local_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"two")
     with contextlib.closing(Store(tmp_path)) as store, pytest.raises(StoreError, match=f"{tmp_path}/x: does not match"):
         store.load(Blob("x", 3, hashlib.sha256(b"one").hexdigest()))
 
 
-def test_descriptors_are_bounded_and_shared_by_threads(local: Place) -> None:
+def test_descriptors_are_bounded_across_threads(local: Place) -> None:
     contents = {name: local.data(name) for name in NAMES}
     files = Descriptors[str](lambda name: os.open(local.originals / name, os.O_RDONLY), max_open=2)
 
@@ -263,7 +263,7 @@ def test_descriptors_are_bounded_and_shared_by_threads(local: Place) -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1 << 40), st.integers(0, 1 << 20)), max_size=12))
-def test_descriptors_give_what_the_file_has(originals: Path, reads: list[tuple[int, int, int]]) -> None:
+def test_descriptors_read_the_file_bytes(originals: Path, reads: list[tuple[int, int, int]]) -> None:
     files = Descriptors[str](lambda name: os.open(originals / name, os.O_RDONLY), max_open=2)
     for number, offset, size in reads:
         assert files.pread(NAMES[number], offset, size) == (originals / NAMES[number]).read_bytes()[offset:][:size]
@@ -281,7 +281,7 @@ def _num_open(folder: Path) -> int:
     return found
 
 
-def test_unknown_protocols_and_missing_packages_are_named() -> None:
+def test_unknown_protocol_is_rejected() -> None:
     with pytest.raises(InputError, match="nope://x: cannot be opened"):
         Store("nope://x", Cache(tempfile.mkdtemp(), 0))
 
@@ -290,7 +290,7 @@ def test_unknown_protocols_and_missing_packages_are_named() -> None:
 
 
 @pytest.mark.parametrize("fault", [*TRANSIENT, "flip"])
-def test_transient_faults_are_overcome(remote: Place, fault: Fault, capfd: pytest.CaptureFixture[str]) -> None:
+def test_transient_faults_are_retried(remote: Place, fault: Fault, capfd: pytest.CaptureFixture[str]) -> None:
     blob, data = remote.blob(), remote.data(NAMES[0])
     other, other_data = remote.blob(NAMES[2]), remote.data(NAMES[2])
     ways: dict[str, Callable[[Store], bool]] = {
@@ -318,7 +318,7 @@ def test_transient_faults_are_overcome(remote: Place, fault: Fault, capfd: pytes
 
 
 @pytest.mark.parametrize("fault", [*TRANSIENT, "flip"])
-def test_permanent_faults_end_in_an_error_that_names_the_file(remote: Place, fault: Fault) -> None:
+def test_permanent_fault_raises_an_error_naming_the_file(remote: Place, fault: Fault) -> None:
     blob = remote.blob()
     remote.wire.spoil(fault, times=float("inf"))
     ways: list[Callable[[Store], object]] = [lambda store: store.pread(blob, 0, 10)]
@@ -341,7 +341,7 @@ def test_permanent_faults_end_in_an_error_that_names_the_file(remote: Place, fau
         assert store.load(blob) == remote.data(NAMES[0])
 
 
-def test_bytes_that_trickle_do_not_hold_us(http: Place) -> None:
+def test_trickling_response_times_out(http: Place) -> None:
     http.wire.spoil("trickle", times=float("inf"))
     started = time.monotonic()
     with http.store(retry=Retry(1), timeout_s=STALL_S) as store, pytest.raises(StoreError, match="timed out"):
@@ -356,14 +356,14 @@ def test_bytes_that_trickle_do_not_hold_us(http: Place) -> None:
         ("gzip", r"the server sends it encoded \(gzip\): serve the file as it is$"),
     ],
 )
-def test_a_small_file_without_end_is_refused_once(http: Place, fault: Fault, reason: str) -> None:
+def test_endless_or_encoded_small_file_is_rejected_without_retries(http: Place, fault: Fault, reason: str) -> None:
     http.wire.spoil(fault, times=float("inf"))
     with http.store() as store, pytest.raises(StoreError, match=f"^{http.root}/{NAMES[0]}: {reason}"):
         store.read(NAMES[0], 1000)
     assert len(http.wire.gets()) == 1
 
 
-def test_of_a_file_without_end_no_more_is_held_than_was_asked_for(http: Place) -> None:
+def test_endless_response_uses_bounded_memory(http: Place) -> None:
     http.wire.spoil("endless", times=float("inf"))
     blob = http.blob()
     with http.store() as store:
@@ -376,7 +376,7 @@ def test_of_a_file_without_end_no_more_is_held_than_was_asked_for(http: Place) -
     assert found == http.data(blob.name)[:1000]
 
 
-def test_a_small_file_that_trickles_is_given_up(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trickling_small_file_is_given_up(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystems, "READ_BYTES", 0)
     http.wire.spoil("trickle", times=float("inf"))
     started = time.monotonic()
@@ -417,7 +417,7 @@ def sparse(path: Path) -> None:
         (sparse, "more than 4,194,304 bytes"),
     ],
 )
-def test_what_is_no_file_of_its_size_is_refused_at_once(
+def test_irregular_or_oversized_local_file_is_rejected_without_retries(
     tmp_path: Path, make: Callable[[Path], None], reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "x")
@@ -430,7 +430,7 @@ def test_what_is_no_file_of_its_size_is_refused_at_once(
     assert capfd.readouterr().err == "", "nothing is tried again"
 
 
-def test_a_server_that_fails_is_not_a_missing_file(remote: Place) -> None:
+def test_server_error_is_not_a_missing_file(remote: Place) -> None:
     with remote.store() as store:
         for method in ("HEAD", "GET"):
             remote.wire.spoil("500", times=2, method=method)
@@ -441,7 +441,7 @@ def test_a_server_that_fails_is_not_a_missing_file(remote: Place) -> None:
             store.size(NAMES[0])
 
 
-def test_refused_requests_are_not_repeated(remote: Place) -> None:
+def test_forbidden_requests_are_not_retried(remote: Place) -> None:
     remote.wire.spoil("403", times=float("inf"))
     with remote.store() as store:
         for read in (lambda: store.read(NAMES[0]), lambda: store.pread(remote.blob(), 0, 10)):
@@ -452,7 +452,7 @@ def test_refused_requests_are_not_repeated(remote: Place) -> None:
 
 
 @pytest.mark.parametrize("fault", ["400", "401", "403"])
-def test_refusals_are_one_line_with_cause_and_remedy(remote: Place, fault: Fault, tmp_path: Path) -> None:
+def test_http_4xx_is_reported_in_one_line_with_a_remedy(remote: Place, fault: Fault, tmp_path: Path) -> None:
     for method in ("HEAD", "GET"):
         remote.wire.spoil(fault, times=float("inf"), method=method)
     remedy = "AWS_ENDPOINT_URL" if fault == "400" else "access is denied: set AWS_ACCESS_KEY_ID .*expired: renew it"
@@ -465,7 +465,7 @@ def test_refusals_are_one_line_with_cause_and_remedy(remote: Place, fault: Fault
 
 
 @pytest.mark.parametrize("fault", ["400", "403", "405"])
-def test_a_server_that_only_gives_files_is_read(http: Place, fault: Fault) -> None:
+def test_server_that_rejects_head_is_read_with_get(http: Place, fault: Fault) -> None:
     """As a URL that was signed for GET alone."""
     http.wire.spoil(fault, times=float("inf"), method="HEAD")
     with http.store() as store:
@@ -473,13 +473,13 @@ def test_a_server_that_only_gives_files_is_read(http: Place, fault: Fault) -> No
         assert store.open(NAMES[0]).read() == http.data(NAMES[0])
 
 
-def test_a_bucket_that_does_not_exist_is_named(s3: Place, tmp_path: Path) -> None:
+def test_missing_bucket_is_reported(s3: Place, tmp_path: Path) -> None:
     for ask in (lambda: index_tars("s3://no-such/data", tmp_path / "out"), lambda: read_manifest("s3://no-such/data")):
         with pytest.raises(InputError, match=r"s3://no-such/data.*: no such bucket: check its name, and AWS_ENDPOINT"):
             ask()
 
 
-def test_credentials_that_are_missing_are_named(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_s3_credentials_are_reported(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -487,13 +487,13 @@ def test_credentials_that_are_missing_are_named(s3: Place, monkeypatch: pytest.M
         store.read(NAMES[0])
 
 
-def test_index_lists_a_prefix_once(s3: Place, tmp_path: Path) -> None:
+def test_index_lists_an_s3_prefix_once(s3: Place, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not one sample can be used"):
         index_tars(s3.root, tmp_path / "out", labels="cls", skip_bad=True)
     assert len([request for request in s3.wire.requests if "list-type=2" in request.query]) == 1
 
 
-def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _loopback(monkeypatch)
     with contextlib.closing(Store("http://127.0.0.1:9/data", Cache(tmp_path, 1 << 20), retry=RETRY)) as store:
         for read in (lambda: store.size("x.tar"), lambda: store.pread(Blob("x.tar", 1, "0" * 64), 0, 1)):
@@ -502,7 +502,9 @@ def test_a_server_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("budget_bytes", [1 << 30, 0])
-def test_a_server_that_ignores_ranges(http: Place, budget_bytes: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_server_that_ignores_range_requests_is_read(
+    http: Place, budget_bytes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     http.wire.spoil("ignore range", times=float("inf"))
     with http.store(http.cache(budget_bytes)) as store:
         for blob in http.blobs:
@@ -513,7 +515,7 @@ def test_a_server_that_ignores_ranges(http: Place, budget_bytes: int, capfd: pyt
     assert capfd.readouterr().err.count("ignores Range") == (budget_bytes == 0)
 
 
-def test_a_query_comes_from_the_environment(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_query_is_read_from_the_environment(http: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     http.root += "?$TRAIN_QUERY"
     with pytest.raises(InputError, match=r"\?\$TRAIN_QUERY, but TRAIN_QUERY has no value"), http.store():
         pass
@@ -565,7 +567,7 @@ def _held(cache: Cache) -> set[str]:
     return {path.name for path in cache.folder.iterdir() if path.name != "ledger"}
 
 
-def test_a_shard_is_fetched_once_and_shared_by_data_sets(remote: Place) -> None:
+def test_shard_is_fetched_once_and_shared_by_stores(remote: Place) -> None:
     cache, blob = remote.cache(), remote.blob()
     for _ in range(2):
         with remote.store(cache) as store, ThreadPoolExecutor(8) as pool:
@@ -577,7 +579,7 @@ def test_a_shard_is_fetched_once_and_shared_by_data_sets(remote: Place) -> None:
     assert _num_open(cache.folder) == 0
 
 
-def test_the_next_in_line_takes_over_when_a_download_fails(tmp_path: Path) -> None:
+def test_waiting_thread_takes_over_a_failed_download(tmp_path: Path) -> None:
     cache, sha256 = Cache(tmp_path, 100), "0" * 64
     begun, fail, written = threading.Event(), threading.Event(), []
 
@@ -602,7 +604,7 @@ def test_the_next_in_line_takes_over_when_a_download_fails(tmp_path: Path) -> No
     assert cache.path(sha256).read_bytes() == b"data"
 
 
-def test_threads_wait_for_a_store_that_is_away_once(http: Place) -> None:
+def test_threads_share_one_failed_download(http: Place) -> None:
     http.wire.spoil("stall", times=float("inf"))
     started = time.monotonic()
     with http.store(retry=Retry(2, 0.01), timeout_s=STALL_S) as store, ThreadPoolExecutor(16) as pool:
@@ -612,9 +614,7 @@ def test_threads_wait_for_a_store_that_is_away_once(http: Place) -> None:
     assert time.monotonic() - started < 16 * STALL_S  # one after the other they would take twice that
 
 
-def test_the_least_recently_used_goes_first_and_nothing_in_use_does(
-    http: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_cache_evicts_least_recently_used_but_nothing_in_use(http: Place, capfd: pytest.CaptureFixture[str]) -> None:
     first, second, third, fourth = http.blobs
     cache = http.cache(first.bytes + second.bytes + third.bytes + fourth.bytes - 1)
     with http.store(cache) as store:
@@ -634,7 +634,7 @@ def test_the_least_recently_used_goes_first_and_nothing_in_use_does(
     assert "Raise the cache's budget" in line
 
 
-def test_a_budget_below_one_shard_reads_ranges(remote: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cache_budget_below_one_shard_reads_ranges(remote: Place, capfd: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(2)
     with remote.store(remote.cache(100_000)) as store:
         for _ in range(20):
@@ -645,7 +645,7 @@ def test_a_budget_below_one_shard_reads_ranges(remote: Place, capfd: pytest.Capt
     assert len(capfd.readouterr().err.splitlines()) == 1, "said once"
 
 
-def test_evicted_files_give_their_room_back(http: Place) -> None:
+def test_evicted_files_are_closed(http: Place) -> None:
     cache = http.cache(200_000, in_use_s=0)
     with http.store(cache) as store:
         for _ in range(3):
@@ -654,7 +654,7 @@ def test_evicted_files_give_their_room_back(http: Place) -> None:
                 assert _num_open(cache.folder) == 1
 
 
-def test_a_damaged_copy_is_replaced(remote: Place) -> None:
+def test_damaged_cached_shard_is_replaced(remote: Place) -> None:
     cache, blob = remote.cache(), remote.blob()
     data = remote.data(blob.name)
     with remote.store(cache) as store, remote.store(cache) as other:
@@ -674,7 +674,7 @@ def test_a_damaged_copy_is_replaced(remote: Place) -> None:
         assert len(remote.wire.gets()) == fetches + 1
 
 
-def test_load_replaces_a_damaged_copy(remote: Place) -> None:
+def test_load_replaces_a_damaged_cached_shard(remote: Place) -> None:
     cache, blob = remote.cache(), remote.blob()
     with remote.store(cache) as store:
         store.load(blob)
@@ -684,7 +684,7 @@ def test_load_replaces_a_damaged_copy(remote: Place) -> None:
     assert hashlib.sha256(cache.path(blob.sha256).read_bytes()).hexdigest() == blob.sha256
 
 
-def test_a_copy_of_another_size_is_discarded(http: Place) -> None:
+def test_cached_shard_of_another_size_is_discarded(http: Place) -> None:
     cache, blob = http.cache(), http.blob()
     cache.path(blob.sha256).write_bytes(http.data(blob.name)[:-1])
     with http.store(cache) as store:
@@ -709,7 +709,7 @@ def test_prefetched_shards_need_no_more_requests(remote: Place) -> None:
     assert len(remote.wire.gets()) == len(NAMES)
 
 
-def test_prefetching_leaves_errors_to_the_read(http: Place) -> None:
+def test_prefetch_errors_are_raised_by_the_read(http: Place) -> None:
     http.wire.spoil("403", times=float("inf"))
     with http.store() as store:
         store.prefetch(http.blobs)
@@ -728,7 +728,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_full_disk_reads_ranges(http: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_falls_back_to_range_reads(http: Place, capfd: pytest.CaptureFixture[str]) -> None:
     small = http.folder / "small"
     small.mkdir()
     blob, data = http.blob(), http.data(NAMES[0])
@@ -744,7 +744,7 @@ def test_a_full_disk_reads_ranges(http: Place, capfd: pytest.CaptureFixture[str]
     assert "File too large; samples are read from their origin" in capfd.readouterr().err
 
 
-def test_the_default_cache_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache = Cache.default()
     assert cache.folder == tmp_path / f"pvt-shards-{os.getuid()}"
@@ -762,7 +762,7 @@ def test_the_default_cache_is_private(tmp_path: Path, monkeypatch: pytest.Monkey
         Cache.default()
 
 
-def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unwritable_cache_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=f"{tmp_path}/file/cache: cannot be used as a cache"):
         Cache(tmp_path / "file" / "cache", 1)
@@ -813,13 +813,13 @@ def _expect_right(*processes: "subprocess.Popen[str]") -> None:
         assert json.loads(out.splitlines()[-1])["wrong"] == 0
 
 
-def test_two_processes_that_want_one_shard_fetch_it_once(remote: Place, walk: Walk) -> None:
+def test_two_processes_fetch_a_shard_once(remote: Place, walk: Walk) -> None:
     remote.wire.spoil("slow")
     _expect_right(*[walk(remote, seed=seed, reads=20, names=NAMES[:1]) for seed in range(2)])
     assert len(remote.wire.gets(NAMES[0])) == 1
 
 
-def test_the_death_of_a_process_that_downloads_is_survived(remote: Place, walk: Walk) -> None:
+def test_killed_download_is_taken_over_by_another_process(remote: Place, walk: Walk) -> None:
     remote.wire.spoil("stall")
     process = walk(remote, seed=0, reads=1, names=NAMES[:1])
     _wait_until(lambda: bool(remote.wire.gets(NAMES[0])))
@@ -837,7 +837,7 @@ def test_the_death_of_a_process_that_downloads_is_survived(remote: Place, walk: 
     assert _held(cache) == {blob.sha256}
 
 
-def test_what_a_dead_process_left_is_removed_for_room(http: Place, walk: Walk) -> None:
+def test_partial_file_of_a_killed_process_is_evicted(http: Place, walk: Walk) -> None:
     http.wire.spoil("stall")
     process = walk(http, seed=0, reads=1, names=NAMES[:1])
     _wait_until(lambda: bool(http.wire.gets(NAMES[0])))
@@ -851,7 +851,7 @@ def test_what_a_dead_process_left_is_removed_for_room(http: Place, walk: Walk) -
     assert _held(cache) == {last.sha256}
 
 
-def test_the_budget_holds_over_a_random_walk_of_two_processes(remote: Place, walk: Walk) -> None:
+def test_cache_budget_holds_across_two_processes(remote: Place, walk: Walk) -> None:
     budget = sum(blob.bytes for blob in remote.blobs[:2]) + 50_000
     most = 0
     ended = threading.Event()
@@ -876,7 +876,7 @@ def test_the_budget_holds_over_a_random_walk_of_two_processes(remote: Place, wal
     assert len(whole) > 20, "too few evictions to prove anything"
 
 
-def test_two_nodes_of_two_processes_fetch_each_shard_once_a_node(http: Place, walk: Walk) -> None:
+def test_each_node_fetches_each_shard_once(http: Place, walk: Walk) -> None:
     walks = [
         walk(http, seed=10 * node + rank, reads=60, names=NAMES, cache=f"node-{node}")
         for node in range(2)

@@ -54,7 +54,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_relative_root_is_resolved_at_submission(
+def test_relative_run_root_is_resolved_at_submission(
     project: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handoff = json.dumps([{"config": str(project / "child.yaml")}])
@@ -67,7 +67,9 @@ def test_a_relative_root_is_resolved_at_submission(
     assert outputs == [f"--output={root}/{name}/slurm/log" for name in ("tiny", "tiny-child")]
 
 
-def test_so_it_is_for_each_run_of_a_sweep(project: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_run_root_is_resolved_for_each_run_of_a_sweep(
+    project: Path, slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     document = command(monkeypatch, "--config", "tiny.yaml", "--sweep", "run.seed=1,2")
     root = project / "my runs"
     assert document["sweep"] == [f"{root}/tiny-0", f"{root}/tiny-1"]

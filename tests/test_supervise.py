@@ -125,7 +125,7 @@ def saving(step: int, ranks: Ranks) -> Ranks:
     return run
 
 
-def test_stretches_without_a_newer_checkpoint_are_not_queued_for_ever(program: Program) -> None:
+def test_requeue_without_a_newer_checkpoint_gives_up(program: Program) -> None:
     assert stretches(program, [out_of_time] * 3) == [REQUEUE, REQUEUE, FAILED]
     assert [event["restarts"] for event in events(program, "no progress")] == [1, 2, 3]
     (end,) = events(program, "gave up")
@@ -133,7 +133,7 @@ def test_stretches_without_a_newer_checkpoint_are_not_queued_for_ever(program: P
     assert "the time limit (cluster.time 30) came before a checkpoint after step 0: raise it, or save" in end["why"]
 
 
-def test_status_reports_a_stretch_without_a_newer_checkpoint(
+def test_status_reports_a_requeue_without_a_newer_checkpoint(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM to ask
@@ -144,34 +144,34 @@ def test_status_reports_a_stretch_without_a_newer_checkpoint(
     assert "before a checkpoint after step 20" in known.last_error.message
 
 
-def test_a_newer_checkpoint_begins_the_count_anew(program: Program) -> None:
+def test_newer_checkpoint_resets_the_restart_count(program: Program) -> None:
     whole = [out_of_time, out_of_time, saving(20, out_of_time), out_of_time, out_of_time, saving(40, out_of_time)]
     assert stretches(program, whole) == [REQUEUE] * 6
     assert [event["restarts"] for event in events(program, "no progress")] == [1, 2, 1, 2]
 
 
-def test_preemptions_do_not_count_and_do_not_excuse(program: Program) -> None:
+def test_preemptions_neither_count_nor_reset_the_restart_count(program: Program) -> None:
     assert stretches(program, [is_preempted] * 5) == [REQUEUE] * 5
     mixed = [out_of_time, is_preempted, out_of_time, is_preempted, out_of_time]
     assert stretches(program, mixed) == [REQUEUE] * 4 + [FAILED]
 
 
-def test_the_time_limit_that_a_preemption_has_moved_does_not_count(program: Program) -> None:
+def test_time_limit_signal_of_a_preempted_job_does_not_count(program: Program) -> None:
     assert stretches(program, [out_of_time] * 5, Preempted) == [REQUEUE] * 5
 
 
-def test_a_time_limit_before_training_begins_counts(program: Program) -> None:
+def test_time_limit_before_training_starts_counts(program: Program) -> None:
     codes = [OutOfTimeBeforeTraining(program, Job("17", restarts)).run() for restarts in range(3)]
     assert codes == [REQUEUE, REQUEUE, FAILED]
 
 
-def test_crashes_and_time_limits_share_one_count(program: Program) -> None:
+def test_crashes_and_time_limits_share_one_restart_count(program: Program) -> None:
     assert Stretch(program, Job("17", 0), crashes, out_of_time).run() == REQUEUE
     assert stretches(program, [crashes]) == [FAILED]
     assert "the last one: Boom" in events(program, "gave up")[0]["why"]
 
 
-def test_a_run_that_a_person_stops_has_not_failed(program: Program) -> None:
+def test_manually_stopped_run_does_not_count_as_failed(program: Program) -> None:
     (program.folder / STOP).parent.mkdir(parents=True)
     (program.folder / STOP).touch()
     assert stretches(program, [out_of_time] * 4) == [REQUEUE] * 4
@@ -181,9 +181,7 @@ def test_a_run_that_a_person_stops_has_not_failed(program: Program) -> None:
 @pytest.mark.parametrize(
     ("last", "counts"), [(None, 1), ("start", 1), ("excluded", 1), ("stopping", 0), ("requeue", 0)]
 )
-def test_a_job_that_disappeared_has_crashed_unless_it_was_told_to_stop(
-    program: Program, last: str | None, counts: int
-) -> None:
+def test_vanished_job_counts_as_crash_unless_told_to_stop(program: Program, last: str | None, counts: int) -> None:
     """Killed outright in the pre-flight or in training; or by a preemption that did not wait for it."""
     if last:
         Journal(program.folder, "17").write(last)
@@ -199,9 +197,7 @@ def put_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
-def test_a_copy_of_the_environment_that_fails_leaves_nothing(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_environment_copy_is_removed(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full_disk = '#!/usr/bin/env bash\nfor to; do :; done; touch "$to/half"; exit 1'
     here = '#!/usr/bin/env bash\nwhile [ "$1" != bash ]; do shift; done; exec "$@"'
     put_on_path(tmp_path, monkeypatch, cp=full_disk, srun=here)
@@ -212,7 +208,7 @@ def test_a_copy_of_the_environment_that_fails_leaves_nothing(
     assert list(scratch.iterdir()) == []
 
 
-def test_a_signal_is_repeated_until_the_ranks_answer(
+def test_signal_is_repeated_until_the_ranks_acknowledge(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """srun does not keep a signal for ranks that it has yet to start."""

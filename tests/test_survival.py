@@ -40,7 +40,7 @@ def last(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_bad_batches_are_skipped_and_divergence_is_rolled_back_at_every_stage(path: Path) -> None:
+def test_bad_batches_are_skipped_and_divergence_rolled_back_at_all_stages(path: Path) -> None:
     faults = {20: "nan", 25: "labels", 33: "lr"}
     jobs = [f"run.name=s{stage},engine.zero_stage={stage}" for stage in range(4)]
     run_ranks(2, "faulty", path, json.dumps(faults), *jobs)
@@ -60,7 +60,7 @@ def test_bad_batches_are_skipped_and_divergence_is_rolled_back_at_every_stage(pa
         assert losses[48] < losses[20]
 
 
-def test_when_a_step_is_read_changes_nothing(path: Path) -> None:
+def test_log_every_does_not_change_results(path: Path) -> None:
     # Steps that are not logged are read with the next one's loss: the rollback is due in the middle of step 38, which
     # then is taken again.
     faults = {20: "nan", 25: "labels", 33: "lr"}
@@ -79,7 +79,7 @@ def test_when_a_step_is_read_changes_nothing(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None:
+def test_stop_and_kill_around_a_rollback_give_identical_results(path: Path) -> None:
     def train(name: str, **faults: str) -> None:
         steps = {33: "lr", **{int(step[1:]): fault for step, fault in faults.items()}}
         run_ranks(2, "faulty", path, json.dumps(steps), f"run.name={name},train.eval_every=12 steps")
@@ -100,7 +100,7 @@ def test_stopping_and_dying_around_a_rollback_change_nothing(path: Path) -> None
     assert [step for step, _, top1 in numbers[0] if top1] == [12, 24, 36, 48]
 
 
-def test_divergence_without_end_stops_the_run_and_what_it_gave_up_is_not_the_best(path: Path) -> None:
+def test_divergence_beyond_max_rollbacks_ends_run_without_its_versions(path: Path) -> None:
     often = "train.eval_every=2 steps,checkpoint.every_minutes=1e-9"
     with pytest.raises(AssertionError, match=r"ended with 1:\n(.|\n)*training has diverged and guard") as error:
         run_ranks(1, "faulty", path, json.dumps({27: "lr"}), f"run.name=hopeless,guard.max_rollbacks=0,{often}")
@@ -119,14 +119,14 @@ def test_divergence_without_end_stops_the_run_and_what_it_gave_up_is_not_the_bes
         ("train.micro_batch_size=2", "micro-batches of 2: --set model.grad_checkpointing=true takes about half of it"),
     ],
 )
-def test_a_gpu_without_room_is_one_line_with_what_takes_less(path: Path, overrides: str, told: str) -> None:
+def test_out_of_gpu_memory_is_reported_with_a_remedy(path: Path, overrides: str, told: str) -> None:
     line = rf"error: rank 0 on \S+: out of GPU memory, with {re.escape(told)}"
     with pytest.raises(AssertionError, match=rf"ended with 1:\n(.|\n)*{line}") as error:
         run_ranks(1, "faulty", path, json.dumps({2: "memory"}), f"run.name=large,{overrides}")
     assert "Traceback" not in str(error.value)
 
 
-def test_a_failing_store_costs_no_step(path: Path) -> None:
+def test_failing_store_saves_and_resumes_without_losing_a_step(path: Path) -> None:
     for stage in (0, 3):
         name = f"run.name=store{stage},engine.zero_stage={stage},train.length=8 steps,train.save_every=4 steps"
         with pytest.raises(AssertionError, match=r"rank \d ended with 1") as error:
@@ -138,7 +138,7 @@ def test_a_failing_store_costs_no_step(path: Path) -> None:
         assert digest(resumed) == digest(whole)
 
 
-def test_an_evaluation_that_fails_on_one_rank_costs_no_step(path: Path) -> None:
+def test_failed_evaluation_on_one_rank_saves_and_resumes(path: Path) -> None:
     name = "run.name=eval,engine.zero_stage=3,train.ema_decay=null,train.length=8 steps,train.eval_every=3 steps"
     with pytest.raises(AssertionError, match=r"rank \d ended with 1") as error:
         run_ranks(2, "faulty", path, json.dumps({0: "evaluation"}), name)
@@ -148,7 +148,7 @@ def test_an_evaluation_that_fails_on_one_rank_costs_no_step(path: Path) -> None:
     assert [line["step"] for line in lines(run(path, "eval") / "metrics.jsonl") if "top1" in line] == [3, 6, 8]
 
 
-def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
+def test_replay_check_names_the_rank_with_a_flipped_bit(path: Path) -> None:
     for stage in (0, 2):
         config = f"run.name=flip{stage},engine.zero_stage={stage},train.length=5 steps,train.replay_check_every=2 steps"
         with pytest.raises(AssertionError, match="silent corruption at step 4: rank 2 holds other values of"):
@@ -158,7 +158,7 @@ def test_a_flipped_bit_is_found_and_its_rank_named(path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
-def test_a_step_that_comes_out_differently_is_found_and_its_rank_named(path: Path, ranks: int) -> None:
+def test_replay_check_names_the_rank_with_differing_gradients(path: Path, ranks: int) -> None:
     for stage in (1, 3):
         config = (
             f"run.name=again{stage},engine.zero_stage={stage},train.length=5 steps,train.replay_check_every=2 steps"

@@ -63,7 +63,7 @@ PLAIN = ["mix={}", "augment={crop: center, hflip: 0}"]
 FULL = ["augment={rand_augment: rand-m9-mstd0.5-inc1, erase_prob: 0.25}"]
 
 
-def test_the_numbers_in_the_pixels_are_those_of_the_order(painted: Path) -> None:
+def test_pixels_fed_match_the_sample_order(painted: Path) -> None:
     alone, three = job(painted, "plain-1", 1, None, *PLAIN), job(painted, "plain-3", 3, 8, *PLAIN)
     numbers = read_painted(alone)
     assert len(numbers) == STEPS * 48
@@ -72,7 +72,7 @@ def test_the_numbers_in_the_pixels_are_those_of_the_order(painted: Path) -> None
     assert {where: int(key.split("/")[1]) for where, key in keys.items()} == numbers
 
 
-def test_traces_agree_on_every_world_and_over_restarts(painted: Path) -> None:
+def test_traces_are_equal_across_world_sizes_and_restarts(painted: Path) -> None:
     lone = read_trace(job(painted, "full-1", 1, None, *FULL))
     assert len(lone) == STEPS * 48
     assert len({sample["pixels"] for sample in lone.values()}) > 0.95 * len(lone)  # solarising may leave one colour

@@ -29,7 +29,7 @@ from tests.batches import batch_of
 from tests.conftest import run_ranks, write_config
 
 
-def test_the_learning_rate_is_timms_cosine_after_a_linear_warmup() -> None:
+def test_cosine_lr_with_warmup_matches_timm() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
     theirs = CosineLRScheduler(
         optimizer, t_initial=90, lr_min=1e-5, warmup_t=10, warmup_lr_init=1e-6, warmup_prefix=True
@@ -64,7 +64,7 @@ def test_multistep_lr_matches_torch() -> None:
     assert lr_at(0, config, warmup_steps=2, total_steps=12, milestones=(8, 11)) == config.warmup_lr
 
 
-def test_a_backbone_learns_at_a_rate_of_its_own() -> None:
+def test_backbone_lr_scales_backbone_groups() -> None:
     model = timm.create_model("resnet18")
     backbone = {name: 0 for name, _ in model.named_parameters() if not name.startswith("fc.")}
     groups = parameter_groups(model, OptimConfig(lr=1e-3, backbone_lr=0.1), backbone)
@@ -75,7 +75,7 @@ def test_a_backbone_learns_at_a_rate_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["pvt_pico", "resnet18"])
-def test_optimiser_groups_are_timms(name: str) -> None:
+def test_optimiser_groups_match_timm(name: str) -> None:
     model = timm.create_model(name)
     spared = getattr(model, "no_weight_decay", list)()
     theirs = {
@@ -85,7 +85,7 @@ def test_optimiser_groups_are_timms(name: str) -> None:
         assert [id(p) for p in group["params"]] == [id(p) for p in theirs[group["weight_decay"]]]
 
 
-def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
+def test_loss_matches_timm_soft_target_cross_entropy() -> None:
     model = torch.nn.Linear(8, 5)
     images, targets = torch.randn(6, 8), torch.rand(6, 5).softmax(dim=1)
     losses = ClassificationTask(model).losses(model, batch_of(images, targets))
@@ -93,7 +93,7 @@ def test_the_loss_is_timms_soft_target_cross_entropy() -> None:
     torch.testing.assert_close(losses.mean(), SoftTargetCrossEntropy()(model(images), targets))
 
 
-def test_the_metric_counts_each_weighing_sample_once() -> None:
+def test_metric_counts_only_samples_with_weight() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 12), torch.randint(12, (50,))
     metric = ClassificationTask(torch.nn.Identity()).metric()
@@ -108,7 +108,7 @@ def test_the_metric_counts_each_weighing_sample_once() -> None:
     assert result["val_loss"] == pytest.approx(functional.cross_entropy(logits[:45], labels[:45]).item(), rel=1e-6)
 
 
-def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
+def test_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
     scale = LossScale(value=8.0, window=3)
     for finite in (True, True, False, True, True, True):
         scale.update(finite)
@@ -118,7 +118,7 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
     assert scale.value == scale.floor
 
 
-def test_a_step_that_is_not_finite_is_skipped_at_every_stage(digits: Path, tmp_path: Path) -> None:
+def test_non_finite_step_is_skipped_at_every_zero_stage(digits: Path, tmp_path: Path) -> None:
     reports = run_ranks(2, "skip", write_config(digits, tmp_path))
     assert len(reports) == 8
     for report in reports:
@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_is_skipped_at_every_stage(digits: Path, tmp_p
             assert report["loss_scales"] == [2.0**16, 2.0**15, 2.0**15], label
 
 
-def test_lengths_become_steps(make_config: Callable[..., Config]) -> None:
+def test_schedule_converts_lengths_to_steps(make_config: Callable[..., Config]) -> None:
     config = make_config(
         "train.length=4 epochs",
         "train.eval_every=480 images",
@@ -156,9 +156,7 @@ def test_lengths_become_steps(make_config: Callable[..., Config]) -> None:
     assert [step for step in range(1, 101) if schedule.due(0, step)] == [100]
 
 
-def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
-    make_config: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_finished_run_without_checkpoints_is_not_restarted(make_config: Callable[..., Config], tmp_path: Path) -> None:
     result = {"steps": 20, "top1": 0.5}
     (tmp_path / "result.json").write_text(json.dumps(result))
     schedule, longer = (
@@ -170,7 +168,7 @@ def test_a_finished_run_is_not_started_over_when_its_checkpoints_are_deleted(
     assert training_job._finished_result(tmp_path, schedule, None) is None
 
 
-def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_lines_are_kept_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     listener = MetricsFile(path, step=0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,7 +184,7 @@ def test_lines_that_find_no_room_are_written_later(tmp_path: Path, capsys: pytes
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_written_as_null(tmp_path: Path) -> None:
     listener = MetricsFile(tmp_path / "metrics.jsonl", step=0)
     listener.on_step(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -195,9 +193,7 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_layers_learn_at_rates_of_their_own_and_ranks_share_batch_norms(
-    digits: Path, tmp_path: Path, stage: int
-) -> None:
+def test_layer_decay_applies_and_batch_norm_statistics_are_shared(digits: Path, tmp_path: Path, stage: int) -> None:
     (report,) = run_ranks(2, "layered", write_config(digits, tmp_path), stage)
     top = max(report["depths"].values())
     assert top > 3
@@ -209,7 +205,7 @@ def test_layers_learn_at_rates_of_their_own_and_ranks_share_batch_norms(
     assert report["size"] > 0.01
 
 
-def test_a_step_waits_for_the_device_once(digits: Path, tmp_path: Path) -> None:
+def test_step_synchronises_with_the_device_once(digits: Path, tmp_path: Path) -> None:
     config = "train.length=8 steps,train.log_every=8 steps,train.micro_batch_size=12,train.ema_decay=0.9"
     [found] = run_ranks(1, "reads", write_config(digits, tmp_path), f"{config},data.val=null")
     assert found["reads"][:-1] == [["tolist"]] * 7  # the last step is logged

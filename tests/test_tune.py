@@ -72,7 +72,7 @@ def linear(overrides: Overrides) -> float:
     return float(overrides[MICRO_BATCH])
 
 
-def test_what_would_exceed_the_share_of_memory_is_not_tried(make_config: Settings, capsys: pytest.CaptureFixture[str]):
+def test_micro_batch_expected_to_exceed_memory_is_not_tried(make_config: Settings, capsys: pytest.CaptureFixture[str]):
     # 80 % of 20 GB are 16; 32 take 17, as 8 and 16 let expect.
     machine = Machine(speed=linear, memory=lambda size: 1 + size / 2, memory_gb=20)
     search = machine.search(make_config())
@@ -82,7 +82,7 @@ def test_what_would_exceed_the_share_of_memory_is_not_tried(make_config: Setting
     assert "not tried: 17.0 of 20.0 GB, more than 80%" in told
 
 
-def test_what_has_taken_more_than_the_share_of_memory_does_not_fit(make_config: Settings):
+def test_trial_above_the_memory_share_counts_as_failed(make_config: Settings):
     machine = Machine(speed=linear, memory=lambda size: 1 + size, memory_gb=20)
     search = machine.search(make_config())
     assert search.run().overrides == {MICRO_BATCH: 8}
@@ -92,14 +92,16 @@ def test_what_has_taken_more_than_the_share_of_memory_does_not_fit(make_config: 
 @pytest.mark.parametrize(
     ("limit", "tried"), [(40, [8, 16, 32, 64]), (5, [8, 4]), (2, [8, 4, 2]), (1000, [8, 16, 32, 64, 128])]
 )
-def test_doubles_until_it_does_not_fit_or_halves_until_it_does(make_config: Settings, limit: int, tried: list[int]):
+def test_micro_batch_doubles_until_it_fails_or_halves_until_it_fits(
+    make_config: Settings, limit: int, tried: list[int]
+):
     machine = Machine(speed=linear, fits=lambda overrides: overrides[MICRO_BATCH] <= limit)
     best = machine.search(make_config()).run()
     assert machine.sizes == tried
     assert best.overrides == {MICRO_BATCH: max(size for size in tried if size <= limit)}
 
 
-def test_two_doublings_that_bring_nothing_are_the_last_but_for_what_is_configured(make_config: Settings):
+def test_search_ends_after_two_doublings_without_gain(make_config: Settings):
     machine = Machine(speed=by_size(of_8=100, of_16=150, of_32=152, of_64=152.5, of_128=100))
     search = machine.search(make_config(), configured=128)
     assert search.run().overrides == search.chosen == {MICRO_BATCH: 16}
@@ -110,21 +112,21 @@ def test_two_doublings_that_bring_nothing_are_the_last_but_for_what_is_configure
     assert machine.sizes == [8, 16, 32, 64, 128, 32]
 
 
-def test_a_micro_batch_is_as_configured_unless_another_is_quicker(make_config: Settings):
+def test_configured_micro_batch_is_kept_unless_another_is_faster(make_config: Settings):
     machine = Machine(speed=by_size(of_8=100, of_16=150, of_32=152, of_64=152))
     search = machine.search(make_config(), configured=64)
     assert search.run() is search.as_configured
     assert search.chosen == {}
 
 
-def test_the_configured_micro_batch_is_where_it_starts_if_that_is_small(make_config: Settings):
+def test_search_starts_at_a_small_configured_micro_batch(make_config: Settings):
     machine = Machine(speed=lambda _: 1.0)
     assert machine.search(make_config(), configured=4).run().overrides == {MICRO_BATCH: 4}
     assert machine.sizes[:3] == [4, 8, 16]
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(0.019, {}), (0.021, {COMPILE: True})])
-def test_a_setting_is_changed_for_two_per_cent(make_config: Settings, gain: float, chosen: Overrides):
+def test_setting_is_changed_only_for_a_gain_of_two_percent(make_config: Settings, gain: float, chosen: Overrides):
     machine = Machine(speed=lambda overrides: 100 * (1 + gain * overrides.get(COMPILE, False)))
     search = machine.search(make_config("train.micro_batch_size=8"), configured=8)
     best = search.run()
@@ -133,7 +135,7 @@ def test_a_setting_is_changed_for_two_per_cent(make_config: Settings, gain: floa
     assert search.complete
 
 
-def test_what_is_on_is_tried_without(make_config: Settings):
+def test_enabled_settings_are_tried_disabled(make_config: Settings):
     def speed(overrides: Overrides) -> float:
         return 100.0 - 50 * overrides.get(COMPILE, True) - 20 * overrides.get(CHECKPOINTING, True)
 
@@ -146,7 +148,7 @@ def test_what_is_on_is_tried_without(make_config: Settings):
     assert not any(CHECKPOINTING in overrides for overrides in machine.tried)  # it is off
 
 
-def test_what_was_only_slow_for_a_moment_is_not_replaced(make_config: Settings):
+def test_best_trial_is_remeasured_before_it_is_replaced(make_config: Settings):
     machine = Machine()
     # The machine is busy with something else until the trial with COMPILE.
     machine.speed = lambda _: 50.0 if machine.now < 40 else 100.0
@@ -157,7 +159,7 @@ def test_what_was_only_slow_for_a_moment_is_not_replaced(make_config: Settings):
     assert best.images_per_second == 100
 
 
-def test_time_is_bounded_and_the_best_so_far_is_kept(make_config: Settings):
+def test_time_limit_keeps_the_best_trial_so_far(make_config: Settings):
     machine = Machine(speed=linear, trial_s=10)
     search = machine.search(make_config(), minutes=0.5)
     assert search.run().overrides == {MICRO_BATCH: 16}  # a third trial, with 10 s left, would not end in time
@@ -167,14 +169,14 @@ def test_time_is_bounded_and_the_best_so_far_is_kept(make_config: Settings):
         Machine(fits=lambda _: False, trial_s=10).search(make_config(), minutes=0.1).run()
 
 
-def test_nothing_fits(make_config: Settings):
+def test_search_fails_when_no_micro_batch_fits(make_config: Settings):
     machine = Machine(fits=lambda _: False)
     with pytest.raises(ExternalError, match=r"micro-batch of 2 fits: out of memory. Set model.grad_checkpointing=true"):
         machine.search(make_config()).run()
     assert machine.sizes == [8, 4, 2]
 
 
-def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(make_config: Settings):
+def test_rejected_configuration_raises_and_rejected_change_is_skipped(make_config: Settings):
     machine = Machine()
     measure = machine.measure
     machine.measure = lambda overrides, limit_s: Trial(overrides, "engine.deepspeed.x: no", refused=True)
@@ -200,7 +202,7 @@ def test_a_refused_configuration_is_wrong_and_a_refused_change_is_left_out(make_
         (3, ["data.lanes=3", "train.global_batch_size=45", "mix={}"], ([1, 2, 4, 8, 15], 15)),
     ],
 )
-def test_sizes_are_those_that_a_batch_is_cut_into(
+def test_micro_batch_sizes_match_the_partition_of_a_batch(
     make_config: Settings, ranks: int, overrides: list[str], expected: tuple[list[int], int]
 ):
     assert tune.micro_batch_sizes(make_config(*overrides), ranks) == expected
@@ -213,7 +215,7 @@ def ranks(code: str, count: int = 1, limit_s: float = 20.0) -> local_ranks.Ended
     return local_ranks.run_ranks([sys.executable, "-c", f"import os, signal, sys, time\n{code}"], count, limit_s)
 
 
-def test_ranks_are_told_their_places(monkeypatch: pytest.MonkeyPatch):
+def test_local_ranks_get_launcher_variables(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "64")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_CPUS_PER_TASK")
@@ -233,12 +235,12 @@ def test_ranks_are_told_their_places(monkeypatch: pytest.MonkeyPatch):
         ),
     ],
 )
-def test_a_rank_that_ends_badly_says_why(code: str, expected: local_ranks.Ended):
+def test_failed_rank_reports_its_reason(code: str, expected: local_ranks.Ended):
     assert ranks(code) == expected
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit('error: out of memory')"])
-def test_a_rank_without_memory_is_the_reason_for_what_others_say(end: str, tmp_path: Path):
+def test_out_of_memory_rank_takes_precedence_over_peer_errors(end: str, tmp_path: Path):
     code = f"""
 from pathlib import Path
 pid = Path("{tmp_path}/pid")
@@ -261,7 +263,7 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
-def test_nothing_is_left_of_ranks_that_take_too_long(tmp_path: Path):
+def test_timed_out_ranks_and_their_children_are_killed(tmp_path: Path):
     # A child of a rank's, such as one that compiles, belongs to it.
     code = f"""
 import subprocess
@@ -287,7 +289,7 @@ def _is_gone(pid: int) -> bool:
     return False
 
 
-def test_a_trial_measures_what_two_ranks_do_together(digits: Path, tmp_path: Path):
+def test_trial_measures_throughput_of_two_ranks(digits: Path, tmp_path: Path):
     path = write_config(digits, tmp_path)
     # 20 samples a rank in micro-batches of 8 are three of them: 24, of which 20 count.
     words = ["train.global_batch_size=40", "data.lanes=2", "train.micro_batch_size=8", "data.copies=3"]
@@ -306,7 +308,7 @@ def test_a_trial_measures_what_two_ranks_do_together(digits: Path, tmp_path: Pat
 # The fragment
 
 
-def test_a_fragment_is_the_configuration_with_what_was_found(digits: Path, tmp_path: Path):
+def test_tuned_fragment_extends_the_configuration(digits: Path, tmp_path: Path):
     path, out = write_config(digits, tmp_path), tmp_path / "some" / "where" / "tuned.yaml"
     out.parent.mkdir(parents=True)
     given = ["cluster.time=24:00:00", "resume=never", f"data.train={digits / 'val'}", "optim.lr=2e-3", "mix={}"]
@@ -325,7 +327,7 @@ def test_a_fragment_is_the_configuration_with_what_was_found(digits: Path, tmp_p
     }
 
 
-def test_a_section_that_is_replaced_cannot_be_extended(make_config: Settings, tmp_path: Path):
+def test_override_that_replaces_a_section_is_rejected(make_config: Settings, tmp_path: Path):
     make_config()
     path, given = tmp_path / "scheduled.yaml", ["augment.size_schedule={0 steps: 48}"]
     path.write_text("extends: tiny.yaml\naugment: {size_schedule: {0 steps: 32, 50 %: 64}}\n")
@@ -348,7 +350,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_one_run_writes_what_the_next_can_start_from(digits: Path, tmp_path: Path):
+def test_tune_command_writes_a_loadable_configuration(digits: Path, tmp_path: Path):
     path = write_config(digits, tmp_path)
     # One trial and a refusal: twelve samples at once, and at ZeRO-3 nothing is compiled.
     given = ["train.global_batch_size=12", "data.lanes=6", "train.micro_batch_size=12", "engine.zero_stage=3"]
@@ -384,7 +386,7 @@ def test_one_run_writes_what_the_next_can_start_from(digits: Path, tmp_path: Pat
         (["--config", "{config}", "--ranks", 1, "--minutes", 1e-4], 1, "--minutes: no trial has ended"),
     ],
 )
-def test_wrong_usage(digits: Path, tmp_path: Path, arguments: list[Any], code: int, message: str):
+def test_tune_rejects_wrong_usage(digits: Path, tmp_path: Path, arguments: list[Any], code: int, message: str):
     names = {"config": str(write_config(digits, tmp_path)), "folder": str(tmp_path)}
     done = run(*(str(argument).format(**names) for argument in arguments))
     assert done.returncode == code, done.stderr
@@ -394,7 +396,7 @@ def test_wrong_usage(digits: Path, tmp_path: Path, arguments: list[Any], code: i
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_search_takes_its_trial_along(digits: Path, tmp_path: Path, number: int):
+def test_interrupted_search_kills_its_trial(digits: Path, tmp_path: Path, number: int):
     path = write_config(digits, tmp_path)
     arguments = command("--config", path, "--ranks", 1)
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:

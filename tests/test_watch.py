@@ -53,7 +53,7 @@ def stacks(folder: Path, rank: int) -> str:
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> None:
+def test_stopped_rank_is_reported_by_the_other_rank(tmp_path: Path, stopped: int) -> None:
     other = 1 - stopped
     with job(tmp_path, "runs") as processes:
         wait_for_step(tmp_path, 3)
@@ -71,7 +71,7 @@ def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path, stopped: int) -> N
     assert line in stacks(tmp_path, other)
 
 
-def test_a_rank_that_runs_but_is_behind_is_named_with_its_phase(tmp_path: Path) -> None:
+def test_rank_that_is_behind_is_reported_with_its_phase(tmp_path: Path) -> None:
     with job(tmp_path, "sleeps") as processes:
         wait_for_step(tmp_path, 2)
         # The rank that hangs times out half a second before the other, which a launcher ends as soon as it has gone.
@@ -85,7 +85,7 @@ def test_a_rank_that_runs_but_is_behind_is_named_with_its_phase(tmp_path: Path) 
     assert "in exchange\n" in stacks(tmp_path, 0)
 
 
-def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path: Path) -> None:
+def test_rank_hung_in_native_code_holding_the_gil_is_ended(tmp_path: Path) -> None:
     with job(tmp_path, "holds") as processes:
         wait_for_step(tmp_path, 2)
         assert [process.wait(timeout=PATIENCE_S) for process in processes] == [1, 1]
@@ -95,7 +95,7 @@ def test_native_code_that_keeps_the_interpreter_is_left_by_the_backstop(tmp_path
     assert "in main\n" in stacks(tmp_path, 1)
 
 
-def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_path: Path) -> None:
+def test_single_rank_holding_the_gil_dumps_stacks_to_stderr(tmp_path: Path) -> None:
     script = """if True:
         import ctypes, pathlib, sys
         from pipeline.train.hang_watch import HangWatch
@@ -112,7 +112,7 @@ def test_a_lone_rank_that_keeps_its_interpreter_leaves_its_stacks_on_stderr(tmp_
         assert b"Timeout" in lone.stderr.read()
 
 
-def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
+def test_hang_watch_leaves_no_files_after_exit(tmp_path: Path) -> None:
     heartbeat, deadline = tmp_path / "watch" / "rank-0.json", time.monotonic() + PATIENCE_S
     with HangWatch(tmp_path / "watch", World(), 60, "a"):
         while not heartbeat.exists():
@@ -121,7 +121,7 @@ def test_a_run_that_ends_leaves_no_file(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_stacks_of_earlier_attempts_stay(tmp_path: Path) -> None:
+def test_stacks_of_earlier_attempts_are_kept(tmp_path: Path) -> None:
     (tmp_path / "stacks").mkdir()
     (tmp_path / "stacks" / "rank-0.txt").write_text("of yesterday\n")
     with HangWatch(tmp_path / "watch", World(), 60, "today"):
@@ -129,7 +129,7 @@ def test_stacks_of_earlier_attempts_stay(tmp_path: Path) -> None:
     assert stacks(tmp_path, 0) == "of yesterday\n"
 
 
-def test_only_whole_heartbeats_of_this_attempt_and_world_count(tmp_path: Path) -> None:
+def test_only_valid_heartbeats_of_this_attempt_and_world_are_read(tmp_path: Path) -> None:
     texts = [json.dumps(vars(beat(rank, attempt=attempt))) for rank, attempt in enumerate(("b", "a", "b", "b"))]
     texts[2] = texts[2][:20]
     for rank, text in enumerate(texts):
@@ -146,7 +146,7 @@ def blame(earlier: list[Heartbeat], now: list[Heartbeat], size: int) -> str:
     return who_is_behind(now[0], beats, silent_ranks({beat.rank: beat for beat in earlier}, beats), size)
 
 
-def test_whom_the_heartbeats_blame() -> None:
+def test_rank_behind_is_determined_from_heartbeats() -> None:
     earlier = [beat(rank, alive=60.0) for rank in range(3)]
     # Clocks of nodes differ: what counts is whether a heartbeat moved.
     assert blame(earlier, [beat(0), beat(1, alive=61.0), beat(2, alive=500.0)], 3) == "all ranks wait in data at step 3"
@@ -163,14 +163,14 @@ def test_whom_the_heartbeats_blame() -> None:
     assert blame([], [beat(0)], 20).endswith("rank 8 is behind: it has not started, or has ended; and 11 more ranks")
 
 
-def test_phases_that_go_on_do_not_count_as_progress_over_others(tmp_path: Path) -> None:
+def test_repeated_phase_does_not_count_as_progress(tmp_path: Path) -> None:
     watch = HangWatch(tmp_path, World(), 60, "a")
     for step, phase in ((1, "data"), (1, "evaluation"), (1, "evaluation"), (2, "evaluation"), (2, "data")):
         watch.at(step, phase)
     assert watch._heartbeat().progress == 4
 
 
-def test_stragglers_are_slow_for_some_readings_in_a_row() -> None:
+def test_straggler_is_reported_after_three_slow_readings_in_a_row() -> None:
     stragglers = Stragglers(patience=3, slow=0.7)
     slow, fine = [1.0, 1.0, 2.0, 1.1], [1.0, 1.0, 1.4, 1.1]
     found = [stragglers.compare(own_s) for own_s in (slow, slow, fine, slow, slow, slow, slow, fine)]
@@ -181,5 +181,5 @@ def test_stragglers_are_slow_for_some_readings_in_a_row() -> None:
     ("own_s", "named"),
     [([1.0], []), ([1.0, 1.4], []), ([1.5, 1.0], [0]), ([1.0, 1.0, 2.0, 2.0], [2, 3]), ([0.0, 0.0], [])],
 )
-def test_who_a_straggler_is(own_s: list[float], named: list[int]) -> None:
+def test_stragglers_are_ranks_well_below_median_speed(own_s: list[float], named: list[int]) -> None:
     assert [rank for rank, _ in Stragglers(patience=1).compare(own_s)] == named

@@ -35,7 +35,7 @@ from tests.ranks import ROOT, free_port
         ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, World(0, 1, 0, 1)),
     ],
 )
-def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World) -> None:
+def test_world_is_read_from_launcher_variables(environ: dict[str, str], place: World) -> None:
     assert read_world(launcher_variables(environ)) == place
 
 
@@ -46,12 +46,14 @@ def test_a_place_is_read_from_the_launcher(environ: dict[str, str], place: World
         ({"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is 5 but WORLD_SIZE is 2"),
     ],
 )
-def test_contradictions_are_refused(environ: dict[str, str], message: str) -> None:
+def test_contradictory_launcher_variables_are_rejected(environ: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_world(launcher_variables(environ))
 
 
-def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rank_0_logs_how_many_ranks_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "7")
     for place in (World(0, 2), World(0, 4), World(1, 4)):
@@ -61,7 +63,7 @@ def test_rank_0_says_for_whom_it_waits(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err == told
 
 
-def test_ranks_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ranks_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
@@ -71,7 +73,7 @@ def test_ranks_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch) ->
         store("127.0.0.1", port, 2, is_master=True, timeout=timedelta(seconds=1))
 
 
-def test_ranks_without_a_place_to_meet_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_master_port_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("MASTER_PORT", raising=False)
     message = "WORLD_SIZE 2 but not MASTER_PORT: set all of them"
@@ -79,7 +81,7 @@ def test_ranks_without_a_place_to_meet_are_refused(monkeypatch: pytest.MonkeyPat
         pass
 
 
-def test_a_port_in_use_is_one_line_with_the_option() -> None:
+def test_port_in_use_is_reported_with_the_launcher_option() -> None:
     script = "from pipeline import cli, world; cli.run(lambda: world.start() and None)"
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -115,7 +117,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     return install
 
 
-def test_ranks_are_one_for_each_gpu(gpus: Gpus) -> None:
+def test_default_ranks_is_one_per_gpu(gpus: Gpus) -> None:
     expected = {0: 2, 1: 1, 8: 8}
     for count, ranks in expected.items():
         gpus(count)
@@ -123,7 +125,7 @@ def test_ranks_are_one_for_each_gpu(gpus: Gpus) -> None:
 
 
 @pytest.mark.parametrize(("given", "ranks"), [([], "3"), (["RANKS=5"], "5")])
-def test_make_starts_as_many(given: list[str], ranks: str, tmp_path: Path) -> None:
+def test_make_targets_start_default_or_given_ranks(given: list[str], ranks: str, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *default_ranks*) echo 3;; esac\n')
     python.chmod(0o755)
@@ -139,13 +141,13 @@ def hash_store() -> Any:
     return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def test_each_rank_has_a_gpu(gpus: Gpus) -> None:
+def test_each_rank_gets_its_own_gpu(gpus: Gpus) -> None:
     gpus(2)
     store = hash_store()
     assert [world._choose_device(World(rank, 2, rank, 2), store).index for rank in range(2)] == [0, 1]
 
 
-def test_two_ranks_on_one_gpu_are_refused(gpus: Gpus) -> None:
+def test_two_ranks_on_one_gpu_are_rejected(gpus: Gpus) -> None:
     gpus(1)
     store = hash_store()
     assert world._choose_device(World(0, 2, 0, 2), store).index == 0
@@ -157,7 +159,7 @@ def test_two_ranks_on_one_gpu_are_refused(gpus: Gpus) -> None:
         world._choose_device(World(1, 2, 1, 2), store)
 
 
-def test_tasks_that_are_shown_their_own_gpu_alone_are_not(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_each_see_only_their_own_gpu_are_accepted(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(1)
     store = hash_store()
     for rank in range(2):
@@ -166,7 +168,7 @@ def test_tasks_that_are_shown_their_own_gpu_alone_are_not(gpus: Gpus, monkeypatc
         assert world._choose_device(World(rank, 2, rank, 2), store).index == 0
 
 
-def test_one_of_several_ranks_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_error_on_several_ranks_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world, "_UNTIL_ENDED_S", 0.0)
     monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
     store = hash_store()
@@ -184,7 +186,7 @@ def test_one_of_several_ranks_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         ("580.95.05", "13.2", r"it says: \S+"),
     ],
 )
-def test_gpus_that_torch_cannot_use_are_not_left_idle(
+def test_gpus_that_torch_cannot_use_are_reported(
     version: str, built_for: str | None, message: str, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(0)
@@ -198,14 +200,14 @@ def test_gpus_that_torch_cannot_use_are_not_left_idle(
         assert world._choose_device(World(), hash_store()).type == "cpu"
 
 
-def test_a_machine_without_gpus_trains_on_its_cores(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_gpus_uses_the_cpu(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(0)
     for found in (None, Driver("580.95.05", 0)):
         monkeypatch.setattr(nvidia_driver, "read_driver", lambda found=found: found)
         assert world._choose_device(World(), hash_store()).type == "cpu"
 
 
-def test_who_uses_a_gpu_is_told(
+def test_other_processes_on_a_gpu_are_reported(
     gpus: Gpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
@@ -237,7 +239,7 @@ def test_who_uses_a_gpu_is_told(
         ({"SLURM_CPUS_PER_TASK": "16", "SLURM_STEP_NUM_TASKS": "2"}, World(1, 8, 1, 4), 4),
     ],
 )
-def test_a_rank_has_its_share_of_the_cores(
+def test_num_cores_is_the_share_of_a_rank(
     environ: dict[str, str], place: World, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_STEP_NUM_TASKS"):
@@ -248,7 +250,7 @@ def test_a_rank_has_its_share_of_the_cores(
     assert place.num_cores == cores
 
 
-def test_freed_memory_is_kept() -> None:
+def test_keep_freed_memory_avoids_page_faults() -> None:
     """Counted in pages that the kernel had to hand out, in a process of its own."""
     script = """
 import resource, sys, torch
@@ -269,7 +271,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert pages["keep"] < 100 < 5 * (64 << 20) / resource.getpagesize() * 0.9 < pages["leave"]
 
 
-def test_ranks_that_share_a_gpu_are_told_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_rank_is_set_to_the_gpu_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed takes LOCAL_RANK for it: of a GPU that only this task is shown, or that tests share over gloo."""
     asked = dict[str, Any]()
     monkeypatch.setattr(world, "_connect", lambda place, timeout: dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]

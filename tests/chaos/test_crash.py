@@ -130,7 +130,7 @@ def find(folder: Path) -> Path | None:
 
 
 @pytest.mark.parametrize("over_remains", [False, True], ids=["fresh", "over remains"])
-def test_a_crash_at_any_system_call_of_a_save_is_survived(server: Server, tmp_path: Path, over_remains: bool) -> None:
+def test_checkpoint_save_survives_crash_at_any_system_call(server: Server, tmp_path: Path, over_remains: bool) -> None:
     before, folder = tmp_path / "before", tmp_path / "checkpoints"
     older, newer, next_one = (folder / f"step-{step:08d}" for step in (1, 2, 3))
     assert server.save(before, 1) == 0
@@ -185,7 +185,7 @@ def test_a_crash_at_any_system_call_of_a_save_is_survived(server: Server, tmp_pa
     }
 
 
-def test_what_a_commit_promises_outlasts_a_power_cut(server: Server, tmp_path: Path) -> None:
+def test_checkpoint_files_are_synced_before_commit(server: Server, tmp_path: Path) -> None:
     """A crash of the process does not show what has not reached the disk; the order of calls does."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()

@@ -64,7 +64,7 @@ def num_warnings(attempt: Attempt, how: str) -> int:
 
 @pytest.mark.parametrize("how", MESSAGES)
 @pytest.mark.slow
-def test_a_run_outlives_a_disk_that_is_mended_and_stops_at_one_that_is_not(job: Job, how: str) -> None:
+def test_run_survives_transient_disk_failure_and_stops_on_lasting_one(job: Job, how: str) -> None:
     with job.start() as attempt:
         assert attempt.wait_until(lambda: saved_step(attempt) == SAVE_EVERY, LIMIT_S), attempt.errors()
         break_disk(job, how)
@@ -92,7 +92,7 @@ def test_a_run_outlives_a_disk_that_is_mended_and_stops_at_one_that_is_not(job: 
 
 
 @pytest.mark.slow
-def test_a_run_walks_back_past_damaged_checkpoints_and_writes_them_again(digits: Path, tmp_path: Path) -> None:
+def test_resume_skips_damaged_checkpoints_and_saves_them_again(digits: Path, tmp_path: Path) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=2, steps=12, save_every=3)
     job = Job(config, "damaged", ranks=2, overrides=("checkpoint.keep_last=9",))
     job.finish(LIMIT_S)

@@ -22,7 +22,7 @@ PROGRAMS: dict[Verdict, str] = {
 
 
 @pytest.mark.parametrize("verdict", PROGRAMS)
-def test_each_verdict_is_reached(verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_reports_each_verdict(verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox = Sandbox(tmp_path / "sandbox")
     program = sandbox.work / "program.py"
     program.write_text(PROGRAMS[verdict])
@@ -41,7 +41,7 @@ def test_each_verdict_is_reached(verdict: Verdict, tmp_path: Path, monkeypatch: 
         ("print('Input should be a number [type=int]', file=__import__('sys').stderr)", "wrong"),
     ],
 )
-def test_so_is_each_other_way_to_it(
+def test_trial_verdict_for_other_failure_modes(
     program: str, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trial, "LIMIT_BYTES", 1 << 30)
@@ -51,7 +51,7 @@ def test_so_is_each_other_way_to_it(
     assert run(Case("program", [(str(path),)]), sandbox).verdict == verdict
 
 
-def test_a_judge_has_the_last_word(tmp_path: Path) -> None:
+def test_judge_overrides_trial_verdict(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path / "sandbox")
     path = sandbox.work / "program.py"
     path.write_text(PROGRAMS["right"])

@@ -11,7 +11,7 @@ from tests.ranks import ROOT
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+def test_killed_run_matches_uninterrupted_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.chaos.kill", "--kills", "5", "--steps", "24", "--save-every", "5"]
     process = subprocess.run([*command, "--keep", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=600)
     print(process.stderr)

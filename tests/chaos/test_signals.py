@@ -16,7 +16,7 @@ LIMIT_S = PATIENCE_S
 
 
 @pytest.mark.slow
-def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(digits: Path, tmp_path: Path) -> None:
+def test_signal_to_any_rank_saves_checkpoint_and_resume_is_exact(digits: Path, tmp_path: Path) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=2, steps=STEPS)
     straight, stopped = Job(config, "straight", ranks=2), Job(config, "stopped", ranks=2)
     straight.finish()
@@ -44,7 +44,7 @@ def test_a_signal_to_any_rank_stops_the_run_with_a_checkpoint_and_costs_nothing(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: int) -> None:
+def test_hung_rank_is_reported(digits: Path, tmp_path: Path, rank: int) -> None:
     config = write_config(digits, tmp_path, ranks=2, stage=1, steps=STEPS)
     job = Job(config, "hung", ranks=2, overrides=("train.hang_timeout_s=15",))
     with job.start() as attempt:
@@ -62,7 +62,7 @@ def test_a_rank_that_stands_still_is_named(digits: Path, tmp_path: Path, rank: i
 
 
 @pytest.mark.slow
-def test_signals_in_evaluations_and_at_the_end_change_nothing(digits: Path, tmp_path: Path) -> None:
+def test_signals_during_evaluation_and_at_end_do_not_change_results(digits: Path, tmp_path: Path) -> None:
     """A small sample of `python -m tests.chaos.signals`."""
     blows = [
         ("evaluation at a step with a save", "SIGUSR1"),

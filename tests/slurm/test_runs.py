@@ -43,7 +43,7 @@ def check_nothing_changed(run: Submitted, undisturbed: Path) -> None:
     assert json.loads((run.folder / "result.json").read_text())["model"].endswith("/1")
 
 
-def test_two_nodes_train_as_one(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_two_node_run_matches_single_node_run(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     run = cluster.submit(config, "--set", "run.name=two-nodes")
     check_nothing_changed(run, undisturbed)
     assert "all-reduce over 2 ranks" in run.log
@@ -52,7 +52,7 @@ def test_two_nodes_train_as_one(cluster: Cluster, config: Path, undisturbed: Pat
     subprocess.run(["shellcheck", run.folder / "slurm/job.sbatch"], check=True)
 
 
-def test_the_time_limit_saves_and_queues_again(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_time_limit_saves_and_requeues(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     run = cluster.submit(config, "--set", "run.name=limit", "--set", "cluster.grace_s=120")
     run.wait_for_step(30)
     for rank in run.ranks():  # or they would be done before the limit is near
@@ -67,7 +67,7 @@ def test_the_time_limit_saves_and_queues_again(cluster: Cluster, config: Path, u
     check_a_stretch_more(run, undisturbed)
 
 
-def test_stretches_that_save_nothing_are_not_queued_for_ever(cluster: Cluster, config: Path) -> None:
+def test_requeueing_without_progress_gives_up(cluster: Cluster, config: Path) -> None:
     """The signal of the time limit comes as soon as srun has been started, each time: before there are ranks."""
     run = cluster.submit(config, "--set", "run.name=in-vain")
 
@@ -85,7 +85,7 @@ def test_stretches_that_save_nothing_are_not_queued_for_ever(cluster: Cluster, c
     assert not run.events("crash")
 
 
-def test_preemption_saves_and_queues_again(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_preemption_saves_and_requeues(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     """SLURM sends SIGTERM to the ranks before it takes the nodes for another job."""
     run = cluster.submit(config, "--set", "run.name=preempted")
     run.wait_for_step(30)
@@ -104,7 +104,7 @@ def check_a_stretch_more(run: Submitted, undisturbed: Path) -> None:
     assert runs["restarts"] == 1
 
 
-def test_a_dead_rank_is_made_up_for(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_run_restarts_after_rank_is_killed(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     run = cluster.submit(config, "--set", "run.name=killed")
     run.wait_for_step(30)
     run.kill_a_rank()
@@ -114,7 +114,7 @@ def test_a_dead_rank_is_made_up_for(cluster: Cluster, config: Path, undisturbed:
     assert [event["job"] for event in run.events("start")] == [run.job] * 2
 
 
-def test_a_dead_slurmstepd_is_made_up_for(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_run_restarts_after_slurmstepd_is_killed(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     """SLURM does not notice it, and waits for the rank's end."""
     run = cluster.submit(config, "--set", "run.name=stepd")
     run.wait_for_step(30)
@@ -124,7 +124,7 @@ def test_a_dead_slurmstepd_is_made_up_for(cluster: Cluster, config: Path, undist
     assert "srun has not ended" in run.log
 
 
-def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_spare_replaces_lost_node(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     run = cluster.submit(config, "--set", "run.name=lost", "--set", "cluster.spares=1")
     run.wait_for_step(30)
     with cluster.lost("n2"):
@@ -133,7 +133,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(cluster: Cluster, config: Path, 
     assert [event["nodes"] for event in run.events("start")] == [["n1", "n2"], ["n1", "n3"]]
 
 
-def test_a_crash_loop_ends(cluster: Cluster, config: Path) -> None:
+def test_crash_loop_gives_up(cluster: Cluster, config: Path) -> None:
     """A rank dies at the same place again and again."""
     run = cluster.submit(config, "--set", "run.name=loop", "--set", "train.save_every=100 steps")
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_a_crash_loop_ends(cluster: Cluster, config: Path) -> None:
     assert "2 failures without a checkpoint after step 0" in end["why"]
 
 
-def test_a_spare_takes_the_place_of_a_bad_node(
+def test_spare_replaces_node_that_fails_preflight(
     cluster: Cluster, config: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "n1").write_text("where the scratch folder should be")
@@ -160,7 +160,7 @@ def test_a_spare_takes_the_place_of_a_bad_node(
     assert run.events("start")[0]["nodes"] == ["n2", "n3"]
 
 
-def test_fewer_nodes_see_the_same_batches(cluster: Cluster, config: Path, undisturbed: Path) -> None:
+def test_run_on_fewer_nodes_sees_same_batches(cluster: Cluster, config: Path, undisturbed: Path) -> None:
     run = cluster.submit(config, "--set", "run.name=shrunk", "--set", "cluster.min_nodes=1")
     run.wait_for_step(30)
     cluster.ask("scancel", "--batch", "--signal=USR1", run.job)

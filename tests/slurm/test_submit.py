@@ -52,7 +52,7 @@ def runs_of(folder: Path) -> list[Run]:
 # What goes with a run
 
 
-def test_hand_off_jobs_follow(cluster: Cluster, own: Path, tmp_path: Path) -> None:
+def test_handoff_jobs_run_after_parent_job(cluster: Cluster, own: Path, tmp_path: Path) -> None:
     """Three jobs for SLURM, three registered models, and one whose gate nobody can pass."""
     tree = yaml.safe_load(own.read_text())
     child = {**tree, "run": {"name": "child"}, "cluster": {**tree["cluster"], "nodes": 1}}
@@ -85,7 +85,7 @@ def test_hand_off_jobs_follow(cluster: Cluster, own: Path, tmp_path: Path) -> No
     assert {model.name for model in registered} == {"tiny", "classes", "slowly"}
 
 
-def test_a_sweep_is_one_parent(cluster: Cluster, own: Path, tmp_path: Path) -> None:
+def test_sweep_runs_share_one_parent_run(cluster: Cluster, own: Path, tmp_path: Path) -> None:
     run = cluster.submit(own, "--sweep", "optim.lr=1e-3,5e-4", *with_settings("cluster.nodes=1"))
     folders = [Path(folder) for folder in run.result["sweep"]]
     assert [folder.name for folder in folders] == ["tiny-0", "tiny-1"]
@@ -100,7 +100,7 @@ def test_a_sweep_is_one_parent(cluster: Cluster, own: Path, tmp_path: Path) -> N
     assert sorted(each.data.params["optim.lr"] for each in others) == ["0.0005", "0.001"]
 
 
-def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
+def test_nodes_fetch_own_shards_and_run_from_copied_environment(
     cluster: Cluster, own: Path, digits: Path, tmp_path: Path
 ) -> None:
     """In an epoch each node fetches the shards of its own lanes, once for all its ranks."""
@@ -130,7 +130,7 @@ def test_nodes_share_out_the_shards_and_may_run_from_a_copy(
     assert set(used.read_text().splitlines()) == {str(small), *copies}
 
 
-def test_all_programs_run_in_the_container(cluster: Cluster, own: Path, tmp_path: Path) -> None:
+def test_all_programs_run_in_container(cluster: Cluster, own: Path, tmp_path: Path) -> None:
     """With a stand-in for Apptainer that notes the image and runs the program right here."""
     program = tmp_path / "bin/apptainer"
     program.parent.mkdir()
@@ -144,7 +144,7 @@ def test_all_programs_run_in_the_container(cluster: Cluster, own: Path, tmp_path
     assert (tmp_path / "images").read_text().split() == ["/shared/pvt.sif"] * 6
 
 
-def test_ready_scripts_run(cluster: Cluster, own: Path) -> None:
+def test_shipped_sbatch_script_runs(cluster: Cluster, own: Path) -> None:
     """Given to sbatch as they are, from a checkout."""
     checkout = own.parent / "checkout"
     checkout.mkdir()
@@ -164,7 +164,7 @@ def test_ready_scripts_run(cluster: Cluster, own: Path) -> None:
 # Looking after it
 
 
-def test_a_run_is_looked_after(cluster: Cluster, own: Path) -> None:
+def test_submit_reports_status_and_logs_and_stops_run(cluster: Cluster, own: Path) -> None:
     run = cluster.submit(own, *with_settings("train.length=2000 steps"))
     run.wait_for_step(30)
     known, told = status(cluster, run.folder)
@@ -193,7 +193,7 @@ def test_a_run_is_looked_after(cluster: Cluster, own: Path) -> None:
     assert [event["step"] for event in again.events("start")] == [0, stopped_at]
 
 
-def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> None:
+def test_cancelled_job_is_not_requeued(cluster: Cluster, own: Path) -> None:
     run = cluster.submit(own, *with_settings("train.length=2000 steps"))
     run.wait_for_step(10)
     cluster.ask("scancel", run.job)
@@ -221,7 +221,7 @@ def test_what_a_person_cancels_stays_cancelled(cluster: Cluster, own: Path) -> N
         (["run.root=/proc/runs"], "/proc/runs/tiny: cannot be written: "),
     ],
 )
-def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, overrides: list[str], message: str) -> None:
+def test_invalid_submission_is_rejected(cluster: Cluster, own: Path, overrides: list[str], message: str) -> None:
     done = cluster.command("--config", own, *with_settings(*overrides))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1
@@ -230,7 +230,7 @@ def test_what_cannot_be_is_refused(cluster: Cluster, own: Path, overrides: list[
     assert not cluster.ask("squeue", "--noheader")
 
 
-def test_of_two_submissions_at_once_one_counts(cluster: Cluster, own: Path) -> None:
+def test_concurrent_submissions_of_one_run_submit_one_job(cluster: Cluster, own: Path) -> None:
     both = [cluster.begin("--config", own) for _ in range(2)]
     told = [each.communicate()[1] for each in both]
     try:
@@ -243,7 +243,7 @@ def test_of_two_submissions_at_once_one_counts(cluster: Cluster, own: Path) -> N
         until(lambda: not cluster.ask("squeue", "--noheader"), PATIENCE_S)
 
 
-def test_a_machine_without_slurm(cluster: Cluster, own: Path) -> None:
+def test_submission_without_slurm_is_rejected(cluster: Cluster, own: Path) -> None:
     folders = cluster.env["PATH"].split(os.pathsep)
     path = os.pathsep.join(folder for folder in folders if not shutil.which("sinfo", path=folder))
     done = cluster.command("--config", own, PATH=path)
