@@ -17,7 +17,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 
 import pipeline
 from pipeline.answers import AnswerOptions, decode_mask

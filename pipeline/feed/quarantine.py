@@ -48,7 +48,7 @@ class Quarantine:
     def reason(self, shard: int, row: int) -> str | None:
         """Returns why a sample cannot be used; None for one that was not found damaged."""
         line = self._bad_samples.get((shard, row))
-        return line and line["reason"]
+        return line["reason"] if line else None
 
     def add(self, shard: int, row: int, reason: str) -> None:
         """Records a damaged sample, once.

@@ -104,7 +104,7 @@ class WorkFolder:
         # Not through mapped memory: ranks on several nodes would overwrite each other's rows in shared pages.
         with self._features.open("rb+") as file:
             file.seek(features.offset + first * features[0].nbytes)
-            file.write(np.ascontiguousarray(values, np.float32))
+            file.write(values.astype(np.float32).tobytes())
 
     def open_features(self, mode: Literal["r", "r+"]) -> np.memmap:
         return np.lib.format.open_memmap(self._features, mode)

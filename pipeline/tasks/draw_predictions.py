@@ -65,6 +65,8 @@ def draw_predictions(
     drawing = DRAWINGS.get(type(task))
     if drawing is None:
         raise InputError(f"predictions of task {config.task.name} cannot be drawn: do without --draw")
+    # All tasks that can be drawn have answers.
+    drawn_task: Any = task
     rows: list[list[Tile]] = []
     device = next(task.model.parameters()).device
     # Rank 0 of n ranks evaluates every n-th sample.
@@ -89,7 +91,7 @@ def draw_predictions(
             key = shards.key(shard, row)
             seen = Seen(batch.extents[0], (original.height, original.width))
             outputs: Any = task.outputs(task.model, batch)
-            (answer,) = task.answers(outputs, [seen], shards.classes, AnswerOptions(1, MIN_SCORE))
+            (answer,) = drawn_task.answers(outputs, [seen], shards.classes, AnswerOptions(1, MIN_SCORE))
             target = batch.targets[0]
             rows.append(drawing.make_tiles(original, key, answer, target, shards.classes))
     if not rows:
