@@ -332,7 +332,7 @@ def test_a_run_is_described(tree: Path, configure: Configure, tmp_path: Path, ca
     told = start_checks.forecast(config, 3)
     for part in (
         "15 training samples of 3 classes, from 1 of emu to 9 of cat, which is 60.0%; 6 validation samples",
-        "60 steps of 4 images (3 an epoch) on 3 ranks, warm-up 5",
+        "60 steps of 4 images (3 an epoch), world size 3, warm-up 5",
         "64 px, hflip 0.5, crop resized, crop_scale [0.35, 1.0], label_smoothing 0.1",
         "pvt_pico, ",
         "33.3% of the work is padding",

@@ -33,7 +33,7 @@ def describe_run(
     return {
         "data": _describe_data(training, validation),
         "steps": f"{schedule.total:,} steps of {config.train.global_batch_size:,} images ({order.steps_per_epoch:,} an "
-        f"epoch) on {ranks} ranks, warm-up {schedule.warmup:,}",
+        f"epoch), world size {ranks}, warm-up {schedule.warmup:,}",
         "images": f"{config.image.size} px, {_describe_augmentation(config)}",
         "network": f"{config.model.name}, {num_parameters:,} trainable parameters: with gradients and moments "
         f"{STATE_BYTES * num_parameters / 1e9:.2g} GB, and activations on top",
