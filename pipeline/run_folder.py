@@ -21,6 +21,7 @@ Document = dict[str, Any]
 
 RECORD = "run.json"
 CONFIG = "config.yaml"
+REPORT = "report.html"
 RESULT = "result.json"
 GOODPUT = "goodput.json"
 METRICS = "metrics.jsonl"

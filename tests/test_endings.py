@@ -99,7 +99,7 @@ def test_training_ending_shows_scores_and_next_commands(result: dict[str, object
     first, *others = describe_training(result, config).splitlines()
     assert first == f"{config.run.folder}: pvt_pico after 1,200 steps: top1 93.3 %, val_loss 0.25"
     # The best version is what people want, not the last one.
-    assert others[-1] == "  python launch/registry.py show models:/tiny/1"
+    assert others[-1] == "  python launch/predict.py --model models:/tiny/1 PICTURES --out seen.csv --sheet seen.png"
     assert f"--model models:/tiny/1 --data {config.data.val}" in others[-2]
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.run_folder import REPORT
 from pipeline.track.metric_names import format_scores, is_detail
 
 _NO_SCORES = ("steps", "images_per_second", "ettr", "samples")
-REPORT = "report.html"
 
 
 def describe_training(result: Mapping[str, Any], config: Config) -> str:
@@ -28,7 +28,7 @@ def describe_training(result: Mapping[str, Any], config: Config) -> str:
     lines.append("next:")
     if isinstance(config.data.val, str):
         lines.append(f"  python launch/evaluate.py --model {model} --data {config.data.val} --draw 16")
-    lines.append(f"  python launch/registry.py show {model}")
+    lines.append(f"  python launch/predict.py --model {model} PICTURES --out seen.csv --sheet seen.png")
     return "\n".join(lines)
 
 

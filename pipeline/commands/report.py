@@ -14,7 +14,8 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.errors import InputError
-from pipeline.job.report_page import REPORT, write_comparison, write_report
+from pipeline.job.report_page import write_comparison, write_report
+from pipeline.run_folder import REPORT
 
 
 def main() -> dict[str, Any]:

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from pipeline import files
 from pipeline.errors import ExternalError, InputError
 from pipeline.redact import redact, redact_urls
+from pipeline.run_folder import REPORT
 from pipeline.shards.cache import DEFAULT_CACHE, CacheOptions
 
 if TYPE_CHECKING:
     from pipeline.track.report import Examination
 
 log = logging.getLogger(__name__)
-
-REPORT = "report.html"
 
 
 def write_report(
