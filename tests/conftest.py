@@ -27,8 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Everything computes on the CPU, unless it is asked for the tests that are meant for a GPU."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # What is logged in this process goes to standard error without the time, so that tests can compare it.
-    log.configure(logging.Formatter("%(message)s"))
 
 
 def pytest_collection_finish() -> None:
@@ -52,6 +50,12 @@ def device() -> "Iterator[torch.device | None]":
     torch.set_default_device("cuda")
     yield torch.device("cuda", 0)
     torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def plain_log() -> None:
+    """What is logged in this process goes to standard error without the time, so that tests can compare it."""
+    log.configure(logging.Formatter("%(message)s"))
 
 
 # Shells start background jobs with SIGINT ignored, which their children would inherit.

@@ -255,7 +255,7 @@ def test_job_that_lost_its_lease_stops_at_next_save(job: Job, tmp_path: Path) ->
         assert rank.wait(PATIENCE_S) == 1
     finally:
         rank.kill()
-    (error,) = [line for line in log.with_suffix(".err").read_text().splitlines() if "error" in line]
+    (error,) = [line for line in log.with_suffix(".err").read_text().splitlines() if " ERROR " in line]
     assert "on node7 has taken it over" in error
     assert "Traceback" not in log.with_suffix(".err").read_text()
     assert (folder / "run.json").read_bytes() == record

@@ -13,12 +13,10 @@ ours = logging.getLogger("pipeline.tests")
 
 
 @pytest.fixture(autouse=True)
-def real_format(monkeypatch: pytest.MonkeyPatch):
+def real_format(plain_log: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     log.configure()
-    yield
-    log.configure(logging.Formatter("%(message)s"))
 
 
 def parse(*arguments: str) -> None:

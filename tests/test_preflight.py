@@ -468,7 +468,7 @@ def test_all_reduce_times_out_when_a_rank_is_missing(tmp_path: Path) -> None:
     assert code == 1
     assert [line["rank"] for line in lines] == [0]  # it has arrived, and measured nothing
     waits, error = error.splitlines()
-    assert waits.startswith("waiting for 1 other rank at ")
+    assert "rank 0: waiting for 1 other rank at " in waits
     assert error.startswith("error: rank 0 of 2 on ")
     assert "no all-reduce with the others within 2 s" in error
 

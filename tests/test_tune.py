@@ -365,7 +365,8 @@ def test_tune_command_writes_a_loadable_configuration(digits: Path, tmp_path: Pa
     assert result["images_per_second"] == tried["images_per_second"] > 0
     assert tried["peak_memory_gb"] > 0
     assert "compile true with zero_stage 3" in refused["failed"]
-    assert [line.split()[0] for line in done.stderr.splitlines()[1:3]] == [f"{MICRO_BATCH}=12", f"{COMPILE}=true"]
+    trials = [line.split()[3] for line in done.stderr.splitlines()[1:3]]  # behind date, time and level
+    assert trials == [f"{MICRO_BATCH}=12", f"{COMPILE}=true"]
     assert load_config(out) == load_config(path, given)
     assert f"--config {path}" in out.read_text()
     assert f"as it was: {result['images_per_second']:,.1f} images/s" in out.read_text()
