@@ -41,9 +41,10 @@ boxes: setup
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 # Files of every package whose tests take seconds.
-FAST := config config_cases decoders detr end_to_end files finetune flops goodput guard header keys layers lease masks \
-	network objects old_versions open order paper pvt_convert pvt_timm redact revision roofline saver scenes scripts \
-	security semantic_fpn shards status submit supervise
+FAST := class_weights config config_cases decoders detr end_to_end endings evaluation_view files finetune flops \
+	goodput guard header keys layers lease log masks network old_versions open order own_images paper \
+	pvt_convert pvt_timm redact revision roofline run_folder saver scenes scripts security shards status submit \
+	supervise
 
 check: setup
 	$(BIN)/ruff check .
