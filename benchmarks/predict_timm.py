@@ -9,12 +9,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import safetensors.torch
 import timm
 import torch
-from timm.data import create_dataset, create_loader
+from timm.data.dataset_factory import create_dataset
+from timm.data.loader import create_loader
 
 import pvt  # noqa: F401 - registers its models with timm
 
@@ -26,7 +28,8 @@ def main() -> None:
     model.load_state_dict(safetensors.torch.load_file(job["weights"]))
     model.eval()
     started = time.perf_counter()
-    dataset = create_dataset("", job["images"])
+    # One of many types, by the name; this one is a folder of images.
+    dataset: Any = create_dataset("", job["images"])
     loader = create_loader(
         dataset,
         (3, size, size),
@@ -43,7 +46,8 @@ def main() -> None:
             best = model(images).softmax(-1).topk(5)
             scores.append(best.values)
             labels.append(best.indices)
-    table = pd.DataFrame(torch.cat(labels).numpy(), index=dataset.filenames(absolute=True))
+    paths = dataset.filenames(absolute=True)
+    table = pd.DataFrame(torch.cat(labels).numpy(), index=paths)
     table["score"] = torch.cat(scores)[:, 0].numpy()
     table.to_csv(Path(job["out"]))
     print(json.dumps({"seconds": time.perf_counter() - started}))
