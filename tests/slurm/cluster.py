@@ -210,7 +210,7 @@ class Submitted:
         def done() -> bool:
             assert not self.events("gave up"), self.log[-3000:]
             self.hurry()
-            return any(int(found) >= step for found in re.findall(r"0: step (\d+)/\d+  epoch", self.log[begin:]))
+            return any(int(found) >= step for found in re.findall(r"step (\d+)/\d+  epoch", self.log[begin:]))
 
         until(done, timeout_s, lambda: self.log[-3000:])
 
