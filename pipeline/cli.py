@@ -165,10 +165,9 @@ def read_early(read: Callable[[], Value]) -> Callable[["World"], Value]:
     try:
         value = read()
     except InputError as raised:
-        world_size = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+        rank, world_size = log.rank_and_world_size()
         if world_size == "1":
             raise
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
         if rank == "0":
             print(f"error: {raised}", file=sys.stderr, flush=True)
         error = raised

@@ -114,9 +114,11 @@ def output(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.stem}.{uuid.uuid4().hex[:12]}{out.suffix}")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         partial.replace(out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}; name another file with --out") from error
+        raise InputError(f"{out}: cannot be written: {error.strerror}; name another file") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

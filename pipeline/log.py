@@ -30,9 +30,8 @@ class _Formatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(rank)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        # Read for each line: a process learns its rank from its launcher, maybe after the first line.
-        world_size = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        # Read for each line: a process may set its rank after the first line.
+        rank, world_size = rank_and_world_size()
         record.rank = "" if world_size == "1" else f"rank {rank}: "
         return super().format(record)
 
@@ -51,6 +50,13 @@ class _SetLevel(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         _ROOT.setLevel(self.const)
+
+
+def rank_and_world_size() -> tuple[str, str]:
+    """Returns what the launcher says of this process, which is known before the ranks are connected."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    world_size = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    return rank, world_size
 
 
 def configure(formatter: logging.Formatter | None = None) -> None:

@@ -828,7 +828,7 @@ def test_report_rejects_missing_run_or_unwritable_output(runs: Runs, tmp_path: P
     with pytest.raises(InputError, match=r"holds none of run\.json"):
         report_page.write_report(tmp_path)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(InputError, match=r"taken: cannot be written: .*; name another file with --out"):
+    with pytest.raises(InputError, match=r"taken: cannot be written: .*; name another file"):
         report_page.write_report(runs.finished, tmp_path / "taken", model=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 

@@ -119,7 +119,7 @@ def test_damaged_sample_changes_only_its_tile(packed: Path, tmp_path: Path) -> N
 
 
 def test_unwritable_sheet_path_is_rejected(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be written: No such file or directory; name another file with --out"):
+    with pytest.raises(InputError, match="cannot be written: No such file or directory; name another file"):
         show_dataset(packed, tmp_path / "none" / "sheet.png")
 
 

@@ -48,7 +48,7 @@ class DataConfig(Section):
     packed into data.cache first."""
     val: str | None = None
     """Validation data, as data.train. None: the folder val/ inside data.train, or else what val_fraction says."""
-    # Where it is not set, dumps leave it out, so that fingerprints of older configurations stay.
+    # Omitted from dumps where it is not set, so that older configurations keep their fingerprints.
     val_fraction: float | None = Field(default=None, gt=0.0, lt=1.0, exclude_if=lambda value: value is None)
     """Fraction of each class's images, at least one, that become the validation data where there are none otherwise.
     data.train then names images that the run packs. None: without data.val the run is not evaluated."""

@@ -1,12 +1,13 @@
 """The base class of all sections: they are frozen, reject unknown keys, and accept the former names of renamed ones."""
 
 import logging
-import os
 import typing
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+
+from pipeline.log import rank_and_world_size
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _section_at(kind: type[Section], name: str) -> type[Section] | None:
 
 def _warn_once(former: str, present: str) -> None:
     # Every rank of a run reads the configuration; the first one speaks for all.
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank, _ = rank_and_world_size()
     if former in _reported or rank != "0":
         return
     _reported.add(former)

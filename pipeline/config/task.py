@@ -65,7 +65,7 @@ class ClassificationConfig(TaskConfig):
     """Image classification: one class for each image."""
 
     name: str = "classification"
-    # Left out where it is not set: configurations and cards of before it keep their text, and so their fingerprint.
+    # Omitted from dumps where it is not set, so that older configurations and cards keep their fingerprints.
     class_weights: ClassWeights | None = Field(default=None, exclude_if=lambda value: value is None)
     """Weights of the classes in the loss: balanced, the inverse of the classes' shares; a list in the order of the
     classes; or a mapping of their names. They are scaled to a mean of 1 over the training samples. None: all are 1."""

@@ -66,7 +66,7 @@ class TrainConfig(Section):
 
     length: LengthField
     """Length of the run, in steps, epochs or images."""
-    # Left out of dumps as data.val_fraction is.
+    # Omitted from dumps where it is not set, as data.val_fraction is.
     recipe_steps: int | None = Field(default=None, gt=0, exclude_if=lambda value: value is None)
     """Number of optimiser steps that the configuration's learning rate and augmentation were chosen for. A run of less
     than a tenth of it begins with a warning. None: no warning."""

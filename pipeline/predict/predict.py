@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import log
+from pipeline import files, log
 from pipeline.answers import AnswerOptions, Seen
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.loader import EvalFeed, MicroBatch
 from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.task_transforms import WithoutTargets, task_transform
-from pipeline.predict.work_folder import Row, WorkFolder, write_whole
+from pipeline.predict.work_folder import Row, WorkFolder
 from pipeline.predict.write_outputs import write_features, write_rows
 from pipeline.shards import images
 from pipeline.shards.loose_images import ImageCollection
@@ -90,7 +90,7 @@ class Predictor:
         Raises InputError for outputs that cannot be written, and ExternalError where ranks find different images.
         """
         if world.from_first(self._images.digest) != self._images.digest:
-            raise ExternalError("the ranks find different images: leave them alone while they are read, start again")
+            raise ExternalError("the ranks find different images: start again, and do not change the images meanwhile")
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
 
@@ -205,23 +205,24 @@ class Predictor:
 
     def _write_outputs(self) -> dict[str, Any]:
         outputs = self._outputs
-        places = self._folder.find_rows()
+        found = self._folder.find_rows()
         columns = ["path"]
         num_bad = len(self._images.unreadable)
-        for row in self._folder.read_rows(places):
+        for row in self._folder.read_rows(found):
             num_bad += "error" in row
             if len(columns) == 1 and "error" not in row:
                 columns = [name for name in row if name != "position"]
-        num_images = len(places) + len(self._images.unreadable)
+        num_images = len(found) + len(self._images.unreadable)
         result = {"model": self._uri, "images": num_images, "unreadable": num_bad}
         if outputs.table:
             columns.append("error")
-            suffix = outputs.table.suffix
-            write_whole(outputs.table, lambda file: write_rows(file, suffix, self._rows(), columns))
+            with files.output(outputs.table) as file:
+                write_rows(file, self._rows(), columns)
         if outputs.features:
-            write_whole(outputs.features, self._write_features)
+            with files.output(outputs.features) as file:
+                self._write_features(file)
         if outputs.sheet:
-            write_whole(outputs.sheet, self._draw)
+            self._draw(outputs.sheet)
         for kind in ("table", "features", "sheet"):
             path = getattr(outputs, kind)
             if path:
@@ -235,19 +236,18 @@ class Predictor:
             yield {"path": _printable(name), "error": reason}
 
     def _write_features(self, file: Path) -> None:
-        assert self._outputs.features
         features = self._folder.open_features("r+")
         for number, row in enumerate(self._rows()):
             if "error" in row:
                 features[number] = np.nan
         names = (row["path"] for row in self._rows())
-        write_features(file, self._outputs.features.suffix, features, names)
+        write_features(file, features, names)
 
     def _draw(self, file: Path) -> None:
         """Draws pictures from all over the images, and what was found in them."""
-        places = self._folder.find_rows()
-        step = math.ceil(len(places) / _NUM_DRAWN)
-        chosen = {position: place for position, place in places.items() if position % step == 0}
+        found = self._folder.find_rows()
+        step = math.ceil(len(found) / _NUM_DRAWN)
+        chosen = {position: row for position, row in found.items() if position % step == 0}
         tiles = []
         for row in self._folder.read_rows(chosen):
             if "error" in row:
@@ -259,13 +259,13 @@ class Predictor:
             if "mask" in row:
                 tiles.append([(original, name, ""), tile])
             elif "boxes" in row:
-                picture, _, found = tile
-                tiles.append([(picture, name, found)])
+                picture, _, caption = tile
+                tiles.append([(picture, name, caption)])
             else:
                 tiles.append([tile])
         if not tiles:
-            raise InputError("none of the images that the sheet would show can be read: leave --sheet away")
-        about = f"{len(tiles)} of {len(places)} images"
+            raise InputError("none of the images that the sheet would show can be read: remove --sheet")
+        about = f"{len(tiles)} of {len(found)} images"
         draw_sheet(tiles, DRAWINGS[type(self._task)], file, self._uri, about)
 
 

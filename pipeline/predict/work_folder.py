@@ -4,15 +4,14 @@
                   rows-R.jsonl      a line for each image that rank R has finished
                   features.npy      a row for each image, in the order of the images
 
-The final files are made of it at the end, each whole or not at all.
+The outputs are made of it at the end, each whole or not at all.
 """
 
 import contextlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,20 +65,20 @@ class WorkFolder:
 
     def find_rows(self) -> dict[int, tuple[Path, int]]:
         """Returns the file of each finished image's row and where it begins there, by the image's position."""
-        places = {}
+        found = {}
         for path in self._row_files():
             with path.open("rb") as file:
                 start = 0
                 for line in file:
-                    places[json.loads(line)["position"]] = path, start
+                    found[json.loads(line)["position"]] = path, start
                     start += len(line)
-        return places
+        return found
 
-    def read_rows(self, places: dict[int, tuple[Path, int]]) -> Iterator[Row]:
+    def read_rows(self, rows: dict[int, tuple[Path, int]]) -> Iterator[Row]:
         """Yields the rows in the order of the images."""
         with contextlib.ExitStack() as stack:
             opened = {path: stack.enter_context(path.open("rb")) for path in self._row_files()}
-            for _, (path, start) in sorted(places.items()):
+            for _, (path, start) in sorted(rows.items()):
                 opened[path].seek(start)
                 yield json.loads(opened[path].readline())
 
@@ -114,15 +113,3 @@ class WorkFolder:
 
     def _row_files(self) -> list[Path]:
         return sorted(self.path.glob("rows-*.jsonl"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` make a file beside `path` and gives it its name when it is done. Raises InputError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; start the command again to go on") from error

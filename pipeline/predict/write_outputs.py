@@ -29,11 +29,11 @@ _TYPES = {
 """The types of columns that are no text."""
 
 
-def write_rows(path: Path, suffix: str, rows: Iterable[Row], columns: Sequence[str]) -> None:
-    """Writes the columns of rows to a file of the kind that `suffix` says."""
-    if suffix == ".parquet":
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Writes the columns of rows."""
+    if path.suffix == ".parquet":
         _write_parquet(path, rows, columns)
-    elif suffix == ".csv":
+    elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(columns)
@@ -64,9 +64,9 @@ def _write_parquet(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> N
             table.write_table(part)
 
 
-def write_features(path: Path, suffix: str, features: np.ndarray, names: Iterator[str]) -> None:
+def write_features(path: Path, features: np.ndarray, names: Iterator[str]) -> None:
     """Writes features [n, …], as .npy, or as Parquet: a path and the flat list of its values in each row."""
-    if suffix == ".npy":
+    if path.suffix == ".npy":
         with path.open("wb") as file:
             np.save(file, features)
         return

@@ -36,12 +36,14 @@ log = logging.getLogger(__name__)
 
 # Most headers of JPEGs are shorter.
 _HEAD_BYTES = 1 << 16
-_LOOKING_THREADS = 16
+_HEADER_THREADS = 16
 _SHOWN = 20
 _KINDS = f"{', '.join(f'.{extension}' for extension in EXTENSIONS)} or .tar"
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
+    """Where the bytes of an image are."""
+
     name: str
     """The path of a file, or TAR#MEMBER."""
     file: str
@@ -63,13 +65,13 @@ class Place(NamedTuple):
 class LooseImages:
     """Images in files and tars. `sizes` [n, 2] are their heights and widths."""
 
-    def __init__(self, places: Sequence[Place], sizes: Int64Array) -> None:
-        self._places = places
+    def __init__(self, locations: Sequence[Location], sizes: Int64Array) -> None:
+        self._locations = locations
         self._sizes = sizes
-        self.digest = fingerprint(list(map(list, places)))
+        self.digest = fingerprint(list(map(list, locations)))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def records(self, rows: Int64Array) -> Records:
         records = np.zeros(len(rows), RECORD)
@@ -78,7 +80,7 @@ class LooseImages:
 
     def read(self, row: int) -> bytes:
         try:
-            data = images.as_fed(self._places[row].load())
+            data = images.as_fed(self._locations[row].load())
         except (OSError, BadImageError) as error:
             raise CorruptSampleError(str(error)) from error
         if read_size(data) != tuple(self._sizes[row].tolist()):
@@ -86,7 +88,7 @@ class LooseImages:
         return data
 
     def name(self, row: int) -> str:
-        return self._places[row].name
+        return self._locations[row].name
 
 
 class PackedShard:
@@ -167,7 +169,7 @@ def open_images(paths: Sequence[str], cache: CacheOptions) -> ImageCollection:
                 shards = open_data(path, cache=cache)
                 parts += [PackedShard(shards, number) for number in range(len(shards.shard_samples))]
         else:
-            parts.append(_look_at(_find_places(group, unreadable), unreadable))
+            parts.append(_read_headers(_find_locations(group, unreadable), unreadable))
     for name, reason in itertools.islice(unreadable.items(), _SHOWN):
         log.warning(f"unreadable: {name}: {reason}")
     if len(unreadable) > _SHOWN:
@@ -185,7 +187,7 @@ def _is_packed(path: str) -> bool:
     return "://" in path or Path(path, MANIFEST).exists()
 
 
-def _find_places(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[Place]:
+def _find_locations(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[Location]:
     found = [file for path in paths for file in _find_files(path)]
     for file in dict.fromkeys(found):
         try:
@@ -193,7 +195,7 @@ def _find_places(paths: Iterable[str], unreadable: dict[str, str]) -> Iterator[P
             if file.endswith(".tar"):
                 yield from _find_members(file, status.st_mtime_ns)
             else:
-                yield Place(file, file, 0, status.st_size, status.st_mtime_ns)
+                yield Location(file, file, 0, status.st_size, status.st_mtime_ns)
         except OSError as error:
             unreadable[file] = error.strerror or str(error)
         except TarError as error:
@@ -210,7 +212,7 @@ def _find_files(path: str) -> list[str]:
         if not found:
             raise InputError(f"{path}: has no image among its {len(below)} files: they end in {_KINDS}")
         if len(found) < len(below):
-            log.info(f"{path}: {len(below) - len(found)} other files are left out")
+            log.info(f"{path}: {len(below) - len(found)} other files are skipped")
         return found
     if Path(path).exists():
         return [path]
@@ -221,7 +223,7 @@ def _find_files(path: str) -> list[str]:
     return [file for match in matching for file in _find_files(match)]
 
 
-def _find_members(tar: str, changed: int) -> Iterator[Place]:
+def _find_members(tar: str, changed: int) -> Iterator[Location]:
     """Yields the images of a tar. Raises TarError behind the last that can be found, OSError, and InputError for a tar
     without images."""
     is_empty = True
@@ -230,41 +232,41 @@ def _find_members(tar: str, changed: int) -> Iterator[Place]:
             extension = member.name.rpartition(".")[2].lower()
             if member.kind == "file" and extension in EXTENSIONS and not is_system(member.name):
                 is_empty = False
-                yield Place(f"{tar}#{member.name}", tar, member.offset, member.size, changed)
+                yield Location(f"{tar}#{member.name}", tar, member.offset, member.size, changed)
     if is_empty:
         raise InputError(f"{tar}: has no images: its members do not end in {_KINDS}")
 
 
-def _look_at(places: Iterable[Place], unreadable: dict[str, str]) -> LooseImages:
+def _read_headers(locations: Iterable[Location], unreadable: dict[str, str]) -> LooseImages:
     """Returns the images that have a readable header. The others go to `unreadable`."""
-    readable: list[Place] = []
+    readable: list[Location] = []
     sizes: list[tuple[int, int]] = []
-    with ThreadPoolExecutor(_LOOKING_THREADS, "look") as pool:
-        for place, size in pool.map(_read_header, places):
+    with ThreadPoolExecutor(_HEADER_THREADS, "header") as pool:
+        for location, size in pool.map(_read_header, locations):
             if isinstance(size, str):
-                unreadable[place.name] = size
+                unreadable[location.name] = size
             else:
-                readable.append(place)
+                readable.append(location)
                 sizes.append(size)
     return LooseImages(readable, np.array(sizes, np.int64).reshape(-1, 2))
 
 
-def _read_header(place: Place) -> tuple[Place, tuple[int, int] | str]:
+def _read_header(location: Location) -> tuple[Location, tuple[int, int] | str]:
     """Returns height and width of an image, or the reason why there are none."""
     try:
-        if place.size > MAX_BYTES:
+        if location.size > MAX_BYTES:
             raise BadImageError(f"more than {MAX_BYTES:,} bytes")
-        head = place.load(_HEAD_BYTES)
+        head = location.load(_HEAD_BYTES)
         try:
             size = images.size(head)
         except BadImageError:
-            if len(head) == place.size:
+            if len(head) == location.size:
                 raise
-            size = images.size(place.load())
+            size = images.size(location.load())
         if max(size) > images.MAX_SIDE_PX:
             raise BadImageError(f"no side may exceed {images.MAX_SIDE_PX} pixels")
     except OSError as error:
-        return place, error.strerror or str(error)
+        return location, error.strerror or str(error)
     except BadImageError as error:
-        return place, str(error)
-    return place, size
+        return location, str(error)
+    return location, size

@@ -132,7 +132,7 @@ class ClassificationMetric:
         samples, first, five, loss = world.sum(self._sums).tolist()
         # float64 holds the counts exactly, and not every backend sums integers.
         of_class, predicted, correct = world.sum(self._class_counts.double())
-        # As scikit-learn does, nanmean leaves out classes without samples, and for F1 without predictions as well.
+        # As scikit-learn does, nanmean skips classes without samples, and for F1 without predictions as well.
         return {
             "top1": first / samples,
             "top5": five / samples,

@@ -106,8 +106,8 @@ class AnchorGraph(_BoxGraph):
                 "scores are 1 / (1 + exp(-logits))",
                 "take scores above min_score, of each map and all its anchors and classes at most the best "
                 "candidates_of_a_map, each with its anchor's box",
-                "leave out boxes of which a side is shorter than min_side_px",
-                "of boxes of one class with an intersection over union above max_overlap leave out the worse one, "
+                "remove boxes of which a side is shorter than min_side_px",
+                "of boxes of one class with an intersection over union above max_overlap remove the worse one, "
                 "beginning with the best score of all",
                 "take the best max_detections",
                 _TO_IMAGE,
