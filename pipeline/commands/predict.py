@@ -107,7 +107,9 @@ def _open(arguments: argparse.Namespace, device: "torch.device") -> "Predictor":
     ):
         if getattr(arguments, option) is not None and not isinstance(version.card.task, kind):
             name = option.replace("_", "-")
-            raise InputError(f"--{name} is for a {what}, and {version.uri} is a {version.card.task.name}: remove it")
+            raise InputError(
+                f"--{name} is for a {what}, and {version.uri} is of task {version.card.task.name}: remove it"
+            )
     outputs = Outputs(arguments.out, arguments.features, arguments.sheet, arguments.feature_kind or "pooled")
     if outputs.has_answers:
         version.card.require_head(version.uri)
