@@ -43,14 +43,14 @@ boxes: setup
 # Files of every package whose tests take seconds.
 FAST := class_weights config config_cases decoders detr end_to_end endings evaluation_view files finetune flops \
 	goodput guard header keys layers lease log masks network old_versions open order own_images paper \
-	pvt_convert pvt_timm redact revision roofline run_folder saver scenes scripts security shards status submit \
+	pvt_convert pvt_timm redact revision roofline run_folder scenes scripts security shards status submit \
 	supervise
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(FAST:%=tests/test_%.py)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/slurm -m "not slow"
