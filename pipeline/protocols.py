@@ -3,12 +3,13 @@
 `pipeline.train` imports neither a task nor MLflow; `pipeline.job` joins them through these protocols.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pipeline.answers import AnswerOptions, Seen
 from pipeline.feed.loader import MicroBatch
 from pipeline.world import World
 
@@ -24,7 +25,7 @@ class Metric(Protocol):
 
 
 class Task(Protocol):
-    """What differs between classification, segmentation and detection: the network, its loss, its metric."""
+    """What differs between tasks: the network, its loss, its answers, its metric."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -55,6 +56,16 @@ class Task(Protocol):
 
     def outputs(self, model: nn.Module, batch: MicroBatch) -> Any:
         """Returns what the metric is given. `model` is in evaluation mode, and the targets must not be used."""
+        ...
+
+    def answers(
+        self,
+        outputs: Any,
+        seen: Sequence[Seen],
+        classes: Sequence[str],
+        options: AnswerOptions,
+    ) -> list[dict[str, Any]]:
+        """Returns what the outputs say about each image, in the columns that the served model answers."""
         ...
 
     def metric(self) -> Metric: ...

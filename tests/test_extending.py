@@ -49,25 +49,32 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_ranks(1, "extending", path, folder / "exports")[-1]
 
 
-def test_the_toy_task_learns_is_registered_and_scored(report: dict[str, Any]) -> None:
+def test_toy_task_trains_registers_and_scores(report: dict[str, Any]) -> None:
     assert report["trained"]["model"] == "models:/toys/1"
     assert report["trained"]["rounded"] > 0.9
     assert report["evaluated"]["rounded"] == report["trained"]["rounded"]
 
 
-def test_the_toy_task_is_served_with_its_own_columns(report: dict[str, Any]) -> None:
+def test_toy_task_is_served_with_its_own_columns(report: dict[str, Any]) -> None:
     assert report["columns"] == ["number"]
     assert [round(answer["number"]) for answer in report["answers"]] == [0, 0, 0, 0]
     assert report["loads"][0].startswith("number ")
 
 
-def test_the_toy_is_exported_to_the_toy_format(report: dict[str, Any]) -> None:
+def test_toy_task_predicts_what_it_is_served_with(report: dict[str, Any]) -> None:
+    predicted = [row["number"] for row in report["predictions"]]
+    assert len(predicted) == 24
+    served = [answer["number"] for answer in report["answers"]]
+    assert predicted[: len(served)] == pytest.approx(served, abs=0.02)  # DALI and Pillow decode to a grey level
+
+
+def test_toy_model_is_exported_to_the_toy_format(report: dict[str, Any]) -> None:
     assert report["export"]["logit_difference"] == 0
     with np.load(Path(report["export"]["out"]) / "weights.npz") as arrays:
         assert "head.weight" in arrays
 
 
-def test_a_task_without_pictures_is_not_drawn() -> None:
+def test_task_without_drawing_is_rejected_by_draw() -> None:
     task: Any = toys.OrdinalTask(torch.nn.Identity(), ["0"])
     config: Any = SimpleNamespace(task=toys.OrdinalConfig())
     none: Any = None
@@ -75,7 +82,7 @@ def test_a_task_without_pictures_is_not_drawn() -> None:
         draw_predictions.draw_predictions(task, none, config, 1, Path("x.png"), "")
 
 
-def test_settings_of_a_new_task_are_read_as_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_task_section_is_validated_and_round_trips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "ordinal", toys.OrdinalConfig)
     tree = {
         "run": {"name": "a"},
@@ -91,7 +98,7 @@ def test_settings_of_a_new_task_are_read_as_those_of_others(monkeypatch: pytest.
         Config.model_validate({**tree, "task": {"name": "ordnal"}})
 
 
-def test_the_toy_backbone_carries_a_dense_network() -> None:
+def test_toy_backbone_carries_a_dense_network() -> None:
     dense = network.build(SemanticFpnConfig(), ModelConfig(name="toy_pyramid"), 64, 3)
     assert dense.eval()(torch.zeros(1, 3, 96, 64)).shape == (1, 3, 24, 16)
     freeze(dense.backbone, 1)

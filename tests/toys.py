@@ -65,6 +65,11 @@ class OrdinalTask(ClassificationTask):
     def losses(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         return (self.outputs(model, batch)[:, 0].float() - batch.targets) ** 2
 
+    def answers(
+        self, outputs: Tensor, seen: Sequence[Any], classes: Sequence[str], options: Any
+    ) -> list[dict[str, Any]]:
+        return [{"number": number} for number in outputs[:, 0].tolist()]
+
     def metric(self) -> Any:
         return OrdinalMetric()
 

@@ -29,6 +29,7 @@ from pipeline.feed.quarantine import Quarantine
 from pipeline.feed.task_transforms import WithoutTargets, task_transform
 from pipeline.predict.work_folder import Row, WorkFolder
 from pipeline.predict.write_outputs import write_features, write_rows
+from pipeline.protocols import Task
 from pipeline.shards import images
 from pipeline.shards.loose_images import ImageCollection
 from pipeline.tasks import probe
@@ -66,7 +67,7 @@ class Predictor:
         self,
         uri: str,
         card: ModelCard,
-        task: Any,
+        task: Task,
         images: ImageCollection,
         outputs: Outputs,
         options: AnswerOptions,
@@ -171,7 +172,7 @@ class Predictor:
             self._folder.write_features(positions[0], features.float().cpu().numpy())
         answers: list[dict[str, Any]] = [{}] * len(batch.extents)
         if self._outputs.has_answers:
-            outputs: Any = self._task.outputs(self._task.model, batch)
+            outputs = self._task.outputs(self._task.model, batch)
             answers = self._task.answers(
                 outputs,
                 self._list_seen(batch),

@@ -5,7 +5,6 @@ models:/NAME@ALIAS ──resolve, verify──▶ card, weights ──▶ networ
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.feed.image_ops import Finisher
 from pipeline.feed.task_transforms import task_transform
+from pipeline.protocols import Task
 from pipeline.shards import images
 from pipeline.tasks.build import build_trained
 from pipeline.track import tracking_server
@@ -53,7 +53,7 @@ def load_model(uri: str, tracking_uri: str | None = None) -> tuple[nn.Module, Pr
     return task.model, Preprocess(version.card)
 
 
-def open_model(uri: str, tracking_uri: str | None = None) -> tuple[registry.Version, Any]:
+def open_model(uri: str, tracking_uri: str | None = None) -> tuple[registry.Version, Task]:
     """Returns a verified version and its task in evaluation mode. Raises as `load_model` does."""
     tracking_server.connect(tracking_server.tracking_uri(tracking_uri))
     version = registry.resolve(uri)

@@ -11,7 +11,7 @@ import mlflow.pyfunc
 import pandas
 
 from pipeline import network
-from pipeline.commands import evaluate, train
+from pipeline.commands import evaluate, predict, train
 from pipeline.config import load_config
 from pipeline.config.task import TASKS
 from pipeline.feed import task_transforms
@@ -47,6 +47,9 @@ def main() -> None:
     where = ["--tracking-uri", f"sqlite:///{config.run.root}/mlflow.db", "--cache", str(config.data.cache)]
     sys.argv = ["evaluate", "--model", trained["model"], "--data", str(config.data.val), *where]
     evaluated = evaluate.main()
+    predictions = Path(f"{out}.jsonl")
+    sys.argv = ["predict", "--model", trained["model"], str(config.data.val), "--out", str(predictions), *where]
+    predict.main()
     version = registry.resolve(trained["model"])
     images = [file.read_bytes() for file in sorted(Path(str(config.data.val)).iterdir())[:4]]
     served = mlflow.pyfunc.load_model(str(version.folder.parent))
@@ -54,6 +57,7 @@ def main() -> None:
         "trained": trained,
         "evaluated": evaluated,
         "answers": served.predict(pandas.DataFrame({"image": images})).to_dict("records"),
+        "predictions": [json.loads(line) for line in predictions.read_text().splitlines()],
         "columns": served.metadata.signature.outputs.input_names(),
         "loads": promote._answer_example(version),
         "export": export.export(trained["model"], "npz", Path(out)),
