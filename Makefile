@@ -41,10 +41,9 @@ boxes: setup
 		--data $(DATA)/scenes/coco/annotations/instances_val.json --draw 6 --out runs/boxes.png
 
 # Files of every package whose tests take seconds.
-FAST := class_weights config config_cases decoders detr end_to_end endings evaluation_view files finetune flops \
-	goodput guard header keys layers lease log masks network old_versions open order own_images paper \
-	pvt_convert pvt_timm redact revision roofline run_folder scenes scripts security shards status submit \
-	supervise
+FAST := config detr end_to_end endings evaluation_view files finetune flops goodput guard keys layers lease log \
+	masks network old_versions open order paper redact revision roofline run_folder scenes scripts security \
+	shards status submit
 
 check: setup
 	$(BIN)/ruff check .
