@@ -364,7 +364,7 @@ def test_two_ranks_share_the_work(folder: Path, tmp_path: Path, run: Callable[..
         (["images", "--out", "a.csv", "--top-k", "0"], "--top-k 0: a number of at least 1"),
         (["images", "--out", "a.csv", "--min-score", "2"], "--min-score 2: 0 to 1"),
         (["images", "--out", "a.parquet", "--features", "a.parquet"], "name one file: give each its own"),
-        (["images", "--out", "a.csv", "--min-score", "0.5"], "--min-score is for a detector, and models:/pico/1 is a"),
+        (["images", "--out", "a.csv", "--min-score", "0.5"], "--min-score is for a detector, and models:/pico/1 is of task classification"),
         (["missing", "--out", "a.csv"], "missing: no such file or folder: name a folder"),
         (["*.gif", "--out", "a.csv"], r"\*\.gif: no such file or folder"),
         (["empty", "--out", "a.csv"], "empty: has no image among its 1 files"),
