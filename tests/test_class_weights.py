@@ -52,7 +52,7 @@ def labels_of(data: Path) -> np.ndarray:
     return np.concatenate([shards.index(shard)["label"] for shard in range(len(shards.shard_samples))])
 
 
-def test_balanced_weights_are_scikit_learns(imbalanced: Path) -> None:
+def test_balanced_weights_match_scikit_learn(imbalanced: Path) -> None:
     labels = labels_of(imbalanced / "train")
     shares = class_shares(ShardSet(imbalanced / "train"), [1.0])
     weights = class_weights("balanced", ShardSet(imbalanced / "train").classes, shares)
@@ -60,7 +60,7 @@ def test_balanced_weights_are_scikit_learns(imbalanced: Path) -> None:
     assert weights[labels].mean() == pytest.approx(1)
 
 
-def test_a_mixture_counts_by_its_weights(digits: Path, imbalanced: Path) -> None:
+def test_mixture_counts_are_weighted(digits: Path, imbalanced: Path) -> None:
     both = ShardSet(digits / "train", imbalanced / "train")
     one, other = (np.bincount(labels_of(each / "train")) for each in (digits, imbalanced))
     expected = 0.25 * one / one.sum() + 0.75 * other / other.sum()
@@ -68,19 +68,19 @@ def test_a_mixture_counts_by_its_weights(digits: Path, imbalanced: Path) -> None
 
 
 @pytest.mark.parametrize("setting", [(2, 1, 4.0), {"dog": 1, "water snake": 4.0, "cat": 2}])
-def test_given_weights_are_scaled_to_a_mean_of_one(setting: Any) -> None:
+def test_given_weights_are_scaled_to_mean_1(setting: Any) -> None:
     weights = class_weights(setting, NAMES, SHARES)
     np.testing.assert_allclose(weights, np.array([2, 1, 4]) / (0.7 * 2 + 0.25 + 0.05 * 4))
     assert weights @ SHARES == pytest.approx(1)
 
 
-def test_a_class_without_samples_gets_no_weight() -> None:
+def test_class_without_samples_has_weight_0() -> None:
     np.testing.assert_allclose(class_weights("balanced", NAMES, np.array([0.75, 0, 0.25])), [2 / 3, 0, 2])
     with pytest.raises(InputError, match="is 0 for every class that has samples: give one a weight"):
         class_weights((0, 1, 0), NAMES, np.array([0.75, 0, 0.25]))
 
 
-def test_the_weighted_loss_is_torchs() -> None:
+def test_weighted_loss_matches_torch() -> None:
     model, task = torch.nn.Linear(8, 3), ClassificationTask(torch.nn.Identity(), NAMES)
     images, targets, weights = torch.randn(6, 8), torch.rand(6, 3).softmax(dim=1), torch.tensor([0.5, 1.25, 4.0])
     task.class_weights = weights
@@ -89,7 +89,7 @@ def test_the_weighted_loss_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_chance_loss_is_the_least_of_constant_predictions(smoothing: float) -> None:
+def test_chance_loss_is_the_lowest_of_constant_predictions(smoothing: float) -> None:
     weights = class_weights((1, 1, 3), NAMES, SHARES)
     targets = torch.eye(3) * (1 - smoothing) + smoothing / 3
     logits = torch.zeros(3, requires_grad=True)
@@ -106,7 +106,7 @@ def test_the_chance_loss_is_the_least_of_constant_predictions(smoothing: float) 
     assert guessing_loss(weights, SHARES, smoothing) == pytest.approx(mean_loss().item(), rel=1e-5)
 
 
-def test_the_guard_knows_the_weighted_chance(imbalanced: Path, make_config: Make) -> None:
+def test_guard_uses_the_weighted_chance_loss(imbalanced: Path, make_config: Make) -> None:
     training, task = ShardSet(imbalanced / "train"), ClassificationTask(torch.nn.Identity(), list("0123456789"))
     weigh_classes(make_config("task.class_weights=balanced", "mix={}"), training, task, World())
     assert task.chance_loss == pytest.approx(math.log(10))
@@ -121,7 +121,7 @@ def test_the_guard_knows_the_weighted_chance(imbalanced: Path, make_config: Make
     assert guard.must_roll_back
 
 
-def test_scores_of_imbalanced_predictions_are_scikit_learns() -> None:
+def test_scores_of_imbalanced_predictions_match_scikit_learn() -> None:
     torch.manual_seed(0)
     # Class 3 has no sample but predictions, class 4 has neither, and class 2 has samples that nothing finds.
     labels = torch.tensor([0] * 30 + [1] * 8 + [2] * 4)
@@ -140,7 +140,7 @@ def test_scores_of_imbalanced_predictions_are_scikit_learns() -> None:
     assert found["majority"] == majority.score(truth[:, None], truth)
 
 
-def test_unset_class_weights_leave_no_trace(make_config: Make) -> None:
+def test_unset_class_weights_are_not_dumped(make_config: Make) -> None:
     config = make_config("task={name: classification, class_weights: null}")
     assert config == make_config()
     assert config.model_dump(mode="json")["task"] == {"name": "classification"}
@@ -152,7 +152,7 @@ def test_unset_class_weights_leave_no_trace(make_config: Make) -> None:
 
 
 @pytest.mark.parametrize("text", ["balanced", "[1, 2.5, 0]", "{a: 1, 'no': 2, 10: 0.5}"])
-def test_class_weights_are_read_back_and_change_the_fingerprint(make_config: Make, tmp_path: Path, text: str) -> None:
+def test_class_weights_round_trip_and_change_the_fingerprint(make_config: Make, tmp_path: Path, text: str) -> None:
     config = make_config(f"task.class_weights={text}")
     assert config == make_config(f"task={{name: classification, class_weights: {text}}}")
     assert config.evaluate == make_config().evaluate
@@ -175,13 +175,13 @@ def test_class_weights_are_read_back_and_change_the_fingerprint(make_config: Mak
         ("3", "expected balanced, a list"),
     ],
 )
-def test_impossible_weights_are_refused(make_config: Make, text: str, message: str) -> None:
+def test_invalid_class_weights_are_rejected(make_config: Make, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         make_config(f"task.class_weights={text}")
     assert str(error.value).count("\n") == 1
 
 
-def test_weights_of_another_task_are_refused(make_config: Make) -> None:
+def test_class_weights_of_another_task_are_rejected(make_config: Make) -> None:
     message = r"task\.class_weights: no such setting of this task, only of classification: remove it, or set task\.name"
     with pytest.raises(InputError, match=message):
         make_config("task={name: retinanet, class_weights: balanced}", "augment={}", "mix={}")
@@ -198,19 +198,19 @@ def test_weights_of_another_task_are_refused(make_config: Make) -> None:
         ({"cat": 1, "dog": 1}, r"found unknown classes \[\] and none for \['water snake'\]"),
     ],
 )
-def test_weights_of_other_classes_are_refused(setting: Any, message: str) -> None:
+def test_weights_of_unknown_classes_are_rejected(setting: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         start_checks._check_class_weights(setting, NAMES)
 
 
-def test_a_run_is_refused_before_it_starts(make_config: Make, digits: Path) -> None:
+def test_run_with_bad_class_weights_is_rejected_before_it_starts(make_config: Make, digits: Path) -> None:
     training = ShardSet(digits / "train")
     with pytest.raises(InputError, match=r"unknown classes \['ten'\] and none for \['0', '1', '2', "):
         start_checks.check_data(make_config("task.class_weights={ten: 1}"), training, None, 1)
 
 
 @pytest.mark.slow
-def test_losses_and_scores_are_the_same_on_every_world(imbalanced: Path, tmp_path: Path) -> None:
+def test_weighted_losses_and_scores_are_equal_on_every_world_size(imbalanced: Path, tmp_path: Path) -> None:
     path = write_config(imbalanced, tmp_path)
     settings = "task.class_weights=balanced,train.length=6 steps,train.eval_every=6 steps,tracking.patience_s=0.1"
     lines = []

@@ -120,6 +120,6 @@ def test_evaluation_ending_shows_scores() -> None:
     assert ending == "models:/tiny/1 on 1,797 samples of val: top1 100.0 %"
 
 
-def test_a_hand_off_that_is_at_work_elsewhere_has_no_scores(tmp_path: Path) -> None:
+def test_hand_off_running_elsewhere_has_no_scores(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path), [])
     assert "at work" in describe_training({"run": "runs/tiny", "at_work": True}, config)

@@ -27,7 +27,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 @pytest.mark.parametrize(("size", "crop_pct"), [(64, 0.8), (96, 0.875), (32, 1.0)])
-def test_centres_are_timms_bit_for_bit(interpolation: Any, size: int, crop_pct: float) -> None:
+def test_centre_crops_equal_timm_bit_for_bit(interpolation: Any, size: int, crop_pct: float) -> None:
     image = ImageConfig(size=size, crop_pct=crop_pct, interpolation=interpolation)
     for height, width in ((33, 200), (200, 33), (97, 98), (64, 64), (301, 173)):
         given = picture(height, width)
@@ -37,7 +37,7 @@ def test_centres_are_timms_bit_for_bit(interpolation: Any, size: int, crop_pct: 
         assert torch.equal(normalise(crop_centre(given, image, size), image), transform(given))
 
 
-def test_pictures_are_what_was_normalised() -> None:
+def test_denormalised_views_equal_the_input() -> None:
     image, given = ImageConfig(), picture(40, 70)
     values = normalise(given, image)
     # Pixels are rounded down, and rounding errors must not make them one less.
@@ -47,7 +47,7 @@ def test_pictures_are_what_was_normalised() -> None:
     torch.testing.assert_close((pixels - mean) * scale, values)
 
 
-def test_canvases_have_zeros_beside_and_below_the_image() -> None:
+def test_canvas_is_zero_right_of_and_below_the_image() -> None:
     values = torch.rand(3, 33, 64)
     canvas = pad_to_canvas(values)
     assert canvas.shape == (3, 64, 64)
@@ -56,7 +56,7 @@ def test_canvases_have_zeros_beside_and_below_the_image() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 7), (33, 95), (120, 90)])
-def test_maps_are_resized_without_the_padding(size: tuple[int, int]) -> None:
+def test_maps_are_resized_without_padding(size: tuple[int, int]) -> None:
     logits = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0))
     on_canvas = interpolate(logits[None], (32, 96), mode="bilinear")[..., :31, :94]
     expected = interpolate(on_canvas, size, mode="bilinear")[0]

@@ -106,12 +106,12 @@ def test_toy_backbone_carries_a_dense_network() -> None:
     assert frozen == {"stem.weight", "stem.bias", "stages.0.weight", "stages.0.bias"}
 
 
-def test_every_table_has_every_task() -> None:
+def test_tables_have_every_task() -> None:
     for table in (NETWORKS, TRANSFORMS, TASK_CLASSES, SERVED, GRAPHS):
         assert table.keys() == TASKS.keys()
 
 
-def test_the_document_names_what_there_is() -> None:
+def test_document_names_the_existing_tables() -> None:
     text = (ROOT / "docs/extending.md").read_text()
     paths = set(re.findall(r"`((?:pipeline|pvt|tests|docs)/[\w/]+\.\w+)`", text))
     assert len(paths) > 10

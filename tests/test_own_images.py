@@ -88,7 +88,7 @@ def pictures(folder: Path) -> dict[str, tuple[str, bytes]]:
 # The split
 
 
-def test_each_class_gives_the_images_with_the_smallest_hashes(tree: Path, configure: Configure) -> None:
+def test_split_takes_the_smallest_hashes_of_each_class(tree: Path, configure: Configure) -> None:
     training, validation = both(configure(tree, "data.val_fraction=0.25"))
     assert training | validation == pictures(tree)
     assert len(training) + len(validation) == sum(COUNTS.values())
@@ -99,7 +99,7 @@ def test_each_class_gives_the_images_with_the_smallest_hashes(tree: Path, config
         assert {key for key in validation if key.startswith(f"{name}/")} == set(expected)
 
 
-def test_the_split_depends_on_names_alone(tree: Path, configure: Configure, tmp_path: Path) -> None:
+def test_split_depends_on_names_alone(tree: Path, configure: Configure, tmp_path: Path) -> None:
     _, validation = both(configure(tree))
     moved = tmp_path / "elsewhere/images"
     shutil.copytree(tree, moved)
@@ -111,7 +111,7 @@ def test_the_split_depends_on_names_alone(tree: Path, configure: Configure, tmp_
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.8])
-def test_a_class_of_which_nothing_would_remain_is_named(tree: Path, configure: Configure, fraction: float) -> None:
+def test_split_that_empties_a_class_is_rejected(tree: Path, configure: Configure, fraction: float) -> None:
     if fraction < 0.5:
         (tree / "emu/IMG 0.jpg").unlink()
     with pytest.raises(InputError, match=rf"a validation fraction of {fraction} leaves nothing .* emu \(\d\): add"):
@@ -140,7 +140,7 @@ def test_pack_writes_both_splits_or_nothing(tree: Path, tmp_path: Path, monkeypa
 # What data.train may be
 
 
-def test_a_folder_with_train_and_val_is_both(tree: Path, configure: Configure) -> None:
+def test_folder_with_train_and_val_gives_both_splits(tree: Path, configure: Configure) -> None:
     splits = tree.with_name("splits")
     shutil.copytree(tree, splits / "train")
     shutil.copytree(tree, splits / "Validation")
@@ -155,7 +155,7 @@ def test_a_folder_with_train_and_val_is_both(tree: Path, configure: Configure) -
     assert both(configure(splits, f"data.val={tree}"))[1] == training
 
 
-def test_lists_and_parquet_files_are_packed_too(tree: Path, configure: Configure, tmp_path: Path) -> None:
+def test_lists_and_parquet_files_are_packed(tree: Path, configure: Configure, tmp_path: Path) -> None:
     paths = sorted(tree.rglob("*.jpg"))
     rows = [f"{path.relative_to(tree)},{path.parent.name}" for path in paths]
     (tree / "list.csv").write_text("\n".join(["path,label", *rows]))
@@ -170,7 +170,7 @@ def test_lists_and_parquet_files_are_packed_too(tree: Path, configure: Configure
     assert len(validation) == 3
 
 
-def test_what_is_packed_or_remote_is_opened_as_it_is(tree: Path, configure: Configure, tmp_path: Path) -> None:
+def test_packed_or_remote_data_is_opened_in_place(tree: Path, configure: Configure, tmp_path: Path) -> None:
     pack.pack(tree, tmp_path / "out")
     assert open_training(configure(tmp_path / "out", "data.val_fraction=null").data).root == str(tmp_path / "out")
     for refuse in (open_training, open_validation, open_manifests):
@@ -185,7 +185,7 @@ def test_what_is_packed_or_remote_is_opened_as_it_is(tree: Path, configure: Conf
     assert not own_images.is_images(tmp_path / "out")  # tars that have to be indexed
 
 
-def test_a_changed_folder_is_packed_again(tree: Path, configure: Configure, tmp_path: Path) -> None:
+def test_changed_folder_is_packed_again(tree: Path, configure: Configure, tmp_path: Path) -> None:
     config = configure(tree)
     before = open_training(config.data)
     assert open_training(config.data).root == before.root
@@ -196,7 +196,7 @@ def test_a_changed_folder_is_packed_again(tree: Path, configure: Configure, tmp_
     assert len(list((tmp_path / "cache").glob("images-*/train"))) == 2
 
 
-def test_of_two_jobs_one_packs(tree: Path, tmp_path: Path) -> None:
+def test_concurrent_jobs_pack_once(tree: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pipeline import log; from pipeline.shards.public_datasets import packed; log.configure(); "
         "print(packed(*sys.argv[1:], val_fraction=0.1))"
@@ -256,7 +256,7 @@ def unreadable(tree: Path) -> None:
         (unreadable, "cat/IMG 5.jpg: not an image"),
     ],
 )
-def test_bad_folders_are_refused_by_name_and_leave_nothing(
+def test_bad_folder_is_rejected_and_leaves_nothing(
     tree: Path, configure: Configure, tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     spoil(tree)
@@ -265,7 +265,7 @@ def test_bad_folders_are_refused_by_name_and_leave_nothing(
     assert not list((tmp_path / "cache").glob("images-*/*")) + list((tmp_path / "cache").glob(".images-*"))
 
 
-def test_a_cache_that_cannot_be_written_is_named(
+def test_unwritable_cache_is_reported_by_name(
     tree: Path, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").touch()
@@ -286,7 +286,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 @pytest.mark.parametrize("mixing", [False, True])
 @pytest.mark.parametrize("copies", [1, 3])
-def test_lanes_are_chosen_from_the_configuration(configure: Configure, mixing: bool, copies: int) -> None:
+def test_lanes_depend_on_the_configuration_alone(configure: Configure, mixing: bool, copies: int) -> None:
     for batch in (6, 8, 47, 48, 64, 94, 96, 100, 144, 192, 256, 1000, 1022):
         overrides = [f"train.global_batch_size={batch}", f"data.copies={copies}", f"mix.mixup_alpha={int(mixing)}"]
 
@@ -307,7 +307,7 @@ def test_lanes_are_chosen_from_the_configuration(configure: Configure, mixing: b
         assert math.gcd(batch, chosen) == chosen
 
 
-def test_more_ranks_than_lanes_are_told_what_to_set(configure: Configure) -> None:
+def test_more_ranks_than_lanes_are_rejected_with_a_remedy(configure: Configure) -> None:
     config = configure("photos", "train.global_batch_size=144")
     with pytest.raises(
         InputError, match=r"49 ranks, but data.lanes is 48: .* start at most 48 ranks or set data.lanes=72"
@@ -316,7 +316,7 @@ def test_more_ranks_than_lanes_are_told_what_to_set(configure: Configure) -> Non
     assert configure("photos", "train.global_batch_size=144", "data.lanes=72").data.lanes == 72
 
 
-def test_dumps_of_older_configurations_stay(configure: Configure) -> None:
+def test_dumps_of_older_configurations_are_unchanged(configure: Configure) -> None:
     without = yaml.safe_load(dump_config(configure("photos", "data.val_fraction=null")))
     assert "val_fraction" not in without["data"]
     assert "recipe_steps" not in without["train"]
@@ -326,7 +326,9 @@ def test_dumps_of_older_configurations_stay(configure: Configure) -> None:
 # What a run says beforehand
 
 
-def test_a_run_is_described(tree: Path, configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_description_states_data_and_steps(
+    tree: Path, configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pack.pack(tree, tmp_path / "out", val_fraction=0.25)
     config = configure(tmp_path / "out", "train.global_batch_size=4", "optim.warmup=5 steps", "train.recipe_steps=601")
     told = start_checks.forecast(config, 3)
@@ -350,7 +352,7 @@ def test_a_run_is_described(tree: Path, configure: Configure, tmp_path: Path, ca
 
 
 @pytest.mark.slow
-def test_from_a_folder_to_a_registered_model(tree: Path, tmp_path: Path) -> None:
+def test_own_folder_trains_to_a_registered_model(tree: Path, tmp_path: Path) -> None:
     overrides = [
         f"data.train={tree}",
         f"data.cache={tmp_path / 'cache'}",

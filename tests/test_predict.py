@@ -104,7 +104,7 @@ def scores_of(row: dict[str, Any]) -> list[float]:
 # Scores
 
 
-def test_scores_are_evaluations_to_the_last_digit(folder: Path, run: Callable[..., Any]) -> None:
+def test_scores_equal_evaluation_bit_for_bit(folder: Path, run: Callable[..., Any]) -> None:
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     model = evaluate.open_all(MODEL, str(folder / "shards"), uri, World(), DEFAULT_CACHE)
     logits: list[torch.Tensor] = []
@@ -127,7 +127,7 @@ def test_scores_are_evaluations_to_the_last_digit(folder: Path, run: Callable[..
         assert scores_of(row) == pytest.approx(packed[key], abs=1e-6)
 
 
-def test_scores_are_those_of_timm_and_torch(folder: Path, run: Callable[..., Any]) -> None:
+def test_scores_match_timm_and_torch(folder: Path, run: Callable[..., Any]) -> None:
     rows = run(folder / "images")
     network = timm.create_model("pvt_pico", num_classes=10, img_size=32).eval()
     timm.models.load_checkpoint(network, str(folder / "entry" / WEIGHTS))
@@ -140,7 +140,7 @@ def test_scores_are_those_of_timm_and_torch(folder: Path, run: Callable[..., Any
     assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
 
 
-def test_load_model_computes_the_same(folder: Path, run: Callable[..., Any]) -> None:
+def test_load_model_reproduces_predictions(folder: Path, run: Callable[..., Any]) -> None:
     network, preprocess = pipeline.load_model("models:/pico@candidate", f"sqlite:///{folder / 'mlflow.db'}")
     path = folder / "images" / "3" / "03.png"
     (row,) = run(path)
@@ -151,7 +151,7 @@ def test_load_model_computes_the_same(folder: Path, run: Callable[..., Any]) -> 
     assert preprocess.card.classes == CLASSES
 
 
-def test_importing_the_package_is_cheap() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     command = "import sys, pipeline; pipeline.load_model; assert not {'torch', 'mlflow', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)
 
@@ -168,7 +168,7 @@ def dense(task: Any, folder: Path) -> tuple[Any, ModelCard, list[Path]]:
     return built, card, sorted((folder / "images").glob("[0369]/*.png"))[:3]
 
 
-def test_boxes_and_masks_are_the_networks(folder: Path, tmp_path: Path) -> None:
+def test_boxes_and_masks_match_the_network(folder: Path, tmp_path: Path) -> None:
     task, card, paths = dense(MaskRcnnConfig(**SIDES, min_score=0.0, max_detections=5), folder)
     images = open_images([str(path) for path in paths], DEFAULT_CACHE)
     outputs = Outputs(tmp_path / "out.parquet", None, tmp_path / "sheet.png")
@@ -192,7 +192,7 @@ def test_boxes_and_masks_are_the_networks(folder: Path, tmp_path: Path) -> None:
     assert opened_image(tmp_path / "sheet.png").width > 600
 
 
-def test_maps_are_the_networks(folder: Path, tmp_path: Path) -> None:
+def test_maps_match_the_network(folder: Path, tmp_path: Path) -> None:
     task, card, paths = dense(SemanticFpnConfig(channels=32, short_side=64, long_side=96), folder)
     images = open_images([str(path) for path in paths], DEFAULT_CACHE)
     outputs = Outputs(tmp_path / "out.jsonl", None, tmp_path / "sheet.png")
@@ -211,7 +211,7 @@ def test_maps_are_the_networks(folder: Path, tmp_path: Path) -> None:
         assert sum(row["shares"]) == pytest.approx(1)
 
 
-def test_features_are_those_of_the_last_layer(folder: Path, tmp_path: Path) -> None:
+def test_features_match_the_last_layer(folder: Path, tmp_path: Path) -> None:
     files = {"pooled": tmp_path / "f.npy", "map": tmp_path / "f.parquet"}
     for kind, file in files.items():
         arguments = opened(folder, folder / "images", "--features", file, "--feature-kind", kind)
@@ -235,7 +235,7 @@ def test_features_are_those_of_the_last_layer(folder: Path, tmp_path: Path) -> N
 # What lies about
 
 
-def test_folders_patterns_files_and_tars_are_mixed(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_folders_patterns_files_and_tars_can_be_mixed(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     images = folder / "images"
     with tarfile.open(tmp_path / "some.tar", "w") as tar:
         tar.add(images / "1", "one")
@@ -259,7 +259,7 @@ def test_folders_patterns_files_and_tars_are_mixed(folder: Path, tmp_path: Path,
         assert by_name[str(kinds / name)]["scores"] == pytest.approx(rows[0]["scores"], abs=1e-6)
 
 
-def test_what_cannot_be_read_is_listed(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_unreadable_files_are_listed(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     whole = (folder / "images" / "1" / "01.jpg").read_bytes()
@@ -281,7 +281,7 @@ def test_what_cannot_be_read_is_listed(folder: Path, tmp_path: Path, run: Callab
     assert [bool(np.isnan(row).all()) for row in features] == [row.get("error") is not None for row in rows]
 
 
-def test_tables_hold_the_same(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_csv_jsonl_and_parquet_hold_the_same_rows(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     rows = run(folder / "images")
     run(folder / "images", out="out.csv")
     run(folder / "images", out="out.parquet")
@@ -297,7 +297,7 @@ def test_tables_hold_the_same(folder: Path, tmp_path: Path, run: Callable[..., A
 # Killed and started again
 
 
-def test_it_goes_on_where_it_was_killed(
+def test_killed_predict_continues(
     folder: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(folder / "images")
@@ -337,7 +337,7 @@ def test_it_goes_on_where_it_was_killed(
     assert computed == [0]
 
 
-def test_two_ranks_share_the_work(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+def test_two_ranks_write_what_one_writes(folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     expected = run(folder / "shards")
     out = tmp_path / "ranks.jsonl"
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -364,7 +364,10 @@ def test_two_ranks_share_the_work(folder: Path, tmp_path: Path, run: Callable[..
         (["images", "--out", "a.csv", "--top-k", "0"], "--top-k 0: a number of at least 1"),
         (["images", "--out", "a.csv", "--min-score", "2"], "--min-score 2: 0 to 1"),
         (["images", "--out", "a.parquet", "--features", "a.parquet"], "name one file: give each its own"),
-        (["images", "--out", "a.csv", "--min-score", "0.5"], "--min-score is for a detector, and models:/pico/1 is of task classification"),
+        (
+            ["images", "--out", "a.csv", "--min-score", "0.5"],
+            "--min-score is for a detector, and models:/pico/1 is of task classification",
+        ),
         (["missing", "--out", "a.csv"], "missing: no such file or folder: name a folder"),
         (["*.gif", "--out", "a.csv"], r"\*\.gif: no such file or folder"),
         (["empty", "--out", "a.csv"], "empty: has no image among its 1 files"),
@@ -372,7 +375,7 @@ def test_two_ranks_share_the_work(folder: Path, tmp_path: Path, run: Callable[..
         (["bad.jpg", "--out", "a.csv"], "none of 1 files can be read as an image"),
     ],
 )
-def test_bad_input_is_refused_in_a_line(
+def test_bad_input_is_rejected_in_one_line(
     arguments: list[str], message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

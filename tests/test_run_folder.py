@@ -9,13 +9,13 @@ from pipeline.errors import InputError
 from pipeline.run_folder import RunFolder, as_number, committed_checkpoints, finished_result, parse_lines
 
 
-def test_lines_that_are_no_objects_are_counted_and_a_last_one_cut_short_is_not() -> None:
+def test_damaged_lines_are_counted_except_a_truncated_last_one() -> None:
     assert parse_lines('{"a": 1}\n[2]\n\n{"a"\n{"b": 2}') == ([{"a": 1}, {"b": 2}], [2, 4])
     assert parse_lines('{"a": 1}\n{"b": ') == ([{"a": 1}], [])
     assert parse_lines("[" * 100_000 + "\n") == ([], [1])
 
 
-def test_a_run_has_a_result_once_it_has_ended(tmp_path: Path) -> None:
+def test_result_exists_once_the_run_has_ended(tmp_path: Path) -> None:
     assert finished_result(tmp_path) is None
     result = tmp_path / "result.json"
     result.write_text('{"steps": 7, "requeue": true}')
@@ -35,7 +35,7 @@ def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     assert list(committed_checkpoints(tmp_path)) == [20, 100]
 
 
-def test_readings_and_evaluations_are_told_apart(tmp_path: Path) -> None:
+def test_readings_and_evaluations_are_separated(tmp_path: Path) -> None:
     lines = [
         {"step": 1, "loss": 2.0},
         {"step": 1, "val_loss": 3.0},
@@ -47,7 +47,7 @@ def test_readings_and_evaluations_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.yaml"])
-def test_what_cannot_be_read_is_empty_and_named(tmp_path: Path, name: str) -> None:
+def test_unreadable_file_is_empty_and_reported(tmp_path: Path, name: str) -> None:
     run = RunFolder(tmp_path)
     assert run.document(name) == {}
     assert run.faults == []
@@ -56,5 +56,5 @@ def test_what_cannot_be_read_is_empty_and_named(tmp_path: Path, name: str) -> No
     assert [fault.partition(":")[0] for fault in run.faults] == [name]
 
 
-def test_only_finite_numbers_are_numbers() -> None:
+def test_non_finite_values_are_not_numbers() -> None:
     assert [as_number(value) for value in (3, 0.5, True, "7", float("nan"), 10**400, None)] == [3, 0.5, *[None] * 5]
