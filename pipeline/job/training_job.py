@@ -394,6 +394,7 @@ def _log_start(
 ) -> None:
     rank_slice = feed.rank_slice
     steps = f"steps {state.step} to {schedule.total} ({feed.order.steps_per_epoch} an epoch)"
-    batch = f"{world.size} ranks × {rank_slice.accumulation} × {rank_slice.micro_batch_size} samples"
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    batch = f"{ranks} × {rank_slice.accumulation} × {rank_slice.micro_batch_size} samples"
     engine = f"ZeRO-{zero_stage} {config.engine.precision}"
     log.info(f"{config.run.folder}: {config.model.name}, {steps}, {batch} on {world.device.type}, {engine}")

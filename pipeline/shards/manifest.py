@@ -146,7 +146,10 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
             if not store.is_local:
                 raise
             reason = str(error).removeprefix(f"{path}: ")
-        raise InputError(f"{path}: cannot read the manifest: {reason}; make one with launch/shards.py") from error
+        remedy = "make one with launch/shards.py"
+        if store.is_local and not Path(store.root).exists():
+            remedy = f"there is no {store.root}: name a packed data set or a folder of images"
+        raise InputError(f"{path}: cannot read the manifest: {reason}; {remedy}") from error
     try:
         manifest = validated(Manifest, json_text.read(data, path), path)
     except InputError as error:
