@@ -24,25 +24,25 @@ from tests.ranks import ROOT
 
 # Where a phase begins: a function and, of a Trainer's, the step from which on. For a run of 20 steps that is evaluated
 # at every 4th and saved at every 8th.
-PHASES: dict[str, tuple[Any, str, int]] = {
-    "start-up, before ranks meet": (world, "start", 0),
-    "start-up, before the network is made": (training_job, "_task", 0),
-    "start-up, before the engine is made": (Engine, "__init__", 0),
-    "start-up, before the record is written": (Publisher, "__init__", 0),
-    "start-up, before the first step": (Trainer, "run", 0),
-    "evaluation at a step without a save": (Trainer, "_still_evaluating", 4),
-    "evaluation at a step with a save": (Trainer, "_still_evaluating", 8),
-    "between evaluation and save": (Trainer, "_save_if_due", 8),
-    "save": (Trainer, "_save", 8),
-    "report of a checkpoint": (Trainer, "_report_checkpoint", 8),
-    "last evaluation": (Trainer, "_still_evaluating", 20),
-    "between last evaluation and last save": (Trainer, "_save_if_due", 20),
-    "last save": (Trainer, "_finish", 20),
-    "before registration": (Publisher, "finish", 0),
-    "registration": (Tracker, "flush", 0),
-    "before the result is written": (Publisher, "end", 0),
-    "before the hand-off": (handoff, "begin", 0),
-    "after the hand-off": (handoff, "begin", 0),
+PHASES: dict[str, tuple[Any, Callable[..., Any], int]] = {
+    "start-up, before ranks meet": (world, world.start, 0),
+    "start-up, before the network is made": (training_job, training_job.build_initial_task, 0),
+    "start-up, before the engine is made": (Engine, Engine.__init__, 0),
+    "start-up, before the record is written": (Publisher, Publisher.__init__, 0),
+    "start-up, before the first step": (Trainer, Trainer.run, 0),
+    "evaluation at a step without a save": (Trainer, Trainer._still_evaluating, 4),
+    "evaluation at a step with a save": (Trainer, Trainer._still_evaluating, 8),
+    "between evaluation and save": (Trainer, Trainer._save_if_due, 8),
+    "save": (Trainer, Trainer._save, 8),
+    "report of a checkpoint": (Trainer, Trainer._report_checkpoint, 8),
+    "last evaluation": (Trainer, Trainer._still_evaluating, 20),
+    "between last evaluation and last save": (Trainer, Trainer._save_if_due, 20),
+    "last save": (Trainer, Trainer._finish, 20),
+    "before registration": (Publisher, Publisher.finish, 0),
+    "registration": (Tracker, Tracker.flush, 0),
+    "before the result is written": (Publisher, Publisher.end, 0),
+    "before the hand-off": (handoff, handoff.start_handoffs, 0),
+    "after the hand-off": (handoff, handoff.start_handoffs, 0),
 }
 
 
@@ -51,7 +51,8 @@ def main() -> None:
     numbers = [signal.Signals[name] for name in names.split(",") if name]
     handoff.start_handoffs = note_hand_off
     if numbers:
-        place, name, step = PHASES[phase]
+        place, function, step = PHASES[phase]
+        name = function.__name__
         setattr(place, name, disturb(getattr(place, name), step, numbers, after=phase.startswith("after")))
     sys.argv[:2] = [str(ROOT / "launch/pretrain.py")]
     runpy.run_path(sys.argv[0], run_name="__main__")
