@@ -70,7 +70,7 @@ def test_judge_overrides_trial_verdict(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cases", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_hostile_input_does_no_harm(cases: int) -> None:
     """Some cases of each kind; the command makes as many as there is time for, with servers, too."""
-    kinds = "images,tars,packed,lists,configurations,settings,names,weights,stored,cached"
+    kinds = "images,tars,packed,lists,own,configurations,settings,names,weights,stored,cached,predicted"
     result = hostile.main(["--kinds", kinds, "--cases", str(cases), "--seed", "3", "--minutes", "60"])
     assert result["ok"], result
     assert result["inputs"] > 10 * cases

@@ -128,11 +128,10 @@ def hostile_image(rng: Rng) -> tuple[bytes, str]:
     return spoil(rng, data), spoil.__name__
 
 
-def packed_images(rng: Rng, sandbox: Sandbox) -> Case:
-    """Hostile files among good ones in a tree of classes."""
-    images, good = sandbox.work / "images", set[str]()
-    kinds = []
-    for number in range(_NUM_GOOD + _NUM_HOSTILE):
+def hostile_tree(rng: Rng, images: Path, num_hostile: int = _NUM_HOSTILE) -> tuple[set[str], list[str]]:
+    """Writes good and hostile files as class folders. Returns the stems of the good ones and the other kinds."""
+    good, kinds = set[str](), []
+    for number in range(_NUM_GOOD + num_hostile):
         label = number % 2
         path = images / CLASSES[label] / f"{number:04d}.{pick(rng, ('jpg', 'png', 'JPEG'))}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +142,19 @@ def packed_images(rng: Rng, sandbox: Sandbox) -> Case:
             data, kind = hostile_image(rng)
             path.write_bytes(data)
             kinds.append(kind)
+    return good, kinds
+
+
+def own_images(rng: Rng, sandbox: Sandbox) -> Case:
+    """A tree of classes that a run packs itself: whatever is wrong with a file, it is named and nothing is fed."""
+    _, kinds = hostile_tree(rng, sandbox.work / "images", num_hostile=2)
+    return Case(f"own images: {_commonest(kinds)}", [(FEED, "images")], inputs=2)
+
+
+def packed_images(rng: Rng, sandbox: Sandbox) -> Case:
+    """Hostile files among good ones in a tree of classes."""
+    images = sandbox.work / "images"
+    good, kinds = hostile_tree(rng, images)
     commands = [
         (*PACK, "--images", "images", "--out", "out", "--skip-bad", *_ONE),
         (*VERIFY, "out", "--deep", *_ONE),
@@ -293,7 +305,7 @@ def _with_checksums(data: bytes) -> bytes:
     return bytes(blocks)
 
 
-_TARS = (_mutated_tar,) * 6 + (_pax_numbers,) * 3 + (_of_damage,) * 6
+HOSTILE_TARS = (_mutated_tar,) * 6 + (_pax_numbers,) * 3 + (_of_damage,) * 6
 _RARE_TARS = (_many_records, _long_record, _many_globals, _empty_members)
 
 
@@ -303,7 +315,7 @@ def tars(rng: Rng, sandbox: Sandbox) -> Case:
     folder.mkdir()
     good = [Sample(f"good/{row}", row % 2, damage.picture(rng, row % 2)) for row in range(4)]
     (folder / "good.tar").write_bytes(damage.whole(good))
-    makers = [pick(rng, _RARE_TARS if rng.integers(30) == 0 else _TARS) for _ in range(12)]
+    makers = [pick(rng, _RARE_TARS if rng.integers(30) == 0 else HOSTILE_TARS) for _ in range(12)]
     for number, make in enumerate(makers):
         (folder / f"{number}.tar").write_bytes(make(rng))
     commands = [

@@ -1,5 +1,6 @@
 """Hostile weights to be imported, and model versions that were changed in their store or in a cache."""
 
+import csv
 import functools
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pvt.create import create_model
+from tests.chaos.hostile import data as hostile_data
 from tests.chaos.hostile import mutate
 from tests.chaos.hostile.mutate import Rng, pick
 from tests.chaos.hostile.trial import MARK, Case, Ran, Sandbox
@@ -27,8 +29,10 @@ from tests.ranks import ROOT
 
 REGISTRY = "launch/registry.py"
 EVALUATE = "launch/evaluate.py"
+PREDICT = "launch/predict.py"
 MODEL = "pvt_pico"
 URI = "models:/base/1"
+_NUM_PREDICTED = 12
 EVIL = f"import os\nopen(os.environ[{MARK!r}], 'w').write('ran')\n"
 
 
@@ -347,5 +351,36 @@ def cached(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
 
         environment = {"MLFLOW_TRACKING_URI": _uri(prepared.registry)}
         return Case(f"cached version: {kind}", commands, judge, environment=environment)
+
+    return make
+
+
+# Predictions
+
+
+def predicted(prepared: Prepared) -> Callable[[Rng, Sandbox], Case]:
+    """Hostile images, some of them in a tar, whose classes are asked for."""
+
+    def make(rng: Rng, sandbox: Sandbox) -> Case:
+        loose = sandbox.work / "loose"
+        good, _ = hostile_data.hostile_tree(rng, loose, _NUM_PREDICTED)
+        (loose / "some.tar").write_bytes(pick(rng, hostile_data.HOSTILE_TARS)(rng))
+        words = ("--model", URI, "loose", "--out", "seen.csv", "--features", "seen.npy", "--sheet", "seen.png")
+
+        def judge(ran: Sequence[Ran]) -> str:
+            if ran[0].code:
+                return f"good images were refused for bad ones: {ran[0].error[-300:]}"
+            with (sandbox.work / "seen.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            if len(rows) != ran[0].result["images"]:
+                return f"{len(rows)} rows of {ran[0].result['images']} images"
+            answered = {Path(row["path"]).stem for row in rows if row["label"]}
+            if missing := good - answered:
+                return f"good images have no answer: {sorted(missing)}"
+            neither = [row["path"] for row in rows if bool(row["label"]) == bool(row["error"])]
+            return f"neither answered nor reported: {neither}" if neither else ""
+
+        environment = {"MLFLOW_TRACKING_URI": _uri(prepared.registry)}
+        return Case("predicted images", [(PREDICT, *words)], judge, _NUM_PREDICTED + 1, environment)
 
     return make

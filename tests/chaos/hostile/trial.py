@@ -204,6 +204,6 @@ def _failure(ran: Ran) -> tuple[Verdict, str] | None:
 def _harmless(ran: Sequence[Ran]) -> Verdict:
     if any(each.code != DONE for each in ran):
         return "refused"
-    if any(each.result.get("skipped") or each.result.get("bad") for each in ran):
+    if any(each.result.get(name) for each in ran for name in ("skipped", "bad", "unreadable")):
         return "skipped"
     return "right"
