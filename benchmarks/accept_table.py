@@ -1,17 +1,17 @@
-"""What benchmarks.accept has found as a page: rows for README.md's table of what is verified, tables for RESULTS.md."""
+"""What benchmarks.accept has found as a page: rows for docs/verification.md, tables for RESULTS.md."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-README = Path(__file__).parent.parent / "README.md"
+VERIFICATION = Path(__file__).parent.parent / "docs/verification.md"
 
 Line = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A row of README.md by its beginning, and its evidence: test functions, or a stage and how its result reads."""
+    """A row of docs/verification.md by its beginning, and its evidence: tests, or a stage and how its result reads."""
 
     begins: str
     tests: Sequence[str] = ()
@@ -80,11 +80,11 @@ def page(lines: Sequence[Line]) -> str:
         ["# What was accepted, and on what", "", proved(latest)],
         ["| stage | outcome | seconds | limit, s | |", "|---|---|---:|---:|---|", *map(_outcome, latest.values())],
         [
-            "## README.md, What has been verified",
+            "## docs/verification.md",
             "",
             "| | CPU, two cores | GPU |",
             "|---|---|---|",
-            *readme_rows(latest),
+            *verified_rows(latest),
         ],
     ]
     for name, line in latest.items():
@@ -108,9 +108,9 @@ def rows_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
-def readme_rows(latest: dict[str, Line]) -> Iterable[str]:
-    """Yields the rows of README.md that have a result, with it in their last cell."""
-    written = [line for line in README.read_text().splitlines() if line.startswith("| ")]
+def verified_rows(latest: dict[str, Line]) -> Iterable[str]:
+    """Yields the rows of docs/verification.md that have a result, with it in their last cell."""
+    written = [line for line in VERIFICATION.read_text().splitlines() if line.startswith("| ")]
     for row in ROWS:
         if found := _found(row, latest):
             (line,) = [line for line in written if line.startswith(f"| {row.begins}")]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 from pipeline import log
+from pipeline.config import Config, dump_config, load_config
 from pipeline.errors import DONE, FAILED, REQUEUE, USAGE, ExternalError, InputError
 from pipeline.redact import RedactedStream, redact
 from pipeline.shards.cache import CacheOptions
@@ -190,9 +191,27 @@ def show(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def add_config(parser: ArgumentParser, *, required: bool = True, help: str = "configuration of the run") -> None:
+    """Adds the options that `read_config` reads."""
+    parser.add_argument("--config", required=required, metavar="FILE", help=help)
+    add_overrides(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration, and end")
+
+
 def add_overrides(parser: ArgumentParser) -> None:
     """Adds --set, whose values `load_config` applies to a configuration."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+
+
+def read_config(arguments: Namespace) -> Config:
+    """Reads a run's configuration. With --print-config the first rank prints it as YAML, and the command ends."""
+    config = load_config(arguments.config, arguments.set)
+    if arguments.print_config:
+        rank, _ = log.rank_and_world_size()
+        if rank == "0":
+            print(redact(dump_config(config)), end="", flush=True)
+        sys.exit(DONE)
+    return config
 
 
 def add_cache(parser: ArgumentParser) -> None:

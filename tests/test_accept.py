@@ -145,12 +145,12 @@ def line(stage: str, result: Any, **more: Any) -> dict[str, Any]:
     return {"stage": stage, "result": result, **empty, **more}
 
 
-def test_readme_row_reports_stage_outcome() -> None:
+def test_verified_row_reports_stage_outcome() -> None:
     passes = {test: {"passed": 2} for test in accept_table.ROWS[0].tests}
     begins = f"| {accept_table.ROWS[0].begins}"
 
     def row(tests: Any, **more: Any) -> str:
-        rows = accept_table.readme_rows({"tests": line("tests", {"tests": tests}, **more)})
+        rows = accept_table.verified_rows({"tests": line("tests", {"tests": tests}, **more)})
         return next((row for row in rows if row.startswith(begins)), "")
 
     assert row(passes).endswith("| as on a CPU (4 tests) |")
@@ -160,14 +160,14 @@ def test_readme_row_reports_stage_outcome() -> None:
     assert row({name: {"passed": 1}}) == ""  # the other was not reached
     assert row(passes, quick=True) == ""
     kills = {"kills": 3, "bit_identical": True, "trace_identical": True, "metrics_identical": False}
-    (told,) = accept_table.readme_rows({"kill and resume": line("kill and resume", kills)})
+    (told,) = accept_table.verified_rows({"kill and resume": line("kill and resume", kills)})
     assert told.endswith("| 3 SIGKILLs, one rank: DIFFERS |")
 
 
 @pytest.mark.parametrize("row", accept_table.ROWS, ids=lambda row: row.begins)
-def test_table_rows_match_readme_and_existing_tests(row: accept_table.Row) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert len(re.findall(rf"^\| {re.escape(row.begins)}", readme, re.MULTILINE)) == 1
+def test_table_rows_match_the_document_and_existing_tests(row: accept_table.Row) -> None:
+    document = accept_table.VERIFICATION.read_text()
+    assert len(re.findall(rf"^\| {re.escape(row.begins)}", document, re.MULTILINE)) == 1
     assert bool(row.tests) != bool(row.stage)
     assert row.stage in {"", *(stage.name for stage in STAGES)}
     for test in row.tests:

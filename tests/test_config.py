@@ -1,6 +1,7 @@
 """Settings: every mistake is one clear error, and what is read is what was meant."""
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import cli
 from pipeline.config import (
     Config,
     Gates,
@@ -20,12 +22,14 @@ from pipeline.config import (
     read_json,
     section,
 )
+from pipeline.config.reference import reference
 from pipeline.errors import InputError
 from pipeline.job.handoff import Claim
 from pipeline.track.model_card import ModelCard
 from pipeline.track.sync.record import Record, Sweep
 from pipeline.train.checkpoint_files import Commit
 from tests.conftest import write_config
+from tests.ranks import ROOT
 
 Make = Callable[..., Config]
 EXAMPLES = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -295,3 +299,22 @@ def test_json_that_is_no_regular_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "run.json").symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"run\.json: not a regular file: give the folder of a run"):
         Record.read(tmp_path)
+
+
+def test_document_of_settings_is_current() -> None:
+    document = ROOT / "docs/configuration.md"
+    assert document.read_text() == reference(), f"python -m pipeline.config.reference > {document}"
+
+
+def test_print_config_prints_a_configuration_that_loads(
+    make_config: Make, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = ArgumentParser()
+    cli.add_config(parser)
+    path = write_config(digits, tmp_path)
+    arguments = parser.parse_args(["--config", str(path), "--set", "optim.lr=0.5", "--print-config"])
+    with pytest.raises(SystemExit) as ended:
+        cli.read_config(arguments)
+    assert ended.value.code == 0
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path) == make_config("optim.lr=0.5")

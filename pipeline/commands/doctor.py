@@ -37,7 +37,7 @@ from pipeline import cli
 from pipeline.cluster import preflight
 from pipeline.cluster.preflight import Check, make_check
 from pipeline.cluster.slurm import node_name
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.errors import FAILED, ExternalError, InputError
 from pipeline.redact import redact
 from pipeline.shards.process_pool import cores
@@ -55,8 +55,7 @@ SERVER_S = 5.0
 
 def main() -> dict[str, Any] | None:
     parser = cli.make_parser("launch/doctor.py", "Check whether this machine is ready.")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="also check what this run would use")
-    cli.add_overrides(parser)
+    cli.add_config(parser, required=False, help="also check what this run would use")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--node", action="store_true", help="check this node of a SLURM job")
     mode.add_argument("--all-reduce", action="store_true", help="measure the bandwidth between the ranks")
@@ -85,9 +84,11 @@ def main() -> dict[str, Any] | None:
         parser.error("--node needs --config: the run that the node is checked for")
     if arguments.tune and not arguments.config:
         parser.error("--tune needs --config: the run that is to become faster")
+    if arguments.print_config and not arguments.config:
+        parser.error("--print-config needs --config")
+    config = cli.read_config(arguments) if arguments.config else None
     if arguments.tune:
         return _tune(arguments)
-    config = load_config(arguments.config, arguments.set) if arguments.config else None
     if config and arguments.node:
         checks = [*preflight.check_node(config, arguments.sent), tracking(config).as_warning()]
         return {"node": node_name(), **_make_result(checks)}

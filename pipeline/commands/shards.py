@@ -18,7 +18,6 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.cli import Subcommand
-from pipeline.config import load_config
 from pipeline.errors import InputError
 from pipeline.redact import redact
 from pipeline.shards import ade20k, coco, own_images
@@ -178,15 +177,14 @@ def _show(arguments: Namespace) -> dict[str, Any]:
 
 
 def _preview_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration of the run")
-    cli.add_overrides(parser)
+    cli.add_config(parser)
     parser.add_argument(
         "--out", type=Path, metavar="FILE.png", help="default ./NAME-preview.png with NAME from run.name"
     )
 
 
 def _preview(arguments: Namespace) -> dict[str, Any]:
-    config = load_config(arguments.config, arguments.set)
+    config = cli.read_config(arguments)
     # Imported late: the feed's libraries take seconds to import, and the other commands do not need them.
     from pipeline.feed.preview import preview
     from pipeline.shards.open_data import open_training

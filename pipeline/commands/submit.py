@@ -59,8 +59,7 @@ def main() -> dict[str, Any]:
         "Submit a run to SLURM.",
         epilog=f"To manage it afterwards: launch/submit.py {'|'.join(SUBCOMMANDS)} RUN",
     )
-    parser.add_argument("--config", required=True, metavar="FILE")
-    cli.add_overrides(parser)
+    cli.add_config(parser)
     parser.add_argument(
         "--sweep",
         action="append",
@@ -70,7 +69,7 @@ def main() -> dict[str, Any]:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and write nothing")
     arguments = parser.parse_args()
-    config = _load(arguments.config, arguments.set)
+    config = _with_absolute_root(cli.read_config(arguments))
     runs: list[tuple[Config, dict[str, Any]]] = [(config, {})]
     if arguments.sweep:
         runs = _expand_sweep(arguments.config, arguments.set, arguments.sweep)
@@ -108,21 +107,20 @@ def _expand_sweep(file: str, overrides: list[str], sweeps: list[str]) -> list[tu
         if not equals or not values:
             raise InputError(f"--sweep {sweep!r}: expected KEY=A,B,… such as --sweep optim.lr=1e-3,5e-4")
         choices.append([(key, value) for value in values])
-    base = _load(file, overrides)
+    base = load_config(file, overrides)
     if base.handoff:
         raise InputError(f"{file}: handoff with --sweep: remove it, and hand off from the best of the runs")
     runs = []
     for number, chosen in enumerate(itertools.product(*choices)):
         own = [f"{key}={json.dumps(value)}" for key, value in chosen]
         own.append(f"run.name={base.run.name}-{number}")
-        runs.append((_load(file, [*overrides, *own]), dict(chosen)))
+        run = _with_absolute_root(load_config(file, [*overrides, *own]))
+        runs.append((run, dict(chosen)))
     return runs
 
 
-def _load(file: str, overrides: list[str]) -> Config:
-    """Returns the configuration with an absolute run.root."""
-    # The jobs may be started in another folder.
-    config = load_config(file, overrides)
+def _with_absolute_root(config: Config) -> Config:
+    """Returns the configuration with an absolute run.root: the jobs may be started in another folder."""
     return handoff.with_root(config, Path(config.run.root).resolve())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import cli
 from pipeline.commands.endings import describe_training
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.errors import REQUEUE, InputError
 from pipeline.job import handoff
 
@@ -16,8 +16,7 @@ from pipeline.job import handoff
 def start(prog: str, description: str, *, fine_tuning: bool) -> dict[str, Any] | None:
     """Runs the job that the command line describes. Returns the result on rank 0."""
     parser = cli.make_parser(prog, description)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    cli.add_overrides(parser)
+    cli.add_config(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="refuse to run with any other number of ranks")
     parser.add_argument("--no-handoff", action="store_true", help="do not start the jobs under handoff")
     parser.add_argument("--claim", type=Path, metavar="FILE", help="claim of the hand-off that this job trains")
@@ -62,7 +61,7 @@ def _require_ranks(ranks: int) -> None:
 
 def _read_configuration(arguments: argparse.Namespace, fine_tuning: bool) -> tuple[Config, handoff.Claim | None]:
     claim = handoff.Claim.read(arguments.claim) if arguments.claim else None
-    config = load_config(arguments.config, arguments.set)
+    config = cli.read_config(arguments)
     if fine_tuning and config.init is None:
         raise InputError(f"{arguments.config}: init.model is missing: it names what a fine-tuning run starts from")
     if config.init is not None and not fine_tuning:
