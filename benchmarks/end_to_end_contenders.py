@@ -76,7 +76,7 @@ def engine_step(job: dict[str, Any], _: str) -> Callable[[], object]:
 
 def bare_step(job: dict[str, Any], _: str) -> Callable[[], object]:
     if DEVICE.type == "cpu":
-        keep_freed_memory()  # as our training does, or it would be quicker than its own bare step
+        keep_freed_memory()  # as our training does, or it would be faster than its own bare step
     network = timm.create_model(job["model"], num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH).to(DEVICE).train()
     images = torch.randn(job["batch"], 3, 224, 224, device=DEVICE)
     labels = torch.randint(NUM_CLASSES, (job["batch"],), device=DEVICE)

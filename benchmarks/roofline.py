@@ -7,7 +7,7 @@ python -m benchmarks.roofline [MODEL] [--batch N] [--precision bf16] [--compile]
 Of each stage: the FLOPs of forward and backward pass, counted; `moved`, the bytes that PyTorch's operators read and
 write when each does so by itself, counted too; and two floors, FLOPs over the rate of large matrix products and bytes
 over the rate of large copies, both measured in this run. The higher floor is what eager execution cannot go below: what
-takes longer has small operators or poor kernels, and what lies on its memory floor gets quicker by fusing operators
+takes longer has small operators or poor kernels, and what lies on its memory floor gets faster by fusing operators
 alone. Caches can undercut the memory floor.
 """
 

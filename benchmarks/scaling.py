@@ -97,7 +97,7 @@ class Case(NamedTuple):
 CHECKED = Case("pvt_tiny", 64, 8)
 """Of the real steps."""
 SMALL = Case("pvt_pico", 32, 2)
-"""A step that is nearly all Python, from which DeepSpeed's hooks are told."""
+"""A step that is nearly all Python, in which the time of DeepSpeed's hooks shows."""
 CHECKED_CLASSES = 10
 COLLECTIVE_BYTES = (4, 1 << 20, 1 << 24, 3 << 24)
 """Up to about as many as the gradients have."""
@@ -327,7 +327,7 @@ def hook_of(name: str, ranks: Sequence[Readings], small: Network, copy_s_per_byt
 def jitter_of(ranks: Sequence[Readings]) -> float:
     """How much two ranks differ in the same step, as a standard deviation of one over the mean.
 
-    Of a normal distribution, from the median difference: what disturbs both ranks or a single step is left out. In each
+    Of a normal distribution, from the median difference: what disturbs both ranks or a single step does not count. In each
     part by itself, as ranks wait for each other after each.
     """
     if len(ranks) == 1:

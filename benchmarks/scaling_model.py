@@ -32,7 +32,7 @@ clusters of workstations", 2009)
     all-gather, reduce-scatter      (n - 1) · (latency + S / n / bandwidth)
 
 first inside a node of m ranks, then with S / m between nodes, where each rank has its own adapter. Between nodes an
-all-reduce takes a double binary tree where that is quicker, as NCCL does (Sanders, Speck and Träff, "Two-tree
+all-reduce takes a double binary tree where that is faster, as NCCL does (Sanders, Speck and Träff, "Two-tree
 algorithms for full bandwidth broadcast, reduction and scan", 2009): 2 (latency of a tree · log₂ n + S / bandwidth).
 """
 

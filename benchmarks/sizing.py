@@ -76,7 +76,7 @@ def _case(config: Config, per_image: int, nodes: int, assumed: argparse.Namespac
 
 
 def num_images(config: Config) -> int:
-    """That a run trains on. The tail of each epoch is left out."""
+    """That a run trains on. The tail of each epoch is skipped."""
     batch = config.train.global_batch_size
     return batch * config.train.length.steps(steps_per_epoch=SAMPLES // batch, global_batch_size=batch)
 
