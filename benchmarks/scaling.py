@@ -327,8 +327,8 @@ def hook_of(name: str, ranks: Sequence[Readings], small: Network, copy_s_per_byt
 def jitter_of(ranks: Sequence[Readings]) -> float:
     """How much two ranks differ in the same step, as a standard deviation of one over the mean.
 
-    Of a normal distribution, from the median difference: what disturbs both ranks or a single step does not count. In each
-    part by itself, as ranks wait for each other after each.
+    Of a normal distribution, from the median difference: what disturbs both ranks or a single step does not count. Each
+    part has its own, as ranks wait for each other after each.
     """
     if len(ranks) == 1:
         return 0.0
