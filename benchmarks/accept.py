@@ -148,7 +148,9 @@ def _end(process: Any) -> None:
 
 def _is_installed(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
+        # A folder that a package has left behind is found as well, and has no origin.
+        return spec is not None and spec.origin is not None
     except ModuleNotFoundError:  # of the package that it would be in
         return False
 

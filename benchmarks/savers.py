@@ -130,18 +130,27 @@ class Distributed:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup), "every rank is in it"
         self._group = group
+        self._options = options
         self._stager = DefaultStager(options) if options else None
         self._saved: Future[Any] = Future()
         self.staged: Future[None] | None = None  # until then no weight may change
 
     def begin(self) -> None:
-        answer = async_save(
-            self._share(), checkpoint_id=self._folder, process_group=self._group, async_stager=self._stager
-        )
+        try:
+            answer = self._save()
+        except KeyError:
+            # torch 2.11 closes a stager after its first save, so each save has a new one there.
+            self._stager = DefaultStager(self._options)
+            answer = self._save()
         if isinstance(answer, AsyncSaveResponse):
             self.staged, self._saved = answer.staging_completion, answer.upload_completion
         else:
             self._saved = answer
+
+    def _save(self) -> Future[Any] | AsyncSaveResponse:
+        return async_save(
+            self._share(), checkpoint_id=self._folder, process_group=self._group, async_stager=self._stager
+        )
 
     def done(self) -> bool:
         done = torch.tensor(float(self._saved.done()), device=self._world.device)
