@@ -25,6 +25,8 @@ from pipeline.train.engine import Engine
 from pipeline.train.saver import Saver
 from pipeline.world import World
 
+_STAGERS_SAVE_ONCE = torch.__version__ < "2.12"
+"""torch 2.11 closes a stager after its first save, so that its memory is not used again."""
 EVERY_ONE = Retention(last=1_000_000)
 
 
@@ -130,27 +132,21 @@ class Distributed:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup), "every rank is in it"
         self._group = group
-        self._options = options
+        self._options = options or StagingOptions()
         self._stager = DefaultStager(options) if options else None
         self._saved: Future[Any] = Future()
         self.staged: Future[None] | None = None  # until then no weight may change
 
     def begin(self) -> None:
-        try:
-            answer = self._save()
-        except KeyError:
-            # torch 2.11 closes a stager after its first save, so each save has a new one there.
+        if self._stager and _STAGERS_SAVE_ONCE:
             self._stager = DefaultStager(self._options)
-            answer = self._save()
+        answer = async_save(
+            self._share(), checkpoint_id=self._folder, process_group=self._group, async_stager=self._stager
+        )
         if isinstance(answer, AsyncSaveResponse):
             self.staged, self._saved = answer.staging_completion, answer.upload_completion
         else:
             self._saved = answer
-
-    def _save(self) -> Future[Any] | AsyncSaveResponse:
-        return async_save(
-            self._share(), checkpoint_id=self._folder, process_group=self._group, async_stager=self._stager
-        )
 
     def done(self) -> bool:
         done = torch.tensor(float(self._saved.done()), device=self._world.device)
