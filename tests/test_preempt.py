@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO
 
 import pytest
@@ -79,7 +80,18 @@ def test_signal_requests_a_stop_during_native_code(number: signal.Signals) -> No
         assert stopped.ended() == 0
 
 
-def test_repeated_signal_forces_exit_but_an_immediate_echo_does_not() -> None:
+def test_stopping_before_the_deadline_exits_with_zero() -> None:
+    with child(deadline_s=20) as stopped:
+        stopped.signal(signal.SIGTERM)
+        assert line(stopped.stderr).startswith("SIGTERM: ")
+        assert stopped.end_native_call() == "1 SIGTERM"
+        assert stopped.ended() == 0
+
+
+# What depends on the time between signals. The scenarios wait for seconds each, so all of them play at once.
+
+
+def repeated_signal_forces_exit_but_an_immediate_echo_does_not() -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGUSR1)
         assert line(stopped.stderr).startswith("SIGUSR1: ")
@@ -92,8 +104,7 @@ def test_repeated_signal_forces_exit_but_an_immediate_echo_does_not() -> None:
         assert line(stopped.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
-def test_repeated_sigusr1_does_not_force_exit(first: signal.Signals) -> None:
+def sigusr1_repeated_after(first: signal.Signals) -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(first)
         assert line(stopped.stderr).startswith(f"{first.name}: ")
@@ -104,39 +115,28 @@ def test_repeated_sigusr1_does_not_force_exit(first: signal.Signals) -> None:
         assert stopped.ended() == 0
 
 
-def test_a_different_signal_forces_exit_only_after_five_seconds() -> None:
-    with child(deadline_s=100) as soon, child(deadline_s=100) as late:
-        for stopped in (soon, late):
-            stopped.signal(signal.SIGUSR1)
-            assert line(stopped.stderr).startswith("SIGUSR1: ")
+def a_different_signal_before_five_seconds_does_not_force_exit() -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(signal.SIGUSR1)
+        assert line(stopped.stderr).startswith("SIGUSR1: ")
         time.sleep(1)
-        soon.signal(signal.SIGTERM)
+        stopped.signal(signal.SIGTERM)
         time.sleep(4.2)
-        assert soon.process.poll() is None
-        assert soon.end_native_call() == "1 SIGUSR1"
-        late.signal(signal.SIGTERM)
-        assert late.ended() == 85
-        assert line(late.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
+        assert stopped.process.poll() is None
+        assert stopped.end_native_call() == "1 SIGUSR1"
 
 
-def test_preempt_deadline_forces_exit() -> None:
-    with child(deadline_s=1.5) as stopped:
-        began = time.monotonic()
+def a_different_signal_after_five_seconds_forces_exit() -> None:
+    with child(deadline_s=100) as stopped:
+        stopped.signal(signal.SIGUSR1)
+        assert line(stopped.stderr).startswith("SIGUSR1: ")
+        time.sleep(5.2)
         stopped.signal(signal.SIGTERM)
         assert stopped.ended() == 85
-        assert 1.4 < time.monotonic() - began < 100
-        assert stopped.stderr.read().splitlines()[1:] == ["not stopped 1.5 s after SIGTERM: forced out, without saving"]
+        assert line(stopped.stderr) == "SIGTERM after SIGUSR1: forced out, without saving"
 
 
-def test_stopping_before_the_deadline_exits_with_zero() -> None:
-    with child(deadline_s=20) as stopped:
-        stopped.signal(signal.SIGTERM)
-        assert line(stopped.stderr).startswith("SIGTERM: ")
-        assert stopped.end_native_call() == "1 SIGTERM"
-        assert stopped.ended() == 0
-
-
-def test_sigterm_from_launcher_after_ctrl_c_does_not_force_exit() -> None:
+def sigterm_from_launcher_after_ctrl_c_does_not_force_exit() -> None:
     with child(deadline_s=100) as stopped:
         stopped.signal(signal.SIGINT)
         assert line(stopped.stderr) == "SIGINT: stopping after this step; a second signal or 100 s force it"
@@ -149,6 +149,38 @@ def test_sigterm_from_launcher_after_ctrl_c_does_not_force_exit() -> None:
         stopped.signal(signal.SIGINT)
         assert stopped.ended() == 85
         assert line(stopped.stderr) == "SIGINT after SIGINT: forced out, without saving"
+
+
+def preempt_deadline_forces_exit() -> None:
+    with child(deadline_s=1.5) as stopped:
+        began = time.monotonic()
+        stopped.signal(signal.SIGTERM)
+        assert stopped.ended() == 85
+        assert 1.4 < time.monotonic() - began < 100
+        assert stopped.stderr.read().splitlines()[1:] == ["not stopped 1.5 s after SIGTERM: forced out, without saving"]
+
+
+SCENARIOS = {
+    "repeated signal": repeated_signal_forces_exit_but_an_immediate_echo_does_not,
+    "SIGUSR1 repeated after SIGTERM": lambda: sigusr1_repeated_after(signal.SIGTERM),
+    "SIGUSR1 repeated after itself": lambda: sigusr1_repeated_after(signal.SIGUSR1),
+    "another signal soon": a_different_signal_before_five_seconds_does_not_force_exit,
+    "another signal late": a_different_signal_after_five_seconds_forces_exit,
+    "SIGTERM after Ctrl-C": sigterm_from_launcher_after_ctrl_c_does_not_force_exit,
+    "deadline": preempt_deadline_forces_exit,
+}
+
+
+@pytest.fixture(scope="module")
+def playing() -> Iterator[dict[str, Future[None]]]:
+    """By name the scenarios, which have begun."""
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {name: pool.submit(play) for name, play in SCENARIOS.items()}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_time_between_signals_decides_whether_they_force_exit(playing: dict[str, Future[None]], scenario: str) -> None:
+    playing[scenario].result()
 
 
 def test_ignored_sigint_stays_ignored() -> None:
