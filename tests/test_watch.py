@@ -1,11 +1,7 @@
 """The hang watch on real processes that are stopped, sleep, or hang in native code; stragglers."""
 
-import contextlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,102 +10,101 @@ import pytest
 
 from pipeline.train.hang_watch import HangWatch, Heartbeat, Stragglers, silent_ranks, who_is_behind
 from pipeline.world import World
-from tests.ranks import PATIENCE_S, ROOT, free_port
+from tests.ranks import PATIENCE_S, start
 
 TIMEOUT_S = 2.0
 
 
-@contextlib.contextmanager
-def job(folder: Path, how: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two ranks of tests/workers/hang.py, whose output goes to FOLDER/R.out and .err."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with contextlib.ExitStack() as stack:
-        processes = []
+class Job:
+    """Ranks of tests/workers/hang.py, whose output goes to FOLDER/R.out and .err."""
+
+    def __init__(self, folder: Path, how: str, ranks: int = 2, timeout_s: float = TIMEOUT_S) -> None:
+        folder.mkdir()
+        logs = [folder / str(rank) for rank in range(ranks)]
+        self.folder = folder
+        self.ranks = start(ranks, "tests.workers.hang", [folder, timeout_s, how], logs)
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while f"{step}\n" not in (self.folder / "0.out").read_text():
+            assert time.monotonic() < deadline, self.errors(0)
+            time.sleep(0.02)
+
+    def errors(self, rank: int) -> str:
+        return (self.folder / f"{rank}.err").read_text()
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            rank.kill()  # also one that is stopped
+            rank.wait()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    """Jobs that hang, or soon will. Each takes seconds to notice, so all of them begin at once."""
+    folder = tmp_path_factory.mktemp("jobs")
+    found = {
+        "rank 0 stopped": Job(folder / "stopped-0", "runs"),
+        "rank 1 stopped": Job(folder / "stopped-1", "runs"),
+        "sleeps": Job(folder / "sleeps", "sleeps"),
+        "holds": Job(folder / "holds", "holds"),
+        "alone": Job(folder / "alone", "holds", ranks=1, timeout_s=0.5),
+    }
+    try:
         for rank in range(2):
-            out, err = (stack.enter_context((folder / f"{rank}.{end}").open("w")) for end in ("out", "err"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.workers.hang", str(folder), str(TIMEOUT_S), how],
-                cwd=ROOT,
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=out,
-                stderr=err,
-                text=True,
-            )
-            stack.callback(process.wait)
-            stack.callback(process.kill)  # also one that is stopped
-            processes.append(process)
-        yield processes
-
-
-def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while f"{step}\n" not in (folder / "0.out").read_text():
-        assert time.monotonic() < deadline, (folder / "0.err").read_text()
-        time.sleep(0.02)
+            job = found[f"rank {rank} stopped"]
+            job.wait_for_step(3)
+            job.ranks[rank].send_signal(signal.SIGSTOP)
+        yield found
+    finally:
+        for job in found.values():
+            job.end()
 
 
 def stacks(folder: Path, rank: int) -> str:
     return (folder / "stacks" / f"rank-{rank}.txt").read_text()
 
 
+def test_rank_that_is_behind_is_reported_with_its_phase(jobs: dict[str, Job]) -> None:
+    job = jobs["sleeps"]
+    # The rank that hangs times out half a second before the other, which a launcher ends as soon as it has gone.
+    assert job.ranks[1].wait(PATIENCE_S) == 1
+    job.ranks[0].kill()
+    for rank in range(2):
+        line = job.errors(rank).splitlines()[-1]
+        assert f"pid {job.ranks[1].pid}) is behind: in data at step 3 for " in line
+        assert "rank 0 (" not in line
+    assert "in wait_for_data\n" in stacks(job.folder, 1)
+    assert "in exchange\n" in stacks(job.folder, 0)
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_stopped_rank_is_reported_by_the_other_rank(tmp_path: Path, stopped: int) -> None:
-    other = 1 - stopped
-    with job(tmp_path, "runs") as processes:
-        wait_for_step(tmp_path, 3)
-        processes[stopped].send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        assert processes[other].wait(timeout=PATIENCE_S) == 1
-        assert time.monotonic() - began > TIMEOUT_S - 0.1
-        pid = processes[stopped].pid
-    line = (tmp_path / f"{other}.err").read_text().splitlines()[-1]
+def test_stopped_rank_is_reported_by_the_other_rank(jobs: dict[str, Job], stopped: int) -> None:
+    other, job = 1 - stopped, jobs[f"rank {stopped} stopped"]
+    assert job.ranks[other].wait(PATIENCE_S) == 1
+    line = job.errors(other).splitlines()[-1]
     assert f"rank {other} made no progress for 2 s, it waits in exchange" in line
     assert f"rank {stopped} (" in line
-    assert f", pid {pid}) is behind: it no longer runs" in line
+    assert f", pid {job.ranks[stopped].pid}) is behind: it no longer runs" in line
     assert "all ranks" not in line
-    assert "in exchange\n" in stacks(tmp_path, other)
-    assert line in stacks(tmp_path, other)
+    assert "in exchange\n" in stacks(job.folder, other)
+    assert line in stacks(job.folder, other)
+    last_step, gave_up = ((job.folder / f"{other}.{end}").stat().st_mtime for end in ("out", "err"))
+    assert gave_up - last_step > TIMEOUT_S - 0.1
 
 
-def test_rank_that_is_behind_is_reported_with_its_phase(tmp_path: Path) -> None:
-    with job(tmp_path, "sleeps") as processes:
-        wait_for_step(tmp_path, 2)
-        # The rank that hangs times out half a second before the other, which a launcher ends as soon as it has gone.
-        assert processes[1].wait(timeout=PATIENCE_S) == 1
-        processes[0].kill()
-    for rank in range(2):
-        line = (tmp_path / f"{rank}.err").read_text().splitlines()[-1]
-        assert f"pid {processes[1].pid}) is behind: in data at step 3 for " in line
-        assert "rank 0 (" not in line
-    assert "in wait_for_data\n" in stacks(tmp_path, 1)
-    assert "in exchange\n" in stacks(tmp_path, 0)
+def test_rank_hung_in_native_code_holding_the_gil_is_ended(jobs: dict[str, Job]) -> None:
+    job = jobs["holds"]
+    assert [rank.wait(PATIENCE_S) for rank in job.ranks] == [1, 1]
+    line = job.errors(0).splitlines()[-1]
+    assert f"pid {job.ranks[1].pid}) is behind: it no longer runs or is stuck in native code" in line
+    assert "Timeout" in stacks(job.folder, 1)
+    assert "in main\n" in stacks(job.folder, 1)
 
 
-def test_rank_hung_in_native_code_holding_the_gil_is_ended(tmp_path: Path) -> None:
-    with job(tmp_path, "holds") as processes:
-        wait_for_step(tmp_path, 2)
-        assert [process.wait(timeout=PATIENCE_S) for process in processes] == [1, 1]
-    line = (tmp_path / "0.err").read_text().splitlines()[-1]
-    assert f"pid {processes[1].pid}) is behind: it no longer runs or is stuck in native code" in line
-    assert "Timeout" in stacks(tmp_path, 1)
-    assert "in main\n" in stacks(tmp_path, 1)
-
-
-def test_single_rank_holding_the_gil_dumps_stacks_to_stderr(tmp_path: Path) -> None:
-    script = """if True:
-        import ctypes, pathlib, sys
-        from pipeline.train.hang_watch import HangWatch
-        from pipeline.world import World
-        with HangWatch(pathlib.Path(sys.argv[1]), World(), 0.5, "a"):
-            ctypes.PyDLL(None).sleep(1000)
-        """
-    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "watch"], cwd=ROOT, stderr=subprocess.PIPE) as lone:
-        try:
-            assert lone.wait(timeout=PATIENCE_S) == 1
-        finally:
-            lone.kill()
-        assert lone.stderr
-        assert b"Timeout" in lone.stderr.read()
+def test_single_rank_holding_the_gil_dumps_stacks_to_stderr(jobs: dict[str, Job]) -> None:
+    assert jobs["alone"].ranks[0].wait(PATIENCE_S) == 1
+    assert "Timeout" in jobs["alone"].errors(0)
 
 
 def test_hang_watch_leaves_no_files_after_exit(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 python -m tests.workers.hang FOLDER HANG_TIMEOUT_S HOW
 
-HOW: runs (until something stops it), sleeps (rank 1 in Python, at step 3) or holds (rank 1 in native code, with the
-interpreter's lock). Prints a line for each step.
+HOW: runs (until something stops it), sleeps (the last rank in Python, at step 3) or holds (the last rank in native
+code, with the interpreter's lock). Prints a line for each step.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ def main() -> None:
         for step in itertools.count(1):
             watch.at(step, "data")
             time.sleep(0.5 if step == 3 and here.is_first else 0.02)
-            if step == 3 and here.rank == 1:
+            if step == 3 and here.rank == here.size - 1:
                 if how == "sleeps":
                     wait_for_data()
                 if how == "holds":
