@@ -81,18 +81,18 @@ def test_missing_master_port_is_rejected(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
 
-def test_port_in_use_is_reported_with_the_launcher_option() -> None:
-    script = "from pipeline import cli, world; cli.run(lambda: world.start() and None)"
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+def test_port_in_use_is_reported_with_the_launcher_option(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        environ = {**os.environ, **place, "MASTER_PORT": str(server.getsockname()[1])}
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-    assert done.returncode == 1
-    waits, error = done.stderr.splitlines()
-    assert "rank 0: waiting for 1 other rank at 127.0.0.1:" in waits
-    assert error.startswith("error: rank 0 of 2 on ")
-    assert error.endswith("the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(ExternalError, match=r"^rank 0 of 2 on [^\n]+$") as error:
+            world._connect(World(0, 2), timedelta(seconds=60))
+    told = "the port is in use: choose another one (deepspeed: --master_port, srun: MASTER_PORT)"
+    assert str(error.value).endswith(told)
+    (waits,) = capfd.readouterr().err.splitlines()
+    assert "waiting for 1 other rank at 127.0.0.1:" in waits
 
 
 Gpus = Callable[..., None]
@@ -253,22 +253,24 @@ def test_num_cores_is_the_share_of_a_rank(
 def test_keep_freed_memory_avoids_page_faults() -> None:
     """Counted in pages that the kernel had to hand out, in a process of its own."""
     script = """
-import resource, sys, torch
+import resource, torch
 from pipeline.world import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for _ in range(20):
-    torch.zeros(16 << 20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.zeros(16 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def count_pages():
+    for _ in range(20):
+        torch.zeros(16 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(count_pages())
+keep_freed_memory()
+print(count_pages())
 """
-    pages = {}
-    for mode in ("keep", "leave"):
-        done = subprocess.run([sys.executable, "-c", script, mode], check=True, capture_output=True, text=True)
-        pages[mode] = int(done.stdout)
-    assert pages["keep"] < 100 < 5 * (64 << 20) / resource.getpagesize() * 0.9 < pages["leave"]
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    usual, kept = map(int, done.stdout.split())
+    assert kept < 100 < 5 * (64 << 20) / resource.getpagesize() * 0.9 < usual
 
 
 def test_local_rank_is_set_to_the_gpu_index(monkeypatch: pytest.MonkeyPatch) -> None:
