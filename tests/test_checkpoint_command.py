@@ -1,6 +1,8 @@
 """launch/checkpoint.py: what it says of whole checkpoints is so, and it finds what was done to others."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -18,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import pvt  # noqa: F401 - registers its models with timm
 from pipeline.commands import checkpoint as checkpoint_command
 from pipeline.config import GuardConfig
+from pipeline.errors import InputError
 from pipeline.train import checkpoint_files
 from pipeline.train.guard import Guard
 from tests.conftest import ROOT, run_ranks, write_config
@@ -41,15 +45,16 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 def execute(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own."""
     command = [sys.executable, "launch/checkpoint.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-def result_of(*arguments: object, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The JSON line, and what was told beside it."""
-    process = execute(*arguments)
-    assert process.returncode == code, process.stderr
-    return json.loads(process.stdout.splitlines()[-1]), process.stderr
+def result_of(*arguments: object) -> tuple[dict[str, Any], str]:
+    """The command's result, in this process, and what it told beside it."""
+    told = io.StringIO()
+    with mock.patch.object(sys, "argv", ["checkpoint.py", *map(str, arguments)]), contextlib.redirect_stderr(told):
+        return json.loads(json.dumps(checkpoint_command.main(), allow_nan=False)), told.getvalue()
 
 
 def flip_bit(path: Path) -> None:
@@ -266,7 +271,8 @@ def test_verify_reports_damage(run: Path, spoil: Callable[[Path], str]) -> None:
     expected = spoil(new)
     # Where a digest differs, a run would not resume either; all else can only be seen from what the files say.
     assert (checkpoint_files.damage(new) is None) == (spoil is not flip)
-    result, told = result_of("verify", run, code=1)
+    result, told = result_of("verify", run)
+    assert not result["ok"]
     old_row, row = result["checkpoints"]
     assert (old_row["state"], row["state"]) == ("whole", "damaged")
     assert expected in row["fault"]
@@ -293,7 +299,7 @@ def test_verify_reports_uncommitted_leftover_without_failing(run: Path) -> None:
     assert [row["state"] for row in result["checkpoints"]] == ["whole", "whole", "uncommitted"]
     assert "step-00000006 uncommitted: no COMMIT.json" in told
     # Alone it is not what somebody who asks for a whole checkpoint wants to hear passed.
-    assert result_of("verify", run, "--step", 6, code=1)[0]["ok"] is False
+    assert result_of("verify", run, "--step", 6)[0]["ok"] is False
 
 
 def test_checkpoint_removed_meanwhile_is_skipped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,9 +353,8 @@ def test_show_selects_newest_whole_checkpoint(run: Path) -> None:
     assert result["guard"] is None
     result, _ = result_of("show", run, "--step", 2)
     assert result["step"] == 2
-    process = execute("show", run, "--step", 4)
-    assert process.returncode == 2
-    assert "no whole checkpoint to show, of step 4" in process.stderr
+    with pytest.raises(InputError, match="no whole checkpoint to show, of step 4"):
+        result_of("show", run, "--step", 4)
 
 
 def test_invalid_arguments_are_rejected(run: Path, tmp_path: Path) -> None:
@@ -359,7 +364,15 @@ def test_invalid_arguments_are_rejected(run: Path, tmp_path: Path) -> None:
         (("verify", run, "--step", 3), "no checkpoint of step 3; it has steps 2, 4"),
         (("show", run / "checkpoints" / NEW, "--step", 2), "no checkpoint of step 2; it has step 4"),
     ):
+        with pytest.raises(InputError, match=message):
+            result_of(*arguments)
+
+
+def test_exit_code_tells_whole_damaged_and_missing_checkpoints_apart(run: Path) -> None:
+    flip_bit(run / "checkpoints" / NEW / "model.safetensors")
+    for arguments, code in ((("list", run), 0), (("verify", run), 1), (("verify", run, "--step", 3), 2)):
         process = execute(*arguments)
-        assert process.returncode == 2, arguments
-        assert message in process.stderr
+        assert process.returncode == code, process.stderr
         assert "Traceback" not in process.stderr
+        assert bool(process.stdout) == (code < 2)
+        assert not process.stdout or json.loads(process.stdout)
