@@ -175,8 +175,8 @@ def test_child_folder_follows_moved_parent(tmp_path: Path) -> None:
     assert not (tmp_path / "old").exists()
 
 
-def test_second_child_start_exits_with_0_and_other_run_is_rejected(jobs: Path, tmp_path: Path) -> None:
-    path = jobs / "parent.yaml"  # any job will do
+def test_second_child_start_exits_with_0_and_other_run_is_rejected(digits: Path, tmp_path: Path) -> None:
+    path = write_config(digits, tmp_path)  # any job will do
     folder = tmp_path / "runs" / "tiny"
     claim = Claim(uuid="a" * 32, name="tiny", root=str(tmp_path / "runs"), model="models:/m/1", config="", set=[])
     claim.make(tmp_path / "mine" / "claim.json")
@@ -202,10 +202,10 @@ def test_second_child_start_exits_with_0_and_other_run_is_rejected(jobs: Path, t
         ("[{config: CHILD}, {config: CHILD}]", "is there twice with the same settings"),
     ],
 )
-def test_invalid_handoff_is_rejected_at_start(jobs: Path, entries: str, message: str) -> None:
-    entries = entries.replace("CHILD", str(jobs / "child.yaml"))
+def test_invalid_handoff_is_rejected_at_start(tmp_path: Path, entries: str, message: str) -> None:
+    path = write_config(tmp_path, tmp_path)
     with pytest.raises(InputError, match=message):
-        handoff.check_handoffs(load_config(jobs / "parent.yaml", [f"handoff={entries}"]))
+        handoff.check_handoffs(load_config(path, [f"handoff={entries.replace('CHILD', str(path))}"]))
 
 
 def test_handoff_from_other_working_directory_finds_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,19 @@
 """docs/operations.md against the code: what it lists is what there is."""
 
 import ast
-import json
+import contextlib
+import functools
+import io
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
+from benchmarks import sizing
 from pipeline.config import ClusterConfig, EnvironmentConfig
 from tests.ranks import ROOT
 
@@ -30,7 +34,6 @@ class Reads(ast.NodeVisitor):
 
     def __init__(self, tree: ast.Module) -> None:
         self._tree = tree
-        self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self._prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         self.names: set[str] = set()
         self.unresolved: list[int] = []
@@ -105,11 +108,16 @@ def _is_environ(node: ast.expr) -> bool:
     return _is(node, "environ") or (isinstance(node, ast.Attribute) and node.attr == "environ")
 
 
+@functools.cache
+def reads_of_sources() -> dict[Path, Reads]:
+    return {path: Reads(ast.parse(path.read_text())) for path in SOURCES}
+
+
 def variables_read() -> dict[str, set[str]]:
     """By name, the files that read it."""
     found: dict[str, set[str]] = {}
-    for path in SOURCES:
-        for name in Reads(ast.parse(path.read_text())).names:
+    for path, reads in reads_of_sources().items():
+        for name in reads.names:
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     for path in SCRIPTS:
         for name in _IN_SHELL.findall(re.sub(r"(?m)^#.*", "", path.read_text())):
@@ -131,7 +139,7 @@ def test_documented_environment_variables_match_those_read():
 
 def test_all_environment_variable_reads_are_resolved():
     unresolved = {
-        f"{path.relative_to(ROOT)}:{line}" for path in SOURCES for line in Reads(ast.parse(path.read_text())).unresolved
+        f"{path.relative_to(ROOT)}:{line}" for path, reads in reads_of_sources().items() for line in reads.unresolved
     }
     assert unresolved == set(), "write the variable's name there, or in a constant of that module"
 
@@ -171,19 +179,19 @@ def test_documented_cluster_settings_match_the_configuration():
 
 
 @pytest.fixture(scope="module")
-def sizing() -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.sizing"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+def sized() -> tuple[dict[str, Any], str]:
+    """The result of benchmarks.sizing, and its table."""
+    table = io.StringIO()
+    with mock.patch.object(sys, "argv", ["sizing"]), contextlib.chdir(ROOT), contextlib.redirect_stderr(table):
+        return sizing.main(), table.getvalue()
 
 
-def test_documented_sizing_table_matches_benchmark_output(sizing: subprocess.CompletedProcess[str]):
-    assert sizing.stderr.strip() in DOCUMENT
+def test_documented_sizing_table_matches_benchmark_output(sized: tuple[dict[str, Any], str]):
+    assert sized[1].strip() in DOCUMENT
 
 
-def test_config_header_estimates_match_the_sizing_benchmark(sizing: subprocess.CompletedProcess[str]):
-    computed = json.loads(sizing.stdout.splitlines()[-1])["computed"]
-    for model, found in computed.items():
+def test_config_header_estimates_match_the_sizing_benchmark(sized: tuple[dict[str, Any], str]):
+    for model, found in sized[0]["computed"].items():
         head = (ROOT / "configs" / "pretrain" / f"{model}_in1k.yaml").read_text().replace("\n#", "")
         (flops,) = re.findall(r"([\d.]+) GFLOP a training image", head)
         a100, h100 = re.findall(r"([\d.]+) hours on 8 A100.*?([\d.]+)(?: hours)? on 8 H100", head)[0]

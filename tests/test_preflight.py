@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.errors import ExternalError
 from pipeline.shards.pack import pack
 from pipeline.world import World
 from tests.conftest import write_config
-from tests.ranks import PATIENCE_S, ROOT, free_port, start
+from tests.ranks import PATIENCE_S, ROOT, Rank, free_port, start
 from tests.servers import FaultyServer
 
 Settings = Callable[..., Config]
@@ -332,10 +332,13 @@ def test_tracking_check_skips_other_databases(make_config: Settings, monkeypatch
 
 # The command
 
+Process = subprocess.CompletedProcess[str]
+
 
 def run(
-    *arguments: object, environ: dict[str, str] | None = None, limit: Callable[[], None] | None = None
-) -> subprocess.CompletedProcess[str]:
+    *arguments: object, environ: Mapping[str, str] | None = None, limit: Callable[[], None] | None = None
+) -> Process:
+    """In a new interpreter, which says what it imports."""
     return subprocess.run(
         [sys.executable, "-X", "importtime", "launch/doctor.py", *map(str, arguments)],
         cwd=ROOT,
@@ -347,22 +350,28 @@ def run(
     )
 
 
+def fork(*arguments: object, folder: Path, environ: Mapping[str, str] | None = None) -> Process:
+    log = folder / "doctor"
+    process = Rank("launch/doctor.py", arguments, environ or {}, log)
+    code = process.wait(PATIENCE_S)
+    return Process([], code, *(log.with_suffix(end).read_text() for end in (".out", ".err")))
+
+
 def node(
-    path: Path, *overrides: str, sent: float | None = None, limit: Callable[[], None] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """The pre-flight of a node that SLURM calls n7."""
+    path: Path, *overrides: str, starts: Callable[..., Process] = run, late_s: float = 0.0, **options: Any
+) -> Process:
+    """The pre-flight of a node that SLURM calls n7, `late_s` seconds after it was asked for."""
     changes = [word for override in (*BARE, *overrides) for word in ("--set", override)]
-    sent = time.time() if sent is None else sent
-    arguments = ["--node", "--config", path, *changes, "--sent", sent]
-    return run(*arguments, environ={"SLURMD_NODENAME": "n7", "NODE_DISK": str(path.parent)}, limit=limit)
+    arguments = ["--node", "--config", path, *changes, "--sent", time.time() - late_s]
+    return starts(*arguments, environ={"SLURMD_NODENAME": "n7", "NODE_DISK": str(path.parent)}, **options)
 
 
-def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def result_of(done: Process) -> dict[str, Any]:
     (line,) = done.stdout.splitlines()
     return json.loads(line)
 
 
-def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+def imported(done: Process) -> set[str]:
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
@@ -383,7 +392,7 @@ def test_healthy_node_passes_without_importing_torch_or_mlflow(digits: Path, tmp
 
 
 def test_faulty_node_fails_and_reports_the_failed_checks(digits: Path, tmp_path: Path) -> None:
-    done = node(write_config(digits, tmp_path), f"data.val={tmp_path}/gone", sent=time.time() - 100)
+    done = node(write_config(digits, tmp_path), f"data.val={tmp_path}/gone", starts=fork, folder=tmp_path, late_s=100)
     found = result_of(done)
     assert done.returncode == 1
     assert not found["ok"]
@@ -391,26 +400,28 @@ def test_faulty_node_fails_and_reports_the_failed_checks(digits: Path, tmp_path:
 
 
 def test_unreachable_tracking_server_is_only_a_warning_on_a_node(digits: Path, tmp_path: Path) -> None:
-    done = node(write_config(digits, tmp_path), f"tracking.uri=http://127.0.0.1:{free_port()}")
+    uri = f"tracking.uri=http://127.0.0.1:{free_port()}"
+    done = node(write_config(digits, tmp_path), uri, starts=fork, folder=tmp_path)
     assert done.returncode == 0
     assert [each["name"] for each in result_of(done)["checks"] if each["warning"]] == ["mlflow"]
 
 
 def test_doctor_prints_a_table_of_all_checks(digits: Path, tmp_path: Path) -> None:
-    done = run("--config", write_config(digits, tmp_path))
+    done = fork("--config", write_config(digits, tmp_path), folder=tmp_path)
     found = result_of(done)
     assert done.returncode == (0 if found["ok"] else 1)
     names = [each["name"] for each in found["checks"]]
     assert names[:8] == ["python", "torch", "deepspeed", "dali", "mlflow", "gpu", "cores", "memory"]
     assert names[8:] == ["disk", "disk", "shards", "shards", "mlflow", "run"]
-    table = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    table = done.stderr.splitlines()
     assert [line.split()[1] for line in table] == names
     assert all(each["told"] in line for each, line in zip(found["checks"], table, strict=True))
     assert {each["told"] for each in found["checks"]} >= {torch.__version__.partition("+")[0]}
 
 
 def test_doctor_fails_when_the_data_is_missing(digits: Path, tmp_path: Path) -> None:
-    done = run("--config", write_config(digits, tmp_path), "--set", f"data.train={tmp_path}/gone")
+    gone = f"data.train={tmp_path}/gone"
+    done = fork("--config", write_config(digits, tmp_path), "--set", gone, folder=tmp_path)
     assert done.returncode == 1
     assert not result_of(done)["ok"]
     assert f"FAILED   shards     {tmp_path}/gone/manifest.json" in done.stderr
@@ -430,8 +441,8 @@ def test_package_check_fails_for_a_missing_package() -> None:
         (["--node", "--config", "missing.yaml"], "missing.yaml: cannot read the configuration"),
     ],
 )
-def test_doctor_rejects_wrong_usage(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
+def test_doctor_rejects_wrong_usage(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = fork(*arguments, folder=tmp_path)
     assert done.returncode == 2
     assert not done.stdout
     assert message in done.stderr

@@ -1,7 +1,7 @@
 """launch/doctor.py --tune: what the search tries and keeps, how trials end, the fragment, the command as a whole."""
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
 
+from pipeline.commands import doctor
 from pipeline.config import Config, load_config
 from pipeline.errors import ExternalError, InputError
 from pipeline.job import local_ranks, tune
@@ -343,18 +345,22 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "launch/doctor.py", "--tune", *map(str, arguments)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environ, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+def called(*arguments: object) -> dict[str, Any] | None:
+    """The command's result, in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with mock.patch.object(sys, "argv", command(*arguments)[1:]):
+            return doctor.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_tune_command_writes_a_loadable_configuration(digits: Path, tmp_path: Path):
     path = write_config(digits, tmp_path)
     # One trial and a refusal: twelve samples at once, and at ZeRO-3 nothing is compiled.
     given = ["train.global_batch_size=12", "data.lanes=6", "train.micro_batch_size=12", "engine.zero_stage=3"]
-    done = run("--config", path, *(part for word in given for part in ("--set", word)), "--ranks", 1)
+    arguments = command("--config", path, *(part for word in given for part in ("--set", word)), "--ranks", 1)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
@@ -370,30 +376,35 @@ def test_tune_command_writes_a_loadable_configuration(digits: Path, tmp_path: Pa
     assert load_config(out) == load_config(path, given)
     assert f"--config {path}" in out.read_text()
     assert f"as it was: {result['images_per_second']:,.1f} images/s" in out.read_text()
-    again = run("--config", path, "--ranks", 1)
-    assert again.returncode == 2
-    assert f"{out}: is there already; remove it, or name another file with --out" in again.stderr
+    with pytest.raises(InputError, match=f"{out}: is there already; remove it, or name another file with --out"):
+        called("--config", path, "--ranks", 1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "message"),
     [
-        ([], 2, "--tune needs --config"),
-        (["--config", "{config}", "--set", "data.train={folder}/gone"], 2, "{folder}/gone/manifest.json"),
-        (["--config", "{config}", "--ranks", 13], 2, "13 ranks, but data.lanes is 12"),
-        (["--config", "{config}", "--ranks", 0], 2, "--ranks 0"),
-        (["--config", "{config}", "--ranks", 1, "--out", "{config}"], 2, "is there already"),
-        (["--config", "{config}", "--ranks", 1, "--out", "{config}/x.yaml"], 2, "cannot be written"),
-        (["--config", "{config}", "--ranks", 1, "--minutes", 1e-4], 1, "--minutes: no trial has ended"),
+        (["--set", "data.train={folder}/gone"], "{folder}/gone/manifest.json"),
+        (["--ranks", 13], "13 ranks, but data.lanes is 12"),
+        (["--ranks", 0], "--ranks 0"),
+        (["--ranks", 1, "--out", "{config}"], "is there already"),
+        (["--ranks", 1, "--out", "{config}/x.yaml"], "cannot be written"),
     ],
 )
-def test_tune_rejects_wrong_usage(digits: Path, tmp_path: Path, arguments: list[Any], code: int, message: str):
+def test_tune_rejects_invalid_values(digits: Path, tmp_path: Path, arguments: list[Any], message: str):
     names = {"config": str(write_config(digits, tmp_path)), "folder": str(tmp_path)}
-    done = run(*(str(argument).format(**names) for argument in arguments))
-    assert done.returncode == code, done.stderr
-    assert message.format(**names) in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
+    with pytest.raises(InputError, match=re.escape(message.format(**names))):
+        called("--config", names["config"], *(str(argument).format(**names) for argument in arguments))
+
+
+def test_tune_needs_a_configuration(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        called()
+    assert "--tune needs --config" in capsys.readouterr().err
+
+
+def test_tune_without_time_for_a_trial_fails(digits: Path, tmp_path: Path):
+    with pytest.raises(ExternalError, match="--minutes: no trial has ended"):
+        called("--config", write_config(digits, tmp_path), "--ranks", 1, "--minutes", 1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
