@@ -1,8 +1,9 @@
 """The commands as a user runs them: a short job on two ranks, its records, its model, and wrong usage.
 
-The job and a refusal go through the real launcher; most of what follows is run in forks, which start at once.
+The job and a refusal go through the real launcher; what follows is run in forks, which start at once.
 """
 
+import base64
 import fcntl
 import json
 import os
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 import mlflow.artifacts
@@ -27,27 +29,26 @@ from pipeline.shards.index import ShardSet
 from pipeline.shards.pack import pack
 from pipeline.track import tracking_server
 from tests.conftest import write_config
-from tests.ranks import PATIENCE_S, ROOT, free_port, start
+from tests.ranks import PATIENCE_S, ROOT, Rank, free_port, start
 from tests.servers import FaultyServer
 
 STEPS = 30
 
+Process = subprocess.CompletedProcess[str]
 
-def run(*command: object, cwd: Path, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+
+def launched(cwd: Path, *overrides: str, launcher: str = "runner", options: Sequence[object] = ()) -> Process:
+    """`deepspeed launch/pretrain.py …` on two ranks: the launcher's own process is a fork, what it starts is not."""
     # A short job ends before the first sample of system metrics at their usual interval of ten seconds.
-    environ = {**os.environ, "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
-    return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout_s
-    )
+    environment = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+    options = [*(options or ("--num_gpus", 2)), "--master_port", free_port()]
+    log = cwd / "launcher"
+    arguments = [*options, ROOT / "launch/pretrain.py", *arguments_of(overrides)]
+    code = Rank(f"deepspeed.launcher.{launcher}", arguments, environment, log, cwd).wait(PATIENCE_S)
+    return Process(arguments, code, *(log.with_suffix(end).read_text() for end in (".out", ".err")))
 
 
-def launched(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`deepspeed launch/pretrain.py …` on two ranks."""
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
-    return run(*launcher, ROOT / "launch/pretrain.py", *arguments_of(overrides), cwd=cwd)
-
-
-def forked(target: str, *arguments: object, cwd: Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def forked(target: str, *arguments: object, cwd: Path, ranks: int = 1) -> Process:
     """A command in `cwd`: what all its ranks say, and the exit code of one that failed, if any has."""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, str(rank)) for rank in range(ranks)]
@@ -58,10 +59,10 @@ def forked(target: str, *arguments: object, cwd: Path, ranks: int = 1) -> subpro
             for process in processes:
                 process.kill()
         out, err = ("".join(log.with_suffix(suffix).read_text() for log in logs) for suffix in (".out", ".err"))
-    return subprocess.CompletedProcess([target], max(codes, key=abs), out, err)
+    return Process([target], max(codes, key=abs), out, err)
 
 
-def pretrain(cwd: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def pretrain(cwd: Path, *overrides: str, ranks: int = 1) -> Process:
     return forked("launch/pretrain.py", *arguments_of(overrides), cwd=cwd, ranks=ranks)
 
 
@@ -69,7 +70,7 @@ def arguments_of(overrides: tuple[str, ...]) -> list[str]:
     return ["--config", "tiny.yaml", *(part for override in overrides for part in ("--set", override))]
 
 
-def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def result_of(process: Process) -> dict[str, Any]:
     """The JSON line; behind it the deepspeed launcher prints lines of its own."""
     assert process.returncode == 0, process.stderr[-3000:]
     (line,) = [line for line in process.stdout.splitlines() if line.startswith("{")]
@@ -161,47 +162,11 @@ def test_model_is_registered_without_pickles(job: Job) -> None:
 
 def test_evaluate_in_fresh_process_reproduces_score(job: Job, digits: Path) -> None:
     folder, result = job
-    scored = result_of(
-        run(sys.executable, ROOT / "launch/evaluate.py", "--model", "models:/tiny@candidate", "--data", digits / "val",
-            cwd=folder)
-    )  # fmt: skip
+    options = ["--model", "models:/tiny@candidate", "--data", digits / "val"]
+    scored = result_of(forked("launch/evaluate.py", *options, cwd=folder))
     assert scored["model"] == result["model"]
     assert scored["top1"] == result["top1"]
     assert scored["val_loss"] == pytest.approx(result["val_loss"], rel=1e-6)
-
-
-def test_remote_shards_are_cached_where_each_command_is_told(digit_images: Path, tmp_path: Path) -> None:
-    """Training with its samples and report, the report made again, preview, and evaluate."""
-    data = {}
-    for split in ("train", "val"):  # with digests that no other test has cached
-        seed = int.from_bytes(os.urandom(4), "little")
-        data[split] = pack(digit_images / split, tmp_path / "data" / split, samples_per_shard=1500, seed=seed)
-    tars = {split: {shard.sha256 for shard in manifest.shards} for split, manifest in data.items()}
-    elsewhere = Path(tempfile.gettempdir()) / f"pvt-shards-{os.getuid()}"
-
-    def kept(name: str) -> set[str]:
-        assert not [sha256 for each in tars.values() for sha256 in each if (elsewhere / sha256).exists()]
-        return {split for split in tars if all((tmp_path / name / sha256).exists() for sha256 in tars[split])}
-
-    with FaultyServer(tmp_path / "data") as http:
-        tree = yaml.safe_load(write_config(tmp_path, tmp_path).read_text())
-        tree["data"] |= {"train": f"{http.url}/train", "val": f"{http.url}/val", "cache": str(tmp_path / "run")}
-        tree["train"] |= {"length": "6 steps"}
-        tree["run"]["root"] = "runs"
-        tree["tracking"] |= {"log_samples": True, "report": True}
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-        model = result_of(pretrain(tmp_path))["model"]
-        assert kept("run") == {"train", "val"}
-        # Each of them is told of another folder, so that it has to fetch what it reads.
-        result_of(forked("launch/report.py", "runs/tiny", "--cache", tmp_path / "report", cwd=tmp_path))
-        assert "Not known" not in (tmp_path / "runs/tiny/report.html").read_text()
-        assert kept("report") == {"val"}
-        options = [*arguments_of((f"data.cache={tmp_path}/preview",)), "--out", "preview.png"]
-        result_of(forked("launch/shards.py", "preview", *options, cwd=tmp_path))
-        assert kept("preview") == {"train"}
-        options = ["--model", model, "--data", f"{http.url}/val", "--cache", tmp_path / "scored"]
-        result_of(forked("launch/evaluate.py", *options, cwd=tmp_path))
-        assert kept("scored") == {"val"}
 
 
 def test_registered_model_predicts_through_mlflow_pyfunc(job: Job, digit_images: Path) -> None:
@@ -262,30 +227,51 @@ def test_job_that_lost_its_lease_stops_at_next_save(job: Job, tmp_path: Path) ->
     assert json.loads((folder / LEASE).read_text()) == theirs
 
 
-def test_planted_secrets_do_not_leak(digits: Path, tmp_path: Path) -> None:
-    """In whatever a run, a version, a report and an export leave behind, but for files of mode 0600."""
+class Remote(NamedTuple):
+    """What a run on data behind URLs with secrets, and commands on it, have left behind."""
+
+    folder: Path
+    shards: dict[str, set[str]]
+    """The SHA-256 of the training and the validation shards, which no other test has cached."""
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def remote(digit_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
+    """Training with its samples and report, the report made again, preview, evaluate, registry, submit, and refusals.
+
+    Each of them is told of another folder for shards, so that it has to fetch what it reads.
+    """
+    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("remote")
+    seed = int.from_bytes(os.urandom(4), "little")
+    packed = {
+        split: pack(digit_images / split, data / split, samples_per_shard=1500, seed=seed) for split in ("train", "val")
+    }
     said: list[str] = []
 
-    def said_by(target: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        done = forked(target, *arguments, cwd=tmp_path)
+    def said_by(target: str, *arguments: object) -> Process:
+        done = forked(target, *arguments, cwd=folder)
         said.extend([done.stdout, done.stderr])
         return done
 
-    with FaultyServer(digits) as http:
-        tree = yaml.safe_load(write_config(digits, tmp_path).read_text())
+    with FaultyServer(data) as http:
+        tree = yaml.safe_load(write_config(data, folder).read_text())
         train = f"{http.url}/train?X-Amz-Signature=S3CR3T-query".replace("://", "://S3CR3T-user:S3CR3T%2Fpassword@")
-        tree["data"] |= {"train": train, "val": f"{http.url}/val?sig=S3CR3T-signature", "cache": "cached"}
+        val = f"{http.url}/val?sig=S3CR3T-signature"
+        tree["data"] |= {"train": train, "val": val, "cache": str(folder / "by-run")}
         tree["train"] |= {"length": "6 steps"}
         tree["run"]["root"] = "runs"
-        tree["tracking"] |= {"report": True}
+        tree["tracking"] |= {"log_samples": True, "report": True}
         tree["cluster"] = {"environment": {"activate": "export HF_TOKEN=S3CR3T-token; true --password S3CR3T-option"}}
         tree["cluster"] |= {"gpus_per_node": 0, "ranks_per_node": 1}
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-        (tmp_path / "tiny.yaml").chmod(0o600)
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+        (folder / "tiny.yaml").chmod(0o600)
         model = result_of(said_by("launch/pretrain.py", "--config", "tiny.yaml"))["model"]
-        result_of(said_by("launch/report.py", "runs/tiny"))
-        evaluated = said_by("launch/evaluate.py", "--model", model, "--data", f"{http.url}/val?sig=S3CR3T-query")
-        assert result_of(evaluated)["data"] == f"{http.url}/val?***"
+        result_of(said_by("launch/report.py", "runs/tiny", "--cache", "by-report"))
+        options = [*arguments_of((f"data.cache={folder}/by-preview",)), "--out", "preview.png"]
+        result_of(said_by("launch/shards.py", "preview", *options))
+        options = ["--model", model, "--data", val, "--cache", "by-evaluate"]
+        assert result_of(said_by("launch/evaluate.py", *options))["data"] == f"{http.url}/val?***"
         result_of(said_by("launch/registry.py", "show", model))
         result_of(said_by("launch/registry.py", "export", model, "--to", "safetensors", "--out", "exported"))
         assert "export HF_TOKEN=***" in said_by("launch/submit.py", "--config", "tiny.yaml", "--dry-run").stdout
@@ -293,10 +279,27 @@ def test_planted_secrets_do_not_leak(digits: Path, tmp_path: Path) -> None:
         refused = said_by("launch/pretrain.py", *arguments_of((f"data.train={train.replace('%2F', '/')}",)))
         assert refused.returncode == 2
         assert "in a URL write %2F for a / of a password" in refused.stderr
+    shards = {split: {shard.sha256 for shard in manifest.shards} for split, manifest in packed.items()}
+    return Remote(folder, shards, said)
 
-    assert not [text for text in said if "S3CR3T" in text]
-    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
-    holding = {path.relative_to(tmp_path).as_posix(): path for path in paths if b"S3CR3T" in path.read_bytes()}
+
+def test_remote_shards_are_cached_where_each_command_is_told(remote: Remote) -> None:
+    def kept(cache: Path) -> set[str]:
+        return {split for split, found in remote.shards.items() if all((cache / sha256).exists() for sha256 in found)}
+
+    assert kept(remote.folder / "by-run") == {"train", "val"}
+    assert kept(remote.folder / "by-report") == {"val"}
+    assert kept(remote.folder / "by-preview") == {"train"}
+    assert kept(remote.folder / "by-evaluate") == {"val"}
+    assert kept(Path(tempfile.gettempdir()) / f"pvt-shards-{os.getuid()}") == set()
+    assert "Not known" not in (remote.folder / "runs/tiny/report.html").read_text()
+
+
+def test_planted_secrets_do_not_leak(remote: Remote) -> None:
+    """In whatever a run, a version, a report and an export leave behind, but for files of mode 0600."""
+    assert not [text for text in remote.said if "S3CR3T" in text]
+    paths = [path for path in remote.folder.rglob("*") if path.is_file()]
+    holding = {path.relative_to(remote.folder).as_posix(): path for path in paths if b"S3CR3T" in path.read_bytes()}
     assert set(holding) == {"tiny.yaml", "runs/tiny/config.yaml"}
     assert {path.stat().st_mode & 0o777 for path in holding.values()} == {0o600}
     assert len(paths) > 30
@@ -378,7 +381,11 @@ def test_invalid_settings_are_reported_once_and_leave_no_files(
 
 def test_launcher_reports_invalid_setting_once(digits: Path, tmp_path: Path) -> None:
     write_config(digits, tmp_path)
-    process = launched(tmp_path, "data.lanes=1", f"run.root={tmp_path / 'runs'}")
+    # Without the part that finds out which nodes and devices there are.
+    devices = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
+    options = ["--world_info", devices, "--node_rank", 0, "--master_addr", "127.0.0.1"]
+    overrides = ("data.lanes=1", f"run.root={tmp_path / 'runs'}")
+    process = launched(tmp_path, *overrides, launcher="launch", options=options)
     assert_told_once_and_nothing_left(process, "2 ranks, but data.lanes is 1", tmp_path)
 
 
@@ -394,7 +401,7 @@ def test_wrong_rank_count_is_rejected_before_rendezvous(tmp_path: Path) -> None:
     assert line.startswith("error: --ranks 1: the launcher names 2: start as many as there should be")
 
 
-def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
+def assert_told_once_and_nothing_left(process: Process, message: str, folder: Path) -> None:
     assert process.returncode == 2, process.stderr[-2000:]
     assert process.stderr.count("error: ") == 1
     assert message in process.stderr
@@ -412,21 +419,22 @@ def assert_told_once_and_nothing_left(process: subprocess.CompletedProcess[str],
     ],
 )
 def test_wrong_shards_usage_exits_with_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    process = run(sys.executable, ROOT / "launch/shards.py", *arguments, cwd=tmp_path)
+    process = forked("launch/shards.py", *arguments, cwd=tmp_path)
     assert process.returncode == 2
     assert message in process.stderr
 
 
 def test_verify_exits_with_1_for_damaged_shards(digit_images: Path, tmp_path: Path) -> None:
-    shards = [sys.executable, ROOT / "launch/shards.py"]
-    packed = result_of(run(*shards, "pack", "--images", digit_images / "val", "--out", tmp_path / "out", cwd=tmp_path))
-    assert packed["samples"] == 360
-    assert result_of(run(*shards, "verify", tmp_path / "out", cwd=tmp_path))["ok"]
+    def shards(*arguments: object) -> Process:
+        return forked("launch/shards.py", *arguments, cwd=tmp_path)
+
+    assert result_of(shards("pack", "--images", digit_images / "val", "--out", "out"))["samples"] == 360
+    assert result_of(shards("verify", "out"))["ok"]
     tar = tmp_path / "out" / "shard-000000.tar"
     os.truncate(tar, tar.stat().st_size - 1)
     with tar.open("ab") as file:
         file.write(b"\1")
-    process = run(*shards, "verify", tmp_path / "out", cwd=tmp_path)
+    process = shards("verify", "out")
     assert process.returncode == 1
     assert "differs from the manifest" in json.loads(process.stdout)["faults"][0]["reason"]
 
@@ -453,7 +461,8 @@ def test_resolution_schedule_trains_and_invalid_one_is_rejected(digits: Path, tm
     assert process.returncode == 2
     assert "error: augment.size_schedule: pvt_pico does not take 40:" in process.stderr
     assert not (tmp_path / "runs").exists()
-    result = result_of(pretrain(tmp_path, schedule.format(96), "train.length=6 steps", "model.drop_path_rate=0.1"))
+    small = ("train.length=6 steps", "train.global_batch_size=24", "data.val=null")
+    result = result_of(pretrain(tmp_path, schedule.format(96), *small))
     assert result["steps"] == 6
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     logged = client.get_run(result["run_id"]).data.params["augment.size_schedule"]
@@ -473,15 +482,16 @@ def test_memory_or_thread_limit_is_reported_in_one_line(error: str, why: str) ->
     assert "raise the limits" in line
 
 
-def test_gpu_out_of_memory_is_reported_in_one_line() -> None:
-    code = """import torch
+def test_gpu_out_of_memory_is_reported_in_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text("""import torch
 from pipeline import cli
 
 def main():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\\nSee the documentation")
 
-cli.run(main)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+cli.run(main)""")
+    done = forked(str(script), cwd=tmp_path)
     assert done.returncode == 1
     told = (
         "error: CUDA out of memory. Tried to allocate 20.00 MiB: end other processes on the GPU, "
