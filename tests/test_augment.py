@@ -171,8 +171,8 @@ def draw(config: AugmentConfig, hw: np.ndarray, size: int = 224) -> Views:
 def test_training_views_match_pillow(
     format: str, interpolation: str, in_graph: bool, photographs: list[Image.Image]
 ) -> None:
-    encoded = [encode(image, format) for image in photographs for _ in range(3)]
-    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in encoded]
+    encoded = [data for image in photographs for data in 3 * [encode(image, format)]]
+    pictures = [picture for data in encoded[::3] for picture in 3 * [Image.open(io.BytesIO(data)).convert("RGB")]]
     views = draw(AugmentConfig(), sizes(pictures), 96)
     assert 0 < views.flip.sum() < len(encoded)
     worst = 0.0

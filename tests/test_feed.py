@@ -31,6 +31,7 @@ from pipeline.shards.store import Cache
 from pipeline.world import World
 from pvt.detector import Objects
 from tests.chaos import damaged_feed
+from tests.conftest import write_config
 from tests.damage import CLASSES, build
 from tests.servers import FaultyServer
 
@@ -97,8 +98,6 @@ def consume_rank(
 
 @pytest.fixture(scope="module")
 def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Consumed:
-    from tests.conftest import write_config
-
     config = load_config(write_config(digits, tmp_path_factory.mktemp("reference")))
     consumed = consume(config, 1, 28, 3)  # an epoch has 29 steps, so this crosses into the next
     assert len(consumed) == 3 * 48
@@ -226,10 +225,10 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def damaged(digits: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def damaged(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits with five samples whose bytes changed and five that were packed broken."""
-    folder = tmp_path / "damaged"
+    folder = tmp_path_factory.mktemp("data") / "damaged"
     shutil.copytree(digits / "train", folder)
     spoil(folder, 0, [3, 90, 91], seemingly_whole=True)
     spoil(folder, 5, [0, 199], seemingly_whole=True)
@@ -239,16 +238,22 @@ def damaged(digits: Path, tmp_path: Path) -> Path:
 
 
 BAD = {3, 90, 91, 1000, 1199, 607, 608, 609, 1200, 1201}  # as ids: shards hold 200 samples
+ALLOW_BAD = "data.max_bad_fraction=0.01"
 
 
-@pytest.mark.parametrize(("world_size", "micro"), [(3, 4), (5, 6)])
-def test_damaged_samples_are_replaced_alike_on_every_world_size(
-    make_config: Make, damaged: Path, tmp_path: Path, digits: Path, world_size: int, micro: int
+@pytest.fixture(scope="module")
+def lone(digits: Path, damaged: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Consumed, Path]:
+    """What one rank is fed of the damaged data in more than an epoch, and the list of what it found."""
+    folder = tmp_path_factory.mktemp("lone")
+    config = load_config(write_config(digits, folder), [f"data.train={damaged}", ALLOW_BAD])
+    return consume(config, 1, 0, 30, folder / "quarantine.jsonl"), folder / "quarantine.jsonl"
+
+
+def test_damaged_samples_are_listed_and_nothing_else_shifts(
+    make_config: Make, damaged: Path, lone: tuple[Consumed, Path]
 ) -> None:
-    allowed = make_config(f"data.train={damaged}", "data.max_bad_fraction=0.01")
-    quarantine = tmp_path / "quarantine.jsonl"
-    lone = consume(allowed, 1, 0, 30, quarantine)
-    assert BAD.isdisjoint(sample_id for sample_id, *_ in lone.values())
+    fed, quarantine = lone
+    assert BAD.isdisjoint(sample_id for sample_id, *_ in fed.values())
     found = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert {200 * line["shard"] + line["row"] for line in found} == BAD
     assert {line["reason"] for line in found} == {
@@ -258,19 +263,27 @@ def test_damaged_samples_are_replaced_alike_on_every_world_size(
     shards = ShardSet(damaged)
     assert all(line["key"] == shards.key(line["shard"], line["row"]) for line in found)
     assert all(line["tar"].endswith(f"shard-{line['shard']:06d}.tar") for line in found)
-    # Elsewhere, with nothing known, with everything known, and from the middle on.
-    other = make_config(f"data.train={damaged}", "data.max_bad_fraction=0.01", f"train.micro_batch_size={micro}")
-    assert consume(other, world_size, 0, 30, tmp_path / "other.jsonl") == lone
-    later = {where: what for where, what in lone.items() if where[0] >= 13}
-    assert consume(other, world_size, 13, 17, quarantine) == later
-    # Nothing shifts: all other positions are as without the damage.
+    # All other positions are as without the damage.
     whole = consume(make_config(), 1, 0, 30)
     mixed_with = {(step, position ^ 1) for (step, position), (sample_id, *_) in whole.items() if sample_id in BAD}
     for where, (sample_id, *tensors) in whole.items():
         if sample_id in BAD:
-            assert lone[where][0] not in {sample_id, lone[where[0], where[1] ^ 1][0]}
+            assert fed[where][0] not in {sample_id, fed[where[0], where[1] ^ 1][0]}
         elif where not in mixed_with:
-            assert lone[where] == (sample_id, *tensors)
+            assert fed[where] == (sample_id, *tensors)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(3, 4), (5, 6)])
+def test_damaged_samples_are_replaced_alike_on_every_world_size(
+    make_config: Make, damaged: Path, lone: tuple[Consumed, Path], tmp_path: Path, world_size: int, micro: int
+) -> None:
+    # With nothing known, and from the middle on with everything known.
+    fed, found = lone
+    quarantine = Path(shutil.copy(found, tmp_path / "quarantine.jsonl"))
+    other = make_config(f"data.train={damaged}", ALLOW_BAD, f"train.micro_batch_size={micro}")
+    assert consume(other, world_size, 0, 30, tmp_path / "other.jsonl") == fed
+    later = {where: what for where, what in fed.items() if where[0] >= 13}
+    assert consume(other, world_size, 13, 17, quarantine) == later
 
 
 def test_damaged_data_is_fed_by_replacement_rule(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
@@ -16,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import report, step
 from benchmarks.plain_pvt import PlainPvt
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, start
 
 PUBLIC_NAMES = {
     r"patches\.(\d)\.": r"patch_embed{}.proj.",
@@ -57,9 +55,10 @@ SMALL = ("--batch", "1", "--precision", "fp32", "--rounds", "1", "--turn", "0.01
 
 
 def test_step_benchmark_prints_one_json_line_per_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.step", "pvt_tiny", *SMALL, "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    (line,) = done.stdout.splitlines()
+    log = tmp_path / "step"
+    (process,) = start(1, "benchmarks.step", ["pvt_tiny", *SMALL, "--out", tmp_path], [log])
+    assert process.wait(PATIENCE_S) == 0, log.with_suffix(".err").read_text()
+    (line,) = log.with_suffix(".out").read_text().splitlines()
     result = json.loads(line)
     assert result["model"] == "pvt_tiny"
     fastest = max(result["contenders"][name]["images_per_second"] for name in step.PEERS)

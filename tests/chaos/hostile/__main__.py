@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,12 +32,19 @@ from tests.chaos.hostile.trial import DEFECTS, VERDICTS, Case, Outcome, Sandbox,
 Generator = Callable[[Rng, Sandbox], Case]
 
 
-def generators(folder: Path, stack: ExitStack) -> dict[str, Generator]:
-    """Returns the generators by their names. What they share lies in `folder`; servers end with `stack`."""
+KINDS = (
+    *("images", "feed", "tars", "packed", "lists", "own", "configurations", "settings", "names"),
+    *("weights", "stored", "cached", "predicted", "http", "s3"),
+)
+"""Of input, by their generators' names."""
+
+
+def generators(folder: Path, stack: ExitStack, kinds: Sequence[str] = KINDS) -> dict[str, Generator]:
+    """Returns the generators of some kinds by their names. What they share lies in `folder`; servers end with
+    `stack`."""
     prepared = data.prepare(folder)
-    registered = models.prepare(folder, prepared)
     server = stack.enter_context(servers.HostileServer(prepared))
-    return {
+    found: dict[str, Generator] = {
         "images": data.packed_images,
         "feed": data.fed_images,
         "tars": data.tars,
@@ -47,13 +54,16 @@ def generators(folder: Path, stack: ExitStack) -> dict[str, Generator]:
         "configurations": texts.configurations,
         "settings": texts.settings,
         "names": texts.names,
-        "weights": models.weights(registered),
-        "stored": models.stored(registered),
-        "cached": models.cached(registered),
-        "predicted": models.predicted(registered),
         "http": servers.http(server),
         "s3": servers.s3(server),
     }
+    if {"weights", "stored", "cached", "predicted"} & set(kinds):  # preparing them takes long
+        registered = models.prepare(folder, prepared)
+        found["weights"] = models.weights(registered)
+        found["stored"] = models.stored(registered)
+        found["cached"] = models.cached(registered)
+        found["predicted"] = models.predicted(registered)
+    return {kind: found[kind] for kind in kinds}
 
 
 def trial(number: int, seed: int, generator: Generator, folder: Path, keep: bool = False) -> Outcome:
@@ -92,9 +102,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-", ignore_cleanup_errors=True)))
-        chosen = generators(folder, stack)
-        if options.kinds:
-            chosen = {kind: chosen[kind] for kind in options.kinds.split(",")}
+        chosen = generators(folder, stack, options.kinds.split(",") if options.kinds else KINDS)
         outcomes = _all(options, chosen, options.keep or folder)
     for line in table(outcomes):
         print(line, file=sys.stderr)

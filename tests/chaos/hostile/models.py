@@ -6,10 +6,8 @@ import importlib.util
 import io
 import json
 import marshal
-import os
 import pickle
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -25,7 +23,7 @@ from tests.chaos.hostile import data as hostile_data
 from tests.chaos.hostile import mutate
 from tests.chaos.hostile.mutate import Rng, pick
 from tests.chaos.hostile.trial import MARK, Case, Ran, Sandbox
-from tests.ranks import ROOT
+from tests.ranks import PATIENCE_S, Rank
 
 REGISTRY = "launch/registry.py"
 EVALUATE = "launch/evaluate.py"
@@ -51,19 +49,19 @@ class Prepared(NamedTuple):
 
 def prepare(folder: Path, data: Path) -> Prepared:
     registry, imports, cache = (folder / name for name in ("registry", "imports", "cache"))
-    call = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True)
     safetensors.torch.save_file(_tensors(), folder / "base.safetensors")
+
+    def run(target: str, *words: str, store: Path) -> dict[str, Any]:
+        log, environment = folder / "log", {"MLFLOW_TRACKING_URI": _uri(store), "PVT_MODEL_CACHE": str(cache)}
+        code = Rank(target, words, environment, log, folder).wait(PATIENCE_S)
+        assert code == 0, log.with_suffix(".err").read_text()
+        return json.loads(log.with_suffix(".out").read_text().splitlines()[-1])
+
     words = ["import", "base.safetensors", "--name", "base", "--model", MODEL, "--classes-from", str(data)]
     for each in (registry, imports):
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": _uri(each), "PVT_MODEL_CACHE": str(cache)}
-        call([sys.executable, ROOT / REGISTRY, *words], env=environment)
-    environment["MLFLOW_TRACKING_URI"] = _uri(registry)
-    done = call([sys.executable, ROOT / EVALUATE, "--model", URI, "--data", str(data)], env=environment)
-    return Prepared(registry, imports, cache, data, _score(done.stdout.decode()))
-
-
-def _score(output: str) -> float:
-    return json.loads(output.splitlines()[-1])["top1"]
+        run(REGISTRY, *words, store=each)
+    scored = run(EVALUATE, "--model", URI, "--data", str(data), store=registry)
+    return Prepared(registry, imports, cache, data, scored["top1"])
 
 
 def _uri(registry: Path) -> str:
