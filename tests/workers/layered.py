@@ -1,10 +1,13 @@
-"""One rank that trains a network with batch norms and layer-wise rates for three steps; see test_train.py.
+"""One rank that trains a network with batch norms and layer-wise rates for two steps; see test_train.py.
 
-python -m tests.workers.layered CONFIG STAGE
+python -m tests.workers.layered CONFIG STAGE…
+
+Rank 0 prints a JSON object for each stage.
 """
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -14,11 +17,20 @@ from pipeline.feed.loader import TrainFeed
 from pipeline.shards.index import ShardSet
 from pipeline.tasks.build import build_task
 from pipeline.train.engine import Engine
+from pipeline.world import World
 
 
 def main() -> None:
-    path, stage = sys.argv[1:]
+    path, *stages = sys.argv[1:]
     here = world.start()
+    for stage in stages:
+        report = train(path, stage, here)
+        if here.is_first:
+            print(json.dumps(report), flush=True)
+    world.stop()
+
+
+def train(path: str, stage: str, here: World) -> dict[str, Any]:
     overrides = [f"engine.zero_stage={stage}", "model.name=resnet10t", "optim.layer_decay=0.5", "optim.weight_decay=0"]
     config = load_config(path, [*overrides, "engine.precision=fp32", "optim.clip_grad=null", "model.drop_path_rate=0"])
     shards = ShardSet(*config.data.train_paths)
@@ -38,10 +50,8 @@ def main() -> None:
     )
     ranks = here.gather(statistics)
     feed.close()
-    if here.is_first:
-        report = {"moved": moved, "depths": task.depths, "spread": (ranks - ranks[0]).abs().max().item()}
-        print(json.dumps({**report, "size": ranks[0].abs().max().item()}), flush=True)
-    world.stop()
+    spread, size = ((ranks - ranks[0]).abs().max().item(), ranks[0].abs().max().item())
+    return {"stage": int(stage), "moved": moved, "depths": task.depths, "spread": spread, "size": size}
 
 
 if __name__ == "__main__":
