@@ -7,9 +7,10 @@ FAULTS is a JSON object of step, counted from 0, to what happens before it:
 "flip" flips a bit of the last rank's weights, "miscompute" one of a gradient that it computes for the replay check;
 "store" keeps its feed from reading, "evaluation" every evaluation, from the first on;
 "stop" sends it SIGTERM, "kill" ends all processes at once, "memory" makes its step one that a GPU has no room for.
-Each of OVERRIDES is a comma-separated list of settings: one job.
+Each of OVERRIDES is a comma-separated list of settings: one job. FAULTS may be a list with an object for each job.
 
-Rank 0 prints each job's result; a job that raises ends the process, as it would in launch/pretrain.py.
+Rank 0 prints each job's result. For a job that ends with an error {"error": …} is printed, and the next one begins; the
+last one ends the process, as it would in launch/pretrain.py.
 """
 
 import json
@@ -23,6 +24,7 @@ import torch
 
 from pipeline import cli, world
 from pipeline.config import load_config
+from pipeline.errors import ExternalError
 from pipeline.feed.loader import EvalFeed, MicroBatch, TrainFeed
 from pipeline.job.training_job import run_job
 from pipeline.shards.store import StoreError
@@ -38,7 +40,9 @@ def flip_bit(tensor: torch.Tensor) -> None:
 
 def main() -> None:
     path, text, *jobs = sys.argv[1:]
-    faults = {int(step): fault for step, fault in json.loads(text).items()}
+    given = json.loads(text)
+    faults_of_jobs = given if isinstance(given, list) else [given] * len(jobs)
+    faults = dict[int, str]()
     here = world.start()
     is_last = here.rank == here.size - 1
     forward, update, fetch = Engine.forward, Engine.update, TrainFeed.next
@@ -95,8 +99,17 @@ def main() -> None:
     sdc_check.check_for_corruption = check_with_faults
 
     def run() -> None:
-        for overrides in jobs:
-            result = run_job(load_config(path, overrides.split(",")), here)
+        for number, overrides in enumerate(jobs):
+            numbers.clear()
+            faults.clear()
+            faults.update((int(step), fault) for step, fault in faults_of_jobs[number].items())
+            try:
+                result = run_job(load_config(path, overrides.split(",")), here)
+            except ExternalError as error:
+                if number == len(jobs) - 1:
+                    raise
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                result = {"error": str(error)} if here.is_first else None
             if result:
                 print(json.dumps(result), flush=True)
         world.stop()
