@@ -17,14 +17,16 @@ from pipeline.shards.index import ShardSet
 from pipeline.train.engine import Engine
 from tests.workers.zero import fresh_task
 
+SMALL = ("train.global_batch_size=24", "train.micro_batch_size=6")
+"""Two micro-batches on each of two ranks."""
+
 
 def main() -> None:
     (path,) = sys.argv[1:]
     here = world.start()
     for precision in ("fp32", "fp16"):
         for stage in range(4):
-            overrides = [f"engine.zero_stage={stage}", f"engine.precision={precision}", "train.micro_batch_size=12"]
-            config = load_config(path, overrides)
+            config = load_config(path, [f"engine.zero_stage={stage}", f"engine.precision={precision}", *SMALL])
             task = fresh_task(config)
             feed = TrainFeed(config, ShardSet(*config.data.train_paths), here, drop_path_rates=task.drop_path_rates)
             engine = Engine(config, task, here, feed.blank)
