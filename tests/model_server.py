@@ -1,8 +1,9 @@
-"""`mlflow models serve` on loopback, as docs/serving.md starts it, and how to ask it."""
+"""MLflow's server of models on loopback, and how to ask it."""
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from mlflow.pyfunc.scoring_server import get_cmd
 
-from tests.ranks import PATIENCE_S, ROOT, free_port
+from tests.ranks import PATIENCE_S, ROOT, Rank, free_port
 
 
 @dataclass
 class ModelServer:
     url: str
-    process: subprocess.Popen[bytes]
+    pid: int
+    """Of the process that answers."""
     copy: Path
     """What it serves."""
     start_up_s: float = 0.0
@@ -45,14 +48,29 @@ class ModelServer:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=PATIENCE_S) as answer:
             return answer.status, answer.read().decode()
 
-    @property
-    def worker(self) -> psutil.Process:
-        return psutil.Process(self.process.pid).children()[0]
-
 
 @contextlib.contextmanager
 def serving(copy: Path, folder: Path, environment: Mapping[str, str]) -> Iterator[ModelServer]:
-    """A version's verified copy served from `folder`, which gets the log, until the end of the block."""
+    """A version's verified copy served from `folder`, which gets the log, until the end of the block.
+
+    In a fork that runs what `mlflow models serve` starts: the command itself imports everything twice, for ten seconds.
+    """
+    port, log = free_port(), folder / "log"
+    command, variables = get_cmd(str(copy), port, "127.0.0.1", nworkers=1)
+    program, *arguments = shlex.split(command)
+    begin = time.monotonic()
+    process = Rank(program, arguments, {**variables, **environment}, log, folder)
+    try:
+        at = ModelServer(f"http://127.0.0.1:{port}", process.pid, copy)
+        yield _started(at, process, log.with_suffix(".err"), begin)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def serving_by_command(copy: Path, folder: Path, environment: Mapping[str, str]) -> Iterator[ModelServer]:
+    """The same by `mlflow models serve`, as docs/serving.md starts it."""
     port, log = free_port(), folder / "log"
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", copy, "--env-manager", "local"]
     variables = {
@@ -70,16 +88,23 @@ def serving(copy: Path, folder: Path, environment: Mapping[str, str]) -> Iterato
             cwd=folder, env=variables, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        at = ModelServer(f"http://127.0.0.1:{port}", process, copy)
-        while not _answers(at):
-            assert process.poll() is None, f"the server ended at once:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() - begin < PATIENCE_S, f"the server does not answer:\n{log.read_text()[-3000:]}"
-            time.sleep(0.1)
-        at.start_up_s = time.monotonic() - begin
+        at = _started(ModelServer(f"http://127.0.0.1:{port}", process.pid, copy), process, log, begin)
+        (worker,) = psutil.Process(process.pid).children()
+        at.pid = worker.pid
         yield at
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _started(at: ModelServer, process: subprocess.Popen[bytes] | Rank, log: Path, begin: float) -> ModelServer:
+    """Waits until it answers."""
+    while not _answers(at):
+        assert process.poll() is None, f"the server ended at once:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() - begin < PATIENCE_S, f"the server does not answer:\n{log.read_text()[-3000:]}"
+        time.sleep(0.1)
+    at.start_up_s = time.monotonic() - begin
+    return at
 
 
 def _answers(at: ModelServer) -> bool:

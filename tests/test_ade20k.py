@@ -20,6 +20,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from pipeline.commands import shards as shards_command
 from pipeline.errors import InputError
 from pipeline.pictures.palette import colourise, palette
 from pipeline.shards import ade20k, images, public_datasets
@@ -35,6 +36,7 @@ from pipeline.shards.pack import pack
 from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.shards.store import Cache
 from pipeline.shards.verify import verify
+from tests.in_process import run
 from tests.ranks import PATIENCE_S, ROOT
 from tests.servers import FaultyServer
 
@@ -179,21 +181,16 @@ def test_scaled_label_maps_stay_aligned_with_images(tmp_path: Path) -> None:
 
 
 def test_cli_packs_and_verifies_ade20k(ade: Path, tmp_path: Path) -> None:
-    done = run("pack", "--ade20k", maps(ade), "--out", tmp_path / "out")
+    done = run(shards_command.main, "pack", "--ade20k", maps(ade), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["samples"], result["classes"], result["num_skipped"]) == (6, 3, 0)
     assert result["digest"] == read_manifest(tmp_path / "out").digest
-    done = run("verify", "--deep", tmp_path / "out")
+    done = run(shards_command.main, "verify", "--deep", tmp_path / "out")
     assert json.loads(done.stdout) == {"data": str(tmp_path / "out"), "ok": True, "faults": []}
-    done = run("pack", "--out", tmp_path / "other")
+    done = run(shards_command.main, "pack", "--out", tmp_path / "other")
     assert done.returncode == 2
     assert "give --images SOURCE, or --ade20k" in done.stderr
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/shards.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 # Maps

@@ -42,6 +42,7 @@ from tests.tracking_servers import (
     object_store,
     postgres,
 )
+from tests.workers.register import register_together
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Operation with range is deprecated"
@@ -82,7 +83,7 @@ def team() -> Iterator[Team]:
     with ExitStack() as stack:
         store = stack.enter_context(object_store())
         database = stack.enter_context(postgres())
-        yield Team(stack.enter_context(mlflow_server(database, store, auth=True)), store)
+        yield Team(stack.enter_context(mlflow_server(database, store)), store)
 
 
 @pytest.fixture(params=["embedded", "server"])
@@ -242,36 +243,15 @@ def experiment_of(client: MlflowClient, name: str, backend: Backend) -> str:
 
 
 @pytest.mark.slow
+@only_server
 def test_concurrent_jobs_register_distinct_versions(
     backend: Backend, tmp_path: Path, weights: dict[str, torch.Tensor], make_config: Callable[..., Config]
 ) -> None:
+    """On an embedded database test_registry.py does this."""
     client = backend.client
     experiment_of(client, "shared", backend)
-    entries = [
-        write_entry(tmp_path / str(job), weights, make_config(), step=job + 1, seed=job).absolute() for job in range(8)
-    ]
-    begin = tmp_path / "begin"
-    jobs = [
-        Rank(
-            "tests.workers.register",
-            [backend.uri, "many", entry, begin],
-            tracking_environment(),
-            tmp_path / f"log-{number}",
-        )
-        for number, entry in enumerate(entries)
-    ]
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while not all((entry / "ready").exists() for entry in entries):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        begin.touch()
-        for number, job in enumerate(jobs):
-            assert job.wait(PATIENCE_S) == 0, (tmp_path / f"log-{number}.err").read_text()[-3000:]
-    finally:
-        for job in jobs:
-            job.kill()
-    given = [json.loads((tmp_path / f"log-{number}.out").read_text())["uri"] for number in range(8)]
+    entries = [write_entry(tmp_path / str(job), weights, make_config(), step=job + 1, seed=job) for job in range(8)]
+    given = register_together(backend.uri, "many", entries, tmp_path, tracking_environment())
     assert sorted(given) == [f"models:/many/{version}" for version in range(1, 9)]
     newest = client.get_model_version_by_alias("many", "candidate")
     assert int(newest.version) == 8

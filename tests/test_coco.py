@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -21,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
+from pipeline.commands import shards as shards_command
 from pipeline.errors import InputError
 from pipeline.scenes import write_dataset as scene_layouts
 from pipeline.shards import coco, images, object_annotations, public_datasets
@@ -30,7 +29,7 @@ from pipeline.shards.object_annotations import Annotated, BadObjectsError
 from pipeline.shards.pack import pack
 from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.shards.verify import verify
-from tests.ranks import ROOT
+from tests.in_process import run
 from tests.test_ade20k import write_set
 
 # Of pycocotools 2.0.11, which is older than numpy 2.
@@ -569,24 +568,21 @@ def test_show_skips_damaged_objects(root: Path, tmp_path: Path) -> None:
     assert images.decode(ShardSet(tmp_path / "out").read(0, 1))
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/shards.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_cli_packs_and_verifies_coco(root: Path, tmp_path: Path) -> None:
-    done = run("pack", "--coco", annotations_of(root), "--out", tmp_path / "out")
+    done = run(shards_command.main, "pack", "--coco", annotations_of(root), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["samples"], result["classes"], result["num_skipped"]) == (5, 3, 0)
-    done = run("verify", "--deep", tmp_path / "out")
+    done = run(shards_command.main, "verify", "--deep", tmp_path / "out")
     assert json.loads(done.stdout) == {"data": str(tmp_path / "out"), "ok": True, "faults": []}
     tree = copy.deepcopy(read(root))
     change("annotations", 4, bbox=[99, 2, 3, 3])(tree, root)
     write(root, tree)
-    done = run("pack", "--coco", annotations_of(root), "--out", tmp_path / "other")
+    done = run(shards_command.main, "pack", "--coco", annotations_of(root), "--out", tmp_path / "other")
     assert done.returncode == 2
     assert "000000000004.jpg: instances_val2017.json: annotation 4: bbox [99, 2, 3, 3] lies outside" in done.stderr
-    done = run("pack", "--coco", annotations_of(root), "--ade20k", root, "--out", tmp_path / "other")
+    done = run(
+        shards_command.main, "pack", "--coco", annotations_of(root), "--ade20k", root, "--out", tmp_path / "other"
+    )
     assert done.returncode == 2
     assert "--ade20k and --coco name data sets of different kinds" in done.stderr

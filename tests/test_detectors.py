@@ -29,7 +29,9 @@ EXTENTS: list[Extent] = [(96, 160), (70, 140), (33, 20)]  # the last one without
 FEW = 20  # detections, each of which a mask head looks at at length
 SMALL = {
     "retinanet": functools.partial(RetinaNet, pyramid_channels=32, smallest_anchor=16),
-    "mask_rcnn": functools.partial(MaskRcnn, pyramid_channels=32, smallest_anchor=8, max_detections=FEW),
+    "mask_rcnn": functools.partial(
+        MaskRcnn, pyramid_channels=32, smallest_anchor=8, max_detections=FEW, box_width=64, mask_width=16
+    ),
     "detr": functools.partial(
         Detr, queries=10, width=32, heads=4, encoder_layers=2, decoder_layers=2, feedforward=64, dropout=0.0
     ),

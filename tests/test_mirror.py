@@ -780,18 +780,14 @@ def test_invalid_sweep_file_is_rejected(folder: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[MlflowServer]:
+def server(tmp_path: Path, database: Path) -> Iterator[MlflowServer]:
     """A real one on SQLite, which has not been started yet."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        f"{tmp_path}/store",
-    ]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = MlflowServer(command, environment, port, tmp_path / "server.log")
+    shutil.copyfile(database, tmp_path / "server.db")
+    server = MlflowServer(
+        ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/store"],
+        {},
+        tmp_path,
+    )
     yield server
     server.stop()
 
@@ -833,15 +829,15 @@ def test_server_outages_lose_no_data(
 
     train(range(40, 60))
     server.stop()  # in the middle
-    train(range(60, 2000))
+    train(range(60, 600))
     wait_until(lambda: said().count("nothing is lost") == 2)
     server.start()
-    train(range(2000, 2020))
+    train(range(600, 620))
     assert tracker.flush(30)
     assert stored(MlflowClient(server.url), tracker.run_id or "") == written(folder)
 
     server.stop()  # at the end
-    train(range(2020, 2050))
+    train(range(620, 650))
     assert not tracker.end("FINISHED")
     assert f"launch/registry.py sync {folder}" in said()
     assert "bytes of metrics, files, status" in Mirror(folder).behind
@@ -1006,8 +1002,11 @@ def test_failing_load_monitor_is_skipped(
 
 
 def test_interrupted_database_creation_is_redone(tmp_path: Path) -> None:
-    code = f"from pipeline.track.tracking_server import connect; connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from pipeline.track.tracking_server import connect; connect('sqlite:///{tmp_path}/mlflow.db', create=True)"
+    )
+    process = Rank(str(script), [], {}, tmp_path / "log")
     deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / ".mlflow.db.partial").exists():
         assert time.monotonic() < deadline

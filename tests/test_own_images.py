@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.commands import shards as shards_command
 from pipeline.config import Config, dump_config, load_config
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.order import Order
@@ -26,6 +27,7 @@ from pipeline.job import start_checks
 from pipeline.shards import own_images, pack, public_datasets
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.open_data import open_manifests, open_training, open_validation
+from tests import in_process
 from tests.ranks import PATIENCE_S, ROOT
 from tests.test_commands import forked, result_of
 
@@ -119,8 +121,8 @@ def test_split_that_empties_a_class_is_rejected(tree: Path, configure: Configure
 
 
 def test_pack_writes_both_splits_or_nothing(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["launch/shards.py", "pack", "--images", tree, "--out", tmp_path / "out", "--val-fraction", "0.25"]
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    words = ["pack", "--images", tree, "--out", tmp_path / "out", "--val-fraction", "0.25"]
+    done = in_process.run(shards_command.main, *words)
     result = json.loads(done.stdout)
     assert (result["samples"], result["val"]["samples"]) == (15, 6)
 

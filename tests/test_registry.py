@@ -73,7 +73,8 @@ from pipeline.track.sync.outbox import Outbox
 from pipeline.track.sync.record import Record
 from pvt.convert import from_any
 from pvt.create import create_model
-from tests.ranks import PATIENCE_S, ROOT
+from tests.ranks import PATIENCE_S, ROOT, Rank
+from tests.workers.register import register_together
 
 # MLflow's, about its use of pandas.
 pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecated")
@@ -242,37 +243,10 @@ def test_damaged_entry_is_rejected_on_registration(tiny: Registry) -> None:
     assert not registry.list_versions(tiny.client, "tiny")
 
 
-def test_concurrent_registrations_all_succeed(tiny: Registry) -> None:
-    for step in range(1, 5):
-        tiny.entry(step)
-    script = f"""
-import os, sys
-from pathlib import Path
-import mlflow.pyfunc, pandas
-import pipeline.track.serve.served_model
-from pipeline.track import tracking_server as server
-from pipeline.track.registry import registry
-begin, ready = os.pipe(), os.pipe()
-for step in range(1, 5):  # of one process, because importing takes far longer than registering
-    if os.fork() == 0:
-        client = server.connect({tiny.uri!r})
-        os.write(ready[1], b".")
-        os.close(begin[1])
-        os.read(begin[0], 1)
-        entry = Path({str(tiny.folder)!r}, f"entry-aaaa-{{step}}")
-        uri = registry.register(client, "tiny", entry, experiment_id={tiny.experiment_id!r}, run_id=None)
-        os.write(1, f"{{uri}}\\n".encode())
-        os._exit(0)
-for _ in range(4):
-    assert os.read(ready[0], 1)
-os.close(begin[1])
-sys.exit(any(os.wait()[1] for _ in range(4)))
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert sorted(process.stdout.splitlines()) == [f"models:/tiny/{number}" for number in range(1, 5)]
+def test_concurrent_registrations_all_succeed(tiny: Registry, tmp_path: Path) -> None:
+    entries = [tiny.entry(step) for step in range(1, 5)]
+    given = register_together(tiny.uri, "tiny", entries, tmp_path, {})
+    assert sorted(given) == [f"models:/tiny/{number}" for number in range(1, 5)]
     assert tiny.alias("candidate") == "models:/tiny/4"
     versions = registry.list_versions(tiny.client, "tiny")
     assert sorted(version.tags["step"] for version in versions) == ["1", "2", "3", "4"]
@@ -1212,16 +1186,17 @@ def test_weights_that_do_not_fit_the_model_are_rejected(
 # No pickles
 
 
-def test_registered_model_predicts_without_unpickling(tiny: Registry) -> None:
-    tiny.add(3)
-    script = f"""
-import importlib, importlib.util, pickle
+NO_PICKLES = """
+import importlib, importlib.util, pickle, sys
+
 def refuse(*arguments, **options):
     raise AssertionError("a pickle is opened")
+
 class Refuse:
-    dispatch = {{}}
+    dispatch = {}
     def __init__(self, *arguments, **options):
         refuse()
+
 for name in ("pickle", "_pickle", "cloudpickle", "dill"):
     if importlib.util.find_spec(name):
         module = importlib.import_module(name)
@@ -1231,6 +1206,8 @@ for name in ("pickle", "_pickle", "cloudpickle", "dill"):
         for loader in ("Unpickler", "_Unpickler"):
             if hasattr(module, loader):
                 setattr(module, loader, Refuse)
+# What was imported before may hold the functions themselves.
+sys.addaudithook(lambda event, _: refuse() if event == "pickle.find_class" else None)
 try:
     pickle.loads(pickle.dumps(1))
 except AssertionError:
@@ -1239,16 +1216,22 @@ else:
     raise SystemExit("a pickle could be opened")
 import mlflow.pyfunc, pandas, torch
 torch.load = refuse
-from pipeline.track import tracking_server as server
-from pipeline.track.registry import model_files as package, registry
-server.connect({tiny.uri!r})
+from pipeline.track import tracking_server
+from pipeline.track.registry import model_files, registry
+tracking_server.connect(sys.argv[1])
 version = registry.resolve("models:/tiny@candidate")
 model = mlflow.pyfunc.load_model(str(version.folder.parent))
-print(model.predict(pandas.DataFrame({{"image": [package.example(32)]}})).to_json(orient="records"))
+print(model.predict(pandas.DataFrame({"image": [model_files.example(32)]})).to_json(orient="records"))
 """
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    (answer,) = json.loads(process.stdout.splitlines()[-1])
+
+
+def test_registered_model_predicts_without_unpickling(tiny: Registry, tmp_path: Path) -> None:
+    tiny.add(3)
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(NO_PICKLES)
+    process = Rank(str(script), [tiny.uri], {model_cache.VARIABLE: tmp_path / "cache"}, log)
+    assert process.wait(PATIENCE_S) == 0, log.with_suffix(".err").read_text()[-3000:]
+    (answer,) = json.loads(log.with_suffix(".out").read_text().splitlines()[-1])
     network = timm.create_model("pvt_pico", num_classes=10, img_size=32).eval()
     network.load_state_dict(weights_of(3))
     grey = (torch.full((1, 3, 32, 32), 128 / 255) - torch.tensor(ImageConfig().mean)[:, None, None]) / torch.tensor(

@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 
 from pipeline import files
+from pipeline.commands import report as report_command
 from pipeline.config import dump_config, load_config
 from pipeline.errors import InputError
 from pipeline.feed.loader import EvalFeed
@@ -41,6 +42,7 @@ from pipeline.track.report import Examination, Picture, RunFiles, examination, p
 from pipeline.track.sync.outbox import Outbox
 from pipeline.world import World
 from pvt.semantic_fpn import SemanticFpn, backbone
+from tests import in_process
 from tests.conftest import run_ranks, write_config
 from tests.ranks import ROOT
 
@@ -814,8 +816,7 @@ def test_concurrent_reports_write_only_the_output_file(runs: Runs, tmp_path: Pat
 
 def test_report_command_writes_the_page(runs: Runs, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    command = [sys.executable, "launch/report.py", str(runs.finished), "--out", str(out), "--no-model"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = in_process.run(report_command.main, runs.finished, "--out", out, "--no-model")
     result = json.loads(done.stdout)
     assert result["report"] == str(out)
     assert result["bytes"] == out.stat().st_size

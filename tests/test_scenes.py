@@ -1,8 +1,7 @@
 """Scenes: true COCO and ADE20K layouts of one truth, the same bytes for the same seed, nothing shared by the splits."""
 
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
+from pipeline.commands import scenes as scenes_command
 from pipeline.scenes import photographs, write_dataset
 from pipeline.scenes.coco_masks import polygons, rle
 from pipeline.scenes.compose_scene import NAMES, compose, scans
@@ -21,7 +21,7 @@ from pipeline.shards import ade20k
 from pipeline.shards.images import decode_map
 from pipeline.shards.pack import pack
 from pipeline.shards.picture_credits import ATTRIBUTION
-from tests.ranks import ROOT
+from tests import in_process
 
 # Of pycocotools 2.0.11, which is older than numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -29,9 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 TRAIN, VAL = 40, 12
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/scenes.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+run = functools.partial(in_process.run, scenes_command.main)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

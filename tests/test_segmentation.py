@@ -30,6 +30,7 @@ from tests.finetuning import command, lines_of, losses_of, register_classifier, 
 from tests.ranks import PATIENCE_S, start
 
 STEPS = 12
+LEARNING_RATE = 1e-3
 SCORES = ("step", "miou", "macc", "aacc", "val_loss")
 
 
@@ -112,53 +113,35 @@ def test_samples_and_labels_are_equal_on_another_world_size(scenes: Path, root: 
 
 
 def test_zero_3_losses_match_unsharded_training(scenes: Path, root: Path, trained: Job) -> None:
-    # In fp32: in bf16 another order of sums grows to 2 parts in 1,000 within these steps.
-    fine: dict[str, Any] = {"model": {"frozen_stages": 1}, "engine": {"precision": "fp32"}}
-    path = configuration(scenes, root, "sharded", **{**fine, "engine": {"precision": "fp32", "zero_stage": 3}})
+    path = configuration(scenes, root, "sharded", engine={"precision": "fp32", "zero_stage": 3})
     sharded = Job(path, "sharded", ranks=2, target=trained.target)
     sharded.finish()
-    whole = Job(configuration(scenes, root, "whole", **fine), "whole", 2, target=trained.target)
-    whole.finish()
-    assert losses_of(sharded) == pytest.approx(losses_of(whole), rel=1e-4)
-    made = safetensors.torch.load_file(sharded.checkpoints / f"step-{STEPS:08d}/model.safetensors")
-    given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
-    assert torch.equal(made["backbone.stages.0.pos_embed"], given["stages.0.pos_embed"])
+    assert losses_of(sharded) == pytest.approx(losses_of(trained), rel=1e-4)
 
 
-def test_fine_tuning_starts_from_the_registered_backbone(scenes: Path, root: Path) -> None:
-    # At a learning rate of nothing, what is registered is what training started from.
+@pytest.mark.parametrize("stage", [0, 3])
+def test_fine_tuning_starts_from_the_registered_backbone_and_keeps_frozen_stages(
+    scenes: Path, root: Path, stage: int
+) -> None:
     path = configuration(
-        scenes, root, "still", optim={"lr": 1e-30, "warmup": "0 steps"}, train={"length": "1 steps", "ema_decay": None}
+        scenes,
+        root,
+        f"frozen-{stage}",
+        model={"frozen_stages": 2},
+        optim={"lr": LEARNING_RATE, "layer_decay": None, "warmup": "0 steps"},
+        train={"length": "1 steps", "ema_decay": None},
+        engine={"zero_stage": stage},
     )
-    Job(path, "still", ranks=1, target="launch/finetune.py").finish()
-    given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
-    made = safetensors.torch.load_file(root / "still/checkpoints/step-00000001/model.safetensors")
-    shared = {name: tensor for name, tensor in made.items() if name.startswith("backbone.")}
-    assert given.keys() - {name.removeprefix("backbone.") for name in shared} == {
-        "norm.weight",
-        "norm.bias",
-        "head.weight",
-        "head.bias",
-    }
-    for name, tensor in shared.items():
-        torch.testing.assert_close(tensor, given[name.removeprefix("backbone.")], rtol=0, atol=1e-20)
-
-
-def test_frozen_stages_keep_their_weights(scenes: Path, root: Path, trained: Job) -> None:
-    path = configuration(
-        scenes, root, "frozen", model={"frozen_stages": 2}, optim={"layer_decay": None, "warmup": "0 steps"}
-    )
-    job = Job(
-        path, "frozen", ranks=1, overrides=("train.length=3 steps", "train.ema_decay=null"), target=trained.target
-    )
+    job = Job(path, f"frozen-{stage}", ranks=1, target="launch/finetune.py")
     job.finish()
     given = safetensors.torch.load_file(root / "entry" / WEIGHTS)
-    made = safetensors.torch.load_file(job.checkpoints / "step-00000003/model.safetensors")
-    moved = {
-        name.split(".")[2]
-        for name, tensor in made.items()
-        if name.startswith("backbone.stages.") and not torch.equal(tensor, given[name.removeprefix("backbone.")])
-    }
+    made = safetensors.torch.load_file(job.checkpoints / "step-00000001/model.safetensors")
+    backbone = {name.removeprefix("backbone."): tensor for name, tensor in made.items() if name.startswith("backbone.")}
+    assert given.keys() - backbone.keys() == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    for name, tensor in backbone.items():
+        # Adam's first step moves each weight by the learning rate; fresh weights differ by twenty times that.
+        torch.testing.assert_close(tensor, given[name], rtol=0, atol=1.1 * LEARNING_RATE)
+    moved = {name.split(".")[1] for name, tensor in backbone.items() if not torch.equal(tensor, given[name])}
     assert moved == {"2", "3"}
 
 

@@ -1,10 +1,10 @@
 """What a person is shown of a data set: the right counts, and a sheet with the right pictures."""
 
 import contextlib
+import functools
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.commands import shards as shards_command
 from pipeline.config import Config, load_config
 from pipeline.errors import InputError
 from pipeline.feed.loader import TrainFeed
@@ -25,8 +26,8 @@ from pipeline.shards.open_data import open_training
 from pipeline.shards.pack import pack
 from pipeline.shards.show_dataset import format_summary, show_dataset
 from pipeline.world import World
+from tests import in_process
 from tests.conftest import write_config
-from tests.ranks import PATIENCE_S, ROOT
 from tests.servers import FaultyServer
 
 TITLE_PX = 90  # with the data set's name and the seed
@@ -135,9 +136,7 @@ def test_remote_data_set_gives_the_same_sheet(packed: Path, tmp_path: Path) -> N
 # The commands
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "launch/shards.py", *arguments]
-    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
+run = functools.partial(in_process.run, shards_command.main)
 
 
 def result_of(process: subprocess.CompletedProcess[str], returncode: int = 0) -> dict:
@@ -147,32 +146,32 @@ def result_of(process: subprocess.CompletedProcess[str], returncode: int = 0) ->
 
 def test_shards_commands_end_with_a_json_result(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "red" / "bad.jpg").write_text("hello")
-    refused = run("pack", "--images", "images", "--out", "p", cwd=tmp_path)
+    refused = run("pack", "--images", "images", "--out", "p", folder=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[0] == "error: images that cannot be packed:"
     assert "images/red/bad.jpg: not an image" in refused.stderr
-    result = result_of(run("pack", "--images", "images", "--out", "p", "--skip-bad", "--max-side", 30, cwd=tmp_path))
+    result = result_of(run("pack", "--images", "images", "--out", "p", "--skip-bad", "--max-side", 30, folder=tmp_path))
     assert result["samples"] == 10
     assert result["num_skipped"] == 1
     assert result["skipped"] == [{"path": "images/red/bad.jpg", "key": "red/bad", "reason": "not an image"}]
 
-    assert result_of(run("verify", "p", "--deep", cwd=tmp_path)) == {"data": "p", "ok": True, "faults": []}
+    assert result_of(run("verify", "p", "--deep", folder=tmp_path)) == {"data": "p", "ok": True, "faults": []}
     (tmp_path / "p" / "shard-000000.tar").unlink()
-    found = run("verify", "p", "--workers", 1, cwd=tmp_path)
+    found = run("verify", "p", "--workers", 1, folder=tmp_path)
     (fault,) = result_of(found, returncode=1)["faults"]
     assert fault["shard"] == "shard-000000.tar"
     assert "1 faults:\n  shard-000000.tar:" in found.stderr
 
-    shown = run("show", "packed", cwd=tmp_path)
+    shown = run("show", "packed", folder=tmp_path)
     assert result_of(shown)["sheet"] == "packed-sheet.png"
     assert (tmp_path / "packed-sheet.png").exists()
     assert "samples per class   min 2" in shown.stderr
 
     (tmp_path / "packed" / "manifest.json").unlink()
     (tmp_path / "packed" / "x.tar").write_text("hello")
-    found = result_of(run("index", "packed", "--workers", 1, cwd=tmp_path), returncode=1)
+    found = result_of(run("index", "packed", "--workers", 1, folder=tmp_path), returncode=1)
     assert found["faults"] == [{"shard": "x.tar", "key": None, "reason": "not a tar"}]
-    result = result_of(run("index", "packed", "--skip-bad", "--out", "i", "--workers", 1, cwd=tmp_path))
+    result = result_of(run("index", "packed", "--skip-bad", "--out", "i", "--workers", 1, folder=tmp_path))
     assert result["samples"] == 10
     assert result["skipped"] == found["faults"]
 

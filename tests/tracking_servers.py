@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -25,7 +24,7 @@ from typing import Any
 import boto3
 import pytest
 
-from tests.ranks import PATIENCE_S, free_port
+from tests.ranks import PATIENCE_S, Rank, free_port
 from tests.servers import s3_server
 
 ADMIN, ADMIN_PASSWORD = "admin", "a-password-for-admins"
@@ -62,7 +61,7 @@ def postgres() -> Iterator[str]:
         }
         command = [binaries / "postgres", "-D", folder / "data"]
         command += [f"--{name}={value}" for name, value in config.items()]
-        log = folder / "log"
+        log = folder / "postgres.log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, **user)
         try:
@@ -125,32 +124,25 @@ def object_store() -> Iterator[ObjectStore]:
 class MlflowServer:
     """`mlflow server` on 127.0.0.1, which can be stopped and started again."""
 
-    def __init__(self, command: list[str], environment: Mapping[str, str], port: int, log: Path) -> None:
+    def __init__(self, options: list[str], environment: Mapping[str, str], folder: Path) -> None:
+        """`folder` gets the log; the options say where the data are."""
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        self._command = command
-        self._environment = environment
-        self._port = port
-        self._process: subprocess.Popen[bytes] | None = None
+        self._options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", *options]
+        self._environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
+        self._log = folder / "server"
+        self._process: Rank | None = None
 
     def start(self) -> None:
-        """On the same port, with the same data; returns when the server answers, which takes some five seconds."""
+        """On the same port, with the same data; returns when the server answers."""
         assert self._process is None
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self.log.parent,
-                env={**os.environ, **self._environment},
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        _wait_until(self._answers, self._process, self.log)
+        self._process = Rank("tests.workers.mlflow_server", self._options, self._environment, self._log)
+        _wait_until(self._answers, self._process, self._log.with_suffix(".err"))
 
     def stop(self) -> None:
-        """SIGKILL to the server and its workers."""
+        """SIGKILL."""
         if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
             self._process = None
 
@@ -169,42 +161,30 @@ class MlflowServer:
 
 
 @contextlib.contextmanager
-def mlflow_server(
-    backend: str, store: ObjectStore, *, auth: bool = False, port: int | None = None
-) -> Iterator[MlflowServer]:
-    """A running server over the database `backend`. With `auth` it knows ADMIN and USER."""
-    port = port or free_port()
+def mlflow_server(backend: str, store: ObjectStore) -> Iterator[MlflowServer]:
+    """A running server over the database `backend`, which knows ADMIN and USER."""
     with tempfile.TemporaryDirectory(prefix="mlflow-server-") as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1"]  # each imports MLflow, for seconds
-        command += ["--backend-store-uri", backend, "--artifacts-destination", store.uri]
-        environment = {
-            **store.environment,
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        if auth:
-            command += ["--app-name", "basic-auth"]
-            config = folder / "auth.ini"
-            # Without the cache the hash of the password is computed several times a request, which takes half a second.
-            config.write_text(f"""[mlflow]
+        options = ["--backend-store-uri", backend, "--artifacts-destination", store.uri, "--app-name", "basic-auth"]
+        config = folder / "auth.ini"
+        # Without the cache the hash of the password is computed several times a request, which takes half a second.
+        config.write_text(f"""[mlflow]
 default_permission = READ
 database_uri = {backend}
 admin_username = {ADMIN}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 60
 """)
-            environment |= {
-                "MLFLOW_AUTH_CONFIG_PATH": str(config),
-                "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD,
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the tokens of forms",
-            }
-        server = MlflowServer(command, environment, port, folder / "log")
+        environment = {
+            **store.environment,
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs the tokens of forms",
+        }
+        server = MlflowServer(options, environment, folder)
         try:
             server.start()
-            if auth:
-                _create_user(server.url)
+            _create_user(server.url)
             yield server
         finally:
             server.stop()
@@ -246,10 +226,10 @@ def _check(process: subprocess.CompletedProcess[str]) -> None:
     assert process.returncode == 0, f"{process.args[0]}: {process.stderr}"
 
 
-def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any], log: Path) -> None:
+def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[Any] | Rank, log: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not ready():
         tail = f"\n{log.read_text()[-2000:]}"
-        assert process.poll() is None, f"{process.args} ended at once:{tail}"
-        assert time.monotonic() < deadline, f"{process.args} does not answer:{tail}"
+        assert process.poll() is None, f"{log.stem} ended at once:{tail}"
+        assert time.monotonic() < deadline, f"{log.stem} does not answer:{tail}"
         time.sleep(0.05)
