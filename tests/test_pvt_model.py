@@ -155,7 +155,7 @@ def maps_of(hidden_states: tuple[Tensor, ...], depths: tuple[int, ...]) -> list[
     return maps
 
 
-@pytest.mark.parametrize("variant", DEPTHS)
+@pytest.mark.parametrize("variant", ["pvt_tiny", "pvt_large"])
 def test_logits_and_feature_maps_match_transformers(variant):
     model = create(variant, num_classes=100).eval()
     randomise(model)
@@ -404,7 +404,7 @@ def test_grad_checkpointing_gives_the_same_gradients(given):
 # Precision and compilation
 
 
-@pytest.mark.parametrize("variant", ["pvt_pico", *DEPTHS])
+@pytest.mark.parametrize("variant", ["pvt_pico", "pvt_large"])
 def test_trains_in_bf16(variant):
     """Forward and backward in bf16, with position embeddings to resize and fp32 multipliers."""
     model = create(variant, img_size=64, num_classes=10).bfloat16().train()
@@ -456,10 +456,17 @@ def gradients(model: nn.Module, image: Tensor, scales: Tensor, dtype: torch.dtyp
     return {"logits": logits.detach().float(), **dict(zip(parameters, found, strict=True))}
 
 
-@pytest.mark.parametrize(("variant", "side"), [("pvt_pico", 64), ("pvt_tiny", 96), ("pvt_tiny", 224)])
-def test_optimised_kernels_match_plain_operators(variant, side):
+@pytest.mark.parametrize(
+    ("variant", "side", "depths"),
+    [
+        ("pvt_pico", 64, (1, 1, 1, 1)),
+        ("pvt_tiny", 96, (1, 1, 1, 1)),
+        pytest.param("pvt_tiny", 224, DEPTHS["pvt_tiny"], marks=pytest.mark.slow),
+    ],
+)
+def test_optimised_kernels_match_plain_operators(variant, side, depths):
     """Logits and gradients of the plain operators in fp32; in bf16 they come as near to those."""
-    model = create(variant, img_size=side, num_classes=10).train()
+    model = create(variant, img_size=side, num_classes=10, depths=depths).train()
     randomise(model)
     image, scales = images(2, side, side), random_scales(model, 2)
     quick = {dtype: gradients(model, image, scales, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -478,13 +485,13 @@ def test_optimised_kernels_match_plain_operators(variant, side):
         assert quick_cosine > plain_cosine - 0.005, name
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_model_compiles_to_one_graph(given):
+@pytest.mark.parametrize(("given", "backend"), [(True, "aot_eager"), (False, "eager")])
+def test_model_compiles_to_one_graph(given, backend):
     model = create("pvt_pico", img_size=32, num_classes=10, drop_path_rate=0.0)
     randomise(model)
     image, scales = images(2, 64, 32), random_scales(model, 2) if given else None
     expected = model(image, drop_path=scales)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     actual = compiled(image, drop_path=scales)
     torch.testing.assert_close(actual, expected)
     actual.sum().backward()

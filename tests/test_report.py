@@ -797,7 +797,7 @@ def test_concurrent_reports_write_only_the_output_file(runs: Runs, tmp_path: Pat
 
     def draw() -> None:
         try:
-            for _ in range(3):
+            for _ in range(2):
                 report_page.write_report(runs.finished, out, model=False)
         except BaseException as error:
             errors.append(error)

@@ -399,7 +399,7 @@ def exported(models: Registry, tmp_path_factory: pytest.TempPathFactory) -> Expo
     return export_once
 
 
-@pytest.mark.parametrize("to", OPEN)
+@pytest.mark.parametrize("to", ["safetensors", "onnx", pytest.param("torch-export", marks=pytest.mark.slow)])
 def test_exported_segmenter_matches_the_network(to: str, network: SemanticFpn, exported: Exported) -> None:
     folder, result = exported(to)
     opened = OPEN[to](folder)

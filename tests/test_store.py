@@ -40,7 +40,7 @@ from tests.servers import Fault, FaultyServer, s3_server
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "un der/50%#1?+été 猫.tar"]
 RETRY = Retry(attempts=3, first_wait_s=0.01)
-STALL_S = 1.5  # the time-out where one is meant to strike
+STALL_S = 1.0  # the time-out where one is meant to strike
 TRANSIENT: list[Fault] = ["500", "503", "reset", "cut", "short", "stall"]
 
 
