@@ -22,6 +22,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", words)
         patch.chdir(folder)
+        patch.setattr(cli.os, "_exit", sys.exit)  # as after bad input
         with pytest.raises(SystemExit) as ending:
             cli.run(main)
     return subprocess.CompletedProcess(words, int(ending.value.code or 0), out.getvalue(), err.getvalue())
