@@ -174,7 +174,7 @@ def test_compile_with_zero_3_is_rejected(make_config: Callable[..., Config]) -> 
         make_config("engine.compile=true", "engine.zero_stage=3")
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=[pytest.mark.gpu, pytest.mark.slow]), 2])
 def test_engine_trains_compiled_and_evaluates_eager(digits: Path, tmp_path: Path, ranks: int) -> None:
     (report,) = run_ranks(ranks, "compiled", write_config(digits, tmp_path))
     assert report["losses"][1] == report["losses"][0]

@@ -485,13 +485,13 @@ def test_optimised_kernels_match_plain_operators(variant, side, depths):
         assert quick_cosine > plain_cosine - 0.005, name
 
 
-@pytest.mark.parametrize(("given", "backend"), [(True, "aot_eager"), (False, "eager")])
-def test_model_compiles_to_one_graph(given, backend):
+@pytest.mark.parametrize("given", [True, False])
+def test_model_compiles_to_one_graph(given):
     model = create("pvt_pico", img_size=32, num_classes=10, drop_path_rate=0.0)
     randomise(model)
     image, scales = images(2, 64, 32), random_scales(model, 2) if given else None
     expected = model(image, drop_path=scales)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     actual = compiled(image, drop_path=scales)
     torch.testing.assert_close(actual, expected)
     actual.sum().backward()
