@@ -70,6 +70,16 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row, to be copied: to create them takes longer than most tests."""
+    from pipeline.track import tracking_server
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    tracking_server.connect(f"sqlite:///{path}", create=True)
+    return path
+
+
+@pytest.fixture(scope="session")
 def digit_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as DIR/{train,val}/CLASS/*.jpg, written as the demo does."""
     folder = tmp_path_factory.mktemp("digits") / "images"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -87,10 +88,14 @@ def team() -> Iterator[Team]:
 
 
 @pytest.fixture(params=["embedded", "server"])
-def backend(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+def backend(
+    request: pytest.FixtureRequest, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Backend]:
     root = tmp_path / "runs"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if request.param == "embedded":
+        root.mkdir()
+        shutil.copy(empty_database, root)
         yield Backend(tracking_server.tracking_uri(None, root), None, root, None)
         return
     team: Team = request.getfixturevalue("team")

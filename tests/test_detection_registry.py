@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,8 +154,12 @@ def networks_by_task() -> dict[str, Detector]:
 
 
 @pytest.fixture(scope="module")
-def models(networks_by_task: dict[str, Detector], tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    made = Registry(tmp_path_factory.mktemp("registry"))
+def models(
+    networks_by_task: dict[str, Detector], empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Registry:
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(empty_database, folder)
+    made = Registry(folder)
     for name, network in networks_by_task.items():
         assert made.add(name, network, TASKS[name], METRICS) == f"models:/{name}/1"
     return made

@@ -106,8 +106,10 @@ def create(model: str, size: int) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    found = Models(tmp_path_factory.mktemp("registry"))
+def models(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(empty_database, folder)
+    found = Models(folder)
     found.add("pico", "pvt_pico", averaged=True, size=32, crop_pct=1.0, mean=[0.5] * 3, std=[0.25] * 3)
     return found
 

@@ -61,19 +61,11 @@ def _no_server_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty one: to create the tables takes MLflow more than a second."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    connect(f"sqlite:///{path}", create=True)
-    return path
-
-
 @pytest.fixture
-def root(tmp_path: Path, database: Path) -> Path:
+def root(tmp_path: Path, empty_database: Path) -> Path:
     """Where `begin` finds an embedded database."""
     (tmp_path / "runs").mkdir()
-    shutil.copyfile(database, tmp_path / "runs" / "mlflow.db")
+    shutil.copyfile(empty_database, tmp_path / "runs" / "mlflow.db")
     return tmp_path
 
 
@@ -633,13 +625,13 @@ def test_deleted_experiment_is_reported(
 
 
 @pytest.fixture
-def lost(folder: Path, database: Path, tmp_path: Path) -> Path:
+def lost(folder: Path, empty_database: Path, tmp_path: Path) -> Path:
     """A run with versions of steps 10 and 30, in another place since MLflow keeps a removed database open."""
     offer(folder, tmp_path, 10, 30)
     Mirror(folder).sync()
     place = tmp_path / "again"
     folder.parent.rename(place)
-    shutil.copyfile(database, place / "mlflow.db")
+    shutil.copyfile(empty_database, place / "mlflow.db")
     note = place / folder.name / "mlflow.json"
     note.write_text(note.read_text().replace("/runs/", "/again/"))
     return place / folder.name
@@ -780,9 +772,9 @@ def test_invalid_sweep_file_is_rejected(folder: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, database: Path) -> Iterator[MlflowServer]:
+def server(tmp_path: Path, empty_database: Path) -> Iterator[MlflowServer]:
     """A real one on SQLite, which has not been started yet."""
-    shutil.copyfile(database, tmp_path / "server.db")
+    shutil.copyfile(empty_database, tmp_path / "server.db")
     server = MlflowServer(
         ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/store"],
         {},

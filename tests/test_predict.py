@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -54,9 +55,10 @@ def cuttings() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """models:/pico/1 in mlflow.db, and photographs in images/CLASS/, the same packed in shards/."""
     folder = tmp_path_factory.mktemp("predict")
+    shutil.copy(empty_database, folder)
     register_classifier(folder)
     for number, image in enumerate(cuttings()):
         path = folder / "images" / CLASSES[number % 10] / f"{number:02}.{'jpg' if number % 3 else 'png'}"

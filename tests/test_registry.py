@@ -5,6 +5,7 @@ import ast
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib
 import io
 import json
@@ -82,10 +83,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Operation with range is deprecat
 CLASSES = [str(digit) for digit in range(10)]
 
 
-def weights_of(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+@functools.cache
+def initial_weights(seed: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    state = timm.create_model("pvt_pico", num_classes=10, img_size=32).state_dict()
-    return {name: tensor * scale for name, tensor in state.items()}
+    return timm.create_model("pvt_pico", num_classes=10, img_size=32).state_dict()
+
+
+def weights_of(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    return {name: tensor * scale for name, tensor in initial_weights(seed).items()}
 
 
 @dataclass
@@ -140,14 +145,6 @@ class Registry:
         run = self.client.create_run(self.experiment_id, run_name=name, tags={"run.uuid": uuid})
         self.client.set_terminated(run.info.run_id)
         return run.info.run_id
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Making the tables takes longer than most tests."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    tracking_server.connect(f"sqlite:///{path}", create=True)
-    return path
 
 
 @pytest.fixture

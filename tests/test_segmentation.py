@@ -45,9 +45,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs whose registry holds models:/pico/1."""
     folder = tmp_path_factory.mktemp("root")
+    shutil.copy(empty_database, folder)
     register_classifier(folder)
     return folder
 

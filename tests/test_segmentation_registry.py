@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -108,8 +109,10 @@ def network() -> SemanticFpn:
 
 
 @pytest.fixture(scope="module")
-def models(network: SemanticFpn, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    made = Registry(tmp_path_factory.mktemp("registry"))
+def models(network: SemanticFpn, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(empty_database, folder)
+    made = Registry(folder)
     assert made.add("scenes", network, {"miou": 0.42, "macc": 0.5, "aacc": 0.7, "val_loss": 1.0}) == URI
     return made
 

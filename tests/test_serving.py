@@ -141,8 +141,9 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("serving")
+    shutil.copy(empty_database, folder)
     network = random_network()
     copy = registered(folder, network)
     images, scores = evaluated(folder, network)
