@@ -156,7 +156,7 @@ def test_mixing_labelled_and_annotated_shards_is_rejected(ade: Path, digits: Pat
     classes = read_manifest(digits / "val").classes
     (ade / "objectInfo150.txt").unlink()
     pack(ade20k.find(maps(ade), classes=classes), tmp_path / "out")
-    with pytest.raises(InputError, match=r"has labelled images and .*out semantic annotations"):
+    with pytest.raises(InputError, match=r"has labelled images and .*out images with label maps"):
         ShardSet(tmp_path / "out", digits / "val")
 
 

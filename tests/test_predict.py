@@ -27,6 +27,7 @@ from pipeline.commands import evaluate, predict
 from pipeline.config import ImageConfig, MaskRcnnConfig, ModelConfig, SemanticFpnConfig
 from pipeline.errors import InputError
 from pipeline.predict.predict import Outputs, Predictor
+from pipeline.shards import unlabelled
 from pipeline.shards.cache import DEFAULT_CACHE
 from pipeline.shards.loose_images import open_images
 from pipeline.shards.pack import pack
@@ -127,6 +128,21 @@ def test_scores_equal_evaluation_bit_for_bit(folder: Path, run: Callable[..., An
     for row in run(folder / "images"):
         key = str(Path(row["path"]).relative_to(folder / "images").with_suffix(""))
         assert scores_of(row) == pytest.approx(packed[key], abs=1e-6)
+
+
+def test_packed_images_without_labels_are_predicted_alike(
+    folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    pack(unlabelled.find(folder / "images"), tmp_path / "packed")
+    found = []
+    for data in (folder / "shards", tmp_path / "packed"):
+        rows = run(data, options=("--features", tmp_path / "features.npy"))
+        answers = [(row["path"].partition("#")[2], scores_of(row)) for row in rows]
+        found.append((answers, np.load(tmp_path / "features.npy").tobytes()))
+    assert found[0] == found[1]
+    told = "holds images without labels, but task classification needs labelled images"
+    with pytest.raises(InputError, match=told):
+        evaluate.open_all(MODEL, str(tmp_path / "packed"), f"sqlite:///{folder / 'mlflow.db'}", World(), DEFAULT_CACHE)
 
 
 def test_scores_match_timm_and_torch(folder: Path, run: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ from pipeline.cluster import slurm
 from pipeline.config import Config, DataConfig, RunConfig
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards.cache import CacheOptions
-from pipeline.shards.index import CorruptSampleError
+from pipeline.shards.index import ANNOTATED_RECORD, CorruptSampleError
 from pipeline.shards.own_images import data_paths
 from pipeline.shards.public_datasets import is_unpacked
 
@@ -210,7 +210,7 @@ def shards(path: str, data: DataConfig) -> str:
     with contextlib.closing(open_data(path, cache=CacheOptions(data.cache, gb=0))) as shard_set:
         try:
             shard_set.read(0, 0)
-            if shard_set.annotations:
+            if shard_set.record == ANNOTATED_RECORD:
                 shard_set.read_annotation(0, 0)
         except CorruptSampleError as error:
             sample = f"{shard_set.url(0)}: sample {shard_set.key(0, 0)}"

@@ -252,9 +252,9 @@ def _import(arguments: Namespace) -> dict[str, Any]:
 def _read_classes(arguments: Namespace) -> list[str] | None:
     """Returns the names of the classes, if given. Raises InputError for a list with an empty or a repeated name."""
     if arguments.classes_from:
-        from pipeline.shards.index import read_manifest
+        from pipeline.shards.manifest import read_classes
 
-        return read_manifest(arguments.classes_from).classes
+        return read_classes(arguments.classes_from)
     if arguments.classes is None:
         return None
     try:

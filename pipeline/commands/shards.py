@@ -20,12 +20,12 @@ from pipeline import cli
 from pipeline.cli import Subcommand
 from pipeline.errors import InputError
 from pipeline.redact import redact
-from pipeline.shards import ade20k, coco, own_images
+from pipeline.shards import ade20k, coco, own_images, unlabelled
 from pipeline.shards.bad_samples import SampleFault, first_few, read_skipped
 from pipeline.shards.filesystems import split_query
 from pipeline.shards.image_sources import ImageListing
-from pipeline.shards.index import Manifest, read_manifest
 from pipeline.shards.index_tars import index_tars
+from pipeline.shards.manifest import Manifest, read_classes, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.process_pool import cores
 from pipeline.shards.verify import verify
@@ -52,6 +52,11 @@ def _pack_arguments(parser: ArgumentParser) -> None:
         help="ROOT/annotations/SPLIT: folder of label maps; their classes are named in ROOT/objectInfo150.txt",
     )
     parser.add_argument("--coco", metavar="FILE.json", help="ROOT/annotations/instances_SPLIT.json: boxes and masks")
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="take images without labels, or leave labels out: SOURCE is any folder, a list of paths or .parquet files",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
     parser.add_argument("--val-fraction", type=float, metavar="F", help="make DIR/train and DIR/val, F of each class")
@@ -73,6 +78,8 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 
 
 def _pack(arguments: Namespace) -> dict[str, Any]:
+    if arguments.unlabelled:
+        _refuse_labels(arguments)
     classes = _read_classes(arguments)
     manifest = pack(
         _find_source(arguments, classes),
@@ -108,11 +115,19 @@ def _find_source(arguments: Namespace, classes: list[str] | None) -> str | Image
     if arguments.coco:
         return coco.find(arguments.coco, arguments.images, classes)
     if arguments.images:
-        return arguments.images
+        return unlabelled.find(arguments.images) if arguments.unlabelled else arguments.images
     raise InputError(
         "pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT, "
         "or --coco ROOT/annotations/instances_SPLIT.json"
     )
+
+
+def _refuse_labels(arguments: Namespace) -> None:
+    """Raises InputError for options that are about labels beside --unlabelled."""
+    for option in ("ade20k", "coco", "val_fraction", "classes_from"):
+        if getattr(arguments, option, None):
+            name = option.replace("_", "-")
+            raise InputError(f"--{name} needs labels, and --unlabelled leaves them out: give one of them")
 
 
 def _index_arguments(parser: ArgumentParser) -> None:
@@ -120,12 +135,17 @@ def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for indices and manifest (default: beside the tars)"
     )
-    parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD or folder")
+    parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD, folder or none")
+    parser.add_argument(
+        "--unlabelled", dest="labels", action="store_const", const="none", help="as --labels none: without labels"
+    )
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="read only the headers of images")
     _add_shared(parser)
 
 
 def _index(arguments: Namespace) -> dict[str, Any]:
+    if arguments.labels == "none":
+        _refuse_labels(arguments)
     manifest, faults = index_tars(
         arguments.root,
         arguments.out,
@@ -216,7 +236,7 @@ def _add_workers(parser: ArgumentParser) -> None:
 
 
 def _read_classes(arguments: Namespace) -> list[str] | None:
-    return read_manifest(arguments.classes_from).classes if arguments.classes_from else None
+    return read_classes(arguments.classes_from) if arguments.classes_from else None
 
 
 def _count_contents(manifest: Manifest) -> dict[str, Any]:
@@ -230,9 +250,12 @@ def _count_contents(manifest: Manifest) -> dict[str, Any]:
 
 def _describe_contents(data: Path | str, manifest: Manifest, num_skipped: int) -> str:
     skipped = f", {num_skipped:,} skipped" if num_skipped else ""
+    samples = f"{manifest.samples:,} samples of {len(manifest.classes):,} classes"
+    if manifest.annotations == "unlabelled":
+        samples = f"{manifest.samples:,} images without labels"
     return (
-        f"{data}: {manifest.samples:,} samples of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards"
-        f"{skipped}\nlook at them: python launch/shards.py show {data}"
+        f"{data}: {samples} in {len(manifest.shards):,} shards{skipped}"
+        f"\nlook at them: python launch/shards.py show {data}"
     )
 
 

@@ -7,6 +7,7 @@ for images with objects:    the original │ its views, with their targets drawn
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import logging
@@ -93,6 +94,10 @@ def preview(config: Config, shards: ShardSet, path: Path) -> dict[str, Any]:
     Progress goes to standard error. Raises InputError where the data does not fit the run, or for a file that cannot be
     written.
     """
+    if shards.annotations == "unlabelled" and not config.task.annotations:
+        # A classifier's views do not depend on the label, so they may all be of one class.
+        shards = copy.copy(shards)
+        shards.classes, shards.annotations = ["unlabelled"], None
     name = config.run.name
     batch_size = config.train.global_batch_size
     log.info(f"{name}: reading the first batch, {batch_size:,} samples")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pipeline import keys
 from pipeline.config import AugmentConfig, ImageConfig, SemanticFpnConfig, TaskConfig
-from pipeline.errors import InputError
 from pipeline.evaluation_view import Size
 from pipeline.feed import augment, mixup
 from pipeline.feed.augment import Views
@@ -24,6 +23,7 @@ from pipeline.feed.box_transforms import BoxTransform, require_masks
 from pipeline.feed.transfer import to_device
 from pipeline.shards.images import IGNORED, BadImageError, decode_map, wrong_labels
 from pipeline.shards.index import CorruptSampleError, SampleSource
+from pipeline.shards.open_data import require_kind
 
 Array = npt.NDArray[Any]
 
@@ -260,15 +260,6 @@ def task_transform(
 
 def require_annotations(task: TaskConfig, shards: SampleSource) -> None:
     """Raises InputError for data of another kind than the task's."""
-    if shards.annotations != task.annotations:
-        kinds = {
-            None: "labelled images",
-            "semantic": "images with label maps",
-            "objects": "images with objects",
-        }
-        raise InputError(
-            f"{shards.url(0)}: its data set holds {kinds[shards.annotations]}, but task {task.name} needs "
-            f"{kinds[task.annotations]}: set task, or name other data"
-        )
+    require_kind(task, shards)
     if task.needs_masks:
         require_masks(shards)

@@ -16,7 +16,7 @@ from pipeline.feed.order import Order, partition
 from pipeline.job import handoff
 from pipeline.shards import own_images, public_datasets
 from pipeline.shards.index import ShardSet
-from pipeline.shards.open_data import open_manifests
+from pipeline.shards.open_data import open_manifests, require_kind
 from pipeline.train.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def check_data(config: Config, training: ShardSet, validation: ShardSet | None, ranks: int) -> Order:
-    """Returns the order of the training samples. Raises InputError for settings that do not fit the data or the
-    ranks."""
+    """Returns the order of the training samples. Raises InputError for data of another kind than the task's, and for
+    settings that do not fit the data or the ranks."""
+    for shards in filter(None, (training, validation)):
+        require_kind(config.task, shards)
     if validation and validation.classes != training.classes:
         raise InputError(
             f"{config.data.val or validation.root} and {config.data.train_paths[0]} have different classes, so their "

@@ -30,7 +30,7 @@ from pipeline.config.load import put_setting
 from pipeline.errors import ExternalError, InputError
 from pipeline.feed.order import Order, partition
 from pipeline.job.local_ranks import run_ranks
-from pipeline.shards.open_data import open_training
+from pipeline.shards.open_data import open_training, require_kind
 from pipeline.shards.process_pool import cores
 
 log = logging.getLogger(__name__)
@@ -354,7 +354,9 @@ def micro_batch_sizes(config: Config, ranks: int) -> tuple[list[int], int]:
     They are powers of two, as far as a rank's slice of the global batch can be cut into them, up to the whole slice.
     Raises InputError for missing data, and for more ranks than the run can use.
     """
-    order = Order.of(config, open_training(config.data).part_samples)
+    training = open_training(config.data)
+    require_kind(config.task, training)
+    order = Order.of(config, training.part_samples)
 
     def resulting_size(limit: int | None) -> int:
         train = config.train.model_copy(update={"micro_batch_size": limit})

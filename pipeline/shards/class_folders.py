@@ -9,8 +9,11 @@ Ignored entries never belong to a data set: thumbnails, backup copies of editors
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from pipeline.errors import InputError
+from pipeline.shards.labels import UNLABELLED_REMEDY
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,14 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     # entry.is_dir raises for a link to itself.
     return os.path.isdir(entry.path)  # noqa: PTH112
+
+
+def refuse_flat(images: str | Path, num_pictures: int) -> NoReturn:
+    """Raises InputError for a folder of pictures without class folders."""
+    raise InputError(
+        f"{images}: no class folders, and {num_pictures} images without a class; expected {images}/CLASS/IMAGE.jpg: "
+        f"sort the images into folders, or list path and label in a .csv; {UNLABELLED_REMEDY}"
+    )
 
 
 def report_ignored(ignored: Sequence[str]) -> None:

@@ -30,8 +30,8 @@ from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.bad_samples import BadSource
-from pipeline.shards.class_folders import entries_of, files_below, is_folder, is_system, report_ignored
-from pipeline.shards.labels import are_several, check_first, is_number
+from pipeline.shards.class_folders import entries_of, files_below, is_folder, is_system, refuse_flat, report_ignored
+from pipeline.shards.labels import UNLABELLED_REMEDY, are_several, check_first, is_number
 from pipeline.shards.manifest import Annotations
 from pipeline.value_text import list_first
 
@@ -89,24 +89,33 @@ def find(images: str | Path, classes: list[str] | None = None) -> ImageListing:
 
     Raises InputError for what cannot be listed, and for a class that is not in `classes`.
     """
+    if tables := find_tables(images):
+        return _list_tables(tables, images, classes)
+    path = Path(images)
+    if path.is_dir():
+        return _list_class_folders(path, classes)
+    return _list_rows(require_list(path), classes)
+
+
+def find_tables(images: str | Path) -> list[Path]:
+    """Returns the Parquet files that a path, a folder of them or a pattern names; none for other sources."""
     path = Path(images)
     # A folder may have such a character in its name.
     if is_pattern(images) and not path.exists():
         # Path.glob takes no absolute pattern.
-        matching = glob.glob(str(images), recursive=True)  # noqa: PTH207
-        return _list_tables(sorted(map(Path, matching)), images, classes)
+        return sorted(map(Path, glob.glob(str(images), recursive=True)))  # noqa: PTH207
     if path.is_dir():
-        tables = sorted(table for table in path.glob("*.parquet") if not is_system(table.name))
-        if tables:
-            return _list_tables(tables, images, classes)
-        return _list_class_folders(path, classes)
+        return sorted(table for table in path.glob("*.parquet") if not is_system(table.name))
+    return [path] if path.is_file() and path.suffix == ".parquet" else []
+
+
+def require_list(path: Path) -> Path:
+    """Returns the path of a list. Raises InputError for anything else."""
     if not path.is_file():
-        raise InputError(f"{images}: no such file or folder")
-    if path.suffix == ".parquet":
-        return _list_tables([path], images, classes)
-    if path.suffix in (".csv", ".jsonl"):
-        return _list_rows(path, classes)
-    raise InputError(f"{images}: expected a folder, a .csv or .jsonl list, or a .parquet file")
+        raise InputError(f"{path}: no such file or folder")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"{path}: expected a folder, a .csv or .jsonl list, or a .parquet file")
+    return path
 
 
 def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing:
@@ -122,10 +131,7 @@ def _list_class_folders(images: Path, classes: list[str] | None) -> ImageListing
         else:
             skipped.append(entry.path)
     if not folders:
-        raise InputError(
-            f"{images}: no class folders, and {len(stray)} images without a class; expected {images}/CLASS/IMAGE.jpg: "
-            "sort the images into folders, or list path and label in a .csv"
-        )
+        refuse_flat(images, len(stray))
     # Undecodable bytes of a file name are lone surrogates, which are not printable.
     unreadable = [name for name in folders if not name.isprintable()]
     if unreadable:
@@ -204,13 +210,13 @@ class _Row(NamedTuple):
     label: str
 
 
-def _read_list(path: Path) -> list[_Row]:
-    """Returns the rows of a CSV file with a header, or of JSON lines."""
+def read_list(path: Path, columns: Sequence[str] = ("path", "label")) -> list[_Row]:
+    """Returns the rows of a CSV file with a header, or of JSON lines. Without the column label, labels are empty."""
     try:
         with os.fdopen(files.open_regular(path), newline="", encoding="utf-8-sig") as file:
             lines = iter(lambda: _read_line(file), "")
-            table = _csv_rows(path, lines) if path.suffix == ".csv" else _json_rows(lines)
-            rows = [_check_row(path, *row) for row in table]
+            table = _csv_rows(path, lines, columns) if path.suffix == ".csv" else _json_rows(lines)
+            rows = [_check_row(path, *row, labelled="label" in columns) for row in table]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, ValueError, RecursionError) as error:
@@ -229,15 +235,17 @@ def _read_line(file: TextIO) -> str:
     return line
 
 
-def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
+def _csv_rows(path: Path, lines: Iterator[str], columns: Sequence[str]) -> Iterator[tuple[int, Any, Any]]:
     table = csv.DictReader(lines)
-    columns = table.fieldnames or ()
-    if not {"path", "label"} <= set(columns):
+    found = table.fieldnames or ()
+    if not set(columns) <= set(found):
+        remedy = f"; {UNLABELLED_REMEDY}" if "label" in columns else ""
         raise InputError(
-            f"{path}: the first line names the columns, path and label among them; found {', '.join(columns)}"
+            f"{path}: the first line names the columns, {' and '.join(columns)} among them; "
+            f"found {', '.join(found)}{remedy}"
         )
     for row in table:
-        yield table.line_num, row["path"], row["label"]
+        yield table.line_num, row["path"], row.get("label")
 
 
 def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
@@ -256,24 +264,33 @@ def _check_row(
     line: int,
     where: Any,
     label: Any,
+    *,
+    labelled: bool,
 ) -> _Row:
+    if not isinstance(where, str) or not where or "\0" in where:
+        raise InputError(f"{path}, line {line}: path {where!r}; expected the path of an image")
+    if not labelled:
+        return _Row(line, where, "")
     # JSON lines may have numbers as labels. To Python true is one as well.
     if isinstance(label, int) and not isinstance(label, bool):
         label = str(label)
-    if not isinstance(where, str) or not where or "\0" in where:
-        raise InputError(f"{path}, line {line}: path {where!r}; expected the path of an image")
     name = label.strip() if isinstance(label, str) else ""
     if not name or not name.isprintable():
-        raise InputError(f"{path}, line {line}: label {label!r}; expected a class name or number")
+        raise InputError(f"{path}, line {line}: label {label!r}; expected a class name or number; {UNLABELLED_REMEDY}")
     if are_several(name):
         raise InputError(f"{path}, line {line}: label {label!r} is several numbers; an image has one class")
     return _Row(line, where, name)
 
 
 def _list_rows(path: Path, classes: list[str] | None) -> ImageListing:
-    rows = _read_list(path)
+    rows = read_list(path)
     labels = {row.label for row in rows}
     classes, positions = number_classes(labels, classes, str(path))
+    return make_listing(classes, entries_of_rows(path, rows, positions))
+
+
+def entries_of_rows(path: Path, rows: list[_Row], positions: dict[str, int]) -> list[ImageEntry]:
+    """Returns the entries of a list's rows, whose labels have `positions` in the class list."""
     folder = path.parent.absolute()
     paths = [os.path.normpath(folder / row.path) for row in rows]
     # Keys are paths below the folder that all images have in common.
@@ -282,7 +299,7 @@ def _list_rows(path: Path, classes: list[str] | None) -> ImageListing:
     for image, row in zip(paths, rows, strict=True):
         key = key_of(os.path.relpath(image, shared))
         entries.append(ImageEntry(key, image, positions[row.label]))
-    return make_listing(classes, entries)
+    return entries
 
 
 def number_classes(
@@ -315,8 +332,6 @@ def number_classes(
 
 
 def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | None) -> ImageListing:
-    if not paths:
-        raise InputError(f"{images}: no such file or folder")
     matches = map(_TABLE_OF_SPLIT.fullmatch, [path.name for path in paths])
     splits = sorted({match[1] for match in matches if match})
     if len(splits) > 1:
@@ -327,6 +342,12 @@ def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
     columns, names = parquet.read_labels(paths)
     labels = {label for column in columns for label in column if label is not None}
     classes, positions = number_classes(labels, classes or names, str(images))
+    # A row without a label has no position.
+    return list_rows_of_tables(paths, [list(map(positions.get, column)) for column in columns], classes)
+
+
+def list_rows_of_tables(paths: list[Path], columns: Sequence[Sequence[int | None]], classes: list[str]) -> ImageListing:
+    """Returns the listing of Parquet files' rows, whose labels are `columns`, one a file. None is an error."""
     shared = os.path.commonpath({path.parent for path in paths})
     entries = []
     bad = []
@@ -341,7 +362,7 @@ def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
                 bad.append(BadSource(place, key, "has no class"))
             else:
                 rows.append(row)
-                entries.append(ImageEntry(key, place, positions[label]))
+                entries.append(ImageEntry(key, place, label))
         tables.append(Table(path, np.array(rows, np.int64)))
     stats = [(str(path), path.stat()) for path in paths]
     digest = _compute_digest(classes, stats, entries)

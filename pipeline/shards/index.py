@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards.image_header import read_size
-from pipeline.shards.manifest import MANIFEST, Annotations, Manifest, Shard, locate_tars, read_manifest
+from pipeline.shards.manifest import CONTENTS, MANIFEST, Annotations, Manifest, Shard, locate_tars, read_manifest
 from pipeline.shards.picture_credits import ATTRIBUTION
 from pipeline.shards.store import Cache, Store, StoreError
 from pipeline.shards.tar import Reader, TarError, members
@@ -131,16 +131,15 @@ class ShardSet:
         # A store's own name for its root holds no credentials.
         first = self.root
         for store, manifest in zip(self._stores, self.manifests, strict=True):
+            if manifest.annotations != self.annotations:
+                raise InputError(
+                    f"{store.root} has {CONTENTS[manifest.annotations]} and {first} {CONTENTS[self.annotations]}: "
+                    "data sets that are read together are of one kind"
+                )
             if manifest.classes != self.classes:
                 raise InputError(
                     f"{store.root} and {first} have different classes, so their labels mean different things: "
                     "pack one of them again with --classes-from the other"
-                )
-            if manifest.annotations != self.annotations:
-                kind = _describe_annotations(manifest.annotations)
-                raise InputError(
-                    f"{store.root} has {kind} and {first} {_describe_annotations(self.annotations)}: "
-                    "data sets that are read together are of one kind"
                 )
 
     def __len__(self) -> int:
@@ -207,7 +206,7 @@ class ShardSet:
     @property
     def record(self) -> np.dtype[np.void]:
         """The type of the indices' records: RECORD, or ANNOTATED_RECORD for annotated data sets."""
-        return ANNOTATED_RECORD if self.annotations else RECORD
+        return record_of(self.annotations)
 
     def index(self, shard: int) -> Records:
         """Returns the records, [samples] of `record`, of one shard.
@@ -229,7 +228,7 @@ class ShardSet:
                 "copy or pack the data again"
             ) from error
         records = decode_records(data, self.record)
-        problem = _check_records(records, entry, len(self.classes))
+        problem = _check_records(records, entry, self.manifests[source].num_labels)
         if problem:
             raise InputError(f"{store.url(entry.index.name)}: its index is wrong: {problem}; index the data set again")
         return records
@@ -262,7 +261,7 @@ class ShardSet:
 
     def read_annotation(self, shard: int, row: int) -> bytes:
         """Returns the annotation of a sample of an annotated data set, as it is in the tar. Raises as `read` does."""
-        assert self.annotations
+        assert self.record == ANNOTATED_RECORD
         fields = self.index(shard)[row].item()
         *_, height, width, _, offset, size, crc32 = fields
         data = self._read(shard, offset, size, crc32, "its annotation's")
@@ -321,6 +320,11 @@ def _read_attribution(store: Store) -> str | None:
         return None
 
 
+def record_of(annotations: Annotations | None) -> np.dtype[np.void]:
+    """Returns the type of the records of a data set whose annotations are of a kind."""
+    return ANNOTATED_RECORD if annotations in ("semantic", "objects") else RECORD
+
+
 def encode_records(records: Records) -> bytes:
     """Returns the .npy file of any records, [n]."""
     buffer = BytesIO()
@@ -344,7 +348,7 @@ def decode_records(data: bytes, record: np.dtype[np.void]) -> Records:
     return records
 
 
-def _check_records(records: Records, shard: Shard, num_classes: int) -> str | None:
+def _check_records(records: Records, shard: Shard, num_labels: int) -> str | None:
     """Returns what is impossible in an index, which may come from anybody; None for an index that can be used."""
     if len(records) != shard.samples:
         return f"it holds not {shard.samples} records"
@@ -368,16 +372,12 @@ def _check_records(records: Records, shard: Shard, num_classes: int) -> str | No
     if steps[is_read].max() > MAX_BYTES:
         return f"an image, annotation or header of more than {MAX_BYTES:,} bytes"
     labels = records["label"]
-    if labels.min() < 0 or labels.max() >= num_classes:
-        return f"labels beyond the {num_classes} classes"
+    if labels.min() < 0 or labels.max() >= num_labels:
+        return f"labels beyond the {num_labels} classes"
     pixels = records["height"].astype(np.int64) * records["width"]
     if pixels.min() < 1 or pixels.max() > MAX_PIXELS:
         return f"images of more than {MAX_PIXELS} pixels, or of none"
     return None
-
-
-def _describe_annotations(annotations: Annotations | None) -> str:
-    return f"{annotations} annotations" if annotations else "labelled images"
 
 
 def key_in(header: bytes, row: int) -> str:

@@ -51,9 +51,9 @@ def index_tars(
 ) -> tuple[Manifest | None, list[SampleFault]]:
     """Indexes the tars below `root`, a folder or URL; or those that a path with braces names: DIR/train-{000..146}.tar.
 
-    Indices and manifest are written beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, or auto, which
-    the first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes the
-    list. Every image is decoded, unless `decode` is False, which trusts the images' headers.
+    Indices and manifest are written beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, none, or auto,
+    which the first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes
+    the list. Every image is decoded, unless `decode` is False, which trusts the images' headers.
 
     Returns the manifest and all faults. With faults nothing is written and the manifest is None, unless `skip_bad`
     skips bad samples and lists them in skipped.jsonl. Raises InputError where nothing can be indexed at all.
@@ -75,7 +75,10 @@ def index_tars(
         unit="tar",
     )
     scans = list(results)
-    classes = _number_labels(scans, classes, store.root, are_names=source == "folder")
+    if source == "none":
+        annotations, classes = "unlabelled", []
+    else:
+        annotations, classes = None, _number_labels(scans, classes, store.root, are_names=source == "folder")
 
     _report_scans(scans, num_tars)
     for scan in scans:
@@ -92,7 +95,7 @@ def index_tars(
         location = Path(tars).resolve()
         tars = None if folder.resolve() == location else str(location)
     shards = [_write_index(scan, folder) for scan in scans]
-    manifest = Manifest.of(classes, shards, tars)
+    manifest = Manifest.of(classes, shards, tars, annotations)
     _write_query(folder / TARS_QUERY, query)
     # The manifest comes last: a folder that has one is whole.
     files.write(folder / MANIFEST, manifest.encode())
@@ -215,7 +218,7 @@ def _choose_source(store: Store, names: list[str]) -> str:
                 hint = f", where FIELD is one of {fields}"
             raise InputError(
                 f"{store.url(name)}: no label can be seen in the first sample, {sample.key!r} with parts "
-                f"{', '.join(sample.members)}: give --labels json:FIELD{hint}"
+                f"{', '.join(sample.members)}: give --labels json:FIELD{hint}; or --unlabelled for images without"
             )
         log.info(f"labels: {source}, after the first sample {sample.key!r}; --labels overrides this")
         return source
@@ -232,8 +235,8 @@ def _list_fields(sample: Sample) -> str:
 
 
 def _check_source(labels: str) -> str:
-    if labels not in ("cls", "folder") and not re.fullmatch("json:.+", labels):
-        raise InputError(f"--labels {labels}: expected auto, cls, folder or json:FIELD")
+    if labels not in ("cls", "folder", "none") and not re.fullmatch("json:.+", labels):
+        raise InputError(f"--labels {labels}: expected auto, cls, folder, json:FIELD or none")
     return labels
 
 

@@ -8,6 +8,8 @@ from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
+UNLABELLED_REMEDY = "images without labels are packed with --unlabelled, to be shown and predicted"
+
 
 def is_number(label: str) -> bool:
     return re.fullmatch(r"\d{1,9}", label, re.ASCII) is not None

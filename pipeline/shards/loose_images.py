@@ -115,7 +115,7 @@ class PackedShard:
 class ImageCollection:
     """Images without labels, an index.SampleSource: a sample is known by its part and its row there."""
 
-    annotations: Annotations | None = None
+    annotations: Annotations | None = "unlabelled"
 
     def __init__(self, parts: Sequence[LooseImages | PackedShard], unreadable: dict[str, str]) -> None:
         self._parts = parts

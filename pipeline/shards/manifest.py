@@ -29,15 +29,25 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_CLASSES = 1 << 20
 """A larger label number is taken for a mistake rather than for a class list of that length."""
 
-Annotations = Literal["semantic", "objects"]
-"""What is to be learnt of an image other than its class."""
+Annotations = Literal["semantic", "objects", "unlabelled"]
+"""What is known of an image other than its class. Nothing is known of unlabelled ones: their data set has no classes,
+and their label is 0."""
 
-EXTENSIONS: dict[Annotations | None, str] = {
+EXTENSIONS: dict[Annotations | None, str | None] = {
     None: "cls",
     "semantic": "seg.png",
     "objects": "json",
+    "unlabelled": None,
 }
 """The extension of the member that follows each image's in the tar, its class where there are no annotations."""
+
+CONTENTS: dict[Annotations | None, str] = {
+    None: "labelled images",
+    "semantic": "images with label maps",
+    "objects": "images with objects",
+    "unlabelled": "images without labels",
+}
+"""What messages call the contents of a data set."""
 
 
 # A dataclass with slots, because a large data set has 10^5 of them.
@@ -89,6 +99,11 @@ class Manifest(BaseModel):
     """The folder or URL of the tars where they do not lie beside the manifest."""
     annotations: Annotations | None = None
     """The kind of the annotations; None where each image has a class, its label."""
+
+    @property
+    def num_labels(self) -> int:
+        """The number of labels that records may have."""
+        return 1 if self.annotations == "unlabelled" else len(self.classes)
 
     @classmethod
     def of(
@@ -159,6 +174,14 @@ def read_manifest(root: str | Path, store: Store | None = None) -> Manifest:
     if (manifest.samples, manifest.digest) != (num_samples, digest):
         raise InputError(f"{path}: its digest and counts do not match its contents: it was edited; pack the data again")
     return manifest
+
+
+def read_classes(root: str | Path) -> list[str]:
+    """Returns the class list of a packed data set, for another one. Raises InputError where it has none."""
+    manifest = read_manifest(root)
+    if manifest.annotations == "unlabelled":
+        raise InputError(f"{root}: holds {CONTENTS['unlabelled']}, so it has no classes: name a data set that has them")
+    return manifest.classes
 
 
 def locate_tars(tars: str, store: Store) -> str:

@@ -6,12 +6,12 @@ path or URL ──public_datasets: packed on first use──▶ root ──▶ S
 import functools
 from pathlib import Path
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, TaskConfig
 from pipeline.errors import InputError
 from pipeline.shards import own_images, public_datasets
 from pipeline.shards.cache import DEFAULT_CACHE, Cache, CacheOptions
-from pipeline.shards.index import ShardSet
-from pipeline.shards.manifest import read_manifest
+from pipeline.shards.index import SampleSource, ShardSet
+from pipeline.shards.manifest import CONTENTS, read_classes, read_manifest
 
 
 def open_training(data: DataConfig) -> ShardSet:
@@ -31,7 +31,7 @@ def open_validation(data: DataConfig) -> ShardSet | None:
         return None
     if own_images.is_images(path):
         # A class that has no image here is a class all the same.
-        classes = read_manifest(public_datasets.root_of(paths[0], data.cache)).classes
+        classes = read_classes(public_datasets.root_of(paths[0], data.cache))
         path = public_datasets.packed(path, data.cache, classes=classes)
     return open_data(path, cache=CacheOptions(data.cache, data.cache_gb))
 
@@ -68,6 +68,19 @@ def open_data(*paths: str | Path, cache: CacheOptions = DEFAULT_CACHE) -> ShardS
     if shards.is_remote:
         make_cache()
     return shards
+
+
+def require_kind(task: TaskConfig, shards: SampleSource) -> None:
+    """Raises InputError for data of another kind than the task's: those without labels, above all."""
+    if shards.annotations == task.annotations:
+        return
+    remedy = "set task, or name other data"
+    if shards.annotations == "unlabelled":
+        remedy = "pack them with their labels, or name other data; launch/predict.py takes images without"
+    raise InputError(
+        f"{shards.url(0)}: its data set holds {CONTENTS[shards.annotations]}, but task {task.name} needs "
+        f"{CONTENTS[task.annotations]}: {remedy}"
+    )
 
 
 def _pack_splits(data: DataConfig) -> Path | None:

@@ -17,7 +17,7 @@ from pipeline.config import DataConfig, fingerprint
 from pipeline.errors import InputError
 from pipeline.shards import image_sources
 from pipeline.shards.ade20k import is_ade20k
-from pipeline.shards.class_folders import entries_of, is_folder
+from pipeline.shards.class_folders import entries_of, is_folder, refuse_flat
 from pipeline.shards.image_sources import ImageListing, Table
 from pipeline.shards.manifest import MANIFEST
 
@@ -52,17 +52,22 @@ def data_paths(data: DataConfig) -> tuple[list[str], str | None]:
 
 
 def find_splits(folder: str | Path) -> tuple[str, str] | None:
-    """Returns the folders of training and validation in a folder of splits; None for any other path."""
+    """Returns the folders of training and validation in a folder of splits; None for any other path.
+
+    Raises InputError for images without folders, and for images beside the splits.
+    """
     if not is_images(folder) or not Path(folder).is_dir():
         return None
     entries = entries_of(str(folder), [])
     names = [entry.name for entry in entries if is_folder(entry)]
+    stray = [entry.path for entry in entries if image_sources.is_picture(entry.name)]
+    if stray and not names and not image_sources.find_tables(folder):
+        refuse_flat(folder, len(stray))
     training = [name for name in names if re.fullmatch("train(ing)?", name, re.IGNORECASE)]
     validation = [name for name in names if re.fullmatch(image_sources.VALIDATION_NAMES, name, re.IGNORECASE)]
     # Of several it is not known which one is meant, and beside classes they are classes, too.
     if len(training) != 1 or len(validation) != 1 or not all(map(image_sources.SPLIT.fullmatch, names)):
         return None
-    stray = [entry.path for entry in entries if image_sources.is_picture(entry.name)]
     if stray:
         raise InputError(f"{stray[0]}: lies beside the splits {', '.join(names)}: move it into a class of one of them")
     return str(Path(folder, training[0])), str(Path(folder, validation[0]))

@@ -43,7 +43,7 @@ from pipeline.shards import image_sources, images, object_annotations, own_image
 from pipeline.shards.bad_samples import SHOWN, BadSource, first_few, write_faults, write_skipped
 from pipeline.shards.image_sources import ImageEntry, ImageListing, Table
 from pipeline.shards.images import BadImageError
-from pipeline.shards.index import ANNOTATED_RECORD, RECORD, encode_records
+from pipeline.shards.index import encode_records, record_of
 from pipeline.shards.manifest import EXTENSIONS, MANIFEST, Annotations, Manifest, Shard
 from pipeline.shards.object_annotations import BadObjectsError
 from pipeline.shards.process_pool import advance, map_tasks
@@ -317,9 +317,8 @@ def _pack_shard(task: _Task) -> _Done:
     tar, index = _shard_paths(task)
     with _HashedFile(tar) as file:
         records, bad = _write_tar(task, file)
-    record_type = ANNOTATED_RECORD if task.annotations else RECORD
     with _HashedFile(index) as index_file:
-        index_file.write(encode_records(np.array(records, record_type)))
+        index_file.write(encode_records(np.array(records, record_of(task.annotations))))
     shard = None
     if records:
         shard = Shard(
@@ -359,7 +358,7 @@ def _read_done(task: _Task, record: Path) -> _Done | None:
 
 
 def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]], list[BadSource]]:
-    """Writes the task's images, each with its .cls or annotation.
+    """Writes the task's images, each with its .cls or annotation, if any.
 
     Returns the fields of a record for each image, and the images that were skipped.
     """
@@ -399,12 +398,13 @@ def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]],
                     header.width,
                     zlib.crc32(data),
                 )
-                name = f"{entry.key}.{EXTENSIONS[task.annotations]}"
-                if annotation is None:
-                    _add_member(tar, name, str(entry.label).encode())
-                else:
+                extension = EXTENSIONS[task.annotations]
+                name = f"{entry.key}.{extension}"
+                if annotation is not None:
                     offset = _add_member(tar, name, annotation)
                     record += offset, len(annotation), zlib.crc32(annotation)
+                elif extension:
+                    _add_member(tar, name, str(entry.label).encode())
                 records.append(record)
             advance()
     return records, bad

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.index import encode_records
-from pipeline.shards.labels import check_first, number_names
+from pipeline.shards.labels import UNLABELLED_REMEDY, check_first, number_names
 from pipeline.shards.manifest import MAX_CLASSES
 from pipeline.shards.process_pool import advance
 
@@ -57,7 +57,7 @@ def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | 
     for path in paths:
         with _open_table(path) as file:
             schema = file.schema_arrow
-            _check_columns(path, schema)
+            _check_columns(path, schema, "image", "label")
             names_here = _read_class_names(schema)
             if columns and names_here != names:
                 raise InputError(f"{path} and {paths[0]} name different classes: they are of different data sets")
@@ -82,17 +82,29 @@ def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | 
     return [[name_of.get(label) for label in column] for column in columns], names
 
 
-def _check_columns(path: Path, schema: "pa.Schema") -> None:
+def count_rows(path: Path) -> int:
+    """Returns the number of rows of a file with images. Raises InputError for one without."""
+    with _open_table(path) as file:
+        _check_columns(path, file.schema_arrow, "image")
+        return file.metadata.num_rows
+
+
+def _check_columns(path: Path, schema: "pa.Schema", *names: str) -> None:
     import pyarrow as pa
 
     types = dict(zip(schema.names, schema.types, strict=True))
-    if not {"image", "label"} <= types.keys():
-        raise InputError(f"{path}: has the columns {', '.join(types)}; expected image and label: rename them")
-    image, label = types["image"], types["label"]
+    if not set(names) <= types.keys():
+        remedy = f"; {UNLABELLED_REMEDY}" if "label" in names else ""
+        raise InputError(
+            f"{path}: has the columns {', '.join(types)}; expected {' and '.join(names)}: rename them{remedy}"
+        )
+    image, label = types["image"], types.get("label")
     if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
         image = image.field("bytes").type
     if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
         raise InputError(f"{path}: column image is {image}; expected bytes, or a struct with bytes")
+    if "label" not in names:
+        return
     if not (pa.types.is_integer(label) or pa.types.is_string(label) or pa.types.is_large_string(label)):
         raise InputError(f"{path}: column label is {label}; expected numbers or class names")
 

@@ -4,7 +4,7 @@
 
 As in WebDataset, a sample consists of adjacent members with one key. Its image is the member with the extension jpg,
 jpeg or png, in upper or lower case; its label is the .cls member, a field of the .json member, or the name of the
-folder. Nothing is extracted, and no name in a tar is ever used as a path.
+folder, or it has none. Nothing is extracted, and no name in a tar is ever used as a path.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def scan_tar(
     source: str,
     look: Look,
 ) -> Scan:
-    """Reads a tar from beginning to end. `source` says where the labels are: cls, folder or json:FIELD."""
+    """Reads a tar from beginning to end. `source` says where the labels are: cls, folder, json:FIELD or none."""
     reader = Reader(stream)
     ignored: list[Member] = []
     labels: dict[str, int] = {}
@@ -233,6 +233,8 @@ def _make_row(
 
 def _read_label(sample: Sample, source: str) -> str:
     part, _, field = source.partition(":")
+    if part == "none":
+        return ""
     if part == "folder":
         path, _, _ = sample.key.rpartition("/")
         _, _, label = path.rpartition("/")

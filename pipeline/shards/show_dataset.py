@@ -84,7 +84,7 @@ def show_dataset(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]
 
 
 def _summarise(shards: ShardSet, seed: int) -> dict[str, Any]:
-    counts = np.zeros(len(shards.classes), np.int64)
+    counts = np.zeros(shards.manifests[0].num_labels, np.int64)
     # The rows are short side, long side and bytes.
     sizes = np.empty((3, len(shards)), np.uint32)
     start = 0
@@ -100,6 +100,8 @@ def _summarise(shards: ShardSet, seed: int) -> dict[str, Any]:
         balance = _measure_pixel_balance(shards, seed)
     elif shards.annotations == "objects":
         balance = _measure_object_balance(shards, seed)
+    elif shards.annotations == "unlabelled":
+        balance = {"annotations": shards.annotations}
     else:
         balance = _measure_sample_balance(shards.classes, counts)
     return {
@@ -243,6 +245,8 @@ def format_summary(summary: dict[str, Any]) -> str:
         balance = _format_pixels(summary)
     elif annotations == "objects":
         balance = _format_objects(summary)
+    elif annotations == "unlabelled":
+        balance = ["no labels"]
     else:
         balance = _format_samples(summary)
     titles = [f"{title:>9}" for title in _PERCENTILE_TITLES]
@@ -306,7 +310,7 @@ def _format_extremes(summary: dict[str, Any], form: str) -> list[str]:
 
 
 def _draw_sheet(shards: ShardSet, name: str, seed: int) -> Sheet:
-    layout = _SHEET_LAYOUTS[shards.annotations]
+    layout = _SHEET_LAYOUTS.get(shards.annotations, _SHEET_LAYOUTS[None])
     chosen = _choose(shards, seed, layout.columns * layout.rows)
     subtitle = f"{len(chosen)} of {len(shards):,} samples at random (seed {seed})"
     sheet = Sheet(
@@ -327,6 +331,8 @@ def _draw_sheet(shards: ShardSet, name: str, seed: int) -> Sheet:
         elif shards.annotations == "objects":
             objects = _read_objects(shards, shard, row)
             picture, caption = _draw_objects(picture, objects, shards.classes, layout.tile_px)
+        elif shards.annotations == "unlabelled":
+            caption = shards.key(shard, row)
         else:
             caption = shards.classes[record["label"]]
             size = f"class {record['label']} · {size}"

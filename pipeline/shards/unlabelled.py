@@ -1,0 +1,47 @@
+"""Lists images without labels, which are packed to be shown, measured and predicted.
+
+    DIR/**/NAME.jpg              ┐
+    LIST.csv, LIST.jsonl: path   ├──▶ ImageListing without classes
+    FILE.parquet, DIR/*.parquet  ┘
+
+Labels are not read where there are any: folders are parts of the images' keys.
+"""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+from pipeline.errors import InputError
+from pipeline.shards import image_sources, parquet
+from pipeline.shards.class_folders import files_below, report_ignored
+from pipeline.shards.image_sources import EXTENSIONS, ImageEntry, ImageListing, key_of, make_listing
+
+log = logging.getLogger(__name__)
+
+
+def find(images: str | Path) -> ImageListing:
+    """Lists the images below a folder, of a list or of Parquet files. Raises InputError for what cannot be listed."""
+    path = Path(images)
+    if tables := image_sources.find_tables(images):
+        columns = [[0] * parquet.count_rows(table) for table in tables]
+        listing = image_sources.list_rows_of_tables(tables, columns, classes=[])
+        return dataclasses.replace(listing, annotations="unlabelled")
+    if path.is_dir():
+        entries = _list_tree(path)
+    else:
+        rows = image_sources.read_list(image_sources.require_list(path), ["path"])
+        entries = image_sources.entries_of_rows(path, rows, {"": 0})
+    return make_listing([], entries, annotations="unlabelled")
+
+
+def _list_tree(folder: Path) -> list[ImageEntry]:
+    ignored: list[str] = []
+    files = list(files_below(str(folder), ignored))
+    pictures = list(filter(image_sources.is_picture, files))
+    report_ignored(ignored)
+    if not pictures:
+        raise InputError(f"{folder}: has no image among its {len(files)} files: they end in {', '.join(EXTENSIONS)}")
+    if len(pictures) < len(files):
+        log.warning(f"skipped {len(files) - len(pictures)} files that are no images")
+    return [ImageEntry(key_of(os.path.relpath(path, folder)), path, 0) for path in pictures]
