@@ -6,11 +6,13 @@ python launch/shards.py pack --coco FILE.json --out DIR    images with boxes and
 python launch/shards.py index ROOT                         existing tars, without rewriting them
 python launch/shards.py verify ROOT                        every byte against the manifest
 python launch/shards.py show ROOT                          counts, sizes and a contact sheet
+python launch/shards.py stats DATA [OTHER ...]             means, sizes, suspicious images and duplicates
 python launch/shards.py preview --config FILE              a run's images after augmentation
 """
 
 import argparse
 import contextlib
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -186,14 +188,36 @@ def _show(arguments: Namespace) -> dict[str, Any]:
     # Imported late: matplotlib takes a second to import.
     from pipeline.shards.show_dataset import format_summary, show_dataset
 
-    sheet = arguments.out
-    if sheet is None:
-        # The query of a URL may contain a secret.
-        root, _ = split_query(arguments.root)
-        sheet = Path(f"{Path(root).absolute().name}-sheet.png")
+    sheet = arguments.out or _name_picture(arguments.root, "sheet")
     summary = show_dataset(arguments.root, sheet, arguments.seed)
     cli.show(format_summary(summary))
     return summary
+
+
+def _stats_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("data", nargs="+", help="folders or URLs of data sets: training, validation …")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="picture (default ./DATA-stats.png)")
+    cli.add_cache(parser)
+    _add_workers(parser)
+
+
+def _stats(arguments: Namespace) -> dict[str, Any]:
+    # Imported late: matplotlib takes a second to import.
+    from pipeline.shards.dataset_stats import format_stats, make_stats
+
+    picture = arguments.out or _name_picture(arguments.data[0], "stats")
+    # Before every image is decoded, which may take hours.
+    if not os.access(picture.parent, os.W_OK):
+        raise InputError(f"--out {picture}: cannot be written: name a file in a folder that can")
+    result = make_stats(arguments.data, picture, cli.cache_of(arguments), arguments.workers)
+    cli.show(format_stats(result))
+    return result
+
+
+def _name_picture(root: str, kind: str) -> Path:
+    # The query of a URL may contain a secret.
+    location, _ = split_query(root)
+    return Path(f"{Path(location).absolute().name}-{kind}.png")
 
 
 def _preview_arguments(parser: ArgumentParser) -> None:
@@ -219,6 +243,7 @@ SUBCOMMANDS = {
     "index": Subcommand("index existing tars, without rewriting them", _index_arguments, _index),
     "verify": Subcommand("compare shards with their manifest", _verify_arguments, _verify),
     "show": Subcommand("print counts, balance and sizes, and draw a contact sheet", _show_arguments, _show),
+    "stats": Subcommand("measure every image, and find suspicious ones and duplicates", _stats_arguments, _stats),
     "preview": Subcommand("draw a run's images after augmentation", _preview_arguments, _preview),
 }
 

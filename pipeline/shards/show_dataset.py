@@ -74,7 +74,7 @@ def show_dataset(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]
     """
     with tempfile.TemporaryDirectory() as folder:
         shards = ShardSet(root, cache=Cache(folder, _CACHE_BYTES))
-        summary = _summarise(shards, seed)
+        summary = summarise(shards, seed)
         location, _ = split_query(str(root))
         picture = _draw_sheet(shards, Path(location).absolute().name, seed)
         shards.close()
@@ -83,7 +83,8 @@ def show_dataset(root: str | Path, sheet: Path, seed: int = 0) -> dict[str, Any]
     return {"data": redact(str(root)), **summary, "sheet": str(sheet)}
 
 
-def _summarise(shards: ShardSet, seed: int) -> dict[str, Any]:
+def summarise(shards: ShardSet, seed: int) -> dict[str, Any]:
+    """Returns counts, class balance and sizes; of annotations those of a random choice."""
     counts = np.zeros(shards.manifests[0].num_labels, np.int64)
     # The rows are short side, long side and bytes.
     sizes = np.empty((3, len(shards)), np.uint32)
