@@ -11,6 +11,8 @@ In an annotated data set the tar holds each image's annotation behind the image,
     semantic    KEY.jpg, KEY.seg.png    a map of the image's size, 8 bits a pixel: 0 no label, 1 … K the classes in the
                                         manifest's order, 255 to be ignored
     objects     KEY.jpg, KEY.json       boxes and masks of single objects, see object_annotations.py
+
+In an unlabelled one nothing follows the image.
 """
 
 import functools
