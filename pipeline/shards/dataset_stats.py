@@ -107,7 +107,8 @@ def format_stats(result: dict[str, Any]) -> str:
 def _draw(measured: Measurements, names: list[str], suspects: list[np.void], path: Path) -> None:
     figure = Figure((14, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2, 1))
+    upper, lower = parts
     panels = upper.subplots(1, 4)
     titles = ("short side, px: share of images", "width / height: share", "images a class", "mean ± deviation")
     for axes, title in zip(panels, titles, strict=True):

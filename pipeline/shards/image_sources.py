@@ -342,12 +342,13 @@ def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
     columns, names = parquet.read_labels(paths)
     labels = {label for column in columns for label in column if label is not None}
     classes, positions = number_classes(labels, classes or names, str(images))
-    # A row without a label has no position.
-    return list_rows_of_tables(paths, [list(map(positions.get, column)) for column in columns], classes)
+    return list_rows_of_tables(paths, columns, classes, positions)
 
 
-def list_rows_of_tables(paths: list[Path], columns: Sequence[Sequence[int | None]], classes: list[str]) -> ImageListing:
-    """Returns the listing of Parquet files' rows, whose labels are `columns`, one a file. None is an error."""
+def list_rows_of_tables(
+    paths: list[Path], columns: list[list[str | None]], classes: list[str], positions: dict[str, int]
+) -> ImageListing:
+    """Returns the listing of the rows of Parquet files, whose labels are in `columns`, one a file."""
     shared = os.path.commonpath({path.parent for path in paths})
     entries = []
     bad = []
@@ -362,7 +363,7 @@ def list_rows_of_tables(paths: list[Path], columns: Sequence[Sequence[int | None
                 bad.append(BadSource(place, key, "has no class"))
             else:
                 rows.append(row)
-                entries.append(ImageEntry(key, place, label))
+                entries.append(ImageEntry(key, place, positions[label]))
         tables.append(Table(path, np.array(rows, np.int64)))
     stats = [(str(path), path.stat()) for path in paths]
     digest = _compute_digest(classes, stats, entries)

@@ -236,7 +236,7 @@ def _list_fields(sample: Sample) -> str:
 
 def _check_source(labels: str) -> str:
     if labels not in ("cls", "folder", "none") and not re.fullmatch("json:.+", labels):
-        raise InputError(f"--labels {labels}: expected auto, cls, folder, json:FIELD or none")
+        raise InputError(f"--labels {labels}: expected auto, cls, folder or json:FIELD, or none without labels")
     return labels
 
 

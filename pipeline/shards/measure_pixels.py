@@ -112,7 +112,7 @@ def _measure_shard(task: tuple[str, CacheOptions, int, int]) -> tuple[npt.NDArra
         pixels = np.asarray(picture)
         image["is_grey"] = (pixels == pixels[..., :1]).all()
         digest = hashlib.sha256(repr(picture.size).encode())
-        digest.update(pixels)
+        digest.update(pixels.data)
         image["digest"] = digest.digest()[:16]
     return table, total
 

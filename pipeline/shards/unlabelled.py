@@ -24,8 +24,8 @@ def find(images: str | Path) -> ImageListing:
     """Lists the images below a folder, of a list or of Parquet files. Raises InputError for what cannot be listed."""
     path = Path(images)
     if tables := image_sources.find_tables(images):
-        columns = [[0] * parquet.count_rows(table) for table in tables]
-        listing = image_sources.list_rows_of_tables(tables, columns, classes=[])
+        columns: list[list[str | None]] = [[""] * parquet.count_rows(table) for table in tables]
+        listing = image_sources.list_rows_of_tables(tables, columns, [], {"": 0})
         return dataclasses.replace(listing, annotations="unlabelled")
     if path.is_dir():
         entries = _list_tree(path)
