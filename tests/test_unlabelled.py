@@ -202,7 +202,7 @@ def test_options_about_labels_are_refused_beside_unlabelled(
     tree: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str
 ) -> None:
     monkeypatch.chdir(packed.parent)
-    with pytest.raises(InputError, match=f"{option} needs labels, and --unlabelled leaves them out: give one of them"):
+    with pytest.raises(InputError, match=f"{option} needs labels, and --unlabelled reads none: give one of them"):
         run(monkeypatch, "pack", "--images", tree, "--unlabelled", option, value, "--out", tmp_path / "out")
 
 

@@ -57,7 +57,7 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="take images without labels, or leave labels out: SOURCE is any folder, a list of paths or .parquet files",
+        help="do not read labels: SOURCE is any folder, a list of paths or .parquet files",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
@@ -129,7 +129,7 @@ def _refuse_labels(arguments: Namespace) -> None:
     for option in ("ade20k", "coco", "val_fraction", "classes_from"):
         if getattr(arguments, option, None):
             name = option.replace("_", "-")
-            raise InputError(f"--{name} needs labels, and --unlabelled leaves them out: give one of them")
+            raise InputError(f"--{name} needs labels, and --unlabelled reads none: give one of them")
 
 
 def _index_arguments(parser: ArgumentParser) -> None:
