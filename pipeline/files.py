@@ -8,6 +8,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -90,6 +91,28 @@ def write(path: Path, data: bytes | memoryview, *, private: bool = False) -> Non
         os.fsync(file.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+
+
+class HashedFile(io.BufferedWriter):
+    """A new file that is hashed while it is written, and is on the disk when it is closed."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "wb"))
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._sha256.update(data)
+        return super().write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.flush()
+            os.fsync(self.fileno())
+        super().close()
 
 
 def partial_of(path: Path) -> Path:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline import json_text, yaml_text
 from pipeline.config import Config, dump_config, load_config, setting_names, validated
 from pipeline.errors import InputError
-from pipeline.shards.image_sources import number_classes
+from pipeline.shards.image_listing import number_classes
 from pipeline.shards.labels import are_several, is_number
 
 BASE = """\

@@ -29,7 +29,7 @@ from sklearn.datasets import load_sample_images
 
 from pipeline.commands import shards as shards_command
 from pipeline.errors import InputError
-from pipeline.shards import coco, images, parquet
+from pipeline.shards import coco, images, parquet, spill
 from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
@@ -270,7 +270,7 @@ def test_hugging_face_parquet_is_packed(digit_images: Path, tmp_path: Path, monk
     labels = np.concatenate([ShardSet(tmp_path / "out").index(shard)["label"] for shard in range(4)])
     assert np.count_nonzero(np.diff(labels)) > 40  # of 59; 9 in the order of the files
 
-    monkeypatch.setattr(parquet, "RUN_BYTES", 3000)  # some four images
+    monkeypatch.setattr(spill, "RUN_BYTES", 3000)  # some four images
     pack(tmp_path / "data", tmp_path / "runs", samples_per_shard=16)
     assert listing(tmp_path / "runs") == listing(tmp_path / "out")
     pack(str(tmp_path / "data" / "train-*.parquet"), tmp_path / "workers", samples_per_shard=16, workers=2)
@@ -284,11 +284,12 @@ def test_parquet_spill_is_laid_out_in_shuffled_order(digit_images: Path, tmp_pat
     write_hugging_face(tmp_path, rows, NAMES, num_files=1)
     positions = np.random.default_rng(0).permutation(20)[:15]
     chosen = np.arange(20)[5:]
-    parquet.spill(tmp_path / "train-00000-of-00001.parquet", chosen, positions, tmp_path / "spill")
+    table = parquet.Table(tmp_path / "train-00000-of-00001.parquet", "image")
+    spill.spill(spill.Container(table, chosen), positions, tmp_path / "spill")
     places = np.load(tmp_path / "spill.npy")
     assert (np.diff(places["position"]) > 0).all()
     assert (np.diff(places["offset"].astype(int)) > 0).all()
-    found = list(parquet.read_spilled([tmp_path / "spill"], 3, 12))
+    found = list(spill.read_spilled([tmp_path / "spill"], 3, 12))
     wanted = {int(position): rows[row][0] for row, position in zip(chosen, positions, strict=True)}
     assert found == [wanted.get(position, b"") for position in range(3, 12)]
 
@@ -348,7 +349,9 @@ def test_parquet_folder_with_several_splits_is_rejected(digit_images: Path, tmp_
 
 def test_parquet_with_wrong_columns_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": [b"x"], "label": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="has the columns img, label; expected image and label"):
+    with pytest.raises(
+        InputError, match=r"expected the columns image and label; found img, label; .*\n.* --image img --label label"
+    ):
         pack(tmp_path / "x.parquet", tmp_path / "out")
     pq.write_table(pa.table({"image": ["x"], "label": [1]}), tmp_path / "x.parquet")
     with pytest.raises(InputError, match="column image is string; expected bytes"):

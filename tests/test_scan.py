@@ -226,7 +226,7 @@ def test_img2dataset_tars_are_indexed_by_json_field(tmp_path: Path) -> None:
     (tmp_path / "00000.parquet").write_bytes(b"not looked at")
     (tmp_path / "00000_stats.json").write_text("{}")
     with pytest.raises(
-        InputError, match="give --labels json:FIELD, where FIELD is one of class_name, class_id, caption"
+        InputError, match=r"as label json:class_name or json:class_id .*:\n.* index .* --image jpg --label json:class_n"
     ):
         index_tars(str(tmp_path))
     index_tars(str(tmp_path), tmp_path / "by-name", labels="json:class_name")
@@ -565,7 +565,10 @@ def no_labels(root: Path) -> None:
         (nothing, "no .tar files below it"),
         (not_there, "no such folder"),
         (all_bad, "not one sample can be used:\n  x.tar: not a tar"),
-        (no_labels, "no label can be seen in the first sample, 'x' with parts jpg, txt: give --labels json:FIELD"),
+        (
+            no_labels,
+            "no label can be seen in the first sample, 'x' with parts jpg, txt: found jpg, txt; as image jpg would",
+        ),
     ],
 )
 def test_unindexable_folder_is_rejected(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
@@ -580,17 +583,19 @@ def test_unreadable_json_labels_are_reported(tmp_path: Path, data: str) -> None:
     """By auto as by a field: a .json part may hold anything."""
     parts = [Member("0.jpg", image_bytes(0)), Member("0.json", data.encode("latin-1"))]
     (tmp_path / "data.tar").write_bytes(tar_of(parts))
-    with pytest.raises(InputError, match=r"no label can be seen in the first sample, '0' .*: give --labels json:FIELD"):
+    with pytest.raises(
+        InputError, match=r"no label can be seen in the first sample, '0' .*: found jpg, json, and nothing"
+    ):
         index_tars(str(tmp_path))
     _, faults = index_tars(str(tmp_path), labels="json:label", classes=["a"])
     assert len(faults) == 1
     assert faults[0].reason.startswith(("its json part has no field 'label'", "its json part is not JSON"))
 
 
-@pytest.mark.parametrize("labels", ["json", "json:", "class", ""])
+@pytest.mark.parametrize("labels", ["json", "json:", ":x", ""])
 def test_unknown_label_source_is_rejected(tmp_path: Path, labels: str) -> None:
     labelled(tmp_path, [0, 1])
-    with pytest.raises(InputError, match="expected auto, cls, folder or json:FIELD"):
+    with pytest.raises(InputError, match="expected auto, cls, folder, json:FIELD or the name"):
         index_tars(str(tmp_path), labels=labels)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.config import ModelConfig, TaskConfig
 from pipeline.feed.loader import MicroBatch
 from pipeline.feed.task_transforms import LabelTransform
-from pipeline.shards.image_sources import ImageEntry, ImageListing, make_listing
+from pipeline.shards.image_listing import ImageEntry, ImageListing, make_listing
 from pipeline.shards.public_datasets import Layout, Located
 from pipeline.tasks.classify import ClassificationTask
 from pipeline.track.export.compare_outputs import OpenedExport

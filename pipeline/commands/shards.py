@@ -1,6 +1,8 @@
 """Makes, verifies and shows data sets.
 
 python launch/shards.py pack --images SOURCE --out DIR     images into shards
+python launch/shards.py pack --tars URL … --out DIR        tars that cannot be used as they are
+python launch/shards.py pack --imagenet FOLDER --out DIR   ImageNet-1k's archives, into DIR/train and DIR/val
 python launch/shards.py pack --ade20k MAPS --out DIR       images with a class for each pixel
 python launch/shards.py pack --coco FILE.json --out DIR    images with boxes and masks of objects
 python launch/shards.py index ROOT                         existing tars, without rewriting them
@@ -14,22 +16,24 @@ import argparse
 import contextlib
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
+from pipeline import cli, files
 from pipeline.cli import Subcommand
 from pipeline.errors import InputError
 from pipeline.redact import redact
-from pipeline.shards import ade20k, coco, own_images, unlabelled
+from pipeline.shards import ade20k, coco, foreign_tars, image_sources, imagenet, own_images, unlabelled
 from pipeline.shards.bad_samples import SampleFault, first_few, read_skipped
 from pipeline.shards.filesystems import split_query
-from pipeline.shards.image_sources import ImageListing
-from pipeline.shards.index_tars import index_tars
+from pipeline.shards.image_listing import ImageListing
+from pipeline.shards.index_tars import index_tars, packing_line
 from pipeline.shards.manifest import Manifest, read_classes, read_manifest
 from pipeline.shards.pack import pack
+from pipeline.shards.part_names import USUAL, PartNames
 from pipeline.shards.process_pool import cores
+from pipeline.shards.scan_tar import REPACK
 from pipeline.shards.verify import verify
 
 LISTED = 20
@@ -53,6 +57,21 @@ def _pack_arguments(parser: ArgumentParser) -> None:
         metavar="MAPS",
         help="ROOT/annotations/SPLIT: folder of label maps; their classes are named in ROOT/objectInfo150.txt",
     )
+    parser.add_argument(
+        "--tars",
+        nargs="+",
+        metavar="URL",
+        help="folders or URLs of tars, compressed or not, patterns in quotes: 'DIR/train-{000..146}.tar.gz', "
+        "'DIR/*.tar'; or 'pipe:COMMAND', whose output is a tar",
+    )
+    parser.add_argument(
+        "--imagenet",
+        type=Path,
+        metavar="FOLDER",
+        help="ImageNet-1k: ILSVRC2012_img_train.tar, and ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz; or "
+        "ILSVRC/ and LOC_val_solution.csv from Kaggle",
+    )
+    _add_names(parser, "--label")
     parser.add_argument("--coco", metavar="FILE.json", help="ROOT/annotations/instances_SPLIT.json: boxes and masks")
     parser.add_argument(
         "--unlabelled",
@@ -82,9 +101,15 @@ def _pack_arguments(parser: ArgumentParser) -> None:
 def _pack(arguments: Namespace) -> dict[str, Any]:
     if arguments.unlabelled:
         _refuse_labels(arguments)
+    # Before a listing that may take long.
+    files.require_empty(arguments.out)
     classes = _read_classes(arguments)
+    source = _find_source(arguments, classes)
+    splits = [""] if arguments.val_fraction is None else [own_images.TRAINING, own_images.VALIDATION]
+    if isinstance(source, Mapping):
+        splits = list(source)
     manifest = pack(
-        _find_source(arguments, classes),
+        source,
         arguments.out,
         classes=classes,
         val_fraction=arguments.val_fraction,
@@ -99,28 +124,44 @@ def _pack(arguments: Namespace) -> dict[str, Any]:
     skipped = read_skipped(arguments.out)
     data = arguments.out
     result = {"data": str(data), **_count_contents(manifest)}
-    if arguments.val_fraction is not None:
+    if len(splits) > 1:
         result["val"] = _count_contents(read_manifest(data / own_images.VALIDATION))
-        data /= own_images.TRAINING
+    data /= splits[0]
     cli.show(_describe_contents(data, manifest, len(skipped)))
     return {**result, **_summarise_skipped(skipped)}
 
 
-def _find_source(arguments: Namespace, classes: list[str] | None) -> str | ImageListing:
+def _find_source(
+    arguments: Namespace,
+    classes: list[str] | None,
+) -> ImageListing | Mapping[str, ImageListing]:
     """Returns the source of the images. Raises InputError where the options name none or several."""
-    if arguments.val_fraction is not None and (arguments.ade20k or arguments.coco):
+    layouts = [name for name in ("ade20k", "coco", "imagenet", "tars") if getattr(arguments, name)]
+    has_splits = bool(layouts) and layouts != ["tars"]
+    if arguments.val_fraction is not None and has_splits:
         raise InputError("pack: --val-fraction splits images with a class each: pack the SPLITs of these data sets")
-    if arguments.ade20k and arguments.coco:
-        raise InputError("pack: --ade20k and --coco name data sets of different kinds: give one of them")
+    if len(layouts) > 1:
+        raise InputError(f"pack: --{layouts[0]} and --{layouts[1]} name data sets of different kinds: give one of them")
+    names = PartNames(arguments.image, arguments.label)
+    if has_splits and names != USUAL:
+        raise InputError(f"pack: --image and --label name columns or members, which --{layouts[0]} has none of")
     if arguments.ade20k:
         return ade20k.find(arguments.ade20k, arguments.images, classes)
     if arguments.coco:
         return coco.find(arguments.coco, arguments.images, classes)
+    if arguments.images and layouts:
+        raise InputError(f"pack: --images and --{layouts[0]} both name the images: give one of them")
+    if arguments.imagenet:
+        return imagenet.find(arguments.imagenet, classes, arguments.workers)
+    if arguments.tars:
+        return foreign_tars.find(arguments.tars, names, classes, arguments.workers)
     if arguments.images:
-        return unlabelled.find(arguments.images) if arguments.unlabelled else arguments.images
+        if arguments.unlabelled:
+            return unlabelled.find(arguments.images)
+        return image_sources.find(arguments.images, classes, names)
     raise InputError(
         "pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT, "
-        "or --coco ROOT/annotations/instances_SPLIT.json"
+        "or --coco ROOT/annotations/instances_SPLIT.json, or --tars URL, or --imagenet FOLDER"
     )
 
 
@@ -137,21 +178,22 @@ def _index_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for indices and manifest (default: beside the tars)"
     )
-    parser.add_argument("--labels", default="auto", help="auto (default), cls, json:FIELD, folder or none")
+    _add_names(parser, "--label", "--labels")
     parser.add_argument(
-        "--unlabelled", dest="labels", action="store_const", const="none", help="as --labels none: without labels"
+        "--unlabelled", dest="label", action="store_const", const="none", help="as --labels none: without labels"
     )
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="read only the headers of images")
     _add_shared(parser)
 
 
 def _index(arguments: Namespace) -> dict[str, Any]:
-    if arguments.labels == "none":
+    if arguments.label == "none":
         _refuse_labels(arguments)
     manifest, faults = index_tars(
         arguments.root,
         arguments.out,
-        labels=arguments.labels,
+        labels=arguments.label or "auto",
+        image=arguments.image,
         classes=_read_classes(arguments),
         skip_bad=arguments.skip_bad,
         decode=arguments.decode,
@@ -159,7 +201,11 @@ def _index(arguments: Namespace) -> dict[str, Any]:
     )
     # Without --skip-bad one fault is enough to write no manifest.
     if manifest is None:
-        return {"data": redact(arguments.root), **_report_faults(faults)}
+        result = _report_faults(faults)
+        if any(fault.reason.endswith(REPACK) for fault in faults):
+            line = packing_line(arguments.root, PartNames(arguments.image, arguments.label))
+            cli.show(f"tars that cannot be used as they are can be packed:\n  {line}")
+        return {"data": redact(arguments.root), **result}
     return {
         "data": redact(str(arguments.out or arguments.root)),
         **_count_contents(manifest),
@@ -246,6 +292,21 @@ SUBCOMMANDS = {
     "stats": Subcommand("measure every image, and find suspicious ones and duplicates", _stats_arguments, _stats),
     "preview": Subcommand("draw a run's images after augmentation", _preview_arguments, _preview),
 }
+
+
+def _add_names(parser: ArgumentParser, *label: str) -> None:
+    parser.add_argument(
+        "--image",
+        "--image-column",
+        metavar="NAME",
+        help="column of the images or of their paths; in tars, what follows a sample's key, such as input.jpg",
+    )
+    parser.add_argument(
+        *label,
+        "--label-column",
+        metavar="NAME",
+        help="column of the labels; in tars cls, folder, json:FIELD, json:a.b or another member (default: as found)",
+    )
 
 
 def _add_shared(parser: ArgumentParser) -> None:

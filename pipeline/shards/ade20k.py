@@ -16,7 +16,8 @@ from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import files_below, report_ignored
-from pipeline.shards.image_sources import EXTENSIONS, ImageEntry, ImageListing, key_of, make_listing
+from pipeline.shards.image_listing import ImageEntry, ImageListing, key_of, make_listing
+from pipeline.shards.image_sources import EXTENSIONS
 from pipeline.shards.manifest import MANIFEST
 
 log = logging.getLogger(__name__)

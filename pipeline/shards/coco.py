@@ -21,7 +21,7 @@ from pipeline.config import fingerprint
 from pipeline.errors import InputError
 from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import files_below
-from pipeline.shards.image_sources import ImageEntry, ImageListing, key_of, make_listing
+from pipeline.shards.image_listing import ImageEntry, ImageListing, key_of, make_listing
 from pipeline.shards.manifest import MAX_CLASSES
 from pipeline.shards.object_annotations import Annotated, BadObjectsError, encode, num_pointless, packed_form
 from pipeline.value_text import list_first

@@ -289,7 +289,7 @@ class Remote:
                 lambda: self._read_range(name, offset, size, total),
             )
 
-        reader = io.BufferedReader(_RangeReader(read, total), BLOCK_BYTES)
+        reader = io.BufferedReader(RangeReader(read, total), BLOCK_BYTES)
         return cast(BinaryIO, reader)
 
     def names(self) -> list[str]:
@@ -313,7 +313,7 @@ class Remote:
         """Does nothing: fsspec closes its connections with the object."""
 
 
-class _RangeReader(io.RawIOBase):
+class RangeReader(io.RawIOBase):
     """A remote file as Python's raw file layer, to be put below a buffer."""
 
     def __init__(self, read: Callable[[int, int], bytes], total: int):

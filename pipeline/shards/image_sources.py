@@ -3,37 +3,42 @@
     DIR/CLASS/**/NAME.jpg                 ┐
     LIST.csv, LIST.jsonl: path, label     ├──▶ ImageListing: classes, entries sorted by key, digest
     FILE.parquet, DIR/*.parquet           │
-    annotations and images: ade20k.py,    ┘
-                            coco.py
+    annotations and images: ade20k.py,    │
+                            coco.py       │
+    tars: foreign_tars.py, imagenet.py    ┘
 
 Images are only listed here and not opened, so that a mistake is reported before hours of work. The listing takes some
 400 bytes of memory an image.
 """
 
 import csv
-import dataclasses
 import glob
-import hashlib
 import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline import files
 from pipeline.errors import InputError
 from pipeline.shards import parquet
 from pipeline.shards.bad_samples import BadSource
 from pipeline.shards.class_folders import entries_of, files_below, is_folder, is_system, refuse_flat, report_ignored
-from pipeline.shards.labels import UNLABELLED_REMEDY, are_several, check_first, is_number
-from pipeline.shards.manifest import Annotations
-from pipeline.value_text import list_first
+from pipeline.shards.image_listing import (
+    ImageEntry,
+    ImageListing,
+    Rows,
+    identify_file,
+    key_of,
+    list_containers,
+    make_listing,
+    number_classes,
+)
+from pipeline.shards.labels import UNLABELLED_REMEDY, are_several
+from pipeline.shards.part_names import USUAL, PartNames, Use, describe_parts, guess_use, separator_behind
 
 log = logging.getLogger(__name__)
 
@@ -53,48 +58,24 @@ SPLIT = re.compile(rf"({_SPLIT_NAMES})[-_]?\d*", re.IGNORECASE)
 _TABLE_OF_SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet")
 
 
-class ImageEntry(NamedTuple):
-    """One image to pack. The names of its fields are part of the listing's digest, so they stay as they are."""
-
-    key: str
-    place: str
-    """The path of the image's file; for a row of a Parquet file, file and row as messages name them."""
-    label: int
-    annotation: str | bytes | None = None
-    """What is packed with the image in place of its label: the path of its map, or its encoded objects."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageListing:
-    classes: list[str]
-    entries: list[ImageEntry]
-    digest: str
-    """The digest of the entries and of their files' sizes and times."""
-    bad: list[BadSource]
-    """Missing files, rows without a class, images without an annotation, and annotations without an image."""
-    tables: list["Table"] = dataclasses.field(default_factory=list)
-    """The Parquet files that the entries are rows of."""
-    annotations: Annotations | None = None
-    """The kind of the entries' annotations; None where entries have labels."""
-
-
-class Table(NamedTuple):
-    path: Path
-    rows: npt.NDArray[np.int64]
-    """The rows of the file that are entries, [n], in rising order."""
-
-
-def find(images: str | Path, classes: list[str] | None = None) -> ImageListing:
+def find(
+    images: str | Path,
+    classes: list[str] | None = None,
+    names: PartNames = USUAL,
+) -> ImageListing:
     """Lists the images of class folders, of a list or of Parquet files. `classes` fixes the class list.
 
-    Raises InputError for what cannot be listed, and for a class that is not in `classes`.
+    `names` has the columns of a list or of Parquet files. Raises InputError for what cannot be listed, and for a class
+    that is not in `classes`.
     """
     if tables := find_tables(images):
-        return _list_tables(tables, images, classes)
+        return _list_tables(tables, images, classes, names)
     path = Path(images)
-    if path.is_dir():
-        return _list_class_folders(path, classes)
-    return _list_rows(require_list(path), classes)
+    if not path.is_dir():
+        return _list_rows(require_list(path), classes, names)
+    if names != USUAL:
+        raise InputError(f"{images}: --image and --label name columns, and class folders have none: leave them out")
+    return _list_class_folders(path, classes)
 
 
 def find_tables(images: str | Path) -> list[Path]:
@@ -210,13 +191,17 @@ class _Row(NamedTuple):
     label: str
 
 
-def read_list(path: Path, columns: Sequence[str] = ("path", "label")) -> list[_Row]:
-    """Returns the rows of a CSV file with a header, or of JSON lines. Without the column label, labels are empty."""
+def read_list(path: Path, image: str = "path", label: str | None = "label") -> list[_Row]:
+    """Returns the rows of a CSV file with a header, or of JSON lines, by the columns of paths and labels.
+
+    Without `label`, labels are empty. Raises InputError.
+    """
+    names = PartNames(image, label)
     try:
         with os.fdopen(files.open_regular(path), newline="", encoding="utf-8-sig") as file:
             lines = iter(lambda: _read_line(file), "")
-            table = _csv_rows(path, lines, columns) if path.suffix == ".csv" else _json_rows(lines)
-            rows = [_check_row(path, *row, labelled="label" in columns) for row in table]
+            table = _csv_rows(path, lines, names) if path.suffix == ".csv" else _json_rows(path, lines, names)
+            rows = [_check_row(path, *row, labelled=label is not None) for row in table]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, ValueError, RecursionError) as error:
@@ -235,20 +220,20 @@ def _read_line(file: TextIO) -> str:
     return line
 
 
-def _csv_rows(path: Path, lines: Iterator[str], columns: Sequence[str]) -> Iterator[tuple[int, Any, Any]]:
+def _csv_rows(path: Path, lines: Iterator[str], names: PartNames) -> Iterator[tuple[int, Any, Any]]:
     table = csv.DictReader(lines)
-    found = table.fieldnames or ()
-    if not set(columns) <= set(found):
-        remedy = f"; {UNLABELLED_REMEDY}" if "label" in columns else ""
+    columns = table.fieldnames or ()
+    if not _expected(names) <= set(columns):
+        row = next(table, dict.fromkeys(columns))
         raise InputError(
-            f"{path}: the first line names the columns, {' and '.join(columns)} among them; "
-            f"found {', '.join(found)}{remedy}"
+            f"{path}: the first line names the columns, {' and '.join(filter(None, names))} among them; "
+            f"{_describe_columns(path, row, names)}"
         )
     for row in table:
-        yield table.line_num, row["path"], row.get("label")
+        yield table.line_num, row[names.image or ""], row.get(names.label or "")
 
 
-def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
+def _json_rows(path: Path, lines: Iterator[str], names: PartNames) -> Iterator[tuple[int, Any, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -256,7 +241,24 @@ def _json_rows(lines: Iterator[str]) -> Iterator[tuple[int, Any, Any]]:
         # Whatever is no object is rejected as a row without a path.
         if not isinstance(row, dict):
             row = {}
-        yield number, row.get("path"), row.get("label")
+        if row and not _expected(names) <= row.keys():
+            raise InputError(
+                f"{path}, line {number}: expected {' and '.join(filter(None, names))}; "
+                f"{_describe_columns(path, row, names)}"
+            )
+        yield number, row.get(names.image), row.get(names.label)
+
+
+def _expected(names: PartNames) -> set[str]:
+    return set(filter(None, names))
+
+
+def _describe_columns(path: Path, row: dict[str, Any], names: PartNames) -> str:
+    uses: dict[str, Use] = {}
+    for name, value in row.items():
+        uses[name] = "image" if isinstance(value, str) and is_picture(value) else guess_use(value)
+    described = describe_parts(uses, f"pack --images {shlex.quote(str(path))} --out DIR", names)
+    return f"{described}{separator_behind(described)}{UNLABELLED_REMEDY}" if names.label else described
 
 
 def _check_row(
@@ -282,8 +284,8 @@ def _check_row(
     return _Row(line, where, name)
 
 
-def _list_rows(path: Path, classes: list[str] | None) -> ImageListing:
-    rows = read_list(path)
+def _list_rows(path: Path, classes: list[str] | None, names: PartNames) -> ImageListing:
+    rows = read_list(path, names.image or "path", names.label or "label")
     labels = {row.label for row in rows}
     classes, positions = number_classes(labels, classes, str(path))
     return make_listing(classes, entries_of_rows(path, rows, positions))
@@ -302,36 +304,12 @@ def entries_of_rows(path: Path, rows: list[_Row], positions: dict[str, int]) -> 
     return entries
 
 
-def number_classes(
-    labels: set[str],
+def _list_tables(
+    paths: list[Path],
+    images: str | Path,
     classes: list[str] | None,
-    where: str,
-) -> tuple[list[str], dict[str, int]]:
-    """Returns the sorted class list, numbers sorted by their value, and the position of each label in it.
-
-    `classes` fixes the list. Then a label is one of its names; or, where all labels are numbers and no name is one, a
-    position in the list. Raises InputError for a label that is neither.
-    """
-    are_numbers = all(map(is_number, labels))
-    if classes is None:
-        classes = sorted(labels)
-        if are_numbers:
-            classes.sort(key=int)
-    positions = {name: number for number, name in enumerate(classes)}
-    if are_numbers and not any(map(is_number, classes)):
-        numbers = {label: int(label) for label in labels}
-        check_first(set(numbers.values()), len(classes), where)
-        positions = {label: number for label, number in numbers.items() if number < len(classes)}
-    unknown = sorted(labels - positions.keys())
-    if unknown:
-        raise InputError(
-            f"{where}: labels {list_first(unknown)} are not among the {len(classes)} classes of --classes-from; "
-            "rename them or pack the split that has them first"
-        )
-    return classes, positions
-
-
-def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | None) -> ImageListing:
+    names: PartNames,
+) -> ImageListing:
     matches = map(_TABLE_OF_SPLIT.fullmatch, [path.name for path in paths])
     splits = sorted({match[1] for match in matches if match})
     if len(splits) > 1:
@@ -339,104 +317,17 @@ def _list_tables(paths: list[Path], images: str | Path, classes: list[str] | Non
             f"{images}: holds the splits {', '.join(splits)}; "
             f"name the files of one: --images '{paths[0].parent}/{splits[0]}-*.parquet'"
         )
-    columns, names = parquet.read_labels(paths)
-    labels = {label for column in columns for label in column if label is not None}
-    classes, positions = number_classes(labels, classes or names, str(images))
-    return list_rows_of_tables(paths, columns, classes, positions)
+    image = names.image or parquet.IMAGE
+    columns, class_names = parquet.read_labels(paths, image, names.label or parquet.LABEL)
+    return list_containers(rows_of_tables(paths, columns, image), classes or class_names, str(images))
 
 
-def list_rows_of_tables(
-    paths: list[Path], columns: list[list[str | None]], classes: list[str], positions: dict[str, int]
-) -> ImageListing:
-    """Returns the listing of the rows of Parquet files, whose labels are in `columns`, one a file."""
+def rows_of_tables(paths: list[Path], columns: list[list[str | None]], image: str = parquet.IMAGE) -> list[Rows]:
+    """Returns the rows of Parquet files, whose labels are in `columns`, one a file."""
     shared = os.path.commonpath({path.parent for path in paths})
-    entries = []
-    bad = []
-    tables = []
+    containers = []
     for path, column in zip(paths, columns, strict=True):
         folder = key_of(os.path.relpath(path, shared))
-        rows = []
-        for row, label in enumerate(column):
-            place = f"{path} row {row}"
-            key = f"{folder}/{row:08d}"
-            if label is None:
-                bad.append(BadSource(place, key, "has no class"))
-            else:
-                rows.append(row)
-                entries.append(ImageEntry(key, place, positions[label]))
-        tables.append(Table(path, np.array(rows, np.int64)))
-    stats = [(str(path), path.stat()) for path in paths]
-    digest = _compute_digest(classes, stats, entries)
-    return ImageListing(
-        classes,
-        entries,
-        digest,
-        bad,
-        tables,
-    )
-
-
-def make_listing(
-    classes: list[str],
-    entries: list[ImageEntry],
-    bad: Sequence[BadSource] = (),
-    annotations: Annotations | None = None,
-) -> ImageListing:
-    """Returns the listing of images in files of their own, sorted by key.
-
-    Images whose files are missing, and all but the first of several with one key, are added to the bad ones.
-    """
-    unique = []
-    duplicates = []
-    for entry in sorted(entries):
-        if unique and unique[-1].key == entry.key:
-            reason = (
-                f"it and {unique[-1].place} would both be {entry.key!r} in the shards: rename or remove one of them"
-            )
-            duplicates.append(BadSource(entry.place, entry.key, reason))
-        else:
-            unique.append(entry)
-    readable = []
-    missing = []
-    stats = []
-    for entry in unique:
-        try:
-            stats.append((entry.place, Path(entry.place).stat()))
-            # A map is a file of its own; objects are encoded already.
-            if isinstance(entry.annotation, str):
-                stats.append((entry.annotation, Path(entry.annotation).stat()))
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror}"
-            missing.append(BadSource(str(error.filename), entry.key, reason))
-        else:
-            readable.append(entry)
-    digest = _compute_digest(classes, stats, readable)
-    return ImageListing(
-        classes,
-        readable,
-        digest,
-        [*bad, *duplicates, *missing],
-        annotations=annotations,
-    )
-
-
-def _compute_digest(
-    classes: list[str],
-    stats: Iterable[tuple[str, os.stat_result]],
-    entries: list[ImageEntry],
-) -> str:
-    digest = hashlib.sha256(json.dumps(classes).encode())
-    for path, stat in stats:
-        # Size and time stand for the contents, which would take hours to read.
-        digest.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
-    for entry in entries:
-        digest.update(repr(entry).encode())
-    return digest.hexdigest()
-
-
-def key_of(path: str) -> str:
-    """Returns the key of a file from its path below the data set's folder."""
-    folder, slash, name = path.rpartition("/")
-    stem, _, _ = name.rpartition(".")
-    # WebDataset ends a sample's key at the first dot of its name, so the key itself has none.
-    return f"{folder}{slash}{stem or name}".replace(".", "_")
+        rows = [(row, f"{folder}/{row:08d}", f"{path} row {row}", label) for row, label in enumerate(column)]
+        containers.append(Rows(parquet.Table(path, image), rows, identify_file(path)))
+    return containers

@@ -6,13 +6,11 @@
 Indexing takes some 200 bytes of memory a sample.
 """
 
-import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
-import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,17 +24,19 @@ from pipeline.redact import redact
 from pipeline.shards import images
 from pipeline.shards.bad_samples import SHOWN, SampleFault, first_few, write_skipped
 from pipeline.shards.filesystems import below_root, is_http, split_query
+from pipeline.shards.image_sources import EXTENSIONS
 from pipeline.shards.index import RECORD, encode_records
 from pipeline.shards.labels import check_first, is_number, number_names
 from pipeline.shards.manifest import MANIFEST, MAX_CLASSES, TARS_QUERY, Manifest, Shard
+from pipeline.shards.part_names import USUAL, PartNames, describe_parts
 from pipeline.shards.process_pool import advance, map_tasks
-from pipeline.shards.scan_tar import Look, Sample, Scan, samples, scan_tar
+from pipeline.shards.scan_tar import REPACK, Look, Scan, look_at_parts, samples, scan_tar
 from pipeline.shards.store import Store
 from pipeline.shards.tar import Reader, TarError
 
 log = logging.getLogger(__name__)
 
-_COMPRESSIONS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+COMPRESSIONS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 def index_tars(
@@ -44,6 +44,7 @@ def index_tars(
     out: Path | None = None,
     *,
     labels: str = "auto",
+    image: str | None = None,
     classes: list[str] | None = None,
     skip_bad: bool = False,
     decode: bool = True,
@@ -51,34 +52,38 @@ def index_tars(
 ) -> tuple[Manifest | None, list[SampleFault]]:
     """Indexes the tars below `root`, a folder or URL; or those that a path with braces names: DIR/train-{000..146}.tar.
 
-    Indices and manifest are written beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, none, or auto,
-    which the first sample decides. Labels are names, which are sorted into a class list, or numbers; `classes` fixes
-    the list. Every image is decoded, unless `decode` is False, which trusts the images' headers.
+    Indices and manifest are written beside the tars, or into `out`. `labels` is cls, json:FIELD, folder, the name of
+    another member, none, or auto, which the first sample decides; `image` names the member that is the image. Labels
+    are names, which are sorted into a class list, or numbers; `classes` fixes the list. Every image is decoded, unless
+    `decode` is False, which trusts the images' headers.
 
     Returns the manifest and all faults. With faults nothing is written and the manifest is None, unless `skip_bad`
     skips bad samples and lists them in skipped.jsonl. Raises InputError where nothing can be indexed at all.
     """
-    root, query, names = _split_root(root)
+    root, query, names = split_root(root)
     store = Store(root + query)
     folder = _prepare_output(store, root, out)
-    names, faults = _check_names(names or _find_tars(store))
+    names, faults = _check_names(names or find_names(store))
     num_tars = len(names) + len(faults)
-    source = _choose_source(store, names) if labels == "auto" else _check_source(labels)
+    parts = PartNames(image, None if labels == "auto" else _check_source(labels))
+    _require_parts(store, names, parts)
+    if parts.label is None:
+        parts = PartNames(image, _choose_source(store, names))
 
     look = images.check if decode else images.header
     results = map_tasks(
         _scan,
-        ((root + query, name, source, look) for name in names),
+        ((root + query, name, parts, look) for name in names),
         workers=min(workers, len(names)),
         total=len(names),
         name="indexing",
         unit="tar",
     )
     scans = list(results)
-    if source == "none":
+    if parts.label == "none":
         annotations, classes = "unlabelled", []
     else:
-        annotations, classes = None, _number_labels(scans, classes, store.root, are_names=source == "folder")
+        annotations, classes = None, _number_labels(scans, classes, store.root, are_names=parts.label == "folder")
 
     _report_scans(scans, num_tars)
     for scan in scans:
@@ -102,10 +107,10 @@ def index_tars(
     return manifest, faults
 
 
-def _split_root(root: str) -> tuple[str, str, list[str]]:
+def split_root(root: str) -> tuple[str, str, list[str]]:
     """Returns the folder or URL, the query that signs it, and the names of the tars if `root` is a pattern of them."""
     address, query = split_query(root)
-    if not address.endswith(".tar") or Path(address).is_dir():
+    if not address.endswith((".tar", *COMPRESSIONS)) or Path(address).is_dir():
         return address, query, []
     before_braces, _, _ = address.partition("{")
     folder, _, _ = before_braces.rpartition("/")
@@ -170,13 +175,13 @@ def _prepare_output(store: Store, root: str, out: Path | None) -> Path:
     return folder
 
 
-def _find_tars(store: Store) -> list[str]:
+def find_names(store: Store) -> list[str]:
     """Returns the names of the tars below the store's root, those of compressed tars too."""
     try:
         names = store.names()
     except OSError as error:
         raise InputError(f"{store.root}: cannot be listed: {error.strerror}") from error
-    tars = [name for name in names if name.endswith((".tar", *_COMPRESSIONS))]
+    tars = [name for name in names if name.endswith((".tar", *COMPRESSIONS))]
     if not tars:
         raise InputError(f"{store.root}: no .tar files below it")
     return tars
@@ -192,8 +197,9 @@ def _check_names(names: list[str]) -> tuple[list[str], list[SampleFault]]:
         except InputError as error:
             faults.append(SampleFault(name, None, f"{error}: rename it"))
             continue
-        if name.endswith(_COMPRESSIONS):
-            faults.append(SampleFault(name, None, "compressed, so no sample can be read by itself: decompress it"))
+        if name.endswith(COMPRESSIONS):
+            reason = f"compressed, so no sample can be read by itself: decompress it, or {REPACK}"
+            faults.append(SampleFault(name, None, reason))
         else:
             good.append(name)
     return good, faults
@@ -204,7 +210,7 @@ def _choose_source(store: Store, names: list[str]) -> str:
     for name in names:
         try:
             with store.open(name) as stream:
-                sample = next(samples(Reader(stream), []))
+                sample = next(samples(Reader(stream), [], USUAL))
         except (OSError, TarError, StopIteration):
             continue
         if "cls" in sample.members:
@@ -212,13 +218,11 @@ def _choose_source(store: Store, names: list[str]) -> str:
         elif sample.key.removeprefix("./").count("/"):
             source = "folder"
         else:
-            hint = " or tars with .cls parts"
-            fields = _list_fields(sample)
-            if fields:
-                hint = f", where FIELD is one of {fields}"
             raise InputError(
                 f"{store.url(name)}: no label can be seen in the first sample, {sample.key!r} with parts "
-                f"{', '.join(sample.members)}: give --labels json:FIELD{hint}; or --unlabelled for images without"
+                f"{', '.join(sample.members)}: {_describe_parts(store, name, USUAL)}\n"
+                f"--unlabelled takes images without labels; if labels lie far from their images, pack the tars: "
+                f"{packing_line(store.url(name))}"
             )
         log.info(f"labels: {source}, after the first sample {sample.key!r}; --labels overrides this")
         return source
@@ -226,25 +230,53 @@ def _choose_source(store: Store, names: list[str]) -> str:
     return "cls"
 
 
-def _list_fields(sample: Sample) -> str:
-    with contextlib.suppress(ValueError, RecursionError):
-        tree = json.loads(sample.data.get("json", b""))
-        if isinstance(tree, dict):
-            return ", ".join(tree)
-    return ""
-
-
 def _check_source(labels: str) -> str:
-    if labels not in ("cls", "folder", "none") and not re.fullmatch("json:.+", labels):
-        raise InputError(f"--labels {labels}: expected auto, cls, folder or json:FIELD, or none without labels")
+    part, colon, field = labels.partition(":")
+    if not part or bool(colon) != bool(field) or (part.endswith("json") and not field):
+        raise InputError(
+            f"--labels {labels}: expected auto, cls, folder, json:FIELD or the name of another member, or none without "
+            "labels"
+        )
     return labels
 
 
-def _scan(task: tuple[str, str, str, Look]) -> Scan:
-    root, name, source, look = task
+def _require_parts(store: Store, tars: list[str], names: PartNames) -> None:
+    """Raises InputError where no sample of the first tar has the image, or the label if that was named."""
+    for tar in tars:
+        found: set[str] = set()
+        try:
+            with store.open(tar) as stream:
+                for sample in samples(Reader(stream), [], names):
+                    found |= sample.members.keys()
+                    has_label = names.label in (None, "folder", "none") or names.label_part in found
+                    if has_label and not found.isdisjoint(names.image_parts(EXTENSIONS)):
+                        return
+        except (OSError, TarError):
+            # The scan reports why.
+            continue
+        if found:
+            raise InputError(f"{store.url(tar)}: no sample has these parts; {_describe_parts(store, tar, names)}")
+
+
+def _describe_parts(store: Store, tar: str, names: PartNames) -> str:
+    with store.open(tar) as stream:
+        return describe_parts(look_at_parts(stream), f"index {shlex.quote(store.root)}", names)
+
+
+def packing_line(root: str, names: PartNames = USUAL) -> str:
+    """Returns the line that packs the tars that `root` names, for what cannot be indexed."""
+    options = ["--tars", redact(root), "--out", "DIR"]
+    for option, name in zip(("--image", "--label"), names, strict=True):
+        if name:
+            options += [option, name]
+    return f"python launch/shards.py pack {shlex.join(options)}"
+
+
+def _scan(task: tuple[str, str, PartNames, Look]) -> Scan:
+    root, name, parts, look = task
     try:
-        with _open_store(root).open(name) as stream:
-            scan = scan_tar(stream, name, source, look)
+        with open_store(root).open(name) as stream:
+            scan = scan_tar(stream, name, parts, look)
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         if isinstance(error, FileNotFoundError):
@@ -264,7 +296,7 @@ def _scan(task: tuple[str, str, str, Look]) -> Scan:
 
 # One store, and so one set of connections, for all tasks of a worker.
 @functools.cache
-def _open_store(root: str) -> Store:
+def open_store(root: str) -> Store:
     return Store(root)
 
 

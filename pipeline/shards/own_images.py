@@ -18,8 +18,9 @@ from pipeline.errors import InputError
 from pipeline.shards import image_sources
 from pipeline.shards.ade20k import is_ade20k
 from pipeline.shards.class_folders import entries_of, is_folder, refuse_flat
-from pipeline.shards.image_sources import ImageListing, Table
+from pipeline.shards.image_listing import ImageListing
 from pipeline.shards.manifest import MANIFEST
+from pipeline.shards.spill import Container
 
 TRAINING, VALIDATION = "train", "val"
 """The folders in which the two splits of a listing are packed."""
@@ -107,17 +108,17 @@ def split(listing: ImageListing, val_fraction: float) -> dict[str, ImageListing]
 
 def _take(listing: ImageListing, chosen: npt.NDArray[np.bool_], choice: list[str | float]) -> ImageListing:
     """Returns the listing of the entries where `chosen`, [entries], is true; `choice` identifies them."""
-    tables = []
+    containers = []
     start = 0
-    for table in listing.tables:
-        end = start + len(table.rows)
-        rows = table.rows[chosen[start:end]]
+    for container in listing.containers:
+        end = start + len(container.rows)
+        rows = container.rows[chosen[start:end]]
         if len(rows):
-            tables.append(Table(table.path, rows))
+            containers.append(Container(container.source, rows))
         start = end
     return dataclasses.replace(
         listing,
         entries=[listing.entries[index] for index in np.flatnonzero(chosen)],
         digest=fingerprint([listing.digest, choice]),
-        tables=tables,
+        containers=containers,
     )

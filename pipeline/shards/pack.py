@@ -12,7 +12,7 @@ then everything is in .OUT.partial beside it, where the same command finds its f
     .OUT.partial/DIGEST/         of the input and the options, so that the work of another pack is never taken over
         data/                    becomes OUT
         done/shard-000000.json   what the worker recorded once its shard was whole
-        spill/                   images of Parquet files, sorted for the shards: see parquet.py
+        spill/                   images of Parquet files and tars, sorted for the shards: see spill.py
 
 A split into training and validation is two data sets in one folder: OUT/train and OUT/val, likewise in data/, done/ and
 spill/.
@@ -20,15 +20,12 @@ spill/.
 
 import contextlib
 import dataclasses
-import hashlib
-import io
 import json
 import logging
-import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
@@ -39,14 +36,15 @@ import PIL
 from pipeline import files, keys
 from pipeline.config import fingerprint
 from pipeline.errors import InputError
-from pipeline.shards import image_sources, images, object_annotations, own_images, parquet, picture_credits
+from pipeline.shards import image_sources, images, object_annotations, own_images, picture_credits, spill
 from pipeline.shards.bad_samples import SHOWN, BadSource, first_few, write_faults, write_skipped
-from pipeline.shards.image_sources import ImageEntry, ImageListing, Table
+from pipeline.shards.image_listing import ImageEntry, ImageListing
 from pipeline.shards.images import BadImageError
 from pipeline.shards.index import encode_records, record_of
 from pipeline.shards.manifest import EXTENSIONS, MANIFEST, Annotations, Manifest, Shard
 from pipeline.shards.object_annotations import BadObjectsError
 from pipeline.shards.process_pool import advance, map_tasks
+from pipeline.shards.spill import Container
 from pipeline.shards.tar import padded
 
 log = logging.getLogger(__name__)
@@ -69,7 +67,7 @@ class _Options:
 
 
 def pack(
-    source: str | Path | ImageListing,
+    source: str | Path | ImageListing | Mapping[str, ImageListing],
     out: Path,
     *,
     classes: list[str] | None = None,
@@ -85,11 +83,12 @@ def pack(
     """Packs the images of `source` into the folder `out`, and returns the manifest.
 
     `source` is a listing, or a path that `image_sources.find` lists. `classes` then fixes the class list: a validation
-    split takes the training split's. Images with a side longer than `max_side` pixels are scaled down and become JPEGs
-    of `quality`; with either argument, formats and kinds that DALI does not decode as Pillow does are converted too.
-    `bits_stored` scales 16-bit values, see images.prepare. `skip_bad` skips images that cannot be used and lists them
-    in skipped.jsonl. The images' ATTRIBUTION.txt is copied. With `val_fraction`, OUT/train and OUT/val become data sets
-    that `own_images.split` makes of the source, and the manifest returned is that of training.
+    split takes the training split's. Listings by name become a data set each, OUT/NAME. Images with a side longer than
+    `max_side` pixels are scaled down and become JPEGs of `quality`; with either argument, formats and kinds that DALI
+    does not decode as Pillow does are converted too. `bits_stored` scales 16-bit values, see images.prepare.
+    `skip_bad` skips images that cannot be used and lists them in skipped.jsonl. The images' ATTRIBUTION.txt is copied.
+    With `val_fraction`, OUT/train and OUT/val become data sets that `own_images.split` makes of the source. The
+    manifest returned is the first, that of training.
 
     Raises InputError for anything wrong with the input: first for everything that was found while listing, then for
     all images of all shards. In this case it leaves nothing behind but OUT-refused.jsonl, the list of the problems if
@@ -97,8 +96,7 @@ def pack(
     """
     out = out.resolve()
     files.require_empty(out)
-    listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
-    splits = {"": listing} if val_fraction is None else own_images.split(listing, val_fraction)
+    splits = _list_splits(source, classes, val_fraction)
     options = _Options(max_side, quality, bits_stored, samples_per_shard, seed)
     identity = [
         _VERSION,
@@ -107,7 +105,8 @@ def pack(
         dataclasses.asdict(options),
     ]
     with _open_partial(out, fingerprint(identity)[:16]) as folder:
-        bad = list(listing.bad)
+        # A split of one listing has all of its problems.
+        bad = list(dict.fromkeys(fault for part in splits.values() for fault in part.bad))
         # Before any image is decoded, which may take hours.
         _check_bad(bad, out, skip_bad)
         packed = {}
@@ -126,6 +125,18 @@ def pack(
     # The list of an earlier attempt's problems is out of date.
     _refused_path(out).unlink(missing_ok=True)
     return manifests[0]
+
+
+def _list_splits(
+    source: str | Path | ImageListing | Mapping[str, ImageListing],
+    classes: list[str] | None,
+    val_fraction: float | None,
+) -> Mapping[str, ImageListing]:
+    """Returns the listing of each data set by the name of its folder in the output, empty for the output itself."""
+    if isinstance(source, Mapping):
+        return source
+    listing = source if isinstance(source, ImageListing) else image_sources.find(source, classes)
+    return {"": listing} if val_fraction is None else own_images.split(listing, val_fraction)
 
 
 def _pack_shards(
@@ -158,7 +169,7 @@ def _pack_shards(
 
 def _write_manifest(listing: ImageListing, shards: list[Shard], data: Path) -> Manifest:
     """Writes the credits of the images and, last, the manifest: what has one is whole."""
-    source_path = listing.tables[0].path if listing.tables else listing.entries[0].place
+    source_path = listing.containers[0].source.place if listing.containers else listing.entries[0].place
     attribution = picture_credits.find_attribution(source_path)
     if attribution:
         files.write(data / picture_credits.ATTRIBUTION, f"{attribution}\n".encode())
@@ -241,7 +252,7 @@ class _Task:
     first: int
     """The position of the first entry in the shuffled order."""
     spilled: list[Path]
-    """The files that the images of Parquet files were sorted into."""
+    """The files that the images of containers were sorted into."""
     num_classes: int
     annotations: Annotations | None
     options: _Options
@@ -259,29 +270,29 @@ class _Done:
 
 
 def _spill(listing: ImageListing, order: Int64Array, folder: Path, workers: int) -> list[Path]:
-    """Sorts the images of Parquet files near the order of the shards, and returns the files that they are in then."""
-    if not listing.tables:
+    """Sorts the images of containers near the order of the shards, and returns the files that they are in then."""
+    if not listing.containers:
         return []
     # The inverse of the order: where in the shards each entry goes.
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order))
     tasks = []
     start = 0
-    for number, table in enumerate(listing.tables):
-        end = start + len(table.rows)
-        tasks.append((table, positions[start:end], folder / f"{number:05d}"))
+    for number, container in enumerate(listing.containers):
+        end = start + len(container.rows)
+        tasks.append((container, positions[start:end], folder / f"{number:05d}"))
         start = end
-    for _ in map_tasks(_spill_table, tasks, workers=workers, total=len(order), name="reading"):
+    for _ in map_tasks(_spill_container, tasks, workers=workers, total=len(order), name="reading"):
         pass
     return [target for _, _, target in tasks]
 
 
-def _spill_table(task: tuple[Table, Int64Array, Path]) -> None:
-    table, positions, target = task
-    if parquet.is_spilled(target):
+def _spill_container(task: tuple[Container, Int64Array, Path]) -> None:
+    container, positions, target = task
+    if spill.is_spilled(target):
         advance(len(positions))
     else:
-        parquet.spill(table.path, table.rows, positions, target)
+        spill.spill(container, positions, target)
 
 
 def _plan(
@@ -315,9 +326,9 @@ def _pack_shard(task: _Task) -> _Done:
         advance(len(task.entries))
         return done
     tar, index = _shard_paths(task)
-    with _HashedFile(tar) as file:
+    with files.HashedFile(tar) as file:
         records, bad = _write_tar(task, file)
-    with _HashedFile(index) as index_file:
+    with files.HashedFile(index) as index_file:
         index_file.write(encode_records(np.array(records, record_of(task.annotations))))
     shard = None
     if records:
@@ -357,14 +368,14 @@ def _read_done(task: _Task, record: Path) -> _Done | None:
     return _Done(shard, [BadSource(*fields) for fields in tree["bad"]])
 
 
-def _write_tar(task: _Task, file: "_HashedFile") -> tuple[list[tuple[int, ...]], list[BadSource]]:
+def _write_tar(task: _Task, file: files.HashedFile) -> tuple[list[tuple[int, ...]], list[BadSource]]:
     """Writes the task's images, each with its .cls or annotation, if any.
 
     Returns the fields of a record for each image, and the images that were skipped.
     """
     spilled = None
     if task.spilled:
-        spilled = parquet.read_spilled(task.spilled, task.first, task.first + len(task.entries))
+        spilled = spill.read_spilled(task.spilled, task.first, task.first + len(task.entries))
     records, bad = [], []
     with tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for entry in task.entries:
@@ -424,25 +435,3 @@ def _read(path: str) -> bytes:
         return files.read(path, images.MAX_SCALED_BYTES)
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
-
-
-class _HashedFile(io.BufferedWriter):
-    """A new file that is hashed while it is written, and is on the disk when it is closed."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "wb"))
-        self._sha256 = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-    def write(self, data: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._sha256.update(data)
-        return super().write(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self.flush()
-            os.fsync(self.fileno())
-        super().close()

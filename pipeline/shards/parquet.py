@@ -1,74 +1,78 @@
 """Reads data sets in Parquet files as Hugging Face stores them: encoded images in `image`, classes in `label`.
 
-    files ──label column──▶ labels, class names
-    files ──read once, in order──▶ 00000.bin: the images in sorted runs; 00000.npy: position, offset and size of each
-    runs  ──positions [a, b)─────▶ the images of a shard
-
-Rows can only be read a row group at a time, while shards need them shuffled. So this is a merge sort on disk. While
-packing, it takes the images' size once more on disk, and RUN_BYTES of memory in each worker.
+files ──label column──▶ labels, class names
+Table ──read once, in order──▶ images, which spill.py sorts
 """
 
-import bisect
 import contextlib
 import json
-import os
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from pipeline import files
 from pipeline.errors import InputError
-from pipeline.shards.index import encode_records
+from pipeline.shards import spill
 from pipeline.shards.labels import UNLABELLED_REMEDY, check_first, number_names
 from pipeline.shards.manifest import MAX_CLASSES
-from pipeline.shards.process_pool import advance
+from pipeline.shards.part_names import PartNames, Use, describe_parts, separator_behind
+from pipeline.shards.spill import Int64Array
 
 # Commands that read no Parquet files do not import pyarrow.
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-Int64Array = npt.NDArray[np.int64]
-
-RUN_BYTES = 128 << 20
-
-PLACE = np.dtype(
-    [
-        # The image's position in the shuffled order.
-        ("position", "<i8"),
-        # Where it lies in the .bin file, in bytes.
-        ("offset", "<u8"),
-        ("size", "<u8"),
-    ]
-)
+IMAGE, LABEL = "image", "label"
+"""The usual names of the columns."""
 
 
-def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | None]:
+class Table(NamedTuple):
+    """The images of a file, a spill.Source."""
+
+    path: Path
+    image: str
+    """The column of the images."""
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
+    def read_images(self, rows: Int64Array) -> Iterator[tuple[int, bytes]]:
+        wanted = set(rows.tolist())
+        for row, data in enumerate(_read_images(self.path, self.image)):
+            if row in wanted:
+                yield row, data
+
+
+def read_labels(
+    paths: list[Path],
+    image: str = IMAGE,
+    label: str = LABEL,
+) -> tuple[list[list[str | None]], list[str] | None]:
     """Returns the label of every row of every file, None where it has none, and the class list if labels are numbers.
 
     Numbers are positions in the files' class list, and are returned as names. Without such a list, classes are called
-    "0" to the largest number. Raises InputError for files without the columns or with different class lists.
+    "0" to the largest number. Raises InputError for files without the columns `image` and `label`, or with different
+    class lists.
     """
     names: list[str] | None = None
     columns = []
     for path in paths:
         with _open_table(path) as file:
             schema = file.schema_arrow
-            _check_columns(path, schema, "image", "label")
-            names_here = _read_class_names(schema)
+            _check_columns(path, schema, image, label)
+            names_here = _read_class_names(schema, label)
             if columns and names_here != names:
                 raise InputError(f"{path} and {paths[0]} name different classes: they are of different data sets")
             names = names_here
-            table = file.read(["label"])
-            columns.append(table.column("label").to_pylist())
-    labels = {label for column in columns for label in column}
+            table = file.read([label])
+            columns.append(table.column(label).to_pylist())
+    labels = {value for column in columns for value in column}
     labels.discard(None)
-    if not all(isinstance(label, int) for label in labels):
+    if not all(isinstance(value, int) for value in labels):
         return columns, None
-    numbers = {label for label in labels if label >= 0}
+    numbers = {value for value in labels if value >= 0}
     where = str(paths[0].parent)
     if names:
         check_first(numbers, len(names), where)
@@ -79,41 +83,47 @@ def read_labels(paths: list[Path]) -> tuple[list[list[str | None]], list[str] | 
         names = number_names(numbers, where)
     # Other numbers have no class: -1 is how Hugging Face marks the images of a test split.
     name_of = dict(enumerate(names))
-    return [[name_of.get(label) for label in column] for column in columns], names
+    return [[name_of.get(value) for value in column] for column in columns], names
 
 
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a file with images. Raises InputError for one without."""
     with _open_table(path) as file:
-        _check_columns(path, file.schema_arrow, "image")
+        _check_columns(path, file.schema_arrow, IMAGE, None)
         return file.metadata.num_rows
 
 
-def _check_columns(path: Path, schema: "pa.Schema", *names: str) -> None:
+def _check_columns(path: Path, schema: "pa.Schema", image: str, label: str | None) -> None:
+    uses: dict[str, Use] = {field.name: _guess_use(field.type) for field in schema}
+    expected = [image, label] if label else [image]
+    if not set(expected) <= uses.keys():
+        command = f"pack --images {shlex.quote(str(path))} --out DIR"
+        parts = describe_parts(uses, command, PartNames(image, label))
+        remedy = f"{separator_behind(parts)}{UNLABELLED_REMEDY}" if label else ""
+        raise InputError(f"{path}: expected the columns {' and '.join(expected)}; {parts}{remedy}")
+    if uses[image] != "image":
+        type_ = schema.field(image).type
+        raise InputError(f"{path}: column {image} is {type_}; expected bytes, or a struct with bytes")
+    if label and uses[label] != "label":
+        raise InputError(f"{path}: column {label} is {schema.field(label).type}; expected numbers or class names")
+
+
+def _guess_use(type_: "pa.DataType") -> Use:
     import pyarrow as pa
 
-    types = dict(zip(schema.names, schema.types, strict=True))
-    if not set(names) <= types.keys():
-        remedy = f"; {UNLABELLED_REMEDY}" if "label" in names else ""
-        raise InputError(
-            f"{path}: has the columns {', '.join(types)}; expected {' and '.join(names)}: rename them{remedy}"
-        )
-    image, label = types["image"], types.get("label")
-    if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
-        image = image.field("bytes").type
-    if not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-        raise InputError(f"{path}: column image is {image}; expected bytes, or a struct with bytes")
-    if "label" not in names:
-        return
-    if not (pa.types.is_integer(label) or pa.types.is_string(label) or pa.types.is_large_string(label)):
-        raise InputError(f"{path}: column label is {label}; expected numbers or class names")
+    if pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0:
+        type_ = type_.field("bytes").type
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return "image"
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    return "label" if is_text or pa.types.is_integer(type_) else ""
 
 
-def _read_class_names(schema: "pa.Schema") -> list[str] | None:
+def _read_class_names(schema: "pa.Schema", label: str) -> list[str] | None:
     """Returns the names of Hugging Face's ClassLabel from the schema's metadata; None where they are not usable."""
     try:
         tree = json.loads((schema.metadata or {})[b"huggingface"])
-        names = tree["info"]["features"]["label"]["names"]
+        names = tree["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
     if not isinstance(names, list):
@@ -125,82 +135,7 @@ def _read_class_names(schema: "pa.Schema") -> list[str] | None:
     return names
 
 
-def spill(
-    path: Path,
-    rows: Int64Array,
-    positions: Int64Array,
-    target: Path,
-) -> None:
-    """Writes the images of a file's `rows`, [n], to TARGET.bin in runs that are sorted by `positions`, [n].
-
-    TARGET.npy is written last and shows that both are whole. Raises InputError where the file cannot be read.
-    """
-    places = []
-    with target.with_suffix(".bin").open("wb") as out:
-        for run in _read_runs(path, rows, positions):
-            run.sort()
-            for position, data in run:
-                places.append((position, out.tell(), len(data)))
-                out.write(data)
-            # Frees the memory before the next run is read.
-            run.clear()
-        out.flush()
-        os.fsync(out.fileno())
-    by_position = np.sort(np.array(places, PLACE), order="position")
-    files.write(target.with_suffix(".npy"), encode_records(by_position))
-
-
-def is_spilled(target: Path) -> bool:
-    """Returns whether `spill` has written its files and they are whole."""
-    try:
-        places = np.load(target.with_suffix(".npy"), allow_pickle=False)
-        return target.with_suffix(".bin").stat().st_size == places["size"].sum()
-    except (OSError, ValueError):
-        return False
-
-
-def read_spilled(targets: Iterable[Path], first: int, last: int) -> Iterator[bytes]:
-    """Yields the images at positions first, …, last - 1, one at a time: a shard of them may be larger than memory."""
-    places: list[tuple[Path, int, int] | None] = [None] * (last - first)
-    for target in targets:
-        table = np.load(target.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        path = target.with_suffix(".bin")
-        begin = bisect.bisect_left(table["position"], first)
-        end = bisect.bisect_left(table["position"], last)
-        for position, offset, size in table[begin:end].tolist():
-            places[position - first] = path, offset, size
-    for place in places:
-        yield _read_slice(*place) if place else b""
-
-
-def _read_slice(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _read_runs(
-    path: Path,
-    rows: Int64Array,
-    positions: Int64Array,
-) -> Iterator[list[tuple[int, bytes]]]:
-    """Yields the images of `rows` with their positions, about RUN_BYTES at a time."""
-    position_of = dict(zip(rows.tolist(), positions.tolist(), strict=True))
-    run = []
-    run_bytes = 0
-    for row, data in enumerate(_read_images(path)):
-        if row in position_of:
-            run.append((position_of[row], data))
-            run_bytes += len(data)
-            advance()
-        if run_bytes > RUN_BYTES:
-            yield run
-            run = []
-            run_bytes = 0
-    yield run
-
-
-def _read_images(path: Path) -> Iterator[bytes]:
+def _read_images(path: Path, column_name: str) -> Iterator[bytes]:
     """Yields the image of every row, in order; no bytes for a row without an image."""
     import pyarrow as pa
 
@@ -209,10 +144,10 @@ def _read_images(path: Path) -> Iterator[bytes]:
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
         # An image cannot be larger than its row group, which may be compressed a thousandfold.
         largest = max(sizes, default=0)
-        num_rows = 8 * RUN_BYTES // max(1, largest)
+        num_rows = 8 * spill.RUN_BYTES // max(1, largest)
         batches = file.iter_batches(
             batch_size=max(1, min(64, num_rows)),
-            columns=["image"],
+            columns=[column_name],
             use_threads=False,
         )
         for batch in batches:

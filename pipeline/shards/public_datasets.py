@@ -15,7 +15,7 @@ from pipeline.config import fingerprint
 from pipeline.errors import ExternalError, InputError
 from pipeline.shards import ade20k, coco, image_sources, own_images
 from pipeline.shards.cache import Cache
-from pipeline.shards.image_sources import ImageListing
+from pipeline.shards.image_listing import ImageListing
 from pipeline.shards.manifest import FORMAT
 from pipeline.shards.pack import pack
 from pipeline.shards.process_pool import cores

@@ -3,12 +3,13 @@
     stream ──tar.members──▶ members ──same key, side by side──▶ samples ──▶ Scan: records, labels, faults
 
 As in WebDataset, a sample consists of adjacent members with one key. Its image is the member with the extension jpg,
-jpeg or png, in upper or lower case; its label is the .cls member, a field of the .json member, or the name of the
-folder, or it has none. Nothing is extracted, and no name in a tar is ever used as a path.
+jpeg or png, in upper or lower case, or another that was named; its label is the .cls member or another, a field of a
+JSON member, or the name of the folder, or it has none. Nothing is extracted, and no name in a tar is ever used as a
+path.
 """
 
+import contextlib
 import dataclasses
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -19,18 +20,25 @@ import numpy.typing as npt
 from pipeline.shards import images
 from pipeline.shards.bad_samples import SampleFault
 from pipeline.shards.class_folders import is_system
+from pipeline.shards.image_sources import EXTENSIONS
 from pipeline.shards.images import BadImageError, Header
 from pipeline.shards.index import RECORD, key_and_extension
-from pipeline.shards.labels import are_several
+from pipeline.shards.part_names import (
+    MAX_LABEL_BYTES,
+    USUAL,
+    BadLabelError,
+    PartNames,
+    Use,
+    guess_uses,
+    read_folder,
+    read_label,
+)
 from pipeline.shards.process_pool import advance
 from pipeline.shards.tar import Member, Reader, TarError, members
 
-MAX_LABEL_LENGTH = 1000
-MAX_LABEL_BYTES = 1 << 22
-"""The limit for a member that holds the label."""
-
 IMAGE_PARTS = ("jpg", "jpeg", "png")
-LABEL_PARTS = ("cls", "json")
+REPACK = "pack --tars takes it"
+"""What ends the reasons of faults that packing has no difficulty with."""
 
 
 @dataclasses.dataclass
@@ -69,13 +77,14 @@ class Sample:
     """The members by their extension in lower case."""
     data: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """The contents of the members that may be image or label, by extension."""
+    names: PartNames = USUAL
 
     def part(self, extension: str) -> bytes:
         """Returns the contents of a member. Raises BadSampleError where there are none."""
         if extension not in self.members:
             raise BadSampleError(f"no .{extension} part; it has {', '.join(self.members)}")
         size = self.members[extension].size
-        limit = _max_bytes(extension)
+        limit = _max_bytes(extension, self.names)
         if size > limit:
             raise BadSampleError(f"its {extension} part has {size:,} bytes; the limit is {limit:,}")
         if extension not in self.data:
@@ -97,10 +106,10 @@ Look = Callable[[bytes], Header]
 def scan_tar(
     stream: IO[bytes],
     name: str,
-    source: str,
+    names: PartNames,
     look: Look,
 ) -> Scan:
-    """Reads a tar from beginning to end. `source` says where the labels are: cls, folder, json:FIELD or none."""
+    """Reads a tar from beginning to end. `names` says where images and labels are."""
     reader = Reader(stream)
     ignored: list[Member] = []
     labels: dict[str, int] = {}
@@ -109,18 +118,18 @@ def scan_tar(
     faults: list[SampleFault] = []
     num_members = 0
     try:
-        for sample in samples(reader, ignored):
+        for sample in samples(reader, ignored, names):
             advance(0)
             num_members += len(sample.members)
             extensions = {*sample.members}
             if sample.key not in entries:
-                row = _make_row(sample, source, labels, look)
+                row = _make_row(sample, labels, look)
                 entries[sample.key] = extensions, row
                 continue
             earlier, _ = entries[sample.key]
             # Members that complete an earlier sample are its own, apart from it; others are a sample of their own.
             if extensions.isdisjoint(earlier):
-                reason = "its parts do not stand side by side; tar --sort=name writes them so"
+                reason = f"its parts do not stand side by side; tar --sort=name writes them so, and {REPACK}"
                 entries[sample.key] = extensions | earlier, reason
             else:
                 faults.append(SampleFault(name, sample.key, "a second sample of this key"))
@@ -158,7 +167,26 @@ def scan_tar(
     )
 
 
-def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
+def look_at_parts(stream: IO[bytes]) -> dict[str, Use]:
+    """Returns what the parts of the first sample look like, by the name to give. Raises nothing for a damaged tar."""
+    reader = Reader(stream)
+    uses: dict[str, Use] = {}
+    first = None
+    with contextlib.suppress(TarError):
+        for member in members(reader):
+            key, extension = key_and_extension(member.name)
+            if member.kind != "file" or is_system(member.name) or not extension:
+                continue
+            if key != (first or key):
+                break
+            first = key
+            uses |= guess_uses(extension, reader.take(min(member.size, MAX_LABEL_BYTES)))
+            if "/" in key.removeprefix("./"):
+                uses["folder"] = "label"
+    return uses
+
+
+def samples(reader: Reader, ignored: list[Member], names: PartNames) -> Iterator[Sample]:
     """Yields the samples of a tar: adjacent members of one key. Files without key or extension go to `ignored`.
 
     Raises TarError where the rest of the tar cannot be read, after yielding the sample in which this happened.
@@ -167,7 +195,7 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
     try:
         for member in members(reader):
             key, extension = key_and_extension(member.name)
-            if member.kind == "folder" and not _leads_out(member.name):
+            if member.kind == "folder" and not leads_out(member.name):
                 continue
             if is_system(member.name) or key.endswith("/") or not key or not extension:
                 ignored.append(member)
@@ -176,9 +204,9 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
             if sample is None or key != sample.key or extension in sample.members:
                 if sample is not None:
                     yield sample
-                sample = Sample(key)
+                sample = Sample(key, names=names)
             sample.members[extension] = member
-            if member.kind == "file" and member.size <= _max_bytes(extension):
+            if member.kind == "file" and member.size <= _max_bytes(extension, names):
                 sample.data[extension] = reader.take(member.size)
     except TarError:
         if sample is not None:
@@ -188,18 +216,15 @@ def samples(reader: Reader, ignored: list[Member]) -> Iterator[Sample]:
         yield sample
 
 
-def _max_bytes(extension: str) -> int:
+def _max_bytes(extension: str, names: PartNames) -> int:
     """Returns the limit for a member that is read; -1 for members that are not read."""
-    if extension in IMAGE_PARTS:
+    if extension in names.image_parts(IMAGE_PARTS):
         return images.MAX_BYTES
-    if extension in LABEL_PARTS:
-        return MAX_LABEL_BYTES
-    return -1
+    return MAX_LABEL_BYTES if extension == names.label_part else -1
 
 
 def _make_row(
     sample: Sample,
-    source: str,
     labels: dict[str, int],
     look: Look,
 ) -> Row | str:
@@ -209,15 +234,18 @@ def _make_row(
             reason = _member_problem(member)
             if reason:
                 raise BadSampleError(f"its {extension} part {reason}")
-        extensions = [extension for extension in sample.members if extension in IMAGE_PARTS]
+        parts = sample.names.image_parts(IMAGE_PARTS)
+        extensions = [extension for extension in sample.members if extension in parts]
         if len(extensions) != 1:
             count = "more than one" if extensions else "no"
-            raise BadSampleError(f"{count} part called jpg, jpeg or png; it has {', '.join(sample.members)}")
+            called = " or ".join(parts).replace(" or ", ", ", len(parts) - 2)
+            remedy = f"; {REPACK}" if not extensions and sample.members.keys() & set(EXTENSIONS) else ""
+            raise BadSampleError(f"{count} part called {called}; it has {', '.join(sample.members)}{remedy}")
         data = sample.part(extensions[0])
         head = look(data)
         # After the image: a rejected sample adds no label.
-        label = labels.setdefault(_read_label(sample, source), len(labels))
-    except (BadSampleError, BadImageError) as error:
+        label = labels.setdefault(_read_label(sample), len(labels))
+    except (BadSampleError, BadLabelError, BadImageError) as error:
         return str(error)
     image = sample.members[extensions[0]]
     return (
@@ -231,51 +259,23 @@ def _make_row(
     )
 
 
-def _read_label(sample: Sample, source: str) -> str:
-    part, _, field = source.partition(":")
-    if part == "none":
+def _read_label(sample: Sample) -> str:
+    source = sample.names.label or "cls"
+    if source == "none":
         return ""
-    if part == "folder":
-        path, _, _ = sample.key.rpartition("/")
-        _, _, label = path.rpartition("/")
-        if label in ("", "."):
-            raise BadSampleError("lies in no folder, from which its class could be taken")
-    elif part == "json":
-        label = _read_field(sample.part("json"), field)
-    else:
-        label = sample.part("cls").decode("utf-8", "replace").strip()
-    if not label.isprintable() or not 0 < len(label) <= MAX_LABEL_LENGTH or "\ufffd" in label:
-        raise BadSampleError(f"label {label[:40]!r}: neither a number nor a readable name")
-    if part != "folder" and are_several(label):
-        raise BadSampleError(f"label {label[:40]!r} is several numbers; a sample has one class")
-    return label
-
-
-def _read_field(data: bytes, field: str) -> str:
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"its json part is not JSON: {error}") from error
-    if not isinstance(tree, dict) or field not in tree:
-        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-        raise BadSampleError(f"its json part has no field {field!r}; found {found[:200]}")
-    value = tree[field]
-    # A column with gaps becomes one of floats in pandas.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BadSampleError(f"{field} is {json.dumps(value)[:40]}; a label is a number or a name")
-    return str(value).strip()
+    if source == "folder":
+        return read_folder(sample.key)
+    return read_label(sample.part(sample.names.label_part), source)
 
 
 def _member_problem(member: Member) -> str | None:
-    if _leads_out(member.name):
+    if leads_out(member.name):
         return f"has the name {member.name!r}, which leads out of the tar"
     if member.kind in ("file", "folder"):
         return None
-    problems = {"link": "is a link", "sparse": "is a sparse file"}
+    problems = {"link": f"is a link; {REPACK}", "sparse": f"is a sparse file; {REPACK}"}
     return problems.get(member.kind, "is no ordinary file")
 
 
-def _leads_out(name: str) -> bool:
+def leads_out(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/") or "\0" in name

@@ -9,6 +9,7 @@ negative size. Here each of these is a TarError, and nothing is ever extracted o
 import dataclasses
 import hashlib
 import math
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import IO, Literal
@@ -37,7 +38,8 @@ _KINDS: dict[bytes, Kind] = {
 _WITHOUT_DATA = b"123456"
 _SPARSE = "GNU.sparse"
 # The PAX records that are used.
-_USED = (b"path", b"size", b"GNU.sparse.name")
+_SPARSE_SIZES = ("GNU.sparse.size", "GNU.sparse.realsize")
+_USED = (b"path", b"linkpath", b"size", b"GNU.sparse.name", *map(str.encode, _SPARSE_SIZES))
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -62,6 +64,10 @@ class Member:
     offset: int
     """The offset of its first byte of data."""
     size: int
+    whole_size: int
+    """The size of a sparse file with its holes; of others `size`."""
+    target: str = ""
+    """The name of the member that a link leads to."""
 
 
 class Reader:
@@ -129,8 +135,9 @@ def members(reader: Reader) -> Iterator[Member]:
             start = reader.position
         elif kind == b"L":
             records["path"] = _decode_text(data)
-        # K is the target of a link, which does not matter.
-        elif kind != b"K":
+        elif kind == b"K":
+            records["linkpath"] = _decode_text(data)
+        else:
             records.update(_parse_pax_records(data))
     end = reader.position - BLOCK
     # Tars are padded with zeros, often to 10 kB.
@@ -173,7 +180,10 @@ def _parse_member(block: bytes, start: int, records: dict[str, str], reader: Rea
     # Tars from before 1988 mark folders by their names.
     if kind == "file" and name.endswith("/"):
         kind = "folder"
+    size = _parse_size(block, records, start)
+    whole_size = size
     if kind == "sparse":
+        whole_size = _parse_number(block[483:495], start)
         # Further blocks continue the map of holes.
         has_more = block[482]
         while has_more:
@@ -181,8 +191,16 @@ def _parse_member(block: bytes, start: int, records: dict[str, str], reader: Rea
     elif _SPARSE in records:
         kind = "sparse"
         name = records.get("GNU.sparse.name", name)
-    size = _parse_size(block, records, start)
-    return Member(name, kind, start, reader.position, size)
+        for key in _SPARSE_SIZES:
+            if key in records:
+                whole_size = _parse_decimal(records[key], start)
+    target = ""
+    if kind == "link":
+        target = records.get("linkpath", _decode_text(block[157:257]))
+        # A symbolic link leads on from its folder, a hard one from the top of the tar.
+        if block[156:157] == b"2":
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    return Member(name, kind, start, reader.position, size, whole_size, target)
 
 
 def _parse_size(block: bytes, records: dict[str, str], start: int) -> int:
@@ -191,9 +209,13 @@ def _parse_size(block: bytes, records: dict[str, str], start: int) -> int:
     # PAX has a size of its own for files of 8 GB and more.
     if "size" not in records:
         return _parse_number(block[124:136], start)
-    if not re.fullmatch(r"\d{1,18}", records["size"], re.ASCII):
-        raise TarError(f"damaged at byte {start}: a member of size {records['size']!r}")
-    return int(records["size"])
+    return _parse_decimal(records["size"], start)
+
+
+def _parse_decimal(text: str, start: int) -> int:
+    if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise TarError(f"damaged at byte {start}: a member of size {text!r}")
+    return int(text)
 
 
 def _read_extended_header(block: bytes, start: int, reader: Reader) -> bytes:

@@ -15,7 +15,8 @@ from pathlib import Path
 from pipeline.errors import InputError
 from pipeline.shards import image_sources, parquet
 from pipeline.shards.class_folders import files_below, report_ignored
-from pipeline.shards.image_sources import EXTENSIONS, ImageEntry, ImageListing, key_of, make_listing
+from pipeline.shards.image_listing import ImageEntry, ImageListing, key_of, list_containers, make_listing
+from pipeline.shards.image_sources import EXTENSIONS
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,12 @@ def find(images: str | Path) -> ImageListing:
     path = Path(images)
     if tables := image_sources.find_tables(images):
         columns: list[list[str | None]] = [[""] * parquet.count_rows(table) for table in tables]
-        listing = image_sources.list_rows_of_tables(tables, columns, [], {"": 0})
-        return dataclasses.replace(listing, annotations="unlabelled")
+        listing = list_containers(image_sources.rows_of_tables(tables, columns), [""], str(images))
+        return dataclasses.replace(listing, classes=[], annotations="unlabelled")
     if path.is_dir():
         entries = _list_tree(path)
     else:
-        rows = image_sources.read_list(image_sources.require_list(path), ["path"])
+        rows = image_sources.read_list(image_sources.require_list(path), label=None)
         entries = image_sources.entries_of_rows(path, rows, {"": 0})
     return make_listing([], entries, annotations="unlabelled")
 
