@@ -110,6 +110,7 @@ def test_pico_parameter_count():
 
 
 def test_weight_initialisation_per_layer_type():
+    torch.manual_seed(0)
     model = create("pvt_pico")
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])

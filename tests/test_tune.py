@@ -413,7 +413,7 @@ def test_interrupted_search_kills_its_trial(digits: Path, tmp_path: Path, number
     arguments = command("--config", path, "--ranks", 1)
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + PATIENCE_S
-        while not (found := children(process.pid)) and time.monotonic() < deadline:
+        while not (found := children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.0005)  # so as to come while it is being started
         process.send_signal(number)
         _, told = process.communicate(timeout=PATIENCE_S)

@@ -216,7 +216,7 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     # SIGTERM then raises KeyboardInterrupt as Ctrl-C does, so that running trials are ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return tune.tune(
-        arguments.config,
+        Path(arguments.config),
         arguments.set,
         ranks=arguments.ranks,
         out=arguments.out,

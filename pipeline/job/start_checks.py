@@ -93,7 +93,10 @@ def forecast(config: Config, ranks: int) -> str:
     """
     handoff.check_handoffs(config)
     paths, validation_path = own_images.data_paths(config.data)
-    if any(map(public_datasets.is_unpacked, [*paths, validation_path or paths[0]])):
+    unpacked = list(filter(public_datasets.is_unpacked, [*paths, validation_path or paths[0]]))
+    if unpacked:
+        for path in unpacked:
+            public_datasets.check(path)
         # Any classes do for building a network.
         _check_build(config, ["of", "unpacked", "data"])
         return "steps are known once the run has packed its data"

@@ -55,15 +55,13 @@ def data_paths(data: DataConfig) -> tuple[list[str], str | None]:
 def find_splits(folder: str | Path) -> tuple[str, str] | None:
     """Returns the folders of training and validation in a folder of splits; None for any other path.
 
-    Raises InputError for images without folders, and for images beside the splits.
+    Raises InputError for images beside the splits.
     """
     if not is_images(folder) or not Path(folder).is_dir():
         return None
     entries = entries_of(str(folder), [])
     names = [entry.name for entry in entries if is_folder(entry)]
     stray = [entry.path for entry in entries if image_sources.is_picture(entry.name)]
-    if stray and not names and not image_sources.find_tables(folder):
-        refuse_flat(folder, len(stray))
     training = [name for name in names if re.fullmatch("train(ing)?", name, re.IGNORECASE)]
     validation = [name for name in names if re.fullmatch(image_sources.VALIDATION_NAMES, name, re.IGNORECASE)]
     # Of several it is not known which one is meant, and beside classes they are classes, too.
@@ -72,6 +70,15 @@ def find_splits(folder: str | Path) -> tuple[str, str] | None:
     if stray:
         raise InputError(f"{stray[0]}: lies beside the splits {', '.join(names)}: move it into a class of one of them")
     return str(Path(folder, training[0])), str(Path(folder, validation[0]))
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises InputError for a folder of images without class folders, before all of it is listed."""
+    if not Path(path).is_dir() or image_sources.find_tables(path):
+        return
+    entries = entries_of(str(path), [])
+    if not any(map(is_folder, entries)):
+        refuse_flat(path, sum(image_sources.is_picture(entry.name) for entry in entries))
 
 
 def split(listing: ImageListing, val_fraction: float) -> dict[str, ImageListing]:

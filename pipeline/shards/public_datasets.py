@@ -40,6 +40,8 @@ class Layout(NamedTuple):
     """Returns whether a path is a data set of this layout: it is asked of every path and URL."""
     locate: Callable[[str | Path, list[str] | None], Located]
     """Looks at the data set of a path. A list of class names fixes the classes. Raises InputError."""
+    check: Callable[[str | Path], None] = lambda path: None
+    """Raises InputError for what can be seen without listing the data set, before a job waits in a queue."""
 
 
 def _locate_coco(path: str | Path, classes: list[str] | None) -> Located:
@@ -65,7 +67,7 @@ def _locate_images(path: str | Path, classes: list[str] | None) -> Located:
 LAYOUTS = [
     Layout("coco", coco.is_coco, _locate_coco),
     Layout("ade20k", ade20k.is_ade20k, _locate_ade20k),
-    Layout("images", own_images.is_images, _locate_images),
+    Layout("images", own_images.is_images, _locate_images, own_images.check_folder),
 ]
 """The first one counts that a path is meant by."""
 
@@ -109,6 +111,13 @@ def packed(
                     f"{out}: cannot be written: {error.strerror}: free some space, or set data.cache to another folder"
                 ) from error
     return out
+
+
+def check(path: str | Path) -> None:
+    """Checks an unpacked data set without listing it. Raises InputError."""
+    layout = _find_layout(path)
+    if layout:
+        layout.check(path)
 
 
 def is_unpacked(path: str | Path) -> bool:
