@@ -81,6 +81,20 @@ def write_jsonl(tree: Path, path: Path) -> Path:
     return path.with_suffix(".jsonl")
 
 
+def write_named_parquet(tree: Path, path: Path) -> Path:
+    pq.write_table(pa.table({"img": list(pictures(tree).values()), "label": [1] * NUM_IMAGES}), path)
+    return path
+
+
+def write_tar(tree: Path, path: Path) -> Path:
+    """A compressed tar, in which some images have labels."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in pictures(tree):
+            tar.add(tree / name, name)
+        tar.addfile(tarfile.TarInfo("00.cls"))
+    return path
+
+
 def write_parquet(tree: Path, path: Path) -> Path:
     pq.write_table(pa.table({"image": list(pictures(tree).values())}), path.with_suffix(".parquet"))
     return path.with_suffix(".parquet")
@@ -195,8 +209,37 @@ def test_classes_of_unlabelled_data_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("source", "name", "write", "options"),
+    [
+        ("--tars", "noise.tar.gz", write_tar, []),
+        ("--images", "noise.parquet", write_named_parquet, ["--image-column", "img"]),
+    ],
+)
+def test_tars_and_named_columns_are_packed_without_labels(
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    name: str,
+    write: Callable[[Path, Path], Path],
+    options: list[str],
+) -> None:
+    path = write(tree, tmp_path / name)
+    run(monkeypatch, "pack", source, path, *options, "--unlabelled", "--out", tmp_path / "out")
+    assert sorted(contents(tmp_path / "out").values()) == sorted(pictures(tree).values())
+    assert read_manifest(tmp_path / "out").annotations == "unlabelled"
+
+
+@pytest.mark.parametrize(
     ("option", "value"),
-    [("--val-fraction", "0.1"), ("--classes-from", "packed"), ("--coco", "x.json"), ("--ade20k", "x")],
+    [
+        ("--imagenet", "x"),
+        ("--label", "cls"),
+        ("--val-fraction", "0.1"),
+        ("--classes-from", "packed"),
+        ("--coco", "x.json"),
+        ("--ade20k", "x"),
+    ],
 )
 def test_options_about_labels_are_refused_beside_unlabelled(
     tree: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str

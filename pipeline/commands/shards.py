@@ -31,7 +31,7 @@ from pipeline.shards.image_listing import ImageListing
 from pipeline.shards.index_tars import index_tars, packing_line
 from pipeline.shards.manifest import Manifest, read_classes, read_manifest
 from pipeline.shards.pack import pack
-from pipeline.shards.part_names import USUAL, PartNames
+from pipeline.shards.part_names import NO_LABEL, USUAL, PartNames
 from pipeline.shards.process_pool import cores
 from pipeline.shards.scan_tar import REPACK
 from pipeline.shards.verify import verify
@@ -76,7 +76,7 @@ def _pack_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--unlabelled",
         action="store_true",
-        help="do not read labels: SOURCE is any folder, a list of paths or .parquet files",
+        help="do not read labels: SOURCE is any folder, a list of paths or .parquet files; also with --tars",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for shards and manifest")
     _add_shared(parser)
@@ -142,7 +142,7 @@ def _find_source(
         raise InputError("pack: --val-fraction splits images with a class each: pack the SPLITs of these data sets")
     if len(layouts) > 1:
         raise InputError(f"pack: --{layouts[0]} and --{layouts[1]} name data sets of different kinds: give one of them")
-    names = PartNames(arguments.image, arguments.label)
+    names = PartNames(arguments.image, NO_LABEL if arguments.unlabelled else arguments.label)
     if has_splits and names != USUAL:
         raise InputError(f"pack: --image and --label name columns or members, which --{layouts[0]} has none of")
     if arguments.ade20k:
@@ -157,7 +157,7 @@ def _find_source(
         return foreign_tars.find(arguments.tars, names, classes, arguments.workers)
     if arguments.images:
         if arguments.unlabelled:
-            return unlabelled.find(arguments.images)
+            return unlabelled.find(arguments.images, arguments.image)
         return image_sources.find(arguments.images, classes, names)
     raise InputError(
         "pack: give --images SOURCE, or --ade20k ROOT/annotations/SPLIT, "
@@ -167,8 +167,8 @@ def _find_source(
 
 def _refuse_labels(arguments: Namespace) -> None:
     """Raises InputError for options that are about labels beside --unlabelled."""
-    for option in ("ade20k", "coco", "val_fraction", "classes_from"):
-        if getattr(arguments, option, None):
+    for option in ("ade20k", "coco", "imagenet", "val_fraction", "classes_from", "label"):
+        if getattr(arguments, option, None) not in (None, NO_LABEL):
             name = option.replace("_", "-")
             raise InputError(f"--{name} needs labels, and --unlabelled reads none: give one of them")
 
@@ -180,14 +180,14 @@ def _index_arguments(parser: ArgumentParser) -> None:
     )
     _add_names(parser, "--label", "--labels")
     parser.add_argument(
-        "--unlabelled", dest="label", action="store_const", const="none", help="as --labels none: without labels"
+        "--unlabelled", dest="label", action="store_const", const=NO_LABEL, help="as --labels none: without labels"
     )
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="read only the headers of images")
     _add_shared(parser)
 
 
 def _index(arguments: Namespace) -> dict[str, Any]:
-    if arguments.label == "none":
+    if arguments.label == NO_LABEL:
         _refuse_labels(arguments)
     manifest, faults = index_tars(
         arguments.root,

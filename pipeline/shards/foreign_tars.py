@@ -44,6 +44,7 @@ from pipeline.shards.labels import is_number, number_names
 from pipeline.shards.manifest import MAX_CLASSES
 from pipeline.shards.part_names import (
     MAX_LABEL_BYTES,
+    NO_LABEL,
     BadLabelError,
     PartNames,
     describe_parts,
@@ -134,6 +135,11 @@ def find(urls: Sequence[str], names: PartNames, classes: list[str] | None, worke
     _refuse_splits(tars)
     scans = scan_tars(tars, workers)
     where = redact(shlex.join(urls))
+    if names.label == NO_LABEL:
+        for scan in scans:
+            scan.labels = [""] * len(scan.keys)
+        listing = list_scans(scans, [""], where)
+        return _require_images(replace(listing, classes=[], annotations="unlabelled"), where)
     has_labels = any(label is not None for scan in scans for label in scan.labels)
     has_folders = any("/" in key for scan in scans for key in scan.keys)
     if names.label == "folder" or (names.label is None and has_folders and not has_labels):
@@ -149,6 +155,12 @@ def find(urls: Sequence[str], names: PartNames, classes: list[str] | None, worke
         parts = describe_parts(look_at_parts(stream), f"pack --tars {where} --out DIR", names)
         message += f"\n{tars[0].place}: {parts}"
     raise InputError(message)
+
+
+def _require_images(listing: ImageListing, where: str) -> ImageListing:
+    if not listing.entries:
+        raise InputError(f"{where}: not one image can be packed:\n{first_few(listing.bad)}")
+    return listing
 
 
 def list_scans(scans: list[TarScan], classes: list[str] | None, where: str) -> ImageListing:

@@ -28,7 +28,7 @@ from pipeline.shards.image_sources import EXTENSIONS
 from pipeline.shards.index import RECORD, encode_records
 from pipeline.shards.labels import check_first, is_number, number_names
 from pipeline.shards.manifest import MANIFEST, MAX_CLASSES, TARS_QUERY, Manifest, Shard
-from pipeline.shards.part_names import USUAL, PartNames, describe_parts
+from pipeline.shards.part_names import NO_LABEL, USUAL, PartNames, describe_parts
 from pipeline.shards.process_pool import advance, map_tasks
 from pipeline.shards.scan_tar import REPACK, Look, Scan, look_at_parts, samples, scan_tar
 from pipeline.shards.store import Store
@@ -80,7 +80,7 @@ def index_tars(
         unit="tar",
     )
     scans = list(results)
-    if parts.label == "none":
+    if parts.label == NO_LABEL:
         annotations, classes = "unlabelled", []
     else:
         annotations, classes = None, _number_labels(scans, classes, store.root, are_names=parts.label == "folder")
@@ -248,7 +248,7 @@ def _require_parts(store: Store, tars: list[str], names: PartNames) -> None:
             with store.open(tar) as stream:
                 for sample in samples(Reader(stream), [], names):
                     found |= sample.members.keys()
-                    has_label = names.label in (None, "folder", "none") or names.label_part in found
+                    has_label = names.label in (None, "folder", NO_LABEL) or names.label_part in found
                     if has_label and not found.isdisjoint(names.image_parts(EXTENSIONS)):
                         return
         except (OSError, TarError):

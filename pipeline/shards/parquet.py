@@ -86,10 +86,10 @@ def read_labels(
     return [[name_of.get(value) for value in column] for column in columns], names
 
 
-def count_rows(path: Path) -> int:
-    """Returns the number of rows of a file with images. Raises InputError for one without."""
+def count_rows(path: Path, image: str) -> int:
+    """Returns the number of rows of a file with images in the column `image`. Raises InputError for one without."""
     with _open_table(path) as file:
-        _check_columns(path, file.schema_arrow, IMAGE, None)
+        _check_columns(path, file.schema_arrow, image, None)
         return file.metadata.num_rows
 
 

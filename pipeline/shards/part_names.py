@@ -23,6 +23,9 @@ _SHOWN = 5
 """The number of parts that are proposed."""
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
+NO_LABEL = "none"
+"""What --label says where labels are not read."""
+
 Use = Literal["image", "label", ""]
 """What a part would fit as; empty for neither."""
 
@@ -34,7 +37,7 @@ class PartNames(NamedTuple):
     """A column, or what follows the key in the names of members: jpg, input.jpg."""
     label: str | None = None
     """Likewise. PART:FIELD is a field of a JSON member, where FIELD may be a path such as a.b, and folder is the
-    folder that the image lies in."""
+    folder that the image lies in. NO_LABEL: labels are not read."""
 
     def image_parts(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the extensions of members that are images."""

@@ -25,6 +25,7 @@ from pipeline.shards.images import BadImageError, Header
 from pipeline.shards.index import RECORD, key_and_extension
 from pipeline.shards.part_names import (
     MAX_LABEL_BYTES,
+    NO_LABEL,
     USUAL,
     BadLabelError,
     PartNames,
@@ -261,7 +262,7 @@ def _make_row(
 
 def _read_label(sample: Sample) -> str:
     source = sample.names.label or "cls"
-    if source == "none":
+    if source == NO_LABEL:
         return ""
     if source == "folder":
         return read_folder(sample.key)

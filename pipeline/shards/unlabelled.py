@@ -21,17 +21,21 @@ from pipeline.shards.image_sources import EXTENSIONS
 log = logging.getLogger(__name__)
 
 
-def find(images: str | Path) -> ImageListing:
-    """Lists the images below a folder, of a list or of Parquet files. Raises InputError for what cannot be listed."""
+def find(images: str | Path, column: str | None = None) -> ImageListing:
+    """Lists the images below a folder, of a list or of Parquet files; `column` names that of images or their paths.
+
+    Raises InputError for what cannot be listed.
+    """
     path = Path(images)
     if tables := image_sources.find_tables(images):
-        columns: list[list[str | None]] = [[""] * parquet.count_rows(table) for table in tables]
-        listing = list_containers(image_sources.rows_of_tables(tables, columns), [""], str(images))
+        image = column or parquet.IMAGE
+        labels: list[list[str | None]] = [[""] * parquet.count_rows(table, image) for table in tables]
+        listing = list_containers(image_sources.rows_of_tables(tables, labels, image), [""], str(images))
         return dataclasses.replace(listing, classes=[], annotations="unlabelled")
     if path.is_dir():
         entries = _list_tree(path)
     else:
-        rows = image_sources.read_list(image_sources.require_list(path), label=None)
+        rows = image_sources.read_list(image_sources.require_list(path), column or "path", label=None)
         entries = image_sources.entries_of_rows(path, rows, {"": 0})
     return make_listing([], entries, annotations="unlabelled")
 
