@@ -394,6 +394,7 @@ def test_server_outage_during_run_loses_no_data(backend: Backend, team: Team, di
     assert_no_password(backend, tmp_path)
 
 
+@pytest.mark.slow
 @only_server
 def test_sync_uploads_run_whose_server_was_down_from_start(
     backend: Backend, team: Team, digits: Path, tmp_path: Path

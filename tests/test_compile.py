@@ -73,6 +73,7 @@ def test_compiled_blocks_match_eager() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a precision each: it really was compiled
 
 
+@pytest.mark.slow
 def test_varying_sizes_compile_few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))

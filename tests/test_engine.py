@@ -53,7 +53,7 @@ def test_fp32_matches_single_process_adamw(
         assert report["losses"] == pytest.approx(report["expected_losses"], rel=of_sums(1e-5))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=[pytest.mark.gpu, pytest.mark.slow]), 2])
 def test_low_precision_losses_match_across_zero_stages(
     digits: Path, tmp_path: Path, ranks: int, precision: str

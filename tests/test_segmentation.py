@@ -88,6 +88,7 @@ def trained(scenes: Path, root: Path) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_killed_segmentation_resumes_to_identical_results(scenes: Path, root: Path, trained: Job) -> None:
     killed = Job(configuration(scenes, root, "killed"), "killed", ranks=2, target="launch/finetune.py")
     with killed.start() as attempt:

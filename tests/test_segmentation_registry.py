@@ -402,7 +402,9 @@ def exported(models: Registry, tmp_path_factory: pytest.TempPathFactory) -> Expo
     return export_once
 
 
-@pytest.mark.parametrize("to", ["safetensors", "onnx", pytest.param("torch-export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "to", ["safetensors", *(pytest.param(to, marks=pytest.mark.slow) for to in ("onnx", "torch-export"))]
+)
 def test_exported_segmenter_matches_the_network(to: str, network: SemanticFpn, exported: Exported) -> None:
     folder, result = exported(to)
     opened = OPEN[to](folder)

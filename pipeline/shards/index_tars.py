@@ -66,7 +66,9 @@ def index_tars(
     names, faults = _check_names(names or find_names(store))
     num_tars = len(names) + len(faults)
     parts = PartNames(image, None if labels == "auto" else _check_source(labels))
-    _require_parts(store, names, parts)
+    # Usual names may be missing in some tars, whose samples are then faults.
+    if image or not (labels in ("cls", "folder", NO_LABEL) or labels.startswith("json:")):
+        _require_parts(store, names, parts)
     if parts.label is None:
         parts = PartNames(image, _choose_source(store, names))
 
