@@ -56,7 +56,8 @@ def serving(copy: Path, folder: Path, environment: Mapping[str, str]) -> Iterato
     In a fork that runs what `mlflow models serve` starts: the command itself imports everything twice, for ten seconds.
     """
     port, log = free_port(), folder / "log"
-    command, variables = get_cmd(str(copy), port, "127.0.0.1", nworkers=1)
+    host: Any = "127.0.0.1"  # MLflow declares the host to be a number
+    command, variables = get_cmd(str(copy), port, host, nworkers=1)
     program, *arguments = shlex.split(command)
     begin = time.monotonic()
     process = Rank(program, arguments, {**variables, **environment}, log, folder)

@@ -26,5 +26,5 @@ class RunHere:
 
 
 if __name__ == "__main__":
-    mlflow.server._exec_cmd = RunHere
+    mlflow.server._exec_cmd = RunHere  # pyright: ignore[reportPrivateImportUsage]
     cli(["server", *sys.argv[1:]])
