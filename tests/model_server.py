@@ -25,7 +25,7 @@ from tests.ranks import PATIENCE_S, ROOT, Rank, free_port
 class ModelServer:
     url: str
     pid: int
-    """Of the process that answers."""
+    """The process that answers."""
     copy: Path
     """What it serves."""
     start_up_s: float = 0.0

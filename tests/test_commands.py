@@ -240,7 +240,7 @@ class Remote(NamedTuple):
 def remote(digit_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Remote:
     """Training with its samples and report, the report made again, preview, evaluate, registry, submit, and refusals.
 
-    Each of them is told of another folder for shards, so that it has to fetch what it reads.
+    Each has a folder of its own for shards, so that it fetches what it reads.
     """
     data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("remote")
     seed = int.from_bytes(os.urandom(4), "little")

@@ -35,6 +35,7 @@ from pipeline.shards.pack import pack
 from pipeline.shards.part_names import USUAL, PartNames
 from pipeline.shards.tar import Reader, members
 from tests.damage import Damage, Member, build, tar_of
+from tests.datasets import contents
 from tests.ranks import PATIENCE_S
 from tests.servers import FaultyServer
 
@@ -64,17 +65,6 @@ def parts(number: int, image: str = "jpg", label: str = "cls") -> list[Member]:
 
 def all_parts(**names: str) -> list[Member]:
     return [part for number in range(NUM_SAMPLES) for part in parts(number, **names)]
-
-
-def contents(root: Path) -> dict[str, tuple[str, bytes]]:
-    """Class and image of every sample, by the name of its file."""
-    shards = ShardSet(root)
-    shards.check()
-    return {
-        shards.key(number, row): (shards.classes[record["label"]], shards.read(number, row))
-        for number in range(len(shards.shard_samples))
-        for row, record in enumerate(shards.index(number))
-    }
 
 
 @pytest.fixture
@@ -374,7 +364,7 @@ def test_columns_can_be_named_and_are_proposed(tmp_path: Path, from_tree: Any) -
         message = rf"as image file would fit, as label class or width:\n.*{name} --out DIR --image file --label class"
         with pytest.raises(InputError, match=message):
             image_sources.find(tmp_path / name, None, PartNames("path", "class"))
-    with pytest.raises(InputError, match="class folders have none: leave them out"):
+    with pytest.raises(InputError, match="class folders have none: remove them"):
         image_sources.find(tmp_path / "tree/JPEG", None, PartNames("img"))
 
 

@@ -112,7 +112,7 @@ def test_partition_gives_the_same_global_batch_for_every_world_size(
 
 
 def test_skipped_tail_rotates_over_all_samples_across_epochs() -> None:
-    # One shard and a tail of 3: without the rotation the same samples would always be left out.
+    # One shard and a tail of 3: without the rotation the same samples would always be skipped.
     order = make(np.array([35]), global_batch_size=32, lanes=4, shuffle_window=1)
     left_out = [set(range(35)) - set(order.samples(epoch).id.tolist()) for epoch in range(200)]
     assert set.union(*left_out) == set(range(35))

@@ -34,6 +34,7 @@ from pipeline.shards.bad_samples import read_skipped
 from pipeline.shards.index import ShardSet, read_manifest
 from pipeline.shards.pack import pack
 from pipeline.shards.verify import verify
+from tests.datasets import contents
 from tests.ranks import PATIENCE_S, ROOT
 
 
@@ -62,16 +63,6 @@ def photo() -> np.ndarray:
 
 def listing(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def contents(root: Path) -> dict[str, tuple[str, bytes]]:
-    """Key, class and image of every sample."""
-    shards = ShardSet(root)
-    return {
-        shards.key(number, row): (shards.classes[record["label"]], shards.read(number, row))
-        for number in range(len(shards.shard_samples))
-        for row, record in enumerate(shards.index(number))
-    }
 
 
 # Bytes
@@ -453,7 +444,7 @@ def test_other_formats_are_rejected_unless_converted(photo: np.ndarray, tmp_path
 
 
 def test_malformed_png_is_rejected_unless_converted(photo: np.ndarray, tmp_path: Path) -> None:
-    """A PNG without its last chunk, which training would leave out."""
+    """A PNG without its last chunk, which training would skip."""
     data = encoded(photo[:50, :60], "PNG")[:-12]
     Image.open(BytesIO(data)).load()
     with pytest.raises(InputError, match="a PNG that is not laid out as the format wants: pack with --quality"):

@@ -174,7 +174,7 @@ def test_pretrained_file_loads_into_features_only_backbone(tmp_path):
 
 
 def test_pretrained_file_is_adapted_to_channels_and_classes(tmp_path):
-    """timm sums the first convolution over channels and leaves out a head of another size, by our keys."""
+    """timm sums the first convolution over channels and drops a head of another size, by our keys."""
     state = create().state_dict()
     path = tmp_path / "checkpoint.pth"
     torch.save(pvt.to_public(state), path)

@@ -94,7 +94,7 @@ def test_parameter_count_and_macs_match_the_paper(variant, num_parameters, gmacs
     with torch.device("meta"):
         model = create(variant)
         image = torch.empty(1, 3, 224, 224)
-    set_optimised_kernels(model, False)  # which would leave out what nobody looks at
+    set_optimised_kernels(model, False)  # which would skip what nobody looks at
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
     # The math backend shows attention as matrix products, which the counter knows on any device.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -29,6 +29,7 @@ from pipeline.shards.store import Cache
 from pipeline.shards.tar import Reader, TarError, members, padded
 from pipeline.shards.verify import verify
 from tests.damage import Damage, Member, build, tar_of
+from tests.datasets import contents
 from tests.servers import FaultyServer
 
 CLASSES = ("n01440764", "n02119022", "été", "猫")
@@ -88,17 +89,6 @@ def write_tree(folder: Path, wanted: list[Sample]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sample.image)
         (folder / f"{sample.key}.cls").write_text(sample.label)
-
-
-def contents(root: Path) -> dict[str, tuple[str, bytes]]:
-    """Key, class and image of every sample, as training reads them."""
-    shards = ShardSet(root)
-    shards.check()
-    return {
-        shards.key(number, row): (shards.classes[record["label"]], shards.read(number, row))
-        for number in range(len(shards.shard_samples))
-        for row, record in enumerate(shards.index(number))
-    }
 
 
 def expected(wanted: list[Sample]) -> dict[str, tuple[str, bytes]]:

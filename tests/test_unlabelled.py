@@ -137,7 +137,7 @@ def test_tars_without_labels_are_indexed_as_packed(
     assert read_manifest(tmp_path).digest == read_manifest(packed).digest
 
 
-def test_labels_are_left_out_where_there_are_any(digits: Path, tmp_path: Path) -> None:
+def test_existing_labels_are_not_read(digits: Path, tmp_path: Path) -> None:
     manifest, faults = index_tars(str(digits / "val"), tmp_path, labels="none")
     assert manifest
     assert (manifest.annotations, manifest.samples, faults) == ("unlabelled", 360, [])

@@ -104,11 +104,12 @@ def _format_default(value: Any) -> str:
 
 def _as_yaml(value: Any) -> str:
     """Returns a value as one line of YAML."""
-    plain = value if isinstance(value, bool | int | float | str | None | list | dict | tuple) else str(value)
-    plain = (
-        [item if isinstance(item, int | float) else str(item) for item in plain] if isinstance(plain, tuple) else plain
-    )
-    return yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip().removesuffix("\n...")
+    # Lengths and RandAugment are written as their texts.
+    if isinstance(value, tuple):
+        value = [item if isinstance(item, int | float) else str(item) for item in value]
+    elif not isinstance(value, bool | int | float | str | None | list | dict):
+        value = str(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...")
 
 
 def _collect_examples() -> dict[str, str]:

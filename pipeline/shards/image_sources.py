@@ -74,7 +74,7 @@ def find(
     if not path.is_dir():
         return _list_rows(require_list(path), classes, names)
     if names != USUAL:
-        raise InputError(f"{images}: --image and --label name columns, and class folders have none: leave them out")
+        raise InputError(f"{images}: --image and --label name columns, and class folders have none: remove them")
     return _list_class_folders(path, classes)
 
 
